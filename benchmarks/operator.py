@@ -1,0 +1,133 @@
+"""Speed of `propagate` against its reference and against softmax attention on the same tokens and heads.
+
+`python benchmarks/operator.py [--repeats 7] [--out FILE.md]` prints one table: medians of repeats, random inputs,
+everything in one run on the machine that its last line names.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from gspn_dit.config import command
+from gspn_dit.ops import propagate
+from gspn_dit.ops.backends import status
+
+SHAPES = [(1, 16, 16, 384, 6), (1, 64, 64, 384, 6), (1, 64, 64, 384, 384), (1, 128, 128, 384, 6)]  # B, H, W, C, G
+SCALING = [(1, side, side, 384, 6) for side in (32, 64, 128, 256)]
+
+
+@dataclass
+class Options:
+    """Args:
+    repeats: Timed calls of each case, after one that is not timed.
+    out: Also write the tables to this Markdown file.
+    """
+
+    repeats: int = 7
+    out: str | None = None
+
+
+def operands(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    """Random x, gates, λ, u, as float32 leaves; a group's gates side by side (G < C) or channels innermost (G = C)."""
+    b, h, w, c, g = shape
+    if g < c:
+        gates = torch.randn(b, h, w, g, 4, 3).permute(0, 1, 2, 4, 5, 3)
+        lam, out = (torch.rand(b, h, w, g, 4).transpose(3, 4) for _ in range(2))
+    else:
+        gates, lam, out = torch.randn(b, h, w, 4, 3, g), torch.rand(b, h, w, 4, g), torch.rand(b, h, w, 4, g)
+    return [tensor.requires_grad_() for tensor in (torch.randn(b, h, w, c), gates, lam, out)]
+
+
+def median_ms(run: Callable[[], object], repeats: int) -> float:
+    """Median wall time of a call in milliseconds, the first call left out."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def forward_and_backward(function: Callable, inputs: list[torch.Tensor], repeats: int) -> tuple[float, float]:
+    """Milliseconds of the forward pass alone, and of forward and backward."""
+    grad = torch.randn_like(inputs[0])
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(*inputs)
+
+    return median_ms(forward, repeats), median_ms(lambda: torch.autograd.grad(function(*inputs), inputs, grad), repeats)
+
+
+def shape_rows(repeats: int) -> list[str]:
+    """One row a shape: kernel, reference, attention, and the ratios."""
+    rows = [
+        "| shape (B,H,W,C) | G | pass | cpu kernel ms | reference ms | softmax attention ms | × reference | × attention |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for shape in SHAPES:
+        b, h, w, c, g = shape
+        inputs = operands(shape)
+        qkv = [torch.randn(b, 6, h * w, c // 6, requires_grad=True) for _ in range(3)]
+        ours = forward_and_backward(lambda *a: propagate(*a, backend="cpu"), inputs, repeats)
+        # the slow peers: fewer repeats, still a median of at least three
+        few = max(3, repeats // 2)
+        reference = forward_and_backward(lambda *a: propagate(*a, backend="reference"), inputs, few)
+        attention = forward_and_backward(F.scaled_dot_product_attention, qkv, few)
+        for name, i in (("forward", 0), ("forward+backward", 1)):
+            rows.append(
+                f"| ({b},{h},{w},{c}) | {g} | {name} | {ours[i]:.2f} | {reference[i]:.1f} | {attention[i]:.1f} "
+                f"| {reference[i] / ours[i]:.0f} | {attention[i] / ours[i]:.1f} |"
+            )
+    return rows
+
+
+def scaling_rows(repeats: int) -> list[str]:
+    """Forward cost a pixel of the kernel as the map grows: flat if the operator is linear."""
+    rows = ["| map | forward ms | ns a pixel |", "|---|---|---|"]
+    costs = []
+    for shape in SCALING:
+        inputs = operands(shape)
+        with torch.no_grad():
+            ms = median_ms(lambda inputs=inputs: propagate(*inputs, backend="cpu"), repeats)
+        costs.append(1e6 * ms / (shape[1] * shape[2]))
+        rows.append(f"| {shape[1]}×{shape[2]}, C=384, G=6 | {ms:.2f} | {costs[-1]:.0f} |")
+    rows.append(f"\nslowest over fastest a pixel: {max(costs) / min(costs):.2f}")
+    return rows
+
+
+def machine() -> str:
+    """The CPU, its threads and the torch that these figures belong to."""
+    models = [
+        s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")
+    ]
+    return (
+        f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+
+
+def main(options: Options) -> None:
+    """Time the operator against its peers, in float32 on the CPU."""
+    available, detail = status("cpu")
+    if not available:
+        raise SystemExit(f"nothing to measure: {detail}")
+    torch.manual_seed(0)
+    report = "\n".join(
+        [*shape_rows(options.repeats), "", *scaling_rows(options.repeats), "", f"CPU float32, {machine()}"]
+    )
+    print(report)
+    if options.out:
+        Path(options.out).write_text(report + "\n")
+
+
+if __name__ == "__main__":
+    command(main, Options, prog="benchmarks/operator.py")

@@ -1,0 +1,91 @@
+// torch.ops.gspn_dit_cpu: checks nothing (gspn_dit.ops has), allocates the results, and shares the units among threads.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "propagate_cpu.h"
+
+namespace {
+
+using at::Tensor;
+
+template <typename T>
+gspn::Strided<T> strided(const Tensor& tensor) {
+  gspn::Strided<T> result{};
+  if (!tensor.defined() || tensor.numel() == 0) return result;
+  result.data = static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) result.stride[axis] = tensor.stride(axis);
+  return result;
+}
+
+gspn::Problem problem(const Tensor& x, const Tensor& lam, int64_t chunk, at::IntArrayRef directions) {
+  gspn::Problem p{x.size(0), x.size(1), x.size(2), x.size(3), lam.size(4), chunk, int(directions.size()), {}};
+  for (size_t k = 0; k < directions.size(); ++k) p.directions[k] = int(directions[k]);
+  return p;
+}
+
+template <typename T>
+void forward(const gspn::Problem& p, const Tensor& x, const Tensor& gates, const Tensor& lam, const Tensor& out, Tensor& y) {
+  const gspn::Forward<T> call{p, strided<const T>(x), strided<const T>(gates), strided<const T>(lam), strided<const T>(out),
+                              strided<T>(y)};
+  const int64_t threads = at::get_num_threads();
+  at::parallel_for(0, gspn::forward_units(call, threads), 1,
+                   [&](int64_t first, int64_t last) { gspn::run_forward(call, threads, first, last); });
+}
+
+Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& lam, const std::optional<Tensor>& out, int64_t chunk,
+                 at::IntArrayRef directions) {
+  Tensor y = at::empty_like(x, at::MemoryFormat::Contiguous);
+  const auto p = problem(x, lam, chunk, directions);
+  const Tensor u = out.value_or(Tensor());
+  switch (x.scalar_type()) {
+    case at::kFloat: forward<float>(p, x, gates, lam, u, y); break;
+    case at::kDouble: forward<double>(p, x, gates, lam, u, y); break;
+    case at::kBFloat16: forward<gspn::BFloat16>(p, x, gates, lam, u, y); break;
+    default: TORCH_CHECK(false, "x has dtype ", x.scalar_type(), ": the CPU kernel takes float32, float64 and bfloat16");
+  }
+  return y;
+}
+
+template <typename T>
+void backward(const gspn::Problem& p, const Tensor& grad, const Tensor& x, const Tensor& gates, const Tensor& lam,
+              const Tensor& out, Tensor& grad_x, Tensor& grad_gates, Tensor& grad_lam, Tensor& grad_out) {
+  const gspn::Backward<T> call{p,
+                               strided<const T>(x),
+                               strided<const T>(gates),
+                               strided<const T>(lam),
+                               strided<const T>(out),
+                               strided<const T>(grad),
+                               strided<T>(grad_x),
+                               strided<T>(grad_gates),
+                               strided<T>(grad_lam),
+                               strided<T>(grad_out)};
+  at::parallel_for(0, gspn::backward_units(call), 1,
+                   [&](int64_t first, int64_t last) { gspn::run_backward(call, first, last); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> propagate_backward(const Tensor& grad, const Tensor& x, const Tensor& gates,
+                                                              const Tensor& lam, const std::optional<Tensor>& out,
+                                                              int64_t chunk, at::IntArrayRef directions) {
+  Tensor grad_x = at::empty_like(x, at::MemoryFormat::Contiguous);
+  Tensor grad_gates = at::empty_like(gates), grad_lam = at::empty_like(lam);
+  const Tensor u = out.value_or(Tensor());
+  Tensor grad_out = u.defined() ? at::empty_like(u) : x.new_empty({0});
+  const auto p = problem(x, lam, chunk, directions);
+  switch (x.scalar_type()) {
+    case at::kFloat: backward<float>(p, grad, x, gates, lam, u, grad_x, grad_gates, grad_lam, grad_out); break;
+    case at::kDouble: backward<double>(p, grad, x, gates, lam, u, grad_x, grad_gates, grad_lam, grad_out); break;
+    case at::kBFloat16: backward<gspn::BFloat16>(p, grad, x, gates, lam, u, grad_x, grad_gates, grad_lam, grad_out); break;
+    default: TORCH_CHECK(false, "x has dtype ", x.scalar_type(), ": the CPU kernel takes float32, float64 and bfloat16");
+  }
+  return {grad_x, grad_gates, grad_lam, grad_out};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(gspn_dit_cpu, m) {
+  m.def("propagate(Tensor x, Tensor gates, Tensor lam, Tensor? out, int chunk, int[] directions) -> Tensor", propagate);
+  m.def("propagate_backward(Tensor grad, Tensor x, Tensor gates, Tensor lam, Tensor? out, int chunk, int[] directions)"
+        " -> (Tensor, Tensor, Tensor, Tensor)", propagate_backward);
+}

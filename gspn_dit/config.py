@@ -1,0 +1,273 @@
+"""The typed configuration, and the one way every command reads its options: YAML plus ``--key value``.
+
+A command is a dataclass of options and a function that takes it; :func:`command` does the rest. Unknown keys, wrong
+types and impossible values stop at start with the key's name and exit status 2, before any work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from gspn_dit.errors import InputError
+
+Options = TypeVar("Options")
+
+
+def require(condition: bool, key: str, value: object, wanted: str) -> None:
+    """Raise :class:`InputError` naming the key, the value that came and what was wanted, unless the condition holds."""
+    if not condition:
+        raise InputError(f"{key}={value!r}: wanted {wanted}")
+
+
+@dataclass
+class ModelConfig:
+    """Which network.
+
+    Args:
+        name: `<family>-<size>-<patch>`; `python -m gspn_dit.models` lists them.
+        overrides: Constructor arguments to change, for example `{chunk: 4, global_layers: 2}`.
+    """
+
+    name: str = "gspn-dit-xl-2"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """What it learns from.
+
+    Args:
+        source: `digits`, `photos`, a folder of `class/*.jpg`, or a latent store made by `python -m gspn_dit.data.encode`.
+        vae: `digits`, a hub name or a local folder of a diffusers AutoencoderKL.
+        image_size: Side of the square images in pixels.
+        horizontal_flip: Mirror half of the images, at random.
+        num_workers: Processes that read data, per training process; 0 reads in the training process itself.
+    """
+
+    source: str = "data/imagenet-256-latents"
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    image_size: int = 256
+    horizontal_flip: bool = True
+    num_workers: int = 4
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= 1, "data.image_size", self.image_size, "a positive number of pixels")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+
+
+@dataclass
+class DiffusionConfig:
+    """What is learned.
+
+    Args:
+        objective: `ddpm` (DiT's: noise and variance) or `flow` (SiT's: velocity).
+        time_sampling: For `flow`: `uniform` or `logit-normal` times.
+        class_dropout: Share of labels replaced by the null class, for classifier-free guidance.
+    """
+
+    objective: Literal["ddpm", "flow"] = "ddpm"
+    time_sampling: Literal["uniform", "logit-normal"] = "uniform"
+    class_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(0 <= self.class_dropout <= 1, "diffusion.class_dropout", self.class_dropout, "a share from 0 to 1")
+
+
+@dataclass
+class TrainingConfig:
+    """How it learns.
+
+    Args:
+        max_steps: Optimiser steps in all.
+        batch_size: Images a step over all processes and accumulation steps (the global batch).
+        gradient_accumulation_steps: Backward passes a step.
+        learning_rate: Peak learning rate of AdamW.
+        adam_beta1: AdamW's first beta.
+        adam_beta2: AdamW's second beta.
+        weight_decay: AdamW's decoupled weight decay.
+        lr_schedule: After warm-up: `constant`, or `cosine` down to 0 at max_steps.
+        warmup_steps: Steps over which the learning rate rises linearly from 0.
+        max_grad_norm: Clip the gradient's global norm to this; 0 leaves it.
+        ema_decay: Decay of the averaged weights that sampling uses.
+        mixed_precision: `no`, `bf16` or `fp16`.
+        gradient_checkpointing: Recompute blocks in the backward pass to save memory.
+        compile: Run the model through torch.compile.
+        log_every: Steps between lines in metrics.csv and the trackers.
+        sample_every: Steps between sample grids; 0 for none.
+        checkpoint_every: Steps between checkpoints.
+        keep_checkpoints: How many of the newest checkpoints stay.
+        trackers: accelerate trackers, for example `[tensorboard]`.
+        resume: `auto` continues from the newest checkpoint, `no` starts afresh, or a checkpoint folder.
+    """
+
+    max_steps: int = 400_000
+    batch_size: int = 256
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.0
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float = 0.0
+    ema_decay: float = 0.9999
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    log_every: int = 100
+    sample_every: int = 10_000
+    checkpoint_every: int = 10_000
+    keep_checkpoints: int = 3
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    resume: str = "no"
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every",
+                    "keep_checkpoints"):  # fmt: skip
+            require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "1 or more")
+        for key in ("warmup_steps", "sample_every", "max_grad_norm", "weight_decay"):
+            require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "0 or more")
+        require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "a positive number")
+        for key in ("ema_decay", "adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, key) < 1, f"training.{key}", getattr(self, key), "a number in [0, 1)")
+
+
+@dataclass
+class SamplingConfig:
+    """How a run's sample grids are drawn, and sample.py's defaults for that run.
+
+    Args:
+        sampler: For `ddpm`: `ddpm`, `ddim`, `dpm++`; for `flow`: `euler`, `heun`; null takes the objective's first.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        guidance_interval: Share of the noise levels at which guidance acts, 0 the clean end and 1 pure noise.
+        num_images: Images in the training grid.
+    """
+
+    sampler: str | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 4.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    num_images: int = 16
+
+    def __post_init__(self) -> None:
+        require(self.num_inference_steps >= 1, "sampling.num_inference_steps", self.num_inference_steps, "1 or more")
+        require(self.guidance_scale >= 1, "sampling.guidance_scale", self.guidance_scale, "1 (none) or more")
+        low, high = self.guidance_interval
+        require(0 <= low < high <= 1, "sampling.guidance_interval", self.guidance_interval, "0 <= low < high <= 1")
+        require(self.num_images >= 1, "sampling.num_images", self.num_images, "1 or more")
+
+
+@dataclass
+class Config:
+    """One run: everything that `train_dit.py` needs, written beside its checkpoints as config.yaml.
+
+    Args:
+        output_dir: The run's folder.
+        seed: Seed of the weights, the data order and every random draw.
+        model: Which network.
+        data: What it learns from.
+        diffusion: What is learned.
+        training: How it learns.
+        sampling: How it is sampled.
+    """
+
+    output_dir: str = "runs/default"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it as YAML, atomically."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+        """Read a YAML file, with `--key value` strings over it. Raises :class:`InputError`."""
+        return parse(cls, ["--config", str(path), *overrides], exit_on_error=False)
+
+
+def parse(
+    options: type[Options],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+    exit_on_error: bool = True,
+) -> Options:
+    """Build a dataclass of options from `--config FILE.yaml` and `--key value` pairs; later ones win.
+
+    Option names may be written with hyphens or underscores. On bad input it prints one line and exits with status 2,
+    or raises :class:`InputError` if `exit_on_error` is false.
+    """
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file of the options below")
+    parser.add_class_arguments(options, nested_key=None)
+    try:
+        try:
+            namespace: Namespace = parser.parse_args(_underscored(sys.argv[1:] if argv is None else argv))
+            namespace = parser.instantiate(namespace)
+        except InputError:
+            raise
+        except Exception as error:
+            if isinstance(error.__cause__, InputError):
+                raise error.__cause__ from None
+            raise InputError(" ".join(str(error).split())) from error
+        values = {f.name: namespace[f.name] for f in dataclasses.fields(options)}
+        return options(**values)
+    except InputError as error:
+        if not exit_on_error:
+            raise
+        fail(error, parser.prog)
+
+
+def command(
+    main: Callable[[Options], None], options: type[Options], *, prog: str, argv: Sequence[str] | None = None
+) -> None:
+    """Run a command: parse its options, call it, and turn an :class:`InputError` into one line and exit status 2."""
+    parsed = parse(options, argv, prog=prog, description=(main.__doc__ or "").strip() or None)
+    try:
+        main(parsed)
+    except InputError as error:
+        fail(error, prog)
+
+
+def fail(error: InputError, prog: str) -> None:
+    """Print the error as one line and exit with status 2."""
+    print(f"{prog}: error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _underscored(argv: Sequence[str]) -> list[str]:
+    """`--image-size=8` and `--image_size=8` are the same option."""
+    named = []
+    for argument in argv:
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            argument = "--" + key.replace("-", "_") + equals + value
+        named.append(argument)
+    return named
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that safe YAML can hold them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,47 @@
+"""Images, a VAE's latents of them, and the store that keeps latents on disk."""
+
+from __future__ import annotations
+
+import os
+
+from gspn_dit.data.digits import Digits
+from gspn_dit.data.imagefolder import ImageFolder
+from gspn_dit.data.images import ImageDataset, UnreadableImage
+from gspn_dit.data.latents import LatentStore, is_latent_store
+from gspn_dit.data.photos import Photos
+from gspn_dit.data.vae import decode, downsampling, encode_moments, load_vae, sample_posterior
+from gspn_dit.errors import InputError
+
+__all__ = [
+    "ImageDataset",
+    "LatentStore",
+    "UnreadableImage",
+    "decode",
+    "downsampling",
+    "encode_moments",
+    "is_latent_store",
+    "load_vae",
+    "open_images",
+    "sample_posterior",
+]
+
+
+def open_images(source: str | os.PathLike, image_size: int, *, split: str = "train", seed: int = 0) -> ImageDataset:
+    """The images of a source, as a torch Dataset of (uint8 (3, image_size, image_size), label).
+
+    Args:
+        source: `digits`, `photos`, or a folder of `class/*.jpg`.
+        image_size: Side of the square images in pixels.
+        split: `train` or `test`; a folder is one split, which is called `train` here.
+        seed: Of the photos' crops.
+
+    Raises:
+        InputError: If the source, its split or the size cannot be had.
+    """
+    if source == "digits":
+        return Digits(split, image_size)
+    if source == "photos":
+        return Photos(split, image_size, seed)
+    if split != "train":
+        raise InputError(f"split={split!r}: a folder is one split; leave split out and give that split's own folder")
+    return ImageFolder(source, image_size)

@@ -1,0 +1,200 @@
+"""Encode a dataset into a latent store: `python -m gspn_dit.data.encode --data … --vae … --image-size … --out …`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from gspn_dit.config import command, require
+from gspn_dit.data import open_images
+from gspn_dit.data.images import ImageDataset, UnreadableImage
+from gspn_dit.data.latents import verify, write_json, write_manifest, write_shard
+from gspn_dit.data.vae import downsampling, encode_moments, load_vae
+from gspn_dit.errors import InputError
+
+
+@dataclass
+class Options:
+    """What to encode, or what to verify.
+
+    Args:
+        data: `digits`, `photos`, or a folder of `class/*.jpg`.
+        vae: `digits`, a hub name or a local folder of a diffusers AutoencoderKL.
+        image_size: Side of the square images in pixels.
+        out: The store's folder; a run that was interrupted continues there.
+        split: Of digits and photos; a folder is one split.
+        horizontal_flip: Encode every image's mirror image too, for training with horizontal flips.
+        batch_size: Images the VAE encodes at once.
+        shard_size: Images a shard file.
+        num_workers: Processes that read images; 0 reads in this one.
+        device: `auto` takes the accelerator if there is one.
+        verify: Instead of encoding, compare this finished store's shards with their checksums.
+    """
+
+    data: str | None = None
+    vae: str | None = None
+    image_size: int | None = None
+    out: str | None = None
+    split: Literal["train", "test"] = "train"
+    horizontal_flip: bool = False
+    batch_size: int = 32
+    shard_size: int = 4096
+    num_workers: int = 4
+    device: str = "auto"
+    verify: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.verify is None:
+            for key in ("data", "vae", "image_size", "out"):
+                require(getattr(self, key) is not None, key, None, f"a value; encoding needs --{key.replace('_', '-')}")
+        for key in ("batch_size", "shard_size"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+
+
+def main(options: Options) -> None:
+    """Encode a dataset into a store of latents for training, or verify one with --verify FOLDER."""
+    if options.verify is not None:
+        print(f"{options.verify}: all {verify(options.verify)} images are as they were written")
+        return
+    images = open_images(options.data, options.image_size, split=options.split)
+    vae = load_vae(options.vae).to(device(options.device))
+    if options.image_size % downsampling(vae):
+        raise InputError(f"image_size={options.image_size}: this VAE wants a multiple of {downsampling(vae)} pixels")
+    settings = {
+        "data": stable_name(options.data),
+        "split": options.split,
+        "class_names": images.class_names,
+        "source_images": len(images),
+        "image_size": options.image_size,
+        "flipped": options.horizontal_flip,
+        "vae": stable_name(options.vae),
+        "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": vae.config.shift_factor,
+        "shard_size": options.shard_size,
+    }
+    out = Path(options.out)
+    begin(out, settings)
+    shards = {
+        f"shard-{number:05d}.safetensors": range(start, min(start + options.shard_size, len(images)))
+        for number, start in enumerate(range(0, len(images), options.shard_size))
+    }
+    missing = {name: indices for name, indices in shards.items() if not (out / name).exists()}
+    encode_shards(images, vae, out, missing, options)
+    manifest = write_manifest(out, settings, list(shards))
+    skipped = f", {len(manifest['skipped'])} unreadable files left out" if manifest["skipped"] else ""
+    print(f"{out}: {manifest['num_images']} images in {len(manifest['shards'])} shards{skipped}")
+
+
+def begin(out: Path, settings: dict[str, Any]) -> None:
+    """Write the settings into a new folder, or check that the folder to continue in was begun with the same.
+
+    Raises:
+        InputError: If it was begun with others, or holds something else.
+    """
+    path = out / "encode.json"
+    if path.exists():
+        begun = json.loads(path.read_text())
+        for key, value in settings.items():
+            if begun.get(key) != value:
+                raise InputError(
+                    f"{key}={shorten(value)}: {out} was begun with {key}={shorten(begun.get(key))}; "
+                    "run with the same, or choose another --out"
+                )
+        return
+    if out.exists() and (not out.is_dir() or any(entry.suffix != ".tmp" for entry in out.iterdir())):
+        raise InputError(f"out={str(out)!r} holds something that is no latent store: choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def encode_shards(
+    images: ImageDataset, vae: AutoencoderKL, out: Path, shards: dict[str, range], options: Options
+) -> None:
+    """Encode each shard's range of images and write it; unreadable files are printed and left out."""
+    step = options.batch_size
+    batches = [indices[start : start + step] for indices in shards.values() for start in range(0, len(indices), step)]
+    loader = iter(
+        DataLoader(_Loadable(images), batch_sampler=batches, num_workers=options.num_workers, collate_fn=list)
+    )
+    side = options.image_size // downsampling(vae)
+    empty = torch.empty(0, 2 * vae.config.latent_channels, side, side)
+    with tqdm(total=sum(map(len, shards.values())), desc="encode", unit="image") as bar:
+        for name, indices in shards.items():
+            moments, flipped, labels, skipped = [empty], [empty], [], []
+            for _ in range(0, len(indices), step):
+                batch = next(loader)
+                for unreadable in (sample for sample in batch if isinstance(sample, UnreadableImage)):
+                    bar.write(f"unreadable image, left out: {unreadable}")
+                    skipped.append(unreadable.path)
+                readable = [sample for sample in batch if not isinstance(sample, UnreadableImage)]
+                if readable:
+                    pixels = torch.stack([image for image, _ in readable]).to(vae.device)
+                    moments.append(encode_moments(vae, pixels).cpu())
+                    if options.horizontal_flip:
+                        flipped.append(encode_moments(vae, pixels.flip(-1)).cpu())
+                    labels += [label for _, label in readable]
+                bar.update(len(batch))
+            write_shard(
+                out / name,
+                half(moments),
+                half(flipped) if options.horizontal_flip else None,
+                torch.tensor(labels, dtype=torch.int64),
+                skipped,
+            )
+
+
+def half(moments: list[Tensor]) -> Tensor:
+    """One float16 tensor of batches of moments. Raises :class:`InputError` if a value is not finite in float16."""
+    stored = torch.cat(moments).half()
+    if not stored.isfinite().all():
+        raise InputError("vae: it gives latents that are not finite in float16; check its weights")
+    return stored
+
+
+def device(name: str) -> torch.device:
+    """The device called so, or for `auto` the accelerator if there is one. Raises :class:`InputError`."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device={name!r}: {reason}; give `auto`, `cpu` or a device that is there") from error
+
+
+def stable_name(name: str) -> str:
+    """A local folder by its absolute path, so that the store can be read from anywhere; any other name as it is."""
+    return os.path.abspath(name) if name not in ("digits", "photos") and os.path.isdir(name) else name
+
+
+def shorten(value: object) -> str:
+    """A value as it fits into one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+class _Loadable(Dataset):
+    """The images, with unreadable ones as their exception: a worker's exception would end the loading."""
+
+    def __init__(self, images: ImageDataset) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | UnreadableImage:
+        try:
+            return self.images.load(index)
+        except UnreadableImage as error:
+            return error
+
+
+if __name__ == "__main__":
+    command(main, Options, prog="python -m gspn_dit.data.encode")

@@ -1,0 +1,70 @@
+"""What every image source is: a map from an index to (image, label), the same each time it is asked."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gspn_dit.errors import InputError
+
+SPLITS = ("train", "test")
+
+
+class UnreadableImage(Exception):
+    """An image file that is there but cannot be decoded; `path` names it."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class ImageDataset(Dataset):
+    """Square RGB images with class labels; `dataset[i]` depends on nothing but the dataset's arguments and i.
+
+    Mirroring is not done here: the training stream draws it for each sample, so that a resumed run draws the same.
+    A source defines :meth:`load` and `__len__`, and sets the attributes.
+
+    Attributes:
+        class_names: Name of each label.
+        image_size: Side of the images in pixels.
+        unreadable: Paths of the files that `dataset[i]` found unreadable so far (in this process).
+    """
+
+    def __init__(self, class_names: list[str], image_size: int) -> None:
+        self.class_names = class_names
+        self.image_size = image_size
+        self.unreadable: set[str] = set()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def load(self, index: int) -> tuple[Tensor, int]:
+        """Image `index` as uint8 (3, image_size, image_size), and its label. Raises :class:`UnreadableImage`."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """As :meth:`load`, but in the place of an unreadable file the next readable one, with a warning naming it.
+
+        Raises:
+            InputError: If no file at all is readable.
+        """
+        for offset in range(len(self)):
+            try:
+                return self.load((index + offset) % len(self))
+            except UnreadableImage as error:
+                if error.path not in self.unreadable:
+                    self.unreadable.add(error.path)
+                    warnings.warn(f"unreadable image {len(self.unreadable)}, skipped: {error}", stacklevel=2)
+        raise InputError(f"none of the {len(self)} images can be read, among them {min(self.unreadable)}: restore them")
+
+
+def check_split(split: str) -> None:
+    """Raise :class:`InputError` unless the split is `train` or `test`."""
+    if split not in SPLITS:
+        raise InputError(f"split={split!r}: wanted one of {', '.join(SPLITS)}")

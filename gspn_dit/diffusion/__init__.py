@@ -1,0 +1,32 @@
+"""What is learned (`create_objective`) and how it is sampled (`create_scheduler`, `denoise`)."""
+
+from __future__ import annotations
+
+from gspn_dit.diffusion.ddpm import DDPM
+from gspn_dit.diffusion.flow import Flow
+from gspn_dit.diffusion.sampling import denoise, image_generator
+from gspn_dit.diffusion.schedulers import SAMPLERS, create_scheduler, objective_of
+from gspn_dit.errors import InputError
+
+__all__ = ["DDPM", "SAMPLERS", "Flow", "create_objective", "create_scheduler", "denoise", "image_generator",
+           "objective_of"]  # fmt: skip
+
+
+def create_objective(name: str, *, time_sampling: str = "uniform") -> DDPM | Flow:
+    """The training objective `ddpm` (:class:`DDPM`) or `flow` (:class:`Flow`).
+
+    Everything random comes to it as arguments, so that a run can be resumed exactly.
+
+    Args:
+        name: `ddpm` or `flow`.
+        time_sampling: For `flow`, `uniform` or `logit-normal`; `ddpm` takes `uniform` only.
+
+    Raises :class:`InputError` for anything else.
+    """
+    if name == "flow":
+        return Flow(time_sampling)
+    if name != "ddpm":
+        raise InputError(f"objective={name!r}: wanted 'ddpm' or 'flow'")
+    if time_sampling != "uniform":
+        raise InputError(f"time_sampling={time_sampling!r}: the ddpm objective takes 'uniform'; others need 'flow'")
+    return DDPM()

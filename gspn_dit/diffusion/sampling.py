@@ -1,0 +1,151 @@
+"""The sampling loop: noise to latents with classifier-free guidance, through any of diffusers' schedulers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from torch import Tensor, nn
+
+from gspn_dit.diffusion.schedulers import SAMPLERS, objective_of
+from gspn_dit.errors import InputError
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def image_generator(seed: int, i: int) -> torch.Generator:
+    """The CPU generator of every random number of image i: a function of (seed, i) alone.
+
+    Raises :class:`InputError` for a negative seed.
+    """
+    if seed < 0:
+        raise InputError(f"seed={seed}: wanted 0 or more")
+    # A torch CPU generator keeps 32 bits of its seed. Counting up from a hashed start uses all of them once, whereas
+    # hashing (seed, i) would give the same noise to some pair among a hundred thousand images.
+    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return torch.Generator().manual_seed((start + i) % 2**32)
+
+
+@torch.no_grad()
+def denoise(
+    model: nn.Module,
+    scheduler: SchedulerMixin,
+    noise: Tensor,
+    class_labels: Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    num_inference_steps: int = 50,
+    generator: Generators = None,
+    callback: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Tensor:
+    """Integrate standard normal noise (B,C,h,w) to clean latents of the same shape, float32.
+
+    Args:
+        model: Called as model(latents, timesteps (B,) on the scale 0…1000, class_labels) -> (B,C,h,w), or (B,2C,h,w)
+            with the learned variance; its `null_class` is the label of no class.
+        scheduler: Any diffusers scheduler for the model's objective.
+        noise: (B,C,h,w), standard normal, on the model's device.
+        class_labels: (B,) long.
+        guidance_scale: w of ε = ε(∅) + w·(ε(c) - ε(∅)) on all latent channels (Ho & Salimans, arXiv 2207.12598); the
+            learned variance stays the conditional one. 1 is no guidance and costs one forward a step, not two.
+        guidance_interval: Share of the noise levels t/1000 at which guidance acts, 0 clean and 1 pure noise
+            (Kynkäänniemi et al., arXiv 2404.07724); outside it a step costs one forward.
+        num_inference_steps: Steps of the scheduler.
+        generator: Of the noise that stochastic samplers add; with a list, image b's comes from the b-th alone.
+        callback: Called as callback(step, timestep, latents) after each step; what it returns, if not None, replaces
+            the latents.
+        progress: Wraps the iterable of timesteps, as `tqdm` does.
+
+    Raises :class:`InputError` for options out of range, or a model that is not of the scheduler's objective.
+    """
+    low, high = guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"guidance_interval={guidance_interval}: wanted 0 <= low <= high <= 1")
+    scheduler = _taking_our_variance(scheduler)
+    _set_timesteps(scheduler, num_inference_steps, noise.device)
+    step_options = {"generator": generator} if _accepts(scheduler.step, "generator") else {}
+    dtype = getattr(model, "dtype", torch.float32)
+    null_labels = torch.full_like(class_labels, model.null_class)
+
+    latents = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
+    for step, timestep in enumerate(progress(scheduler.timesteps)):
+        inputs = latents
+        if hasattr(scheduler, "scale_model_input"):
+            inputs = scheduler.scale_model_input(latents, timestep)
+        inputs, timesteps = inputs.to(dtype), timestep.float().expand(len(latents))
+        guided = guidance_scale != 1 and low <= float(timestep) / 1000 <= high
+        if guided:
+            output, unconditional = (
+                model(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([class_labels, null_labels]))
+                .float()
+                .chunk(2)
+            )
+        else:
+            output = model(inputs, timesteps, class_labels).float()
+        _check_objective(scheduler, output, latents)
+
+        prediction, variance = output.split([latents.shape[1], output.shape[1] - latents.shape[1]], dim=1)
+        if guided:
+            unconditional = unconditional[:, : latents.shape[1]]
+            prediction = unconditional + guidance_scale * (prediction - unconditional)
+        if _uses_variance(scheduler):
+            prediction = torch.cat([prediction, variance], dim=1)
+        latents = scheduler.step(prediction, timestep, latents, **step_options).prev_sample
+        if callback is not None and (replaced := callback(step, timestep, latents)) is not None:
+            latents = replaced
+    return latents
+
+
+def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> None:
+    """Set the scheduler's steps; for the flow, when it takes noise levels, even ones from 1 down to 1/n."""
+    check_steps(scheduler, num_inference_steps)
+    levels = {}
+    if objective_of(scheduler) == "flow" and _accepts(scheduler.set_timesteps, "sigmas"):
+        # Left alone, diffusers' last step goes from 0.001 to 0: a forward for nothing.
+        levels = {"sigmas": np.linspace(1, 1 / num_inference_steps, num_inference_steps)}
+    scheduler.set_timesteps(num_inference_steps, device=device, **levels)
+
+
+def check_steps(scheduler: SchedulerMixin, n: int) -> None:
+    """Raise :class:`InputError` for a number of steps at which a diffusers scheduler would quietly be wrong."""
+    total = scheduler.config.num_train_timesteps
+    least = 2 if isinstance(scheduler, DDPMScheduler) else 1  # its only step would be at t = 0, the clean end
+    most = total - 1 if isinstance(scheduler, DPMSolverMultistepScheduler) else total  # its first two would coincide
+    if not least <= n <= most:
+        raise InputError(f"num_inference_steps={n}: {type(scheduler).__name__} takes {least} to {most}")
+    # DDIM takes whole strides of total // n: a stride cut short by much leaves noise in the image.
+    if isinstance(scheduler, DDIMScheduler) and total % n > 0.05 * total:
+        near = min((m for m in range(1, total + 1) if total % m == 0), key=lambda m: abs(m - n))
+        raise InputError(f"num_inference_steps={n}: {type(scheduler).__name__} needs about a divisor of {total}, "
+                         f"for example {near}")  # fmt: skip
+
+
+def _uses_variance(scheduler: SchedulerMixin) -> bool:
+    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    return learned and isinstance(scheduler, DDPMScheduler)
+
+
+def _taking_our_variance(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler, or a copy that expects noise alone: the DPM solvers cut learned-variance output to 3 channels."""
+    if scheduler.config.get("variance_type") is None or isinstance(scheduler, DDPMScheduler):
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, variance_type=None)
+
+
+def _check_objective(scheduler: SchedulerMixin, output: Tensor, latents: Tensor) -> None:
+    objective = objective_of(scheduler)
+    if output.shape[1] != latents.shape[1] * (2 if objective == "ddpm" else 1):
+        raise InputError(
+            f"scheduler={type(scheduler).__name__}: it is for a {objective} model, and this model returns "
+            f"{output.shape[1]} channels for {latents.shape[1]}; its samplers are "
+            + ", ".join(SAMPLERS["flow" if objective == "ddpm" else "ddpm"])
+        )
+
+
+def _accepts(function: Callable, argument: str) -> bool:
+    return argument in inspect.signature(function).parameters

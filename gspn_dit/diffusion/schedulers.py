@@ -1,0 +1,58 @@
+"""Samplers: which of diffusers' schedulers integrate which objective, and with what settings."""
+
+from __future__ import annotations
+
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+)
+
+from gspn_dit.diffusion.ddpm import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS
+from gspn_dit.errors import InputError
+
+SAMPLERS = {"ddpm": ("ddpm", "ddim", "dpm++"), "flow": ("euler", "heun")}
+"""The samplers of each objective; the first is its default."""
+
+_CHAIN = {"num_train_timesteps": NUM_TRAIN_TIMESTEPS, "beta_start": BETA_START, "beta_end": BETA_END,
+          "beta_schedule": "linear", "prediction_type": "epsilon"}  # fmt: skip
+
+
+def create_scheduler(objective: str, sampler: str | None = None) -> SchedulerMixin:
+    """The diffusers scheduler for an objective (`ddpm` or `flow`) and one of its :data:`SAMPLERS`.
+
+    `ddpm` is the ancestral chain with the learned variance over DiT's spacing, `ddim` the deterministic one, `dpm++`
+    second-order multistep DPM-Solver++; `euler` and `heun` integrate the flow, `heun` with two forwards a step.
+
+    Raises :class:`InputError` for an unknown objective, or a sampler that is not the objective's.
+    """
+    if objective not in SAMPLERS:
+        raise InputError(f"objective={objective!r}: wanted one of {', '.join(SAMPLERS)}")
+    sampler = sampler or SAMPLERS[objective][0]
+    if sampler not in SAMPLERS[objective]:
+        raise InputError(
+            f"sampler={sampler!r}: the {objective} objective is sampled with {', '.join(SAMPLERS[objective])}"
+        )
+    match sampler:
+        case "ddpm":
+            return DDPMScheduler(
+                **_CHAIN, variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"
+            )
+        case "ddim":  # trailing: from the noisiest timestep in even steps to clean data
+            return DDIMScheduler(**_CHAIN, clip_sample=False, timestep_spacing="trailing")
+        case "dpm++":
+            return DPMSolverMultistepScheduler(**_CHAIN)
+        case "euler":
+            return FlowMatchEulerDiscreteScheduler()
+        case _:
+            return FlowMatchHeunDiscreteScheduler()
+
+
+def objective_of(scheduler: SchedulerMixin) -> str:
+    """Which objective's network a scheduler integrates: `flow` if it expects a velocity of the flow, else `ddpm`."""
+    # The flow-matching schedulers know no prediction type; the others name theirs.
+    prediction = scheduler.config.get("prediction_type", "flow_prediction")
+    return "flow" if prediction == "flow_prediction" else "ddpm"

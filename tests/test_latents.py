@@ -1,0 +1,316 @@
+"""The latent store: what the encode command writes, how it goes on when killed, and what reading it shows."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from gspn_dit.config import command
+from gspn_dit.data import LatentStore, encode_moments, is_latent_store, load_vae, open_images
+from gspn_dit.data import encode as encode_command
+from gspn_dit.errors import InputError
+
+DIGITS = {
+    "data": "digits",
+    "vae": "digits",
+    "image-size": 32,
+    "split": "test",
+    "shard-size": 200,
+    "batch-size": 50,
+    "num-workers": 0,
+    "device": "cpu",
+}
+
+
+def as_arguments(options):
+    return [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+
+
+def encode(out, **options):
+    """Run the command in this process, on the held-out digits unless told otherwise."""
+    arguments = as_arguments({**DIGITS, "out": out, **options})
+    command(encode_command.main, encode_command.Options, prog="encode", argv=arguments)
+
+
+def refused(capsys, out, **options):
+    """The one line that the command ends with, at exit status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        encode(out, **options)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def checksums(folder):
+    return [shard["sha256"] for shard in json.loads((folder / "manifest.json").read_text())["shards"]]
+
+
+@pytest.fixture(scope="module")
+def digits_store(tmp_path_factory):
+    out = tmp_path_factory.mktemp("latents") / "digits"
+    encode(out, **{"horizontal-flip": "true"})
+    return out
+
+
+@pytest.fixture
+def copied_store(digits_store, tmp_path):
+    """A copy to damage."""
+    for path in digits_store.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_store_holds_the_moments_of_every_image_and_of_its_mirror_image(digits_store):
+    store, images, vae = LatentStore(digits_store), open_images("digits", 32, split="test"), load_vae("digits")
+    assert is_latent_store(digits_store)
+    assert len(store) == len(images) == 500
+    assert [store.label(index) for index in range(500)] == images.labels.tolist()
+    chosen = [0, 199, 200, 399, 400, 499]  # both ends of every shard
+    direct = encode_moments(vae, images.images[chosen])
+    mirrored = encode_moments(vae, images.images[chosen].flip(-1))
+    for row, index in enumerate(chosen):
+        moments, label = store[index]
+        assert moments.dtype == torch.float32
+        assert label == images[index][1]
+        torch.testing.assert_close(moments, direct[row], atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(store.moments(index, flip=True), mirrored[row], atol=2e-3, rtol=2e-3)
+
+
+def test_manifest_says_what_a_reader_needs(digits_store):
+    store = LatentStore(digits_store)
+    assert store.class_names == list("0123456789")
+    assert (store.latent_channels, store.latent_size, store.image_size) == (4, (8, 8), 32)
+    assert store.vae == "digits"
+    assert store.scaling_factor == load_vae("digits").config.scaling_factor
+    assert store.shift_factor is None
+    assert store.manifest["split"] == "test"
+    assert [shard["count"] for shard in store.manifest["shards"]] == [200, 200, 100]
+    with pytest.raises(IndexError):
+        store[500]
+    with pytest.raises(IndexError):
+        store[-1]
+
+
+@pytest.mark.slow
+def test_store_is_mapped_not_read(tmp_path):
+    """Reading a few of 65 MB of latents in a fresh process costs far less private memory than the shard has bytes."""
+    from gspn_dit.data.latents import write_manifest, write_shard
+
+    settings = {"data": "made", "class_names": ["one"], "image_size": 512, "flipped": False, "vae": "made",
+                "scaling_factor": 1.0, "shift_factor": None}  # fmt: skip
+    moments = torch.zeros(1000, 8, 64, 64, dtype=torch.float16)
+    write_shard(tmp_path / "shard-00000.safetensors", moments, None, torch.zeros(1000, dtype=torch.int64), [])
+    write_manifest(tmp_path, settings, ["shard-00000.safetensors"])
+    program = (
+        "import sys; from gspn_dit.data.latents import LatentStore\n"
+        "def private(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))\n"
+        "before = private(); store = LatentStore(sys.argv[1])\n"
+        "assert all(store[i][0].shape == (8, 64, 64) for i in range(0, 1000, 100))\n"
+        "print(private() - before)"
+    )
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is read from /proc")
+    output = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert int(output.stdout) * 1024 < 20e6 < moments.nbytes
+
+
+def test_store_is_read_by_workers_and_survives_pickling(digits_store):
+    store = LatentStore(digits_store)
+    store[0]  # mapped before the workers are forked
+    copy = pickle.loads(pickle.dumps(store))
+    assert torch.equal(copy[321][0], store[321][0])
+    assert len(pickle.dumps(store)) < 20_000  # latents are not carried along
+    batches = list(DataLoader(store, batch_size=100, num_workers=2))
+    assert torch.equal(torch.cat([labels for _, labels in batches]), open_images("digits", 32, split="test").labels)
+    assert torch.equal(batches[3][0][21], store[321][0])
+
+
+@pytest.mark.slow
+def test_a_killed_encoding_goes_on_and_ends_the_same(tmp_path):
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    many = {"shard-size": 10, "batch-size": 5}
+    encode(unbroken, **many)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gspn_dit.data.encode", *as_arguments({**DIGITS, "out": killed, **many})],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stderr=subprocess.DEVNULL,
+    )
+    while not (killed / "shard-00003.safetensors").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not is_latent_store(killed)
+    with pytest.raises(InputError, match="no finished latent store"):
+        LatentStore(killed)
+    kept = {path: path.stat().st_mtime_ns for path in killed.glob("shard-*.safetensors")}
+    assert 4 <= len(kept) < 50
+
+    encode(killed, **many)
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    assert checksums(killed) == checksums(unbroken)
+    assert not list(killed.glob("*.tmp"))
+
+
+def test_an_encoding_is_not_continued_with_other_settings(digits_store, tmp_path, capsys):
+    flip = {"horizontal-flip": "true"}
+    before = checksums(digits_store)
+    assert "split='train'" in refused(capsys, digits_store, split="train", **flip)
+    assert "flipped=False" in refused(capsys, digits_store)
+    assert "shard_size=100" in refused(capsys, digits_store, **flip, **{"shard-size": 100})
+    encode(digits_store, **flip)  # the same once more: nothing to do
+    assert checksums(digits_store) == before
+    (tmp_path / "thesis.tex").write_text("")
+    assert "no latent store" in refused(capsys, tmp_path)
+
+
+def test_verify_names_the_shard_with_a_flipped_byte_and_the_missing_one(copied_store, capsys):
+    check = ["--verify", str(copied_store)]
+    command(encode_command.main, encode_command.Options, prog="encode", argv=check)
+    assert "all 500 images" in capsys.readouterr().out
+
+    path = copied_store / "shard-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    LatentStore(copied_store)  # opening does not read the latents
+    (copied_store / "shard-00002.safetensors").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        command(encode_command.main, encode_command.Options, prog="encode", argv=check)
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "shard-00001.safetensors has changed" in line
+    assert "shard-00002.safetensors is missing" in line
+    assert "shard-00000" not in line
+
+
+def test_opening_finds_missing_and_torn_shards(copied_store):
+    path = copied_store / "shard-00001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors has \d+ bytes instead of \d+: delete it"):
+        LatentStore(copied_store)
+    path.unlink()
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors is missing"):
+        LatentStore(copied_store)
+    encode(copied_store, **{"horizontal-flip": "true"})  # the remedy that the message gives
+    assert path.read_bytes() == content
+    path.write_bytes(bytes(8) + content[8:])
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors is damaged"):
+        LatentStore(copied_store)[250]
+
+
+def test_labels_outside_the_classes_are_found(copied_store):
+    path = copied_store / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": ["0", "1"]}))
+    with pytest.raises(InputError, match=r"labels outside 0 … 1"):
+        LatentStore(copied_store)[499]
+
+
+def test_manifests_that_cannot_be_read_stop_with_a_remedy(copied_store):
+    path = copied_store / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(InputError, match="format 99"):
+        LatentStore(copied_store)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(InputError, match="damaged"):
+        LatentStore(copied_store)
+
+
+def test_flips_are_asked_for_when_encoding(tmp_path):
+    encode(tmp_path / "plain")
+    with pytest.raises(InputError, match="--horizontal-flip true"):
+        LatentStore(tmp_path / "plain").moments(0, flip=True)
+
+
+def test_bad_options_stop_before_any_work(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "image_size=" in refused(capsys, out, data="photos", **{"image-size": 30})
+    assert "--vae" in refused(capsys, out, vae="null")
+    assert "device='gpu'" in refused(capsys, out, device="gpu")
+    assert "batch_size" in refused(capsys, out, **{"batch-size": 0})
+    assert "split" in refused(capsys, out, split="validation")
+    assert "no such folder" in refused(capsys, out, data=tmp_path / "nowhere", split="train")
+    assert not out.exists()
+
+
+def test_shards_without_a_readable_image_leave_no_gap(tmp_path, capsys):
+    root = tmp_path / "images"
+    (root / "only").mkdir(parents=True)
+    for name in "abcdef":
+        (root / "only" / f"{name}.png").write_bytes(b"torn")
+    few = {"data": root, "split": "train", "shard-size": 2}
+    assert "none of its 6 images can be read" in refused(capsys, tmp_path / "none", **few)
+    Image.new("RGB", (40, 40), "white").save(root / "only/b.png")
+    Image.new("RGB", (40, 40), "gray").save(root / "only/f.png")
+    encode(tmp_path / "two", **few)
+    store = LatentStore(tmp_path / "two")
+    assert len(store) == 2
+    white = encode_moments(load_vae("digits"), torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))[0]
+    torch.testing.assert_close(store[0][0], white, atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(store[1][0], white, atol=0.1)
+    assert [Path(path).name for path in store.manifest["skipped"]] == ["a.png", "c.png", "d.png", "e.png"]
+
+
+@pytest.fixture(scope="module")
+def sd_vae(tmp_path_factory):
+    """Stable Diffusion's VAE at random weights, its config as the published ones are: without a shift_factor."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=32,
+        sample_size=256,
+        scaling_factor=0.18215,
+    )
+    folder = tmp_path_factory.mktemp("sd") / "vae"
+    vae.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["shift_factor"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_stable_diffusions_vae_encodes_an_image_folder(sd_vae, tmp_path, capsys, monkeypatch):
+    root = tmp_path / "images"
+    draw = np.random.default_rng(0)
+    for name in ("cat/1.png", "cat/2.png", "dog/3.png", "dog/4.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(root / name)
+    (root / "cat/2.png").write_bytes((root / "cat/2.png").read_bytes()[:3000])
+    monkeypatch.chdir(tmp_path)
+    encode("store", data="images", vae=sd_vae, split="train", **{"image-size": 64, "shard-size": 3, "num-workers": 1})
+
+    printed = capsys.readouterr()
+    assert "cat/2.png" in printed.out + printed.err
+    assert "3 images in 2 shards, 1 unreadable files left out" in printed.out
+    monkeypatch.chdir("/")
+    store = LatentStore(tmp_path / "store")
+    assert [Path(path).name for path in store.manifest["skipped"]] == ["2.png"]
+    assert [store.label(index) for index in range(len(store))] == [0, 1, 1]
+    assert store.class_names == ["cat", "dog"]
+    assert store.latent_size == (8, 8)
+    assert (store.scaling_factor, store.shift_factor) == (0.18215, None)
+
+    vae = load_vae(store.vae)
+    assert sum(parameter.numel() for parameter in vae.parameters()) == pytest.approx(83.7e6, abs=0.05e6)
+    images = open_images(root, 64)
+    posterior = vae.encode(torch.stack([images[index][0] for index in (0, 2, 3)]) / 127.5 - 1).latent_dist
+    expected = torch.cat([posterior.mean, posterior.logvar], dim=1)
+    torch.testing.assert_close(torch.stack([moments for moments, _ in store]), expected, atol=1e-3, rtol=2e-3)

@@ -1,0 +1,311 @@
+"""What must hold for `propagate` on every backend (the numbered properties of its definition)."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gspn_dit.errors import InputError
+from gspn_dit.ops import propagate
+from gspn_dit.ops.backends import BACKENDS, status
+from gspn_dit.ops.reference import line_weights, propagate_reference
+
+DIRECTIONS = ("down", "up", "right", "left")
+AVAILABLE = [name for name in BACKENDS if status(name).available]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    state = status(request.param)
+    if not state.available:
+        pytest.skip(f"{request.param}: {state.detail}")
+    return request.param
+
+
+def operands(b, h, w, c, k, g, *, dtype=torch.float64, seed=0, requires_grad=False):
+    """Random x, gates, λ, u."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (b, h, w, c), (b, h, w, k, 3, g), (b, h, w, k, g), (b, h, w, k, g)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [tensor.requires_grad_(requires_grad) for tensor in tensors]
+
+
+def test_a_compiler_gives_the_cpu_kernel():
+    import shutil
+
+    assert ("cpu" in AVAILABLE) == (shutil.which(os.environ.get("CXX", "c++")) is not None)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+def test_ones_count_the_lines_of_the_chunk(backend, direction, chunk):
+    # Rows of the weights sum to 1, at the borders too, so that ones stay equal along a line and grow by λx = 1.
+    h, w = 7, 5
+    gates = torch.randn(1, h, w, 1, 3, 2)
+    y = propagate(torch.ones(1, h, w, 4), gates, torch.ones(1, h, w, 1, 2), chunk=chunk, directions=[direction],
+                  backend=backend)  # fmt: skip
+    lines = h if direction in ("down", "up") else w
+    n = chunk or lines
+    for line in range(lines):
+        first, last = line // n * n, min(line // n * n + n, lines) - 1
+        expected = line - first + 1 if direction in ("down", "right") else last - line + 1
+        on_line = y[:, line] if direction in ("down", "up") else y[:, :, line]
+        torch.testing.assert_close(on_line, torch.full_like(on_line, expected))
+
+
+def rotate(tensor, order):
+    """A quarter turn of the map, counter-clockwise; the K axis (if any) put into the given order."""
+    turned = tensor.rot90(1, (1, 2))
+    return turned if order is None else turned[:, :, :, order]
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_rotating_the_map_rotates_the_output(backend, chunk):
+    x, gates, lam, out = operands(2, 6, 4, 6, 4, 3)
+    y = propagate(x, gates, lam, out, chunk=chunk, backend=backend)
+    # Under this turn a scan going down goes right, up → left, right → up, left → down. A neighbour at +1 along a row
+    # lies at -1 along a column afterwards, while columns become rows in order.
+    order = [3, 2, 0, 1]  # which old direction stands at down, up, right, left of the turned map
+    turned_gates = rotate(gates, order)
+    turned_gates = torch.cat([turned_gates[:, :, :, :2], turned_gates[:, :, :, 2:].flip(4)], dim=3)
+    turned = propagate(
+        rotate(x, None), turned_gates, rotate(lam, order), rotate(out, order), chunk=chunk, backend=backend
+    )
+    torch.testing.assert_close(turned, rotate(y, None))
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_flipping_the_map_flips_the_output(backend, chunk):
+    x, gates, lam, out = operands(1, 6, 4, 6, 4, 2)
+    y = propagate(x, gates, lam, out, chunk=chunk, backend=backend)
+    order = [1, 0, 2, 3]  # upside down: up and down change places, neighbours along a column too
+    flipped_gates = gates.flip(1)[:, :, :, order]
+    flipped_gates = torch.cat([flipped_gates[:, :, :, :2], flipped_gates[:, :, :, 2:].flip(4)], dim=3)
+    flipped = propagate(
+        x.flip(1), flipped_gates, lam.flip(1)[:, :, :, order], out.flip(1)[:, :, :, order], chunk=chunk, backend=backend
+    )
+    torch.testing.assert_close(flipped, y.flip(1))
+
+
+def test_chunk_of_the_map_is_global_and_chunk_of_one_is_pointwise(backend):
+    x, gates, lam, out = operands(1, 5, 7, 6, 4, 3)
+    whole = propagate(x, gates, lam, out, backend=backend)
+    for chunk in (7, 8, 100):
+        torch.testing.assert_close(propagate(x, gates, lam, out, chunk=chunk, backend=backend), whole, rtol=0, atol=0)
+    pointwise = (out * lam).sum(dim=3).repeat_interleave(2, dim=-1) * x
+    torch.testing.assert_close(propagate(x, gates, lam, out, chunk=1, backend=backend), pointwise)
+
+
+SHAPES = [
+    # B, H, W, C, K, G, chunk
+    (2, 3, 5, 4, 4, 2, None),
+    (1, 5, 3, 4, 4, 4, 2),
+    (1, 1, 6, 3, 3, 1, 4),
+    (1, 6, 1, 3, 2, 3, None),
+    (2, 1, 1, 5, 4, 5, 1),
+    (1, 7, 6, 5, 1, 1, 3),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_out", [True, False])
+def test_gradcheck(backend, shape, with_out):
+    *sizes, chunk = shape
+    inputs = operands(*sizes, requires_grad=True)[: 4 if with_out else 3]
+    directions = DIRECTIONS[: sizes[4]]
+    assert torch.autograd.gradcheck(
+        lambda *a: propagate(*a, chunk=chunk, directions=directions, backend=backend), inputs, fast_mode=True
+    )
+
+
+LARGER = [
+    (2, 9, 13, 64, 4, 1, None),
+    (1, 12, 8, 130, 4, 2, 4),  # a group wider than a slab, and not a multiple of it
+    (1, 11, 5, 67, 4, 67, 3),
+    (1, 70, 66, 32, 4, 2, None),  # a map large enough for narrow slabs
+    (1, 66, 70, 48, 2, 48, 16),
+    (3, 8, 8, 24, 4, 3, 2),
+]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n != "reference"])
+@pytest.mark.parametrize(("shape", "dtype"), list(itertools.product(LARGER, TOLERANCE)), ids=str)
+def test_kernels_agree_with_the_reference(name, shape, dtype):
+    if name not in AVAILABLE:
+        pytest.skip(status(name).detail)
+    *sizes, chunk = shape
+    inputs = operands(*sizes, dtype=dtype, requires_grad=True)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    directions = DIRECTIONS[-sizes[4] :]
+    y = propagate(*inputs, chunk=chunk, directions=directions, backend=name)
+    expected = propagate_reference(*exact, chunk, directions)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad(y, inputs, grad.to(dtype))
+    exact_grads = torch.autograd.grad(expected, exact, grad.to(dtype).double())
+    for ours, theirs in zip((y, *grads), (expected, *exact_grads), strict=True):
+        assert ours.dtype == dtype
+        scale = theirs.abs().max().clamp_min(1)
+        torch.testing.assert_close(ours.double() / scale, theirs / scale, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_strides_are_the_callers(backend):
+    x, gates, lam, out = operands(1, 4, 5, 6, 4, 3)
+    y = propagate(x, gates, lam, out, backend=backend)
+    # a head that puts a group's 12 logits and 4 λ side by side, an x in channels-first memory, an expanded u
+    head = torch.cat([gates.permute(0, 1, 2, 5, 3, 4).flatten(-2), lam.permute(0, 1, 2, 4, 3)], dim=-1)
+    gate_view = head[..., :12].unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3)
+    lam_view = head[..., 12:].transpose(3, 4)
+    x_view = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert not any(view.is_contiguous() for view in (gate_view, lam_view, x_view))
+    torch.testing.assert_close(propagate(x_view, gate_view, lam_view, out, backend=backend), y, rtol=0, atol=1e-12)
+    one = torch.ones(1, 1, 1, 1, 1, dtype=x.dtype).expand_as(out)
+    torch.testing.assert_close(
+        propagate(x, gates, lam, one, backend=backend), propagate(x, gates, lam, backend=backend)
+    )
+
+
+def test_weights_are_row_stochastic_for_logits_of_any_size():
+    for scale in (0, 1, 1e4, -1e4):
+        logits = torch.randn(6, 3, 2) + scale
+        weights = line_weights(logits)
+        assert (weights >= 0).all()
+        torch.testing.assert_close(weights.sum(dim=-2), torch.ones(6, 2))
+        assert (weights[0, 0] == 0).all() and (weights[-1, 2] == 0).all()
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, [1e4, -1e4, 0], [-1e4, -1e4, 1e4], [-1e4, -2e4, -3e4]])
+def test_extreme_logits_stay_finite(backend, value):
+    gates = torch.zeros(1, 4, 4, 4, 3, 1) + torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1)
+    inputs = [torch.ones(1, 4, 4, 2), gates, torch.ones(1, 4, 4, 4, 1)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    y = propagate(*inputs, directions=DIRECTIONS, backend=backend)
+    # h at line n of a direction is n: down + up = 5, right + left = 5
+    torch.testing.assert_close(y, torch.full_like(y, 10.0))
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(y.sum(), inputs))
+
+
+def test_opcheck():
+    inputs = [tensor.requires_grad_() for tensor in operands(1, 4, 3, 4, 4, 2, dtype=torch.float32)]
+    for name in AVAILABLE:
+        for out in (inputs[3], None):
+            torch.library.opcheck(
+                torch.ops.gspn_dit.propagate.default, (*inputs[:3], out, 2, [0, 1, 2, 3], name), atol=1e-5, rtol=1e-5
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic):
+    inputs = operands(1, 4, 5, 8, 4, 2, dtype=torch.float32, requires_grad=True)
+
+    def function(x, gates, lam, out):
+        return propagate(x.sin(), gates, lam.sigmoid(), out, chunk=2).square()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    y, expected = compiled(*inputs), function(*inputs)
+    torch.testing.assert_close(y, expected)
+    grads = torch.autograd.grad(y.sum(), inputs)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected.sum(), inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_threads_and_repeats_give_the_same_bits(backend):
+    inputs = operands(2, 10, 9, 64, 4, 2, dtype=torch.float32, requires_grad=True)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            y = propagate(*inputs, chunk=4, backend=backend)
+            results.append((y, *torch.autograd.grad(y.sum(), inputs)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_works_under_autocast_and_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    x, gates, lam, out = operands(1, 4, 4, 8, 4, 2, dtype=torch.float32, requires_grad=True)
+    y = checkpoint(lambda *a: propagate(*a, chunk=2), x, gates, lam, out, use_reentrant=False)
+    expected = propagate(x, gates, lam, out, chunk=2)
+    for a, b in zip(
+        torch.autograd.grad(y.sum(), (x, gates)), torch.autograd.grad(expected.sum(), (x, gates)), strict=True
+    ):
+        assert torch.equal(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = [t.bfloat16() for t in (x, gates, lam, out)]
+        assert propagate(*low).dtype == torch.bfloat16
+
+
+def bad_calls():
+    x, gates, lam, out = operands(1, 4, 4, 6, 4, 3, dtype=torch.float32)
+    yield "x", dict(x=x[0])
+    yield "x", dict(x=x.long())
+    yield "x", dict(x=x[:, :0])
+    yield "gates", dict(gates=gates[:, :3])
+    yield "gates", dict(gates=gates.transpose(3, 4))
+    yield "gates", dict(gates=gates.double())
+    yield "gates", dict(gates=gates.to("meta"))
+    yield "lam", dict(lam=lam[..., :2].repeat(1, 1, 1, 1, 2))
+    yield "lam", dict(lam=lam.bfloat16())
+    yield "out", dict(out=out[..., :1])
+    yield "chunk", dict(chunk=0)
+    yield "chunk", dict(chunk=2.0)
+    yield "directions", dict(directions=("down", "up", "right", "diagonal"))
+    yield "directions", dict(directions=("down", "down", "right", "left"))
+    yield "directions", dict(directions=())
+    yield "gates", dict(directions=("down",))
+    yield "backend", dict(backend="tpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), list(bad_calls()), ids=lambda v: v if isinstance(v, str) else next(iter(v))
+)
+def test_bad_input_is_named(name, change):
+    x, gates, lam, out = operands(1, 4, 4, 6, 4, 3, dtype=torch.float32)
+    with pytest.raises(InputError, match=rf"^{name}\b"):
+        propagate(**{**dict(x=x, gates=gates, lam=lam, out=out), **change})
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+def test_without_a_compiler_the_reference_runs_and_one_warning_says_so(tmp_path):
+    code = (
+        "import torch; from gspn_dit.ops import propagate\n"
+        "a = torch.ones(1, 3, 3, 2), torch.zeros(1, 3, 3, 4, 3, 1), torch.ones(1, 3, 3, 4, 1)\n"
+        "for _ in range(3): y = propagate(*a)\n"
+        "print(float(y[0, 0, 0, 0]))"
+    )
+    result = run(code, CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "8.0"  # 1 + 3 + 1 + 3
+    assert result.stderr.count("reference operator") == 1
+    assert "no-such-compiler" in result.stderr
+
+
+def test_a_compiler_that_fails_is_named(tmp_path):
+    broken = tmp_path / "broken-compiler"
+    broken.write_text("#!/bin/sh\necho 'fatal error: out of patience' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    result = subprocess.run(
+        [sys.executable, "-m", "gspn_dit.ops"], capture_output=True, text=True, check=False,
+        env={**os.environ, "CXX": str(broken), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("cpu")]
+    assert "not available" in line and "did not compile" in line
+    assert not list((tmp_path / "cache").iterdir())  # nothing half-built is left
+
+
+def test_report_names_every_backend():
+    result = subprocess.run([sys.executable, "-m", "gspn_dit.ops"], capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in result.stdout.splitlines()] == list(BACKENDS)
