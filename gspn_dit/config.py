@@ -46,7 +46,7 @@ class DataConfig:
     """What it learns from.
 
     Args:
-        source: `digits`, `photos`, a folder of `class/*.jpg`, or a latent store made by `python -m gspn_dit.data.encode`.
+        source: `digits`, `photos`, a folder of `class/*.jpg`, or a store made by `python -m gspn_dit.data.encode`.
         vae: `digits`, a hub name or a local folder of a diffusers AutoencoderKL.
         image_size: Side of the square images in pixels.
         horizontal_flip: Mirror half of the images, at random.
@@ -106,7 +106,6 @@ class TrainingConfig:
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay.
         trackers: accelerate trackers, for example `[tensorboard]`.
-        resume: `auto` continues from the newest checkpoint, `no` starts afresh, or a checkpoint folder.
     """
 
     max_steps: int = 400_000
@@ -128,7 +127,6 @@ class TrainingConfig:
     checkpoint_every: int = 10_000
     keep_checkpoints: int = 3
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    resume: str = "no"
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every",
@@ -173,6 +171,7 @@ class Config:
 
     Args:
         output_dir: The run's folder.
+        resume: `auto` continues the run in output_dir from its newest checkpoint (or starts it); `no` starts it.
         seed: Seed of the weights, the data order and every random draw.
         model: Which network.
         data: What it learns from.
@@ -182,6 +181,7 @@ class Config:
     """
 
     output_dir: str = "runs/default"
+    resume: Literal["auto", "no"] = "no"
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,0 +1,1 @@
+"""Training: the data stream, the loop, its checkpoints and its record."""

@@ -1,0 +1,176 @@
+"""What turns images into features: torch-fidelity extractors whose weights are checked before they are used.
+
+torch-fidelity 0.4 unpickles a weights file with `weights_only=False`, which runs whatever code the file carries, so no
+file from outside reaches it: ours are opened here, as plain tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3, register_feature_extractor
+from torch_fidelity import feature_extractor_inceptionv3 as published
+from torch_fidelity.utils import create_feature_extractor
+
+from gspn_dit.errors import InputError
+from gspn_dit.fid import digits_classifier
+from gspn_dit.fid.digits_classifier import DigitsClassifier
+from gspn_dit.weights import packaged
+
+FeatureName = Literal["inception", "digits"]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A feature extractor, and which of its outputs mean what.
+
+    Args:
+        name: `inception` or `digits`.
+        network: Called with uint8 (B, 3, H, W), returns a tuple of float32 (B, features), one for each layer asked for.
+        weights: The file its weights came from.
+        frechet_key: What a Fréchet distance of these features is called: `fid` for Inception's, `fd` for others.
+        features: Layer of the Fréchet distance.
+        logits: Layer of the Inception Score.
+        image_size: The only side of images it takes, or None for any.
+        num_classes: If its logits are the classes that samples are asked for, how many; else None.
+    """
+
+    name: FeatureName
+    network: FeatureExtractorBase
+    weights: Path
+    frechet_key: str
+    features: str
+    logits: str
+    image_size: int | None = None
+    num_classes: int | None = None
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights file, in hex."""
+        with self.weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def create_extractor(name: FeatureName, weights: str | None = None, *, device: torch.device | str = "cpu") -> Extractor:
+    """The extractor of that name, in eval mode on the device.
+
+    Args:
+        name: `inception`, torch-fidelity's InceptionV3 of the published FID; or `digits`, the digits classifier.
+        weights: File of its weights. None takes the packaged ones for `digits`, and for `inception` torch-fidelity's
+            published file from torch.hub's cache, downloading it if it is not there.
+
+    Raises:
+        InputError: If the file is missing or is not that network's weights, or can be had neither way.
+    """
+    if weights is not None and not Path(weights).is_file():
+        raise InputError(f"weights={weights}: no such file")
+    if name == "digits":
+        file = Path(weights) if weights else packaged("digits_classifier.safetensors")
+        network = _create(DigitsFeatures, file, device)
+        only = {"image_size": digits_classifier.IMAGE_SIZE, "num_classes": digits_classifier.NUM_CLASSES}
+        return Extractor(name, network, file, "fd", *network.features_list, **only)
+    file = Path(weights) if weights else published_inception_weights()
+    network = _create(InceptionFeatures, file, device)
+    return Extractor(name, network, file, "fid", *network.features_list)
+
+
+class InceptionFeatures(FeatureExtractorInceptionV3):
+    """torch-fidelity's InceptionV3 (the TensorFlow network of the published FID, Heusel et al., arXiv 1706.08500)."""
+
+    def __init__(self, name: str, features_list: Sequence[str], feature_extractor_weights_path: str, **options) -> None:
+        checked = io.BytesIO()
+        torch.save(_plain_tensors(Path(feature_extractor_weights_path)), checked)
+        checked.seek(0)
+        try:
+            super().__init__(name, features_list, feature_extractor_weights_path=checked, **options)
+        except RuntimeError as error:  # load_state_dict's, of one line a key
+            raise InputError(
+                f"weights={feature_extractor_weights_path}: not torch-fidelity's InceptionV3 "
+                f"({' '.join(str(error).split())[:200]} …); wanted {_published_name()}"
+            ) from error
+
+
+class DigitsFeatures(FeatureExtractorBase):
+    """The digits classifier as a torch-fidelity extractor: layers `64` (penultimate) and `logits`."""
+
+    def __init__(self, name: str, features_list: Sequence[str], feature_extractor_weights_path: str, **_) -> None:
+        super().__init__(name, features_list)
+        self.classifier = DigitsClassifier.load(feature_extractor_weights_path)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features = self.classifier.features(images)
+        layers = {"64": features, "logits": self.classifier.classify(features)}
+        return tuple(layers[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "64", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "64"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return True
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        return torch.zeros(1, 3, digits_classifier.IMAGE_SIZE, digits_classifier.IMAGE_SIZE, dtype=torch.uint8)
+
+
+REGISTERED = {InceptionFeatures: "gspn-dit-inception", DigitsFeatures: "gspn-dit-digits"}
+for _extractor, _name in REGISTERED.items():
+    register_feature_extractor(_name, _extractor)
+
+
+def published_inception_weights() -> Path:
+    """torch-fidelity's weights file in torch.hub's cache, downloaded and checked against its hash if not there yet.
+
+    Raises:
+        InputError: If it cannot be downloaded; the message says what to fetch and where to put it.
+    """
+    file = Path(torch.hub.get_dir(), "checkpoints", _published_name())
+    if file.exists():
+        return file
+    url = published.URL_INCEPTION_V3
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2])
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: another hash than the name's
+        raise InputError(
+            f"weights: the Inception weights are not here and could not be downloaded ({error}); "
+            f"fetch {url} and put it at {file}, or name your copy with --weights"
+        ) from error
+    return file
+
+
+def _create(extractor: type[FeatureExtractorBase], file: Path, device: torch.device | str) -> FeatureExtractorBase:
+    layers = [extractor.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")]
+    network = create_feature_extractor(
+        REGISTERED[extractor], layers, cuda=False, verbose=False, feature_extractor_weights_path=str(file)
+    )
+    return network.to(device)
+
+
+def _published_name() -> str:
+    return published.URL_INCEPTION_V3.rpartition("/")[2]
+
+
+def _plain_tensors(file: Path) -> dict[str, Tensor]:
+    """A state dict read without running anything the file carries."""
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged or hostile pickle raises is anyone's guess
+        raise InputError(f"weights={file}: not a file of plain tensors; wanted {_published_name()}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(f"weights={file}: not a dictionary of tensors; wanted {_published_name()}")
+    return weights

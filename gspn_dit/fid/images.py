@@ -1,0 +1,184 @@
+"""The images that are scored: a folder, an npz batch, or one of the named datasets."""
+
+from __future__ import annotations
+
+import csv
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from gspn_dit.data import open_images
+from gspn_dit.data.imagefolder import SUFFIXES, to_rgb
+from gspn_dit.errors import InputError
+
+LABELS_FILE = "labels.csv"
+NAMED = {
+    "digits": ("digits", "train"),
+    "digits:test": ("digits", "test"),
+    "photos": ("photos", "train"),
+    "photos:test": ("photos", "test"),
+}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one size, read when they are asked for.
+
+    Args:
+        source: What it was opened from.
+        count: How many images there are.
+        image_size: Their (height, width) in pixels.
+        read: Gives image i as uint8 (3, height, width); safe to call from several threads.
+        labels: The class each image was asked for, or None where that is not known.
+    """
+
+    source: str
+    count: int
+    image_size: tuple[int, int]
+    read: Callable[[int], Tensor]
+    labels: list[int] | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def open_samples(source: str, argument: str = "samples") -> ImageSet:
+    """Open a folder of images or an npz batch.
+
+    A folder is searched with its subfolders; its `labels.csv`, if it has one, gives `file,label` for every image, the
+    file relative to the folder. An npz holds uint8 (N, H, W, 3) as `arr_0`, and labels (N,) as `labels` if it has any.
+
+    Raises:
+        InputError: If there is nothing there, an image cannot be read, sizes differ, or labels do not match the images.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _open_folder(path, argument)
+    if not path.exists():
+        raise InputError(f"{argument}={source}: no such folder or npz file")
+    if path.suffix != ".npz":
+        raise InputError(f"{argument}={source}: wanted a folder of images or an .npz file")
+    return _open_npz(path, argument)
+
+
+def open_reference(source: str, image_size: tuple[int, int]) -> ImageSet:
+    """Open what samples are compared with: a folder, an npz batch, or a named dataset at the samples' size.
+
+    Names are `digits` and `photos` for the training split, which FID compares with by custom, and `digits:test` and
+    `photos:test` for the held-out one. A folder of such a name is reached as `./digits`.
+
+    Raises:
+        InputError: As :func:`open_samples`; also for a named dataset if the samples are not square.
+    """
+    if source not in NAMED:
+        return open_samples(source, "reference")
+    if image_size[0] != image_size[1]:
+        raise InputError(
+            f"reference={source}: its images are square, the samples are {_size(image_size)}; "
+            "wanted square samples, or a folder of references"
+        )
+    name, split = NAMED[source]
+    try:
+        dataset = open_images(name, image_size[0], split=split)
+    except InputError as error:
+        raise InputError(f"reference={source}: not at the samples' size {_size(image_size)} ({error})") from error
+    return ImageSet(source, len(dataset), image_size, lambda i: dataset[i][0])
+
+
+def _open_folder(folder: Path, argument: str) -> ImageSet:
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in found if not path.name.startswith("."))
+    if not files:
+        raise InputError(f"{argument}={folder}: no images in it; wanted files ending in {' '.join(SUFFIXES)}")
+    first = _header_size(files[0])
+    for file in tqdm(files, desc=f"checking {argument}", unit="image", leave=False):
+        if (size := _header_size(file)) != first:
+            raise InputError(
+                f"{argument}={folder}: images differ in size, {files[0].name} is {_size(first)} and "
+                f"{file.name} {_size(size)}; wanted one size"
+            )
+    return ImageSet(str(folder), len(files), first, lambda i: _read_file(files[i]), _read_labels(folder, files))
+
+
+def _header_size(file: Path) -> tuple[int, int]:
+    """(height, width) from the file's header."""
+    try:
+        with Image.open(file) as image:
+            return image.height, image.width
+    except Exception as error:
+        raise _unreadable(file, error) from error
+
+
+def _read_file(file: Path) -> Tensor:
+    try:
+        with Image.open(file) as image:
+            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+    except Exception as error:  # Pillow's decoders raise a different class for each way a file can be broken
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    return InputError(f"{file}: not a readable image ({' '.join(str(error).split())}); remove it or make it again")
+
+
+def _read_labels(folder: Path, files: list[Path]) -> list[int] | None:
+    """One label an image, in the order of the files, from `labels.csv`; None if there is no such file."""
+    path = folder / LABELS_FILE
+    if not path.exists():
+        return None
+    with path.open(newline="") as lines:
+        rows = csv.DictReader(lines)
+        if not {"file", "label"} <= set(rows.fieldnames or ()):
+            raise InputError(f"{path}: wanted the header file,label; got {','.join(rows.fieldnames or ())!r}")
+        label_of = {row["file"]: row["label"] for row in rows}
+    names = [file.relative_to(folder).as_posix() for file in files]
+    if unlabelled := [name for name in names if name not in label_of]:
+        raise InputError(f"{path}: no label for {unlabelled[0]} ({len(unlabelled)} of {len(names)} images have none)")
+    if missing := sorted(label_of.keys() - set(names)):
+        raise InputError(f"{path}: {missing[0]} has a label but is not in the folder ({len(missing)} such)")
+    if wrong := [name for name in names if not (label_of[name] or "").isdecimal()]:
+        raise InputError(f"{path}: label={label_of[wrong[0]]!r} of {wrong[0]}: wanted a class number")
+    return [int(label_of[name]) for name in names]
+
+
+def _open_npz(path: Path, argument: str) -> ImageSet:
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{argument}={path}: not a readable npz file")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if "arr_0" not in arrays:
+                raise InputError(f"{argument}={path}: no arr_0 in it (it holds {', '.join(arrays) or 'nothing'})")
+            images = arrays["arr_0"]
+            labels = arrays.get("labels")
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{argument}={path}: not an npz file of plain arrays ({error})") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+        raise InputError(
+            f"{argument}={path}: arr_0 is {images.dtype} {images.shape}; wanted uint8 (N, H, W, 3) with N ≥ 1"
+        )
+    if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
+        raise InputError(
+            f"{argument}={path}: labels is {labels.dtype} {labels.shape}; wanted {len(images)} class numbers"
+        )
+    return ImageSet(
+        str(path),
+        len(images),
+        images.shape[1:3],
+        lambda i: torch.from_numpy(images[i]).permute(2, 0, 1),
+        None if labels is None else labels.tolist(),
+    )
+
+
+def _size(image_size: tuple[int, int]) -> str:
+    height, width = image_size
+    return f"{height}x{width}"

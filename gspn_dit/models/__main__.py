@@ -1,0 +1,36 @@
+"""`python -m gspn_dit.models`: the table of models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gspn_dit.config import command
+from gspn_dit.models.counting import count_macs, count_parameters
+from gspn_dit.models.presets import create_model, list_models
+
+
+@dataclass
+class Options:
+    """What to list.
+
+    Args:
+        names: Models to count, for example `[dit-xl-2,gspn-dit-xl-2]`; null is all of them.
+    """
+
+    names: list[str] | None = None
+
+
+def main(options: Options) -> None:
+    """List models: name, parameters, and multiply-accumulates (GMACs) of one image of 256 and 512 pixels a side."""
+    with torch.device("meta"):
+        models = {name: create_model(name) for name in options.names or list_models()}
+    print(f"{'name':<16}{'parameters':>14}{'GMACs at 256':>14}{'at 512':>10}")
+    for name, model in models.items():
+        small, large = (f"{count_macs(model, (side, side)) / 1e9:.1f}" for side in (32, 64))  # latents, 8× smaller
+        print(f"{name:<16}{count_parameters(model):>14,}{small:>14}{large:>10}", flush=True)
+
+
+if __name__ == "__main__":
+    command(main, Options, prog="python -m gspn_dit.models")

@@ -1,0 +1,49 @@
+"""What a model costs: its parameters, and the multiplications of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gspn_dit.models.latent_model import LatentModel
+
+
+def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
+    """Numbers in the model's parameters, in ones, not in 2^20."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def count_macs(model: LatentModel, latent_size: tuple[int, int]) -> int:
+    """Multiply-accumulates of one forward pass of one sample, the unit that DiT's paper calls Gflops.
+
+    Counted are matrix products, convolutions and the scans of :func:`gspn_dit.ops.propagate`; norms, activations and
+    other elementwise work are not, as is usual. The model should be on the meta device: nothing need be computed.
+
+    Args:
+        model: One of this package's.
+        latent_size: Height and width of the latents, divisible by the model's patch.
+    """
+    device = next(model.parameters()).device
+    latents = torch.zeros(1, model.in_channels, *latent_size, device=device)
+    timesteps, class_labels = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.gspn_dit.propagate: _propagate_flops})
+    with counter, torch.no_grad():
+        model(latents, timesteps, class_labels)
+    return counter.get_total_flops() // 2
+
+
+def _propagate_flops(
+    x_shape: Sequence[int],
+    gates_shape: Sequence[int],
+    lam_shape: Sequence[int],
+    out_gate_shape: Sequence[int] | None,
+    *_: object,
+    **__: object,
+) -> int:
+    """Two for each multiplication: three neighbours, λ and, where there is one, u, per channel and direction."""
+    batch, height, width, channels = x_shape
+    directions = lam_shape[3]
+    return 2 * batch * height * width * channels * directions * (4 if out_gate_shape is None else 5)

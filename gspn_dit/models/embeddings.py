@@ -1,0 +1,78 @@
+"""What goes in: patches, times, labels and (for DiT) positions as vectors of the model's width."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class PatchEmbedding(nn.Module):
+    """Every p × p patch of the latents as one token: a convolution whose stride is its kernel (DiT, section 3.2).
+
+    (B, C_in, h, w) to (B, h/p, w/p, C), contiguous with channels last.
+    """
+
+    def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        # Turning the few latent channels here lets the convolution write its many channels last, without a copy.
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        return self.proj(latents).permute(0, 2, 3, 1).contiguous()
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of the timestep at 256 frequencies from 1 down to 1/10000 per step, then an MLP.
+
+    (B,) on the scale 0 to 1000, whole or not, to (B, C).
+    """
+
+    num_frequencies = 256
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        for layer in (self.mlp[0], self.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        angles = timesteps.float()[:, None] * _frequencies(self.num_frequencies // 2, timesteps.device)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """One learned vector a class and one more, the last, for "no class": (B,) long to (B, C)."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def forward(self, class_labels: Tensor) -> Tensor:
+        return self.embedding_table(class_labels)
+
+
+def sincos_positions(height: int, width: int, channels: int, device: torch.device | None = None) -> Tensor:
+    """DiT's fixed position table for a map of any size, (1, height, width, channels), float32.
+
+    A quarter of the channels each: sine and cosine of the column, sine and cosine of the row, at channels / 4
+    frequencies from 1 down to 1/10000 ("Attention Is All You Need", section 3.5, once for each axis).
+    """
+    frequencies = _frequencies(channels // 4, device)
+    column = torch.arange(width, device=device)[:, None] * frequencies  # (W, C/4)
+    row = torch.arange(height, device=device)[:, None] * frequencies  # (H, C/4)
+    column, row = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in (column, row))
+    table = torch.cat([column.expand(height, -1, -1), row[:, None].expand(-1, width, -1)], dim=-1)
+    return table[None]
+
+
+def _frequencies(count: int, device: torch.device | None) -> Tensor:
+    """10000^(-i/count) for i = 0 … count - 1."""
+    return torch.exp(torch.arange(count, device=device) * (-math.log(10_000) / count))

@@ -1,0 +1,254 @@
+"""Class labels to images: the diffusers pipeline, and where it is loaded from."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from gspn_dit import models
+from gspn_dit.config import Config
+from gspn_dit.data import decode, load_vae
+from gspn_dit.data.vae import downsampling
+from gspn_dit.diffusion import create_scheduler, denoise
+from gspn_dit.diffusion.sampling import Generators
+from gspn_dit.errors import InputError
+from gspn_dit.weights import packaged
+
+_PIXELS_A_DECODE = 2**20
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class GSPNDiTPipeline(DiffusionPipeline):
+    """Class-conditional images from a latent diffusion transformer.
+
+        pipe = GSPNDiTPipeline.from_pretrained("exported-folder")
+        images = pipe(["3", "7"], guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
+
+    Args:
+        transformer: A model of `gspn_dit.models`.
+        vae: The autoencoder of its latents.
+        scheduler: Any diffusers scheduler for the model's objective; replace it with
+            `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)` and the like.
+        class_names: The classes' names, by class id.
+        guidance_scale: Default of calls, as are the next two; saved with the pipeline.
+        guidance_interval: Default [low, high].
+        num_inference_steps: Default number of steps.
+
+    Raises :class:`InputError` if the parts do not fit each other.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vae: AutoencoderKL,
+        scheduler: SchedulerMixin,
+        class_names: list[str] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: list[float] | None = None,
+        num_inference_steps: int = 50,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_to_config(
+            class_names=class_names,
+            guidance_scale=guidance_scale,
+            guidance_interval=list(guidance_interval or (0.0, 1.0)),
+            num_inference_steps=num_inference_steps,
+        )
+        channels, wanted = vae.config.latent_channels, transformer.config.in_channels
+        if channels != wanted:
+            raise InputError(f"vae: its latents have {channels} channels, and the transformer takes {wanted}")
+        if class_names is not None and len(class_names) != transformer.config.num_classes:
+            raise InputError(
+                f"class_names: {len(class_names)} names for a transformer of {transformer.config.num_classes} classes"
+            )
+
+    def register_to_config(self, **config: Any) -> None:
+        """Name this package's classes by the package, wherever in it they live: what is saved stays loadable when
+        modules move, and the package is where diffusers looks for the ModelMixin that says how to load them."""
+        for name, value in config.items():
+            if isinstance(value, tuple) and str(value[0]).startswith("gspn_dit."):
+                config[name] = ("gspn_dit", value[1])
+        super().register_to_config(**config)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str],
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+        guidance_interval: tuple[float, float] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """One image for each class label.
+
+        Args:
+            class_labels: Class ids or names, one an image.
+            guidance_scale: Classifier-free guidance, 1 for none; None takes the pipeline's own, as do the others.
+            num_inference_steps: Denoising steps.
+            height: Pixels, a multiple of the VAE's factor times the patch; None takes the trained size.
+            width: As height.
+            generator: One for all, or a list of one an image
+                (`[image_generator(seed, i) for i in …]`, on the CPU, makes an image independent of its batch).
+            guidance_interval: Share of the noise levels at which guidance acts, 0 clean and 1 pure noise.
+            output_type: `pil`; `np` float (B, H, W, 3) or `pt` float (B, 3, H, W), in [0, 1]; `latent`.
+            return_dict: Give an `ImagePipelineOutput`; else a tuple.
+            callback_on_step_end: Called as callback(pipeline, step, timestep, {"latents": …}); the latents in the
+                dictionary it returns go on.
+
+        Raises :class:`InputError` for a class, size or option that cannot be, before any forward.
+        """
+        if output_type not in _OUTPUT_TYPES:
+            raise InputError(f"output_type={output_type!r}: wanted one of {', '.join(_OUTPUT_TYPES)}")
+        labels = self.class_ids([class_labels] if isinstance(class_labels, int | str) else class_labels)
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise InputError(f"generator: a list of {len(generator)} for {len(labels)} class_labels; wanted one each")
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+        shape = (len(labels), self.transformer.config.in_channels, *self.latent_size(height, width))
+        device = self._execution_device
+
+        def callback(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
+            if callback_on_step_end is None:
+                return None
+            return (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents")
+
+        latents = denoise(
+            self.transformer,
+            self.scheduler,
+            randn_tensor(shape, generator=generator, device=device, dtype=torch.float32),
+            torch.tensor(labels, device=device),
+            guidance_scale=self.config.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_interval=tuple(guidance_interval or self.config.guidance_interval),
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            callback=callback,
+            progress=self.progress_bar,
+        )
+        images = latents if output_type == "latent" else self._pictures(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def class_ids(self, class_labels: Sequence[int | str]) -> list[int]:
+        """Class ids of ids or names; a name that is a whole number is an id.
+
+        Raises :class:`InputError` for an id out of range or a name that no class has, with names close to it.
+        """
+        count, names = self.transformer.config.num_classes, self.config.class_names or []
+        ids = []
+        for label in class_labels:
+            if isinstance(label, str) and not re.fullmatch(r"[+-]?\d+", label):
+                if label not in names:
+                    raise InputError(f"class_labels={label!r}: {_remedy_for_name(label, names, count)}")
+                ids.append(names.index(label))
+            elif 0 <= int(label) < count:
+                ids.append(int(label))
+            else:
+                raise InputError(f"class_labels={int(label)}: the model has classes 0 to {count - 1}")
+        return ids
+
+    def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Latent (h, w) of an image of height × width pixels; None is the size the model was made for.
+
+        Raises :class:`InputError` for a size that the VAE or the patch cannot take.
+        """
+        trained = self.transformer.config.sample_size
+        trained = (trained, trained) if isinstance(trained, int) else trained
+        factor, patch = downsampling(self.vae), self.transformer.config.patch_size
+        size = []
+        for name, pixels, default in (("height", height, trained[0]), ("width", width, trained[1])):
+            if pixels is not None and (pixels < 1 or pixels % (factor * patch)):
+                raise InputError(
+                    f"{name}={pixels}: wanted a positive multiple of {factor * patch} pixels "
+                    f"(the VAE's factor {factor} × the patch {patch})"
+                )
+            size.append(default if pixels is None else pixels // factor)
+        return size[0], size[1]
+
+    def _pictures(self, latents: Tensor, output_type: str) -> Any:
+        """Decoded images, a few at a time: the VAE's activations are far larger than the transformer's."""
+        pixels = latents.shape[2] * latents.shape[3] * downsampling(self.vae) ** 2
+        slices = latents.split(max(1, _PIXELS_A_DECODE // pixels))
+        images = torch.cat([decode(self.vae, each) for each in slices])
+        if output_type == "pt":
+            return images.float() / 255
+        images = images.permute(0, 2, 3, 1).cpu().float().numpy() / 255
+        return images if output_type == "np" else self.numpy_to_pil(images)
+
+
+def load_pipeline(path: str | os.PathLike) -> GSPNDiTPipeline:
+    """The pipeline of a run (its newest checkpoint), of one checkpoint, of an exported folder, or `digits`.
+
+    A run's or checkpoint's comes with the averaged weights, and with the run's sampler, guidance and steps as defaults.
+
+    Raises :class:`InputError` if there is none of these, or its files cannot be read.
+    """
+    folder = packaged("digits") if str(path) == "digits" else Path(path)
+    try:
+        if (folder / "model_index.json").is_file():
+            return GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        return _load_checkpoint(_newest_checkpoint(folder))
+    except InputError as error:
+        raise InputError(f"model={str(path)!r}: {error}") from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"model={str(path)!r}: {' '.join(str(error).split())}") from error
+
+
+def _newest_checkpoint(folder: Path) -> Path:
+    """The folder itself if it is a checkpoint, else the newest checkpoint of the run it is."""
+    if not folder.is_dir():
+        raise InputError("no such folder")
+    if (folder / "ema").is_dir():
+        return folder
+    if not (folder / "checkpoints").is_dir() and not (folder / "config.yaml").is_file():
+        raise InputError(
+            "not a run (config.yaml, checkpoints/), a checkpoint (ema/) or an exported pipeline (model_index.json)"
+        )
+    checkpoints = [path.parent for path in (folder / "checkpoints").glob("step-*/ema")]
+    checkpoints = [path for path in checkpoints if path.name.removeprefix("step-").isdecimal()]
+    if not checkpoints:
+        raise InputError("the run has no checkpoint yet; it writes one every training.checkpoint_every steps")
+    return max(checkpoints, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _load_checkpoint(folder: Path) -> GSPNDiTPipeline:
+    config = Config.load(folder / "config.yaml")
+    kind = json.loads((folder / "ema" / "config.json").read_text()).get("_class_name")
+    if kind not in models.__all__ or not kind:
+        raise InputError(f"{folder / 'ema' / 'config.json'}: _class_name={kind!r} is no model of gspn_dit.models")
+    names = folder / "class_names.json"
+    sampling = config.sampling
+    return GSPNDiTPipeline(
+        transformer=getattr(models, kind).from_pretrained(folder / "ema", use_safetensors=True),
+        vae=load_vae(config.data.vae),
+        scheduler=create_scheduler(config.diffusion.objective, sampling.sampler),
+        class_names=json.loads(names.read_text()) if names.is_file() else None,
+        guidance_scale=sampling.guidance_scale,
+        guidance_interval=list(sampling.guidance_interval),
+        num_inference_steps=sampling.num_inference_steps,
+    )
+
+
+def _remedy_for_name(label: str, names: Sequence[str], count: int) -> str:
+    if not names:
+        return f"the model's classes have no names; give ids 0 to {count - 1}"
+    if close := difflib.get_close_matches(label, names, n=3, cutoff=0.5):
+        return f"no class has that name; did you mean {' or '.join(map(repr, close))}?"
+    return f"no class has that name; the first of {len(names)} are {', '.join(map(repr, names[:3]))}"

@@ -1,0 +1,85 @@
+"""A run's record: metrics.csv, and the curves drawn from it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from gspn_dit.pictures import replacing
+
+COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "images_per_second")
+
+
+class Record:
+    """metrics.csv of a run, one line every `log_every` steps.
+
+    Args:
+        folder: The run's folder.
+        step: Lines after this step, left by a run that was cut, are dropped.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / "metrics.csv"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+        with replacing(self.path) as temporary:
+            temporary.write_text(text.getvalue())
+
+    def append(self, row: dict[str, float]) -> None:
+        """Add a line; it is on its way to the disk when this returns."""
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+
+    def draw(self) -> Path:
+        """Draw the loss and the learning rate against the step as loss.png, and return its path."""
+        path = self.path.with_name("loss.png")
+        draw_curves({path.parent.name: read_metrics(self.path)}, path)
+        return path
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.csv, without a last one that was cut short; none if there is no such file."""
+    if not path.is_file():
+        return []
+    rows = []
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            try:
+                values = {name: float(row[name]) for name in COLUMNS}
+            except (TypeError, ValueError):
+                continue
+            rows.append(values | {"step": int(values["step"])})
+    return rows
+
+
+def draw_curves(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Loss curves of one run or several, by name: the logged means, and their running average on top."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, (name, rows) in enumerate(runs.items()):
+        steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+        axes.plot(steps, losses, color=f"C{number}", alpha=0.3, linewidth=1)
+        axes.plot(steps, _running_mean(losses), color=f"C{number}", linewidth=2, label=name)
+    axes.set(xlabel="step", ylabel="training loss")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _running_mean(values: list[float]) -> list[float]:
+    """Each value averaged with those before it, over a tenth of the curve at the end."""
+    means, window = [], max(1, len(values) // 10)
+    for i in range(len(values)):
+        recent = values[max(0, i + 1 - window) : i + 1]
+        means.append(sum(recent) / len(recent))
+    return means

@@ -1,0 +1,148 @@
+"""The training stream: item n is a function of (seed, n) alone.
+
+Everything random about a sample (which image, its mirroring, the posterior's and the diffusion's noise, its time, whether
+its label is dropped) is drawn from a counter-based generator keyed by (seed, n). So a run continues exactly from its step
+number, and sees the same samples whatever the number of processes, workers or accumulation steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from gspn_dit.config import DataConfig
+from gspn_dit.data import ImageDataset, LatentStore, is_latent_store, open_images
+from gspn_dit.errors import InputError
+
+_ORDER = 1 << 63  # keys from here up are epochs' orders, below are samples
+
+
+def open_source(config: DataConfig, seed: int) -> ImageDataset | LatentStore:
+    """The images or the latent store that a configuration names.
+
+    Raises:
+        InputError: If it is not there, or a store was made for another image size, VAE or mirroring.
+    """
+    if not is_latent_store(config.source):
+        return open_images(config.source, config.image_size, seed=seed)
+    store = LatentStore(config.source)
+    if store.image_size != config.image_size:
+        raise InputError(f"data.image_size={config.image_size}: {config.source} holds {store.image_size}-pixel images")
+    if config.horizontal_flip and not store.flipped:
+        raise InputError(
+            f"data.horizontal_flip=True: {config.source} has no mirrored latents; "
+            "encode with --horizontal-flip true, or train with --data.horizontal-flip false"
+        )
+    made_by, wanted = (str(Path(v).resolve()) if Path(v).is_dir() else v for v in (store.vae, config.vae))
+    if made_by != wanted:
+        raise InputError(f"data.vae={config.vae!r}: {config.source} was encoded by {store.vae!r}")
+    return store
+
+
+class TrainingStream(Dataset):
+    """An endless sequence of training samples; every epoch is a new permutation of the source.
+
+    Item n is a dictionary: `moments` (2C, h, w) from a store or `image` uint8 (3, H, W); `posterior_noise` and `noise`
+    (C, h, w) standard normal; `u` uniform in [0, 1), for the time; `class_label`, the null class where it was dropped.
+
+    Args:
+        source: Images or a latent store.
+        latent_shape: (C, h, w).
+        null_class: What a dropped label becomes.
+        class_dropout: Share of labels dropped.
+        horizontal_flip: Mirror half of the images.
+        seed: Of everything random.
+    """
+
+    def __init__(
+        self,
+        source: ImageDataset | LatentStore,
+        *,
+        latent_shape: tuple[int, int, int],
+        null_class: int,
+        class_dropout: float,
+        horizontal_flip: bool,
+        seed: int,
+    ) -> None:
+        self.source = source
+        self.latent_shape = latent_shape
+        self.null_class = null_class
+        self.class_dropout = class_dropout
+        self.horizontal_flip = horizontal_flip
+        self.seed = seed
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        epoch, position = divmod(n, len(self.source))
+        index = int(self._order(epoch)[position])
+        rng = self._rng(n)
+        flip = self.horizontal_flip and rng.random() < 0.5
+        drop = rng.random() < self.class_dropout
+        u = rng.random(dtype=np.float32)
+        posterior_noise, noise = rng.standard_normal((2, *self.latent_shape), dtype=np.float32)
+        if isinstance(self.source, LatentStore):
+            label = self.source.label(index)
+            sample = {"moments": self.source.moments(index, flip)}
+        else:
+            image, label = self.source[index]
+            sample = {"image": image.flip(-1) if flip else image}
+        return sample | {
+            "posterior_noise": torch.from_numpy(posterior_noise),
+            "noise": torch.from_numpy(noise),
+            "u": torch.tensor(u),
+            "class_label": torch.tensor(self.null_class if drop else label),
+        }
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return self._rng(_ORDER + epoch).permutation(len(self.source))
+
+    def _rng(self, key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=np.array([self.seed, key], dtype=np.uint64)))
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_order"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+
+class StepSampler(Sampler):
+    """The stream positions of this process's micro-batches, for steps [first, last): step s is positions [sB, sB + B).
+
+    Args:
+        first: Step to begin with.
+        last: Step to end before.
+        batch_size: B, over all processes and accumulation steps.
+        accumulation: Micro-batches a step.
+        rank: This process.
+        processes: How many there are.
+
+    Raises:
+        InputError: If the batch does not split evenly.
+    """
+
+    def __init__(self, first: int, last: int, *, batch_size: int, accumulation: int, rank: int, processes: int) -> None:
+        self.steps = range(first, last)
+        self.batch_size, self.accumulation, self.rank, self.processes = batch_size, accumulation, rank, processes
+        self.micro_batch, rest = divmod(batch_size, accumulation * processes)
+        if rest:
+            raise InputError(
+                f"training.batch_size={batch_size}: wanted a multiple of {accumulation * processes} "
+                f"({accumulation} accumulation steps × {processes} processes)"
+            )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            for micro in range(self.accumulation):
+                start = step * self.batch_size + (micro * self.processes + self.rank) * self.micro_batch
+                yield list(range(start, start + self.micro_batch))
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.accumulation

@@ -1,0 +1,325 @@
+"""The three families: published counts, names and formulas, and what every model promises its users."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+import gspn_dit
+from gspn_dit.errors import InputError
+from gspn_dit.models import DiT, GSPNDiT, create_model, list_models
+from gspn_dit.models.counting import count_macs, count_parameters
+from gspn_dit.models.dit import Attention
+from gspn_dit.models.embeddings import sincos_positions
+from gspn_dit.models.gspn import GSPNBlock
+
+SMALL = {
+    "dit-ti-2": {"width": 32, "depth": 3, "num_heads": 2},
+    "gspn-ti-2": {"width": 32, "depth": 5},
+    "gspn-dit-ti-2": {"width": 32, "depth": 3, "num_groups": 2},
+}
+
+families = pytest.mark.parametrize("name", SMALL)
+
+
+def small(name: str, **overrides) -> nn.Module:
+    """A small model of a family in which nothing is zero any more, in eval mode."""
+    torch.manual_seed(0)
+    model = create_model(name, **{**SMALL[name], "sample_size": 8, "num_classes": 10, **overrides})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)
+    return model.eval()
+
+
+def inputs(batch: int = 2, height: int = 8, width: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, 4, height, width, generator=random)
+    return latents, torch.rand(batch, generator=random) * 1000, torch.randint(0, 11, (batch,), generator=random)
+
+
+def on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return create_model(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "trainable"),
+    [
+        ("dit-s-2", 32_963_360, 32_865_056),
+        ("dit-b-2", 130_512_416, 130_315_808),
+        ("dit-l-2", 458_102_816, 457_840_672),
+        ("dit-xl-2", 675_129_632, 674_834_720),
+        ("gspn-s-2", 20_151_812, 20_151_812),
+        ("gspn-b-2", 144_016_356, 144_016_356),
+        ("gspn-l-2", 465_230_660, 465_230_660),
+        ("gspn-xl-2", 723_513_260, 723_513_260),
+    ],
+)
+def test_parameters_are_as_published(name, parameters, trainable):
+    model = on_meta(name)
+    assert (count_parameters(model), count_parameters(model, trainable_only=True)) == (parameters, trainable)
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("gspn-dit-")])
+def test_gspn_dit_has_at_most_65_6_percent_of_the_parameters_of_dit(name):
+    assert count_parameters(on_meta(name)) <= 0.656 * count_parameters(on_meta(name.removeprefix("gspn-")))
+
+
+@pytest.mark.parametrize(("size", "gmacs"), [("s", "6.1"), ("b", "23.0"), ("l", "80.7"), ("xl", "118.6")])
+def test_dit_gmacs_are_as_published(size, gmacs):
+    assert f"{count_macs(on_meta(f'dit-{size}-2'), (32, 32)) / 1e9:.1f}" == gmacs
+
+
+def test_gspn_dit_macs_are_those_of_its_layers_and_linear_in_pixels():
+    model = on_meta("gspn-dit-s-2")
+    width, depth, rank, groups = 384, 12, 384 // 16, 6
+    mixer = 3 * width**2 + 9 * width + width * rank + rank * 16 * groups + 4 * 4 * width
+    a_token = 4 * 4 * width + depth * (mixer + 8 * width**2) + width * 4 * 8
+    a_sample = 256 * width + width**2 + 6 * width**2
+    for latent_size in ((32, 32), (64, 64), (16, 48)):
+        tokens = latent_size[0] * latent_size[1] // 4
+        assert count_macs(model, latent_size) == tokens * a_token + a_sample
+
+
+def test_dit_state_dict_has_the_names_of_the_published_checkpoints():
+    block = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"]
+    layers = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", *(f"blocks.0.{layer}" for layer in block),
+              "final_layer.linear", "final_layer.adaLN_modulation.1"]  # fmt: skip
+    expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    expected |= {"pos_embed", "y_embedder.embedding_table.weight"}
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in DiT(depth=1).state_dict().items()}
+    assert set(shapes) == expected
+    assert shapes["pos_embed"] == (1, 256, 1152)
+    assert shapes["x_embedder.proj.weight"] == (1152, 4, 2, 2)
+    assert shapes["y_embedder.embedding_table.weight"] == (1001, 1152)
+
+
+def test_attention_is_softmax_of_scaled_products_in_the_order_of_the_published_weights():
+    torch.manual_seed(0)
+    attention = Attention(12, 3)
+    x = torch.randn(2, 3, 4, 12)
+    q, k, v = (x.flatten(1, 2) @ attention.qkv.weight.T).split(12, dim=-1)
+    heads = []
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        weights = (q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(4)).softmax(dim=-1)
+        heads.append(weights @ v[..., part])
+    expected = torch.cat(heads, dim=-1) @ attention.proj.weight.T
+    torch.testing.assert_close(attention(x).flatten(1, 2), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (3, 5), (1, 7)])
+def test_positions_are_sines_and_cosines_of_column_then_row(height, width):
+    channels = 24
+    table = sincos_positions(height, width, channels)[0]
+    frequencies = [10_000 ** (-i / (channels // 4)) for i in range(channels // 4)]
+    for row in range(height):
+        for column in range(width):
+            angles = [[place * f for f in frequencies] for place in (column, row)]
+            closed = [wave(angle) for axis in angles for wave in (math.sin, math.cos) for angle in axis]
+            torch.testing.assert_close(table[row, column], torch.tensor(closed), atol=1e-5, rtol=0)
+
+
+def test_dit_at_another_size_is_the_dit_made_for_that_size():
+    wide = small("dit-ti-2", sample_size=(4, 12))
+    square = small("dit-ti-2", sample_size=8)
+    square.load_state_dict({k: v for k, v in wide.state_dict().items() if k != "pos_embed"}, strict=False)
+    assert not wide.pos_embed.requires_grad
+    torch.testing.assert_close(square(*inputs(2, 4, 12)), wide(*inputs(2, 4, 12)))
+
+
+@families
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 10), (14, 6), (2, 2)])
+def test_any_size_divisible_by_the_patch_and_any_out_channels(name, height, width):
+    model = small(name, out_channels=4 if height == 4 else 8)
+    y = model(*inputs(3, height, width))
+    assert y.shape == (3, model.config.out_channels, height, width)
+    assert y.isfinite().all()
+
+
+@families
+def test_samples_of_a_batch_are_independent_and_depend_on_time_and_label(name):
+    model = small(name)
+    latents, timesteps, labels = inputs(3)
+    together = model(latents, timesteps, labels)
+    torch.testing.assert_close(model(latents[1:2], timesteps[1:2], labels[1:2]), together[1:2], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(model(latents, timesteps + 50, labels), together, atol=1e-3)
+    null = torch.full_like(labels, model.null_class)
+    assert model.null_class == model.config.num_classes == 10
+    assert not torch.allclose(model(latents, timesteps, null), model(latents, timesteps, null - 1), atol=1e-3)
+
+
+@families
+def test_a_new_model_predicts_exactly_zero(name):
+    model = create_model(name, **SMALL[name])
+    assert model(*inputs()).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", ["dit-ti-2", "gspn-dit-ti-2"])
+def test_new_adaln_zero_blocks_are_the_identity(name):
+    model = create_model(name, **SMALL[name])
+    x, condition = model.embed(*inputs())
+    modulation = model.modulation(condition) if name == "gspn-dit-ti-2" else condition
+    for block in model.blocks:
+        assert torch.equal(block(x, modulation), x)
+
+
+def test_unpatchify_puts_row_column_channel_of_each_token_in_place():
+    model = create_model("dit-ti-2", patch_size=2, out_channels=3)
+    x = torch.randn(2, 3, 5, 2 * 2 * 3)  # (B, H, W, p·p·C_out)
+    image = model.unpatchify(x)
+    assert image.shape == (2, 3, 6, 10)
+    for row in range(6):
+        for column in range(10):
+            first = (row % 2 * 2 + column % 2) * 3
+            assert torch.equal(image[:, :, row, column], x[:, row // 2, column // 2, first : first + 3])
+
+
+@families
+def test_save_and_load_is_bit_equal(name, tmp_path):
+    layers = {} if name.startswith("dit") else {"global_layers": [0, -1], "chunk": 3}
+    model = small(name, sample_size=(4, 8), **layers)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").exists()
+    loaded = type(model).from_pretrained(tmp_path)
+    assert not loaded.training
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in loaded.config.items() if k[0] != "_"} == {
+        k: tuple(v) if isinstance(v, list) else v for k, v in model.config.items() if k[0] != "_"
+    }
+    assert torch.equal(loaded(*inputs(2, 6, 8)), model(*inputs(2, 6, 8)))
+
+
+@families
+def test_gradient_checkpointing_changes_no_gradient(name):
+    model = small(name, **({"stochastic_depth": 0.5} if name == "gspn-ti-2" else {})).train()
+    calls = []
+    model.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        torch.manual_seed(2)
+        model(*inputs(4)).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(calls) == 3  # once, then once more and once recomputed
+    assert len(gradients[0]) == len([p for p in model.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+@families
+def test_bf16_autocast_is_close_to_float32_and_trains(name):
+    model = small(name, **({"stochastic_depth": 0.0} if name == "gspn-ti-2" else {}))
+    for parameter in model.parameters():  # weights of a usual size, so that rounding stays small
+        if parameter.requires_grad and parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
+    exact = model(*inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(*inputs())
+    rounded.float().square().mean().backward()
+    assert (rounded.float() - exact).norm() <= 0.05 * exact.norm()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@families
+def test_compiles_as_one_graph(name):
+    torch._dynamo.reset()
+    model = small(name).train(name != "gspn-ti-2")
+    eager = model(*inputs())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs())
+    torch.testing.assert_close(compiled, eager)
+    compiled.square().mean().backward()
+    from_compiled = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    eager.square().mean().backward()
+    for one, other in zip(from_compiled, (p.grad for p in model.parameters() if p.requires_grad), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_stochastic_depth_keeps_or_drops_whole_branches_and_rises_with_depth():
+    torch.manual_seed(0)
+    block = GSPNBlock(16, chunk=2, drop_chance=0.5, joins=False)
+    x = torch.randn(64, 4, 4, 16)
+    branch = block.eval()(x) - x
+    scales = ((block.train()(x) - x) * branch).sum((1, 2, 3)) / branch.square().sum((1, 2, 3))
+    kept = scales > 1
+    torch.testing.assert_close(scales, kept * 2.0, atol=1e-3, rtol=0)  # so the mean over many is the eval branch
+    assert 16 < kept.sum() < 48
+    chances = [block.drop_chance for block in create_model("gspn-ti-2").blocks]
+    torch.testing.assert_close(torch.tensor(chances), torch.linspace(0, 0.1, 7))
+
+
+@families
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(2, 4, 8, 7)}, "8×7.*divisible by the patch size, 2"),
+        ({0: torch.zeros(2, 3, 8, 8)}, r"latents of shape \(2, 3, 8, 8\): give \(B, 4,"),
+        ({1: torch.zeros(3)}, r"timesteps of shape \(3,\): give .*\(2,\)"),
+        ({2: torch.zeros(2, 1, dtype=torch.long)}, r"class_labels of shape \(2, 1\)"),
+    ],
+)
+def test_misshapen_input_is_refused_by_name(name, change, message):
+    arguments = [change.get(i, argument) for i, argument in enumerate(inputs())]
+    with pytest.raises(InputError, match=message):
+        small(name)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("gspn-dit-x-2", {}, "'gspn-dit-x-2' is unknown: did you mean .*gspn-dit-xl-2"),
+        ("dit-s-2", {"chunk": 2}, "dit-s-2 has no option 'chunk': choose from width, depth, num_heads, mlp_ratio"),
+        ("dit-s-2", {"sample_size": 7}, "sample_size=7: .*patch_size=2"),
+        ("gspn-s-2", {"sample_size": (8, 9)}, "sample_size=.*patch_size=2"),
+        ("dit-s-2", {"num_heads": 5}, "num_heads=5"),
+        ("gspn-s-2", {"depth": 4}, "depth=4: give an odd number"),
+        ("gspn-s-2", {"chunk": 0}, "chunk=0"),
+        ("gspn-s-2", {"stochastic_depth": 1.0}, "stochastic_depth=1.0"),
+        ("gspn-dit-s-2", {"num_groups": 5}, "num_groups=5: give a divisor of width=384"),
+        ("gspn-dit-s-2", {"conv_kernel": 4}, "conv_kernel=4: give an odd number"),
+        ("gspn-dit-s-2", {"global_layers": 13}, "global_layers=13: .*12 layers"),
+        ("gspn-dit-s-2", {"global_layers": [12]}, r"global_layers=\[12\]: .*0 to 11"),
+        ("gspn-dit-s-2", {"num_classes": 0}, "num_classes=0"),
+    ],
+)
+def test_what_a_model_cannot_take_is_refused_by_name(name, overrides, message):
+    with torch.device("meta"), pytest.raises(InputError, match=message):
+        create_model(name, **overrides)
+
+
+def test_depthwise_convolution_needs_no_layout_copies():
+    mixer = GSPNDiT(width=32, depth=2, num_groups=2).blocks[0].mixer
+    value = mixer.value(torch.randn(2, 6, 5, 32))
+    assert mixer.conv(value).is_contiguous()
+    gates, lam = mixer.gates_and_lam(value)
+    assert gates.data_ptr() + 12 * gates.element_size() == lam.data_ptr()  # a group's numbers side by side
+    assert (gates.shape, lam.shape) == ((2, 6, 5, 4, 3, 2), (2, 6, 5, 4, 2))
+
+
+def test_the_package_is_light_to_import_and_finds_its_names():
+    light = "import sys, gspn_dit; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", light], check=False).returncode == 0
+    assert gspn_dit.DiT is DiT
+    assert gspn_dit.create_model is create_model
+    assert gspn_dit.ModelMixin is diffusers.ModelMixin
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = gspn_dit.nothing
+
+
+def test_the_table_counts_the_models_asked_for():
+    command = [sys.executable, "-m", "gspn_dit.models", "--names", "[dit-xl-2,gspn-s-2]"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["dit-xl-2", "675,129,632", "118.6", "524.5"],
+        ["gspn-s-2", "20,151,812", lines[2].split()[2], lines[2].split()[3]],
+    ]

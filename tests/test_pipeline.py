@@ -1,0 +1,212 @@
+"""The diffusers pipeline: what it draws, what it refuses, and that it comes back from every kind of folder."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from made_runs import CLASS_NAMES, make_run, tiny_model, tiny_vae
+from PIL import Image
+
+from gspn_dit.data import decode
+from gspn_dit.diffusion import create_scheduler, image_generator
+from gspn_dit.errors import InputError
+from gspn_dit.models import create_model
+from gspn_dit.pictures import replacing, save_grid
+from gspn_dit.pipeline import GSPNDiTPipeline, load_pipeline
+
+
+def pipeline(name="gspn-dit-ti-2", objective="flow", **options) -> GSPNDiTPipeline:
+    pipe = GSPNDiTPipeline(tiny_model(name, objective), tiny_vae(), create_scheduler(objective),
+                           class_names=CLASS_NAMES, **options)  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generators(*images: int, seed: int = 0) -> list[torch.Generator]:
+    return [image_generator(seed, i) for i in images]
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("dit-ti-2", "ddpm"), ("gspn-ti-2", "ddpm"), ("gspn-dit-ti-1", "flow"), ("dit-ti-4", "flow")],
+)
+def test_image_depends_on_seed_and_index_alone(name, objective):
+    pipe = pipeline(name, objective, guidance_scale=2.0, num_inference_steps=4)
+    labels = [0, 1, 2, 0, 1]
+    together = pipe(labels, generator=generators(*range(5)), output_type="pt").images
+    alone = [pipe([label], generator=generators(i), output_type="pt").images for i, label in enumerate(labels)]
+    assert together.shape == (5, 3, 16, 16)
+    assert float((torch.cat(alone) - together).abs().max()) <= 1.001 / 255
+    assert not torch.equal(together[0], together[3])  # same class, another image
+
+
+def test_noise_is_the_same_to_the_bit():
+    pipe, seen = pipeline(num_inference_steps=1), []
+    pipe.transformer.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0].clone()))
+    for images in [range(5), *([i] for i in range(5))]:
+        pipe([0] * len(images), generator=generators(*images), output_type="latent")
+    assert torch.equal(torch.cat(seen[1:]), seen[0])
+
+
+def test_output_types_are_one_picture():
+    pipe = pipeline(num_inference_steps=2)
+
+    def draw(output_type, **options):
+        return pipe([0, 1], generator=generators(0, 1), output_type=output_type, **options)
+
+    pictures = decode(pipe.vae, draw("latent").images)  # uint8 (2, 3, 16, 16)
+    torch.testing.assert_close(draw("pt").images, pictures.float() / 255)
+    np.testing.assert_allclose(draw("np").images, pictures.permute(0, 2, 3, 1).numpy() / 255, atol=1e-6)
+    for image, picture in zip(draw("pil").images, pictures, strict=True):
+        assert isinstance(image, Image.Image)
+        np.testing.assert_array_equal(np.asarray(image), picture.permute(1, 2, 0))
+    assert torch.equal(draw("pt", return_dict=False)[0], draw("pt").images)
+
+
+def test_labels_and_guidance_change_the_picture():
+    pipe = pipeline(num_inference_steps=3)
+
+    def draw(label, **options):
+        return pipe(label, generator=generators(0), output_type="latent", **options).images
+
+    assert torch.equal(draw("tabby cat"), draw(1))
+    assert not torch.equal(draw(0), draw(1))
+    assert not torch.equal(draw(0), draw(0, guidance_scale=3.0))
+    # Levels of 3 Euler steps are 1, 2/3, 1/3: none in this interval, so guidance never acts.
+    assert torch.equal(draw(0), draw(0, guidance_scale=3.0, guidance_interval=(0.7, 0.9)))
+
+
+@pytest.mark.parametrize("name", ["dit-ti-2", "gspn-ti-2", "gspn-dit-ti-2"])
+def test_other_sizes(name):
+    images = pipeline(name)([0], height=24, width=36, num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 24, 36, 3)
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_swapped_scheduler(kind):
+    pipe = pipeline("dit-ti-2", "ddpm", num_inference_steps=10)
+    ancestral = pipe([0], generator=generators(0), output_type="latent").images
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    swapped = pipe([0], generator=generators(0), output_type="latent").images
+    assert swapped.isfinite().all()
+    assert not torch.equal(ancestral, swapped)
+
+
+def test_callback_on_step_end():
+    steps = []
+
+    def callback(pipe, step, timestep, tensors):
+        steps.append(step)
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else {}
+
+    latents = pipeline()([0], num_inference_steps=3, output_type="latent", callback_on_step_end=callback).images
+    assert steps == [0, 1, 2]
+    assert not latents.any()
+
+
+@pytest.mark.parametrize("class_names", [CLASS_NAMES, None])
+def test_save_and_load_round_trip(tmp_path, class_names):
+    pipe = pipeline("gspn-dit-ti-2", "ddpm", guidance_scale=2.0, num_inference_steps=3, guidance_interval=[0.2, 0.8])
+    pipe.register_to_config(class_names=class_names)
+    before = pipe([0, 1], generator=generators(0, 1), output_type="pt").images
+    pipe.save_pretrained(tmp_path)
+    for loaded in (GSPNDiTPipeline.from_pretrained(tmp_path), load_pipeline(tmp_path)):
+        loaded.set_progress_bar_config(disable=True)
+        assert loaded.config.class_names == class_names
+        assert type(loaded.scheduler) is type(pipe.scheduler)
+        assert torch.equal(loaded([0, 1], generator=generators(0, 1), output_type="pt").images, before)
+
+
+def test_two_class_names_survive(tmp_path):
+    """diffusers reads a pair in model_index.json as a component's library and class, unless told otherwise."""
+    model = create_model("dit-ti-2", sample_size=8, num_classes=2, out_channels=4)
+    GSPNDiTPipeline(model, tiny_vae(), create_scheduler("flow"), class_names=["cat", "dog"]).save_pretrained(tmp_path)
+    assert load_pipeline(tmp_path).config.class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "flow"])
+def test_a_run_and_its_export_draw_alike(tmp_path, objective):
+    run = make_run(tmp_path / "run", objective=objective, steps=(9, 10))
+    (run / "checkpoints" / "step-0000011.tmp" / "ema").mkdir(parents=True)  # one that was being written
+
+    def draw(path):
+        pipe = load_pipeline(path)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe([0], generator=generators(0), output_type="latent").images
+
+    newest = draw(run)
+    assert torch.equal(newest, draw(run / "checkpoints" / "step-0000010"))
+    assert not torch.equal(newest, draw(run / "checkpoints" / "step-0000009"))
+    pipe = load_pipeline(run)
+    assert pipe.config.class_names == CLASS_NAMES
+    assert (pipe.config.guidance_scale, pipe.config.num_inference_steps) == (2.0, 3)
+    assert pipe.config.guidance_interval == [0.1, 0.9]
+    assert not pipe.transformer.training
+    pipe.save_pretrained(tmp_path / "exported")
+    assert torch.equal(newest, draw(tmp_path / "exported"))
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path):
+    run = make_run(tmp_path / "run", steps=())
+    (tmp_path / "empty").mkdir()
+    for path, words in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "not a run"),
+                        (run, "no checkpoint yet")):  # fmt: skip
+        with pytest.raises(InputError, match=words) as error:
+            load_pipeline(path)
+        assert str(path) in str(error.value)
+    run = make_run(tmp_path / "other")
+    (run / "checkpoints" / "step-0000002" / "ema" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InputError, match="model="):
+        load_pipeline(run)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"class_labels": [3]}, "classes 0 to 2"),
+        ({"class_labels": [-1]}, "classes 0 to 2"),
+        ({"class_labels": ["golden retreiver"]}, "did you mean 'golden retriever'"),
+        ({"height": 18}, "height=18: wanted a positive multiple of 4"),
+        ({"width": 0}, "width=0"),
+        ({"guidance_interval": (0.9, 0.1)}, "guidance_interval"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"output_type": "jpg"}, "output_type='jpg'"),
+        ({"generator": generators(0, 1)}, "generator: a list of 2 for 1"),
+    ],
+)
+def test_bad_input_is_refused(options, words):
+    with pytest.raises(InputError, match=words):
+        pipeline()(**{"class_labels": [0], **options})
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="2 names for a transformer of 3"):
+        GSPNDiTPipeline(tiny_model("dit-ti-2", "flow"), tiny_vae(), create_scheduler("flow"), class_names=["a", "b"])
+    pipe = pipeline("dit-ti-2", "flow")
+    pipe.scheduler = create_scheduler("ddpm")
+    with pytest.raises(InputError, match="euler, heun"):
+        pipe([0])
+
+
+def test_grid_shows_every_image(tmp_path):
+    images = torch.arange(1, 6, dtype=torch.uint8).mul(40).view(5, 1, 1, 1).expand(5, 3, 32, 48)
+    save_grid(images, tmp_path / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    # 3 columns and 2 rows, twice as large, margins of 4
+    assert grid.shape == (2 * (64 + 4) + 4, 3 * (96 + 4) + 4, 3)
+    for i in range(5):
+        row, column = divmod(i, 3)
+        tile = grid[4 + row * 68 :, 4 + column * 100 :][:64, :96]
+        assert (tile == 40 * (i + 1)).all()
+    assert (grid[0] == 255).all()
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    def interrupted():
+        with replacing(tmp_path / "file") as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []

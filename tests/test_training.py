@@ -1,0 +1,264 @@
+"""Training as users start it: real processes, real components, tiny models."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_training_stream import make_store
+
+from gspn_dit.config import Config
+from gspn_dit.errors import InputError
+from gspn_dit.pipeline import load_pipeline
+from gspn_dit.training.checkpoints import list_checkpoints
+from gspn_dit.training.loop import NonFiniteLoss, train
+
+ROOT = Path(__file__).parents[1]
+TRAIN = str(ROOT / "train_dit.py")
+
+
+def options(run, source, *changes):
+    """A tiny run on 4×4 latents: a step is a few milliseconds. Later `--key value` pairs win."""
+    given = [
+        "--output_dir", run, "--data.source", source, "--data.vae", "digits", "--data.image_size", "32",
+        "--data.horizontal_flip", "false", "--data.num_workers", "0", "--model.name", "gspn-dit-ti-1",
+        "--model.overrides", "{width: 32, depth: 3, num_groups: 2, global_layers: 1, chunk: 2}",
+        "--training.max_steps", "8", "--training.batch_size", "4", "--training.learning_rate", "1e-3",
+        "--training.log_every", "1", "--training.sample_every", "0", "--training.checkpoint_every", "4",
+        "--training.trackers", "[]", "--diffusion.objective", "flow", "--sampling.num_inference_steps", "2",
+        "--sampling.num_images", "4", *changes,
+    ]  # fmt: skip
+    return [str(value) for value in given]
+
+
+def config(run, source, *changes):
+    from gspn_dit.config import parse
+
+    return parse(Config, options(run, source, *changes), exit_on_error=False)
+
+
+def rows(run):
+    with open(Path(run) / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run):
+    """Step and exact loss of every line of metrics.csv."""
+    return [(int(row["step"]), row["loss"]) for row in rows(run)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "store"
+    return make_store(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gspn-dit", "gspn"])
+def test_a_killed_run_resumes_to_the_same_losses(tmp_path, store, model):
+    changes = ["--training.max_steps", 60, "--training.checkpoint_every", 7, "--training.warmup_steps", 5,
+               "--training.lr_schedule", "cosine", "--resume", "auto"]  # fmt: skip
+    if model == "gspn":  # draws its own random numbers: stochastic depth
+        changes += ["--model.name", "gspn-ti-1", "--model.overrides", "{width: 32, depth: 3}"]
+    train(config(tmp_path / "whole", store, *changes))
+    killed = tmp_path / "killed"
+    command = [sys.executable, TRAIN, *options(killed, store, *changes)]
+    for kill_after in (9, 30):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not ((killed / "metrics.csv").is_file() and len(rows(killed)) >= kill_after):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    assert losses(killed) == losses(tmp_path / "whole")
+    assert [step for step, _ in losses(killed)] == list(range(1, 61))
+    assert len(list_checkpoints(killed)) == 3  # the newest, no more
+    assert not list((killed / "checkpoints").glob(".*"))
+
+
+def test_the_mean_loss_between_lines_survives_a_resume(tmp_path, store):
+    every_five = ["--training.log_every", 5, "--training.checkpoint_every", 3, "--training.max_steps"]
+    train(config(tmp_path / "whole", store, *every_five, 10))
+    train(config(tmp_path / "cut", store, *every_five, 10))
+    import shutil
+
+    for path in list_checkpoints(tmp_path / "cut")[1:]:
+        shutil.rmtree(path)  # back to step 6, in the middle of a line
+    (tmp_path / "cut" / "metrics.csv").open("a").write("11,0.5")  # and a line that a crash cut short
+    train(config(tmp_path / "cut", store, *every_five, 10, "--resume", "auto"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one(tmp_path, store):
+    run = [*options(tmp_path / "two", store, "--training.gradient_accumulation_steps", 2)]
+    subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", TRAIN, *run],
+        check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+    )  # fmt: skip
+    train(config(tmp_path / "one", store))
+    one, two = ([float(loss) for _, loss in losses(tmp_path / name)] for name in ("one", "two"))
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=0)
+
+
+def test_accumulation_does_not_change_the_losses(tmp_path, store):
+    for n in (1, 4):
+        train(
+            config(tmp_path / str(n), store, "--training.gradient_accumulation_steps", n, "--training.max_grad_norm", 1)
+        )
+    one, four = ([float(loss) for _, loss in losses(tmp_path / str(n))] for n in (1, 4))
+    torch.testing.assert_close(torch.tensor(four), torch.tensor(one), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["dit", "gspn", "gspn-dit"])
+def test_every_family_learns_the_data(tmp_path, store, name):
+    # The made latents are constant over the map, so their velocity is soon found where noise is low.
+    small = "{width: 32, depth: 3}" if name == "gspn" else "{width: 32, depth: 2, mlp_ratio: 2}"
+    if name == "dit":
+        small = small.replace("}", ", num_heads: 2}")
+    elif name == "gspn-dit":
+        small = small.replace("}", ", num_groups: 2, global_layers: 1}")
+    train(config(tmp_path / name, store, "--model.name", f"{name}-ti-1", "--model.overrides", small,
+                 "--training.max_steps", 60, "--training.batch_size", 16, "--training.learning_rate", 3e-3))  # fmt: skip
+    values = [float(loss) for _, loss in losses(tmp_path / name)]
+    assert sum(values[-10:]) < 0.9 * sum(values[:10])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["--training.mixed_precision", "bf16"],
+        ["--training.gradient_checkpointing", "true"],
+        ["--training.compile", "true", "--training.max_steps", "3"],
+        ["--diffusion.objective", "ddpm", "--training.mixed_precision", "bf16"],
+        ["--diffusion.time_sampling", "logit-normal", "--training.max_grad_norm", "0.5"],
+    ],
+    ids=lambda changes: changes[1],
+)
+def test_options_run_and_stay_close(tmp_path, store, changes):
+    train(config(tmp_path / "plain", store, *(changes if changes[0].startswith("--diffusion") else [])))
+    train(config(tmp_path / "changed", store, *changes))
+    plain, changed = (float(losses(tmp_path / name)[0][1]) for name in ("plain", "changed"))
+    assert abs(plain - changed) < 0.02 * plain
+
+
+def test_a_run_leaves_what_it_should(tmp_path):
+    run = tmp_path / "run"
+    train(config(run, "digits", "--training.sample_every", 4, "--training.trackers", "[tensorboard]",
+                 "--training.max_steps", 6, "--training.keep_checkpoints", 1))  # fmt: skip
+    assert [path.name for path in list_checkpoints(run)] == ["step-0000006"]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-0000004.png", "step-0000006.png"]
+    assert Image.open(run / "loss.png").size[0] > 500
+    assert list((run / "logs").rglob("events*"))
+    assert Config.load(run / "config.yaml") == Config.load(run / "checkpoints" / "step-0000006" / "config.yaml")
+    assert json.loads((run / "class_names.json").read_text()) == [str(digit) for digit in range(10)]
+    assert {"step", "loss", "learning_rate", "grad_norm", "images_per_second"} == set(rows(run)[0])
+    (image,) = load_pipeline(run)("3", num_inference_steps=2).images
+    assert image.size == (32, 32)
+
+
+def test_sampling_uses_the_averaged_weights(tmp_path, store):
+    run = tmp_path / "run"
+    train(config(run, store, "--training.ema_decay", 0.0))  # the average is the last weights
+    from safetensors.torch import load_file
+
+    (checkpoint,) = list_checkpoints(run)[-1:]
+    average = load_file(checkpoint / "ema" / "diffusion_pytorch_model.safetensors")
+    weights = load_file(checkpoint / "model.safetensors")
+    assert average.keys() == weights.keys()
+    assert all(torch.equal(average[key], weights[key]) for key in weights)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, store):
+    run = tmp_path / "run"
+    train(config(run, store, "--training.max_steps", 4))
+    good = {path: path.read_bytes() for path in list_checkpoints(run)[-1].rglob("*") if path.is_file()}
+    with pytest.raises(NonFiniteLoss, match=r"at step \d+.*step-0000004"):
+        train(config(run, store, "--resume", "auto", "--training.max_steps", 300, "--training.learning_rate", 1e30,
+                     "--training.checkpoint_every", 200))  # fmt: skip
+    assert all(path.read_bytes() == content for path, content in good.items())
+    assert [path.name for path in list_checkpoints(run)] == ["step-0000004"]
+
+
+def test_a_run_is_not_overwritten_or_continued_as_another(tmp_path, store):
+    run = tmp_path / "run"
+    train(config(run, store, "--training.max_steps", 4))
+    with pytest.raises(InputError, match=r"output_dir=.*--resume auto"):
+        train(config(run, store))
+    with pytest.raises(InputError, match=r"^seed=1"):
+        train(config(run, store, "--resume", "auto", "--seed", 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["--training.max_stepz", "3"], "max_stepz"),
+        (["--training.max_steps", "many"], "training.max_steps"),
+        (["--training.batch_size", "0"], "training.batch_size=0"),
+        (["--model.name", "dit-xxl-2"], "dit-xxl-2"),
+        (["--model.overrides.depht", "2"], "depht"),
+        (["--data.source", "no/such/folder"], "no/such/folder"),
+        (["--sampling.sampler", "ddim"], "sampler='ddim'"),
+        (["--training.gradient_accumulation_steps", "3"], "training.batch_size=4"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_configuration_stops_at_start_with_its_name(tmp_path, store, changes, named):
+    with pytest.raises(InputError) as error:
+        train(config(tmp_path / "run", store, *changes))
+    assert named in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_says_so_in_one_line_and_status_2(tmp_path, store):
+    result = subprocess.run([sys.executable, TRAIN, *options(tmp_path / "run", store, "--training.max_stepz", 3)],
+                            capture_output=True, text=True, check=False)  # fmt: skip
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1 and "max_stepz" in result.stderr
+
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def test_every_recipe_is_there():
+    names = {path.stem for path in CONFIGS}
+    assert names >= {"digits", "photos", "imagenet256-dit-xl-2", "imagenet256-gspn-xl-2", "imagenet256-gspn-dit-xl-2"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipes_run_on_made_latents(tmp_path, path):
+    recipe = Config.load(path)
+    store = make_store(tmp_path / "store", images=4, classes=2, size=(8, 8), image_size=recipe.data.image_size,
+                       flipped=recipe.data.horizontal_flip, vae=recipe.data.vae)  # fmt: skip
+    # the recipe's own model, but only as deep as its kinds of layers need
+    depth = ["--model.overrides.depth", "3" if recipe.model.name.startswith("gspn-xl") else "2"]
+    changes = [
+        "--output_dir", tmp_path / "run", "--data.source", store, "--data.num_workers", 0, "--training.max_steps", 1,
+        "--training.batch_size", 2, "--training.sample_every", 0, "--training.trackers", "[]", *depth,
+    ]  # fmt: skip
+    if recipe.model.name == "gspn-xl-2":
+        changes += ["--model.overrides.width", 96]  # its gates are the width's square; one layer of them is enough
+    train(Config.load(path, [str(value) for value in changes]))
+    assert len(losses(tmp_path / "run")) == 1
+
+
+def test_imagenet_recipes_are_the_papers():
+    for name in ("dit-xl-2", "gspn-xl-2", "gspn-dit-xl-2"):
+        recipe = Config.load(ROOT / "configs" / f"imagenet256-{name}.yaml")
+        training = recipe.training
+        assert recipe.model.name == name and not recipe.model.overrides
+        assert (training.batch_size, training.learning_rate, training.weight_decay) == (256, 1e-4, 0)
+        assert (training.ema_decay, training.max_steps) == (0.9999, 400_000)
+        assert (recipe.diffusion.class_dropout, recipe.data.horizontal_flip, recipe.data.image_size) == (0.1, True, 256)
