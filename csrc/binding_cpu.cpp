@@ -19,6 +19,12 @@ gspn::Strided<T> strided(const Tensor& tensor) {
   return result;
 }
 
+Tensor fresh(const Tensor& like, std::optional<at::MemoryFormat> format = std::nullopt) {
+  Tensor result = at::empty_like(like, like.options(), format);
+  gspn::prefer_huge_pages(result.data_ptr(), int64_t(result.nbytes()));
+  return result;
+}
+
 gspn::Problem problem(const Tensor& x, const Tensor& lam, int64_t chunk, at::IntArrayRef directions) {
   gspn::Problem p{x.size(0), x.size(1), x.size(2), x.size(3), lam.size(4), chunk, int(directions.size()), {}};
   for (size_t k = 0; k < directions.size(); ++k) p.directions[k] = int(directions[k]);
@@ -36,7 +42,7 @@ void forward(const gspn::Problem& p, const Tensor& x, const Tensor& gates, const
 
 Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& lam, const std::optional<Tensor>& out, int64_t chunk,
                  at::IntArrayRef directions) {
-  Tensor y = at::empty_like(x, at::MemoryFormat::Contiguous);
+  Tensor y = fresh(x, at::MemoryFormat::Contiguous);
   const auto p = problem(x, lam, chunk, directions);
   const Tensor u = out.value_or(Tensor());
   switch (x.scalar_type()) {
@@ -68,10 +74,10 @@ void backward(const gspn::Problem& p, const Tensor& grad, const Tensor& x, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> propagate_backward(const Tensor& grad, const Tensor& x, const Tensor& gates,
                                                               const Tensor& lam, const std::optional<Tensor>& out,
                                                               int64_t chunk, at::IntArrayRef directions) {
-  Tensor grad_x = at::empty_like(x, at::MemoryFormat::Contiguous);
-  Tensor grad_gates = at::empty_like(gates), grad_lam = at::empty_like(lam);
+  Tensor grad_x = fresh(x, at::MemoryFormat::Contiguous);
+  Tensor grad_gates = fresh(gates), grad_lam = fresh(lam);
   const Tensor u = out.value_or(Tensor());
-  Tensor grad_out = u.defined() ? at::empty_like(u) : x.new_empty({0});
+  Tensor grad_out = u.defined() ? fresh(u) : x.new_empty({0});
   const auto p = problem(x, lam, chunk, directions);
   switch (x.scalar_type()) {
     case at::kFloat: backward<float>(p, grad, x, gates, lam, u, grad_x, grad_gates, grad_lam, grad_out); break;

@@ -23,7 +23,7 @@ GSPN_INLINE bool lines_are_rows(int direction) { return direction == kDown || di
 GSPN_INLINE bool far_end_first(int direction) { return direction == kUp || direction == kLeft; }
 
 // e^x for x <= 0. On the CPU in float32 a polynomial without branches, so that loops over channels vectorise:
-// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; 3e-7 relative. Below -87 it returns e^-87, about 1e-38.
+// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2. Below -87 it returns e^-87, about 1e-38.
 GSPN_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
 GSPN_INLINE float exp_nonpositive(float x) {
@@ -34,13 +34,12 @@ GSPN_INLINE float exp_nonpositive(float x) {
   const float shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the fraction rounds away, n stays in the low bits
   const float n = shifted - 12582912.f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.f / 720.f;
-  p = p * r + 1.f / 120.f;
-  p = p * r + 1.f / 24.f;
-  p = p * r + 1.f / 6.f;
-  p = p * r + 0.5f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
+  float p = 8.29765e-3f;  // the polynomial of degree 5 with the least relative error there, 8e-8
+  p = p * r + 4.191538e-2f;
+  p = p * r + 1.6667575e-1f;
+  p = p * r + 4.9998895e-1f;
+  p = p * r + 9.9999969e-1f;
+  p = p * r + 1.00000007f;
   int32_t bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits + 127) << 23;  // the exponent field of 2^n: the high bits of `shifted` fall off the left end
@@ -55,20 +54,30 @@ struct Weights {
   T minus, centre, plus;
 };
 
-// has_minus and has_plus are 1, or 0 where the neighbour lies outside the map. σ(l) = e^min(l,0) / (1 + e^-|l|); the
-// largest exponent is taken out of the numerators, so that logits of any size give finite weights that sum to 1.
+// e^(-|l| - shift), or 1 where that is more: a neighbour outside the map may exceed the largest inside.
+template <typename T>
+GSPN_INLINE T decay(T l, T shift) {
+  const T exponent = (l < T(0) ? l : -l) - shift;
+  return exp_nonpositive(exponent < T(0) ? exponent : T(0));
+}
+
+// Row-stochastic weights of three logits; has_minus and has_plus are 1, or 0 where the neighbour lies outside the map.
+//
+// With t = e^-|l|, σ(l) = (l < 0 ? t : 1) / (1 + t); putting the three over one denominator leaves one division. Where all
+// logits lie below -60, where 1 + t is 1, the largest is taken out of the exponents, so that nothing underflows: weights
+// are finite and sum to 1 for logits of any size.
 template <typename T>
 GSPN_INLINE Weights<T> normalise(T minus, T centre, T plus, T has_minus, T has_plus) {
-  const T zero = 0, one = 1;
-  const T a = minus < zero ? minus : zero, b = centre < zero ? centre : zero, c = plus < zero ? plus : zero;
-  T largest = b;
-  largest = (has_minus > zero && a > largest) ? a : largest;
-  largest = (has_plus > zero && c > largest) ? c : largest;
-  // outside neighbours may exceed `largest`: their exponent is clamped, then masked
-  const T ea = a - largest, ec = c - largest;
-  const T sa = has_minus * exp_nonpositive(ea < zero ? ea : zero) / (one + exp_nonpositive(minus < zero ? minus : -minus));
-  const T sb = exp_nonpositive(b - largest) / (one + exp_nonpositive(centre < zero ? centre : -centre));
-  const T sc = has_plus * exp_nonpositive(ec < zero ? ec : zero) / (one + exp_nonpositive(plus < zero ? plus : -plus));
+  const T zero = 0, one = 1, low = -60;
+  T largest = centre;
+  largest = (has_minus > zero && minus > largest) ? minus : largest;
+  largest = (has_plus > zero && plus > largest) ? plus : largest;
+  const T shift = largest < low ? largest : zero;
+  const T counts = largest < low ? zero : one;
+  const T a = decay(minus, shift), b = decay(centre, shift), c = decay(plus, shift);
+  const T na = minus < zero ? a : one, nb = centre < zero ? b : one, nc = plus < zero ? c : one;
+  const T da = one + counts * a, db = one + counts * b, dc = one + counts * c;
+  const T sa = has_minus * na * (db * dc), sb = nb * (da * dc), sc = has_plus * nc * (da * db);
   const T scale = one / (sa + sb + sc);
   return {sa * scale, sb * scale, sc * scale};
 }

@@ -6,11 +6,26 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "propagate.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace gspn {
+
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 1 << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may fail
+#endif
+}
+
 namespace {
 
 template <typename T>
@@ -71,17 +86,25 @@ struct Scan {
   int64_t line(int64_t c, int64_t n) const { return c * chunk + (reversed ? chunk_lines(c) - 1 - n : n); }
 };
 
-// Uninitialised memory that only ever grows: a thread's scratch for all its units of one call.
+// Uninitialised memory, aligned to cache lines, that only ever grows: a thread's scratch for all its units of one call.
 template <typename A>
 class Scratch {
  public:
   A* get(int64_t size) {
-    if (size > size_) data_.reset(new A[size_ = size]);
+    if (size > size_) {
+      data_.reset(static_cast<A*>(::operator new(size * sizeof(A), kLine)));
+      prefer_huge_pages(data_.get(), size * sizeof(A));
+      size_ = size;
+    }
     return data_.get();
   }
 
  private:
-  std::unique_ptr<A[]> data_;
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(A* data) const { ::operator delete(data, kLine); }
+  };
+  std::unique_ptr<A, Free> data_;
   int64_t size_ = 0;
 };
 
@@ -89,6 +112,7 @@ class Scratch {
 // width is a power of two does not fall into the same cache sets again and again.
 template <typename A>
 struct Slab {
+  static constexpr int64_t kAhead = 16;
   A* data;
   int64_t height, width, row_stride, channels;
 
@@ -98,35 +122,51 @@ struct Slab {
   }
   A* at(int64_t row, int64_t column) const { return data + row * row_stride + column * channels; }
 
+  // One site, from or to the map; the next ones, each a cache line or a few in a page of its own, are asked for ahead.
   template <typename T>
-  void read(const Strided<const T>& from, int64_t b, int64_t channel) {
-    const T* origin = from.data + b * from.stride[0] + channel * from.stride[3];
+  void read_site(const Strided<const T>& from, int64_t b, int64_t row, int64_t column, int64_t channel) const {
+    const T* site = from.data + b * from.stride[0] + row * from.stride[1] + column * from.stride[2] + channel * from.stride[3];
+    __builtin_prefetch(site + kAhead * from.stride[2]);
+    gather(at(row, column), site, from.stride[3], channels);
+  }
+  template <typename T>
+  void write_site(const Strided<T>& to, int64_t b, int64_t row, int64_t column, int64_t channel) const {
+    T* site = to.data + b * to.stride[0] + row * to.stride[1] + column * to.stride[2] + channel * to.stride[3];
+    __builtin_prefetch(site + kAhead * to.stride[2], 1);
+    scatter(site, to.stride[3], at(row, column), channels);
+  }
+  template <typename T>
+  void read(const Strided<const T>& from, int64_t b, int64_t channel) const {
     for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = 0; j < width; ++j)
-        gather(at(i, j), origin + i * from.stride[1] + j * from.stride[2], from.stride[3], channels);
+      for (int64_t j = 0; j < width; ++j) read_site(from, b, i, j, channel);
   }
   template <typename T>
   void write(const Strided<T>& to, int64_t b, int64_t channel) const {
-    T* origin = to.data + b * to.stride[0] + channel * to.stride[3];
     for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = 0; j < width; ++j)
-        scatter(origin + i * to.stride[1] + j * to.stride[2], to.stride[3], at(i, j), channels);
+      for (int64_t j = 0; j < width; ++j) write_site(to, b, i, j, channel);
   }
 };
 
-// The gates of one line, `per_site` values at each position: 1 where the slab shares them, else one a channel.
+// Gates in compact scratch: λ, u, the normalised weights and their logits, each an array along positions or channels.
 enum Field { kLam, kOut, kWeightMinus, kWeightCentre, kWeightPlus, kLogitMinus, kLogitCentre, kLogitPlus, kNumFields };
 template <typename A>
-struct GateLine {
+struct Gates {
   A* field[kNumFields];
+
+  Gates operator+(int64_t offset) const {
+    Gates moved;
+    for (int f = 0; f < kNumFields; ++f) moved.field[f] = field[f] + offset;
+    return moved;
+  }
 };
 
+// Weights of n sites or channels that have the same neighbours; where weights and logits share memory, in place.
 template <typename A>
-void normalise_range(const GateLine<A>& line, int64_t begin, int64_t end, A has_minus, A has_plus) {
-  const A *minus = line.field[kLogitMinus], *centre = line.field[kLogitCentre], *plus = line.field[kLogitPlus];
-  A *w_minus = line.field[kWeightMinus], *w_centre = line.field[kWeightCentre], *w_plus = line.field[kWeightPlus];
+void normalise_range(const Gates<A>& gates, int64_t n, A has_minus, A has_plus) {
+  const A *minus = gates.field[kLogitMinus], *centre = gates.field[kLogitCentre], *plus = gates.field[kLogitPlus];
+  A *w_minus = gates.field[kWeightMinus], *w_centre = gates.field[kWeightCentre], *w_plus = gates.field[kWeightPlus];
 #pragma omp simd
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const Weights<A> w = normalise(minus[i], centre[i], plus[i], has_minus, has_plus);
     w_minus[i] = w.minus;
     w_centre[i] = w.centre;
@@ -134,161 +174,184 @@ void normalise_range(const GateLine<A>& line, int64_t begin, int64_t end, A has_
   }
 }
 
-template <typename A>
-void normalise_line(const GateLine<A>& line, int64_t positions, int64_t per_site) {
-  const int64_t last = (positions - 1) * per_site;
-  normalise_range(line, 0, per_site, A(0), A(positions > 1));
-  normalise_range(line, per_site, last, A(1), A(1));
-  if (positions > 1) normalise_range(line, last, last + per_site, A(1), A(0));
+// Where a gate tensor holds direction k of a site's gates from `channel`'s group on.
+template <typename T>
+T* gates_at(const Strided<T>& t, int group_axis, int64_t b, int64_t row, int64_t column, int k, int64_t group) {
+  return t.data + b * t.stride[0] + row * t.stride[1] + column * t.stride[2] + k * t.stride[3] + group * t.stride[group_axis];
 }
 
-// The gates of one group for the whole map and all directions: each site is read once, then lines lie side by side.
-template <typename T>
+// Gates that a slab's channels share, one group's: prepared for the whole map and all directions at once.
+template <typename Call>
 class GroupGates {
  public:
+  using T = typename Call::Element;
   using A = Accumulator<T>;
   static constexpr bool shared = true;
 
-  template <typename Call>
-  GroupGates(const Call& call, Scratch<A>& scratch, int64_t /* slab channels */) : problem_(call.problem) {
-    sites_ = problem_.height * problem_.width;
-    data_ = scratch.get(problem_.num_directions * kNumFields * sites_);
-  }
-
-  template <typename Call>
-  void prepare(const Call& call, int64_t b, int64_t channel) {
+  GroupGates(const Call& call, Scratch<A>& scratch, int64_t b, int64_t channel, int64_t /* slab channels */)
+      : problem_(call.problem), sites_(call.problem.height * call.problem.width) {
+    data_ = scratch.get(problem_.num_directions * kStored * sites_);
     const int64_t group = channel / (problem_.channels / problem_.groups);
-    const auto &gates = call.gates, &lam = call.lam, &out = call.out;
-    constexpr int64_t kTile = 16;  // a cache line of a field, whichever way its lines run
-    for (int64_t i0 = 0; i0 < problem_.height; i0 += kTile)
-      for (int64_t j0 = 0; j0 < problem_.width; j0 += kTile)
-        for (int k = 0; k < problem_.num_directions; ++k) {
-          const Scan scan(problem_, problem_.directions[k]);
-          for (int64_t i = i0; i < std::min(i0 + kTile, problem_.height); ++i)
-            for (int64_t j = j0; j < std::min(j0 + kTile, problem_.width); ++j) {
-              const int64_t site = scan.rows ? i * problem_.width + j : j * problem_.height + i;
-              const auto at = [&](const Strided<const T>& t, int axis) {
-                return t.data + b * t.stride[0] + i * t.stride[1] + j * t.stride[2] + k * t.stride[3] + group * t.stride[axis];
-              };
-              for (int n = 0; n < 3; ++n) of(k, kLogitMinus + n)[site] = load(at(gates, 5)[n * gates.stride[4]]);
-              of(k, kLam)[site] = load(*at(lam, 4));
-              of(k, kOut)[site] = out.data ? load(*at(out, 4)) : A(1);
-            }
-        }
+    for (int64_t i = 0; i < problem_.height; i += kBlock)
+      for (int k = 0; k < problem_.num_directions; ++k) {
+        const Gates<A> map = fields(k);
+        for (int n = 0; n < 3; ++n)
+          read_rows(map.field[kLogitMinus + n], call.gates, gates_at(call.gates, 5, b, i, 0, k, group) + n * call.gates.stride[4], k, i);
+        read_rows(map.field[kLam], call.lam, gates_at(call.lam, 4, b, i, 0, k, group), k, i);
+        if (call.out.data) read_rows(map.field[kOut], call.out, gates_at(call.out, 4, b, i, 0, k, group), k, i);
+      }
     for (int k = 0; k < problem_.num_directions; ++k) {
       const Scan scan(problem_, problem_.directions[k]);
-      for (int64_t i = 0; i < scan.lines; ++i) normalise_line(line(call, scan, k, i), scan.positions, 1);
+      if (!call.out.data) std::fill_n(fields(k).field[kOut], sites_, A(1));
+      for (int64_t i = 0; i < scan.lines; ++i) {
+        const Gates<A> line = fields(k) + i * scan.positions;
+        const int64_t last = scan.positions - 1;
+        normalise_range(line, 1, A(0), A(last > 0));
+        normalise_range(line + 1, last - 1, A(1), A(1));
+        if (last > 0) normalise_range(line + last, 1, A(1), A(0));
+      }
     }
   }
 
-  template <typename Call>
-  GateLine<A> line(const Call&, const Scan& scan, int k, int64_t line) {
-    GateLine<A> result;
-    for (int f = 0; f < kNumFields; ++f) result.field[f] = of(k, f) + line * scan.positions;
-    return result;
+  // The gates at position 0 of a line; those at the others follow.
+  Gates<A> line(const Scan& scan, int k, int64_t line) const { return fields(k) + line * scan.positions; }
+
+  static Gates<A> site(const Gates<A>& line, const Call&, const Scan&, int, int64_t, int64_t position, bool) {
+    return line + position;
   }
 
-  int64_t per_site() const { return 1; }
-
  private:
-  A* of(int k, int field) { return data_ + (k * kNumFields + field) * sites_; }
+  // Rows are read in blocks that stay in the cache while each field of them is picked out, and whose columns fill whole
+  // cache lines of a field that is laid out by columns.
+  static constexpr int64_t kBlock = 16;
+  // Only the backward pass asks for the logits again: else the weights take their place.
+  static constexpr int kStored = Call::kNeedsLogits ? kNumFields : kLogitMinus;
+
+  Gates<A> fields(int k) const {
+    Gates<A> map;
+    for (int f = 0; f < kNumFields; ++f)
+      map.field[f] = data_ + (k * kStored + (f < kStored ? f : f - kLogitMinus + kWeightMinus)) * sites_;
+    return map;
+  }
+
+  void read_rows(A* to, const Strided<const T>& t, const T* from, int k, int64_t first_row) const {
+    const int64_t rows = std::min(kBlock, problem_.height - first_row);
+    if (lines_are_rows(problem_.directions[k]))
+      for (int64_t i = 0; i < rows; ++i)
+        gather(to + (first_row + i) * problem_.width, from + i * t.stride[1], t.stride[2], problem_.width);
+    else
+      for (int64_t j = 0; j < problem_.width; ++j)
+        gather(to + j * problem_.height + first_row, from + j * t.stride[2], t.stride[1], rows);
+  }
 
   const Problem& problem_;
   int64_t sites_;
   A* data_;
 };
 
-// The gates of a slab whose channels each have their own, a line at a time: they are as large as the map itself, many
-// times over, so they are read where they lie.
-template <typename T>
+// Gates of a slab whose channels each have their own. They are many times as large as the map: read a site at a time,
+// when its turn comes.
+template <typename Call>
 class ChannelGates {
  public:
+  using T = typename Call::Element;
   using A = Accumulator<T>;
   static constexpr bool shared = false;
 
-  template <typename Call>
-  ChannelGates(const Call& call, Scratch<A>& scratch, int64_t channels) : channels_(channels) {
-    longest_ = std::max(call.problem.height, call.problem.width) * channels;
-    data_ = scratch.get(kNumFields * longest_);
+  ChannelGates(const Call& call, Scratch<A>& scratch, int64_t b, int64_t channel, int64_t channels)
+      : b_(b), channel_(channel), channels_(channels) {
+    A* data = scratch.get(kNumFields * channels);
+    for (int f = 0; f < kNumFields; ++f) buffer_.field[f] = data + f * channels;
+    if (!call.out.data) std::fill_n(buffer_.field[kOut], channels, A(1));
   }
 
-  template <typename Call>
-  void prepare(const Call&, int64_t b, int64_t channel) {
-    b_ = b;
-    channel_ = channel;
-  }
+  Gates<A> line(const Scan&, int, int64_t) const { return buffer_; }
 
-  template <typename Call>
-  GateLine<A> line(const Call& call, const Scan& scan, int k, int64_t line) {
-    GateLine<A> result;
-    for (int f = 0; f < kNumFields; ++f) result.field[f] = data_ + f * longest_;
-    for (int64_t j = 0; j < scan.positions; ++j) {
-      const auto read = [&](int field, const Strided<const T>& t, int axis, int64_t offset) {
-        gather(result.field[field] + j * channels_,
-               t.data + b_ * t.stride[0] + scan.row(line, j) * t.stride[1] + scan.column(line, j) * t.stride[2] +
-                   k * t.stride[3] + channel_ * t.stride[axis] + offset,
-               t.stride[axis], channels_);
-      };
-      read(kLam, call.lam, 4, 0);
-      if (call.out.data) read(kOut, call.out, 4, 0);
+  Gates<A> site(Gates<A> buffer, const Call& call, const Scan& scan, int k, int64_t line, int64_t position,
+                bool needs_logits) const {
+    const int64_t row = scan.row(line, position), column = scan.column(line, position);
+    const auto read = [&](int field, const Strided<const T>& t, int axis, int64_t offset) {
+      const T* from = gates_at(t, axis, b_, row, column, k, channel_) + offset;
+      const T* ahead = from + kAhead * (scan.rows ? t.stride[2] : t.stride[1]);
+      for (int64_t c = 0; c < channels_; c += 64 / sizeof(T)) __builtin_prefetch(ahead + c * t.stride[axis]);
+      if constexpr (std::is_same_v<T, A>)
+        if (t.stride[axis] == 1) return void(buffer.field[field] = const_cast<A*>(from));  // read where they lie
+      gather(buffer.field[field], from, t.stride[axis], channels_);
+    };
+    read(kLam, call.lam, 4, 0);
+    if (call.out.data) read(kOut, call.out, 4, 0);
+    if (needs_logits)
       for (int n = 0; n < 3; ++n) read(kLogitMinus + n, call.gates, 5, n * call.gates.stride[4]);
-    }
-    if (!call.out.data) std::fill_n(result.field[kOut], scan.positions * channels_, A(1));
-    normalise_line(result, scan.positions, channels_);
-    return result;
+    return buffer;
   }
-
-  int64_t per_site() const { return channels_; }
 
  private:
-  int64_t channels_, longest_, b_ = 0, channel_ = 0;
-  A* data_;
+  static constexpr int64_t kAhead = 2;  // sites lie pages apart, where the hardware does not look ahead by itself
+  int64_t b_, channel_, channels_;
+  Gates<A> buffer_;
 };
 
 // A gate's value at channel c of a site: the group's, held in a register, or the channel's own.
 template <typename A, bool shared>
-struct SiteGate {
+struct GateValue {
   const A* value;
   A GSPN_INLINE operator[](int64_t c) const { return value[c]; }
 };
 template <typename A>
-struct SiteGate<A, true> {
+struct GateValue<A, true> {
   A value;
-  explicit SiteGate(const A* from) : value(*from) {}
+  explicit GateValue(const A* from) : value(*from) {}
   A GSPN_INLINE operator[](int64_t) const { return value; }
 };
 
-// One line of a scan: h at each position, from the line before (null at the start of a chunk); then y += u h, where y is
-// wanted (y = u h if it holds nothing yet). `h` and `before` point at position 0 of lines with a zero position at each end.
-template <bool shared, int kWidth, typename A>
-void scan_line(const GateLine<A>& gates, const Scan& scan, int64_t line, const Slab<A>& x, const Slab<A>* y, bool y_is_empty,
-               const A* before, A* h) {
-  const int64_t width = kWidth ? kWidth : x.channels, per_site = shared ? 1 : width;
+// The weights at channel c of a site: the group's, or from the channel's own logits.
+template <typename A, bool shared>
+struct SiteWeights {
+  const A *minus, *centre, *plus;
+  const A has_minus, has_plus;
+  SiteWeights(const Gates<A>& site, const Scan& scan, int64_t position)
+      : minus(site.field[kLogitMinus]),
+        centre(site.field[kLogitCentre]),
+        plus(site.field[kLogitPlus]),
+        has_minus(position > 0),
+        has_plus(position + 1 < scan.positions) {}
+  Weights<A> GSPN_INLINE operator[](int64_t c) const { return normalise(minus[c], centre[c], plus[c], has_minus, has_plus); }
+};
+template <typename A>
+struct SiteWeights<A, true> {
+  Weights<A> value;
+  SiteWeights(const Gates<A>& site, const Scan&, int64_t)
+      : value{*site.field[kWeightMinus], *site.field[kWeightCentre], *site.field[kWeightPlus]} {}
+  Weights<A> GSPN_INLINE operator[](int64_t) const { return value; }
+};
+
+// One line of a scan: h at each position, from the line before (null at the start of a chunk). `enter` and `leave` are
+// called at each site before its x is read and when its h is there. `h` and `before` point at position 0 of lines with a
+// zero position at each end.
+template <int kWidth, typename SlabGates, typename Call, typename A, typename Enter, typename Leave>
+void scan_line(const SlabGates& gates, const Call& call, const Scan& scan, int k, int64_t line, const Slab<A>& x,
+               const A* before, A* h, Enter enter, Leave leave) {
+  const int64_t width = kWidth ? kWidth : x.channels;
+  const Gates<A> line_gates = gates.line(scan, k, line);
   for (int64_t j = 0; j < scan.positions; ++j) {
-    const A* __restrict value = x.at(scan.row(line, j), scan.column(line, j));
+    const int64_t row = scan.row(line, j), column = scan.column(line, j);
+    enter(row, column);
+    const A* __restrict value = x.at(row, column);
     A* __restrict now = h + j * width;
-    const auto gate = [&](Field f) { return SiteGate<A, shared>{gates.field[f] + j * per_site}; };
+    const Gates<A> site = gates.site(line_gates, call, scan, k, line, j, before);
+    const auto gate = [&](Field f) { return GateValue<A, SlabGates::shared>{site.field[f]}; };
     const auto lam = gate(kLam);
     if (before) {
       const A *centre = before + j * width, *minus = centre - width, *plus = centre + width;
-      const auto w_minus = gate(kWeightMinus), w_centre = gate(kWeightCentre), w_plus = gate(kWeightPlus);
+      const SiteWeights<A, SlabGates::shared> weights(site, scan, j);
 #pragma omp simd
       for (int64_t c = 0; c < width; ++c)
-        now[c] = advance(Weights<A>{w_minus[c], w_centre[c], w_plus[c]}, minus[c], centre[c], plus[c], lam[c] * value[c]);
+        now[c] = advance(weights[c], minus[c], centre[c], plus[c], lam[c] * value[c]);
     } else {
 #pragma omp simd
       for (int64_t c = 0; c < width; ++c) now[c] = lam[c] * value[c];
     }
-    if (!y) continue;
-    const auto out = gate(kOut);
-    A* __restrict sum = y->at(scan.row(line, j), scan.column(line, j));
-    if (y_is_empty) {
-#pragma omp simd
-      for (int64_t c = 0; c < width; ++c) sum[c] = out[c] * now[c];
-    } else {
-#pragma omp simd
-      for (int64_t c = 0; c < width; ++c) sum[c] += out[c] * now[c];
-    }
+    leave(row, column, gate(kOut), now);
   }
 }
 
@@ -337,44 +400,108 @@ A* padded_line(A* start, int64_t positions, int64_t width) {
   return start + width;
 }
 
-template <typename Gates, int kWidth, typename T, typename A>
-void forward_slab(const Forward<T>& call, Gates& gates, Workspace<A>& work, int64_t b, int64_t channel, int64_t width) {
+template <int kWidth, typename SlabGates, typename T, typename A>
+void forward_slab(const Forward<T>& call, const SlabGates& gates, Workspace<A>& work, int64_t b, int64_t channel,
+                  int64_t width_) {
   const Problem& p = call.problem;
-  Slab<A> x(work.x, p, width), y(work.y, p, width);
-  x.read(call.x, b, channel);
-  for (int k = 0; k < p.num_directions; ++k) {
+  const int64_t width = kWidth ? kWidth : width_;
+  const Slab<A> x(work.x, p, width), y(work.y, p, width);
+  // The first scan takes x in as it goes and the last hands y out, if they go along rows, as memory does: so one that does
+  // comes first, and another last.
+  int order[4], count = 0;
+  const auto add = [&](bool rows, int from, int to) {
+    for (int k = from; k < to; ++k)
+      if (lines_are_rows(p.directions[k]) == rows) order[count++] = k;
+  };
+  const auto is_rows = [&](int direction) { return lines_are_rows(direction); };
+  const int first_rows = int(std::find_if(p.directions, p.directions + p.num_directions, is_rows) - p.directions);
+  add(true, first_rows, std::min(first_rows + 1, p.num_directions));
+  add(false, 0, p.num_directions);
+  add(true, first_rows + 1, p.num_directions);
+  const bool reads = lines_are_rows(p.directions[order[0]]), writes = lines_are_rows(p.directions[order[count - 1]]);
+  if (!reads) x.read(call.x, b, channel);
+  for (int turn = 0; turn < count; ++turn) {
+    const int k = order[turn];
     const Scan scan(p, p.directions[k]);
     const int64_t line_size = (scan.positions + 2) * width;
     A* lines = work.lines.get(2 * line_size);
     A *now = padded_line(lines, scan.positions, width), *before = padded_line(lines + line_size, scan.positions, width);
+    const bool first = turn == 0, last = turn + 1 == count;
+    // Along a column every site is in another page: ask for the next column's while at this one's.
+    const int64_t next_column = scan.rows ? 0 : scan.reversed ? -width : width;
+    const auto enter = [&](int64_t row, int64_t column) {
+      if (first && reads) x.read_site(call.x, b, row, column, channel);
+      if (next_column) {
+        __builtin_prefetch(x.at(row, column) + next_column);
+        __builtin_prefetch(y.at(row, column) + next_column, 1);
+      }
+    };
+    const auto leave = [&](int64_t row, int64_t column, const auto& out, const A* __restrict h) {
+      A* __restrict sum = y.at(row, column);
+      if (first) {
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c) sum[c] = out[c] * h[c];
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c) sum[c] += out[c] * h[c];
+      }
+      if (last && writes) y.write_site(call.y, b, row, column, channel);
+    };
     for (int64_t c = 0; c < scan.num_chunks(); ++c)
       for (int64_t n = 0; n < scan.chunk_lines(c); ++n) {
-        const int64_t line = scan.line(c, n);
-        scan_line<Gates::shared, kWidth>(gates.line(call, scan, k, line), scan, line, x, &y, k == 0, n ? before : nullptr, now);
+        scan_line<kWidth>(gates, call, scan, k, scan.line(c, n), x, n ? before : nullptr, now, enter, leave);
         std::swap(now, before);
       }
   }
-  y.write(call.y, b, channel);
+  if (!writes) y.write(call.y, b, channel);
+}
+
+// Write the gates' gradients of `sites` positions of a line: the weights' through the normalisation, λ's and u's as they
+// are. `grads` holds the weights' gradients under the weights; per_site values each.
+template <typename T, typename A>
+void write_gate_grads(const Backward<T>& call, const Gates<A>& gates, const Gates<A>& grads, const Scan& scan, int k,
+                      int64_t b, int64_t group, int64_t line, int64_t position, int64_t sites, int64_t per_site) {
+  const A *const *l = gates.field + kLogitMinus, *const *w = gates.field + kWeightMinus;
+  A* const* g = grads.field + kWeightMinus;
+#pragma omp simd
+  for (int64_t i = 0; i < sites * per_site; ++i) {
+    const Weights<A> grad = normalise_backward(l[0][i], l[1][i], l[2][i], Weights<A>{w[0][i], w[1][i], w[2][i]},
+                                               Weights<A>{g[0][i], g[1][i], g[2][i]});
+    g[0][i] = grad.minus;
+    g[1][i] = grad.centre;
+    g[2][i] = grad.plus;
+  }
+  const auto put = [&](const Strided<T>& t, int64_t offset, int axis, const A* from) {
+    for (int64_t s = 0; s < sites; ++s)
+      scatter(gates_at(t, axis, b, scan.row(line, position + s), scan.column(line, position + s), k, group) + offset,
+              t.stride[axis], from + s * per_site, per_site);
+  };
+  for (int n = 0; n < 3; ++n) put(call.grad_gates, n * call.grad_gates.stride[4], 5, g[n]);
+  put(call.grad_lam, 0, 4, grads.field[kLam]);
+  if (call.grad_out.data) put(call.grad_out, 0, 4, grads.field[kOut]);
 }
 
 // The reverse of scan_line. The gradient of h here, dh, is u dy plus what the line after handed back in `carry`; it adds
-// to dx, hands on to the line before, and leaves the gates' gradients in `grads`, by the fields of GateLine (sums over the
-// slab's channels where those share gates; a weight's gradient under its weight).
-template <bool shared, int kWidth, typename A>
-void unscan_line(const GateLine<A>& gates, const Scan& scan, int64_t line, const Slab<A>& x, const Slab<A>& dy,
-                 const Slab<A>& dx, const A* before, const A* h, const A* carry, A* carry_before, A* dh,
-                 const GateLine<A>& grads) {
-  const int64_t width = kWidth ? kWidth : x.channels, per_site = shared ? 1 : width;
+// to dx, hands on to the line before, and writes the gates' gradients (sums over the slab's channels where those share
+// gates; `grads` is room for them, along a line then, else at one site).
+template <int kWidth, typename SlabGates, typename T, typename A>
+void unscan_line(const SlabGates& gates, const Backward<T>& call, const Scan& scan, int k, int64_t b, int64_t group,
+                 int64_t line, const Slab<A>& x, const Slab<A>& dy, const Slab<A>& dx, const A* before, const A* h,
+                 const A* carry, A* carry_before, A* dh, const Gates<A>& grads) {
+  constexpr bool shared = SlabGates::shared;
+  const int64_t width = kWidth ? kWidth : x.channels;
+  const Gates<A> line_gates = gates.line(scan, k, line);
   if (before) std::fill(carry_before - width, carry_before + (scan.positions + 1) * width, A(0));
   for (int64_t j = 0; j < scan.positions; ++j) {
     const int64_t row = scan.row(line, j), column = scan.column(line, j);
     const A *__restrict value = x.at(row, column), *__restrict gy = dy.at(row, column);
     A* __restrict gx = dx.at(row, column);
     const A *hj = h + j * width, *carried = carry + j * width;
-    const auto gate = [&](Field f) { return SiteGate<A, shared>{gates.field[f] + j * per_site}; };
-    const auto grad = [&](Field f) { return grads.field[f] + j * per_site; };
+    const Gates<A> site = gates.site(line_gates, call, scan, k, line, j, before);
+    const auto gate = [&](Field f) { return GateValue<A, shared>{site.field[f]}; };
+    const Gates<A> grad = shared ? grads + j : grads;
     const auto lam = gate(kLam), out = gate(kOut);
-    A *g_lam = grad(kLam), *g_out = grad(kOut);
+    A *g_lam = grad.field[kLam], *g_out = grad.field[kOut];
     A s_lam = 0, s_out = 0;
 #pragma omp simd reduction(+ : s_lam, s_out)
     for (int64_t c = 0; c < width; ++c) {
@@ -391,91 +518,65 @@ void unscan_line(const GateLine<A>& gates, const Scan& scan, int64_t line, const
     }
     if constexpr (shared) *g_lam = s_lam, *g_out = s_out;
 
-    A *g_minus = grad(kWeightMinus), *g_centre = grad(kWeightCentre), *g_plus = grad(kWeightPlus);
-    if (!before) {
-      for (A* g : {g_minus, g_centre, g_plus}) std::fill_n(g, per_site, A(0));
-      continue;
-    }
-    const A *centre = before + j * width, *minus = centre - width, *plus = centre + width;
-    A *to = carry_before + j * width, *to_minus = to - width, *to_plus = to + width;
-    const auto w_minus = gate(kWeightMinus), w_centre = gate(kWeightCentre), w_plus = gate(kWeightPlus);
-    A s_minus = 0, s_centre = 0, s_plus = 0;
+    A *g_minus = grad.field[kWeightMinus], *g_centre = grad.field[kWeightCentre], *g_plus = grad.field[kWeightPlus];
+    if (before) {
+      const A *centre = before + j * width, *minus = centre - width, *plus = centre + width;
+      A *to = carry_before + j * width, *to_minus = to - width, *to_plus = to + width;
+      if constexpr (!shared) normalise_range(site, width, A(j > 0), A(j + 1 < scan.positions));
+      const auto w_minus = gate(kWeightMinus), w_centre = gate(kWeightCentre), w_plus = gate(kWeightPlus);
+      A s_minus = 0, s_centre = 0, s_plus = 0;
 #pragma omp simd reduction(+ : s_minus, s_centre, s_plus)
-    for (int64_t c = 0; c < width; ++c) {
-      const A d = dh[c];
-      to_minus[c] += w_minus[c] * d;
-      to[c] += w_centre[c] * d;
-      to_plus[c] += w_plus[c] * d;
-      if constexpr (shared) {
-        s_minus += d * minus[c];
-        s_centre += d * centre[c];
-        s_plus += d * plus[c];
-      } else {
-        g_minus[c] = d * minus[c];
-        g_centre[c] = d * centre[c];
-        g_plus[c] = d * plus[c];
+      for (int64_t c = 0; c < width; ++c) {
+        const A d = dh[c];
+        to_minus[c] += w_minus[c] * d;
+        to[c] += w_centre[c] * d;
+        to_plus[c] += w_plus[c] * d;
+        if constexpr (shared) {
+          s_minus += d * minus[c];
+          s_centre += d * centre[c];
+          s_plus += d * plus[c];
+        } else {
+          g_minus[c] = d * minus[c];
+          g_centre[c] = d * centre[c];
+          g_plus[c] = d * plus[c];
+        }
       }
+      if constexpr (shared) *g_minus = s_minus, *g_centre = s_centre, *g_plus = s_plus;
+    } else {
+      for (A* g : {g_minus, g_centre, g_plus}) std::fill_n(g, shared ? 1 : width, A(0));
     }
-    if constexpr (shared) *g_minus = s_minus, *g_centre = s_centre, *g_plus = s_plus;
+    if constexpr (!shared) write_gate_grads(call, site, grad, scan, k, b, group, line, j, 1, width);
   }
+  if constexpr (shared) write_gate_grads(call, line_gates, grads, scan, k, b, group, line, 0, scan.positions, 1);
 }
 
-// Write the gates' gradients of one line: the weights' through the normalisation, λ's and u's as they are.
-template <typename T, typename A>
-void write_gate_grads(const Backward<T>& call, const GateLine<A>& gates, const GateLine<A>& grads, const Scan& scan, int k,
-                      int64_t b, int64_t group, int64_t line, int64_t per_site) {
-  const A *const *l = gates.field + kLogitMinus, *const *w = gates.field + kWeightMinus;
-  A* const* g = grads.field + kWeightMinus;
-#pragma omp simd
-  for (int64_t i = 0; i < scan.positions * per_site; ++i) {
-    const Weights<A> grad = normalise_backward(l[0][i], l[1][i], l[2][i], Weights<A>{w[0][i], w[1][i], w[2][i]},
-                                               Weights<A>{g[0][i], g[1][i], g[2][i]});
-    g[0][i] = grad.minus;
-    g[1][i] = grad.centre;
-    g[2][i] = grad.plus;
-  }
-  const auto put = [&](const Strided<T>& t, int64_t offset, int axis, const A* from) {
-    for (int64_t j = 0; j < scan.positions; ++j)
-      scatter(t.data + b * t.stride[0] + scan.row(line, j) * t.stride[1] + scan.column(line, j) * t.stride[2] +
-                  k * t.stride[3] + offset + group * t.stride[axis],
-              t.stride[axis], from + j * per_site, per_site);
-  };
-  for (int n = 0; n < 3; ++n) put(call.grad_gates, n * call.grad_gates.stride[4], 5, g[n]);
-  put(call.grad_lam, 0, 4, grads.field[kLam]);
-  if (call.grad_out.data) put(call.grad_out, 0, 4, grads.field[kOut]);
-}
-
-template <typename Gates, int kWidth, typename T, typename A>
-void backward_slab(const Backward<T>& call, Gates& gates, Workspace<A>& work, int64_t b, int64_t channel, int64_t width) {
+template <int kWidth, typename SlabGates, typename T, typename A>
+void backward_slab(const Backward<T>& call, const SlabGates& gates, Workspace<A>& work, int64_t b, int64_t channel,
+                   int64_t width) {
   const Problem& p = call.problem;
-  const int64_t group = channel / (p.channels / p.groups), per_site = gates.per_site();
+  const int64_t group = channel / (p.channels / p.groups);
   Slab<A> x(work.x, p, width), dy(work.y, p, width), dx(work.dx, p, width);
   x.read(call.x, b, channel);
   dy.read(call.grad_y, b, channel);
   std::fill_n(dx.data, dx.height * dx.row_stride, A(0));
   for (int k = 0; k < p.num_directions; ++k) {
     const Scan scan(p, p.directions[k]);
-    const int64_t line_size = (scan.positions + 2) * width;
+    const int64_t line_size = (scan.positions + 2) * width, grad_size = SlabGates::shared ? scan.positions : width;
     A *history = work.history.get(scan.chunk * line_size), *lines = work.lines.get(2 * line_size + width);
-    A* grads_data = work.grads.get(kLogitMinus * scan.positions * per_site);
-    GateLine<A> grads;
-    for (int f = 0; f < kLogitMinus; ++f) grads.field[f] = grads_data + f * scan.positions * per_site;
+    A* grads_data = work.grads.get(kLogitMinus * grad_size);
+    Gates<A> grads{};
+    for (int f = 0; f < kLogitMinus; ++f) grads.field[f] = grads_data + f * grad_size;
     const auto h = [&](int64_t n) { return history + n * line_size + width; };
     for (int64_t n = 0; n < scan.chunk; ++n) padded_line(history + n * line_size, scan.positions, width);
     for (int64_t c = 0; c < scan.num_chunks(); ++c) {
-      for (int64_t n = 0; n < scan.chunk_lines(c); ++n) {  // h again, kept for the whole chunk
-        const int64_t line = scan.line(c, n);
-        scan_line<Gates::shared, kWidth, A>(gates.line(call, scan, k, line), scan, line, x, nullptr, false,
-                                            n ? h(n - 1) : nullptr, h(n));
-      }
+      for (int64_t n = 0; n < scan.chunk_lines(c); ++n)  // h again, kept for the whole chunk
+        scan_line<kWidth>(gates, call, scan, k, scan.line(c, n), x, n ? h(n - 1) : (const A*)nullptr, h(n),
+                          [](auto...) {}, [](auto...) {});
       A *carry = lines + width, *carry_before = carry + line_size, *dh = lines + 2 * line_size;
       std::fill_n(lines, line_size, A(0));  // nothing comes back from beyond the chunk's last line
       for (int64_t n = scan.chunk_lines(c) - 1; n >= 0; --n) {
-        const int64_t line = scan.line(c, n);
-        const GateLine<A> line_gates = gates.line(call, scan, k, line);
-        unscan_line<Gates::shared, kWidth>(line_gates, scan, line, x, dy, dx, n ? h(n - 1) : nullptr, h(n), carry,
-                                           carry_before, dh, grads);
-        write_gate_grads(call, line_gates, grads, scan, k, b, group, line, per_site);
+        unscan_line<kWidth>(gates, call, scan, k, b, group, scan.line(c, n), x, dy, dx, n ? h(n - 1) : nullptr, h(n), carry,
+                            carry_before, dh, grads);
         std::swap(carry, carry_before);
       }
     }
@@ -484,13 +585,12 @@ void backward_slab(const Backward<T>& call, Gates& gates, Workspace<A>& work, in
 }
 
 // Runs units [first, last), slab by slab, with the slab's width known to the compiler where it is a usual one.
-template <typename Gates, typename Call, typename RunSlab>
+template <typename SlabGates, typename Call, typename RunSlab>
 void run_units(const Call& call, const Cut& cut, int64_t first, int64_t last, RunSlab run_slab) {
-  Workspace<typename Gates::A> work;
+  Workspace<typename SlabGates::A> work;
   for (int64_t u = first; u < last; ++u) {
     const int64_t b = u / cut.count, begin = cut.first_channel(u % cut.count), end = cut.end_channel(u % cut.count);
-    Gates gates(call, work.gates, std::min(cut.slab_width, end - begin));
-    gates.prepare(call, b, begin);
+    const SlabGates gates(call, work.gates, b, begin, std::min(cut.slab_width, end - begin));
     for (int64_t channel = begin; channel < end; channel += cut.slab_width) {
       const int64_t width = std::min(cut.slab_width, end - channel);
       if (width == 64) run_slab(std::integral_constant<int, 64>(), gates, work, b, channel, width);
@@ -510,11 +610,11 @@ int64_t forward_units(const Forward<T>& call, int64_t threads) {
 template <typename T>
 void run_forward(const Forward<T>& call, int64_t threads, int64_t first_unit, int64_t last_unit) {
   const Cut cut = Cut::forward(call.problem, threads);
-  const auto run_slab = [&](auto kWidth, auto& gates, auto& work, int64_t b, int64_t channel, int64_t width) {
-    forward_slab<std::decay_t<decltype(gates)>, kWidth.value>(call, gates, work, b, channel, width);
+  const auto run_slab = [&](auto kWidth, const auto& gates, auto& work, int64_t b, int64_t channel, int64_t width) {
+    forward_slab<kWidth.value>(call, gates, work, b, channel, width);
   };
-  if (cut.shared) run_units<GroupGates<T>>(call, cut, first_unit, last_unit, run_slab);
-  else run_units<ChannelGates<T>>(call, cut, first_unit, last_unit, run_slab);
+  if (cut.shared) run_units<GroupGates<Forward<T>>>(call, cut, first_unit, last_unit, run_slab);
+  else run_units<ChannelGates<Forward<T>>>(call, cut, first_unit, last_unit, run_slab);
 }
 
 template <typename T>
@@ -525,11 +625,11 @@ int64_t backward_units(const Backward<T>& call) {
 template <typename T>
 void run_backward(const Backward<T>& call, int64_t first_unit, int64_t last_unit) {
   const Cut cut = Cut::backward(call.problem);
-  const auto run_slab = [&](auto kWidth, auto& gates, auto& work, int64_t b, int64_t channel, int64_t width) {
-    backward_slab<std::decay_t<decltype(gates)>, kWidth.value>(call, gates, work, b, channel, width);
+  const auto run_slab = [&](auto kWidth, const auto& gates, auto& work, int64_t b, int64_t channel, int64_t width) {
+    backward_slab<kWidth.value>(call, gates, work, b, channel, width);
   };
-  if (cut.shared) run_units<GroupGates<T>>(call, cut, first_unit, last_unit, run_slab);
-  else run_units<ChannelGates<T>>(call, cut, first_unit, last_unit, run_slab);
+  if (cut.shared) run_units<GroupGates<Backward<T>>>(call, cut, first_unit, last_unit, run_slab);
+  else run_units<ChannelGates<Backward<T>>>(call, cut, first_unit, last_unit, run_slab);
 }
 
 #define GSPN_INSTANTIATE(T)                                                     \

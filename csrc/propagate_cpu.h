@@ -26,6 +26,8 @@ struct BFloat16 {
 
 template <typename T>
 struct Forward {
+  using Element = T;
+  static constexpr bool kNeedsLogits = false;
   Problem problem;
   Strided<const T> x;      // (B, H, W, C)
   Strided<const T> gates;  // (B, H, W, K, 3, G)
@@ -36,10 +38,15 @@ struct Forward {
 
 template <typename T>
 struct Backward {
+  using Element = T;
+  static constexpr bool kNeedsLogits = true;
   Problem problem;
   Strided<const T> x, gates, lam, out, grad_y;
   Strided<T> grad_x, grad_gates, grad_lam, grad_out;  // grad_out: null data where out is
 };
+
+// Ask for huge pages under fresh memory: a large result costs fewer page faults to fill, and fewer misses to walk.
+void prefer_huge_pages(void* data, int64_t bytes);
 
 // A call splits into units that no other unit shares an output with; any thread may run any of them, in any order.
 template <typename T>

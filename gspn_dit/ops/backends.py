@@ -172,8 +172,8 @@ def _compile(sources: list[Path], flags: list[str], library: Path) -> None:
                 is_standalone=False,
             )
         except Exception as error:
-            errors = [line for line in str(error).splitlines() if "error" in line.lower()]
-            raise RuntimeError(f"the CPU kernel did not compile with {compiler}: {' | '.join(errors[:3])}") from error
+            causes = [line for line in str(error).splitlines() if "error:" in line] or [str(error)]
+            raise RuntimeError(f"the CPU kernel did not compile with {compiler}: {causes[0]}") from error
         os.replace(Path(folder) / "gspn_dit_cpu.so", library)
 
 
