@@ -1,6 +1,6 @@
 """Draw images from a trained model: `python sample.py --model runs/digits --class-labels 3,7 --out grid.png`."""
 
-from gspn_dit.config import command
+from gspn_dit.options import command
 from gspn_dit.sample import SampleOptions, main
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 // The maths of GSPN propagation, once, for the CPU and the CUDA kernels. No torch header is needed here.
 //
-// One direction, line i, position j (arXiv 2501.12381, eq. 1-6):
+// One direction, line i, position j (GSPN, arXiv 2501.12381):
 //   h[i,j] = w-[i,j] h[i-1,j-1] + w0[i,j] h[i-1,j] + w+[i,j] h[i-1,j+1] + λ[i,j] x[i,j],      y += u[i,j] h[i,j]
 // with w = sigmoid(logits) divided by its sum over the neighbours inside the map.
 #pragma once

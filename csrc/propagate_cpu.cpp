@@ -4,11 +4,8 @@
 // Channels of a slab either share their gates (a slab within one group) or have their own (one channel a group).
 #include "propagate_cpu.h"
 
-#include <algorithm>
-#include <memory>
-#include <new>
-#include <type_traits>
-
+#include "cpu_gates.h"
+#include "cpu_map.h"
 #include "propagate.h"
 
 #if defined(__linux__)
@@ -27,303 +24,6 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 }
 
 namespace {
-
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-inline float load(float value) { return value; }
-inline double load(double value) { return value; }
-inline float load(BFloat16 value) {
-  const uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-inline void store(float& to, float value) { to = value; }
-inline void store(double& to, double value) { to = value; }
-inline void store(BFloat16& to, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  to.bits = value != value ? 0x7fc0 : uint16_t(rounded);
-}
-
-// n elements, `stride` apart, into a compact row of accumulators.
-template <typename T, typename A>
-inline void gather(A* to, const T* from, int64_t stride, int64_t n) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) to[i] = load(from[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = load(from[i * stride]);
-  }
-}
-template <typename T, typename A>
-inline void scatter(T* to, int64_t stride, const A* from, int64_t n) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) store(to[i], from[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) store(to[i * stride], from[i]);
-  }
-}
-
-// The scan order of one direction: which axis its lines follow, and which lines start a chunk.
-struct Scan {
-  bool rows, reversed;
-  int64_t lines, positions, chunk;
-
-  Scan(const Problem& p, int direction)
-      : rows(lines_are_rows(direction)),
-        reversed(far_end_first(direction)),
-        lines(rows ? p.height : p.width),
-        positions(rows ? p.width : p.height),
-        chunk(p.chunk ? std::min(p.chunk, lines) : lines) {}
-
-  int64_t row(int64_t line, int64_t position) const { return rows ? line : position; }
-  int64_t column(int64_t line, int64_t position) const { return rows ? position : line; }
-  int64_t num_chunks() const { return (lines + chunk - 1) / chunk; }
-  int64_t chunk_lines(int64_t c) const { return std::min(chunk, lines - c * chunk); }
-  // The n-th line read of chunk c, in map coordinates.
-  int64_t line(int64_t c, int64_t n) const { return c * chunk + (reversed ? chunk_lines(c) - 1 - n : n); }
-};
-
-// Uninitialised memory, aligned to cache lines, that only ever grows: a thread's scratch for all its units of one call.
-template <typename A>
-class Scratch {
- public:
-  A* get(int64_t size) {
-    if (size > size_) {
-      data_.reset(static_cast<A*>(::operator new(size * sizeof(A), kLine)));
-      prefer_huge_pages(data_.get(), size * sizeof(A));
-      size_ = size;
-    }
-    return data_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(A* data) const { ::operator delete(data, kLine); }
-  };
-  std::unique_ptr<A, Free> data_;
-  int64_t size_ = 0;
-};
-
-// Compact copy of a slab of the map. Rows are padded by a cache line, so that walking down a column of a map whose
-// width is a power of two does not fall into the same cache sets again and again.
-template <typename A>
-struct Slab {
-  static constexpr int64_t kAhead = 16;
-  A* data;
-  int64_t height, width, row_stride, channels;
-
-  Slab(Scratch<A>& scratch, const Problem& p, int64_t channels_)
-      : height(p.height), width(p.width), row_stride(p.width * channels_ + 64 / sizeof(A)), channels(channels_) {
-    data = scratch.get(height * row_stride);
-  }
-  A* at(int64_t row, int64_t column) const { return data + row * row_stride + column * channels; }
-
-  // One site, from or to the map; the next ones, each a cache line or a few in a page of its own, are asked for ahead.
-  template <typename T>
-  void read_site(const Strided<const T>& from, int64_t b, int64_t row, int64_t column, int64_t channel) const {
-    const T* site = from.data + b * from.stride[0] + row * from.stride[1] + column * from.stride[2] + channel * from.stride[3];
-    __builtin_prefetch(site + kAhead * from.stride[2]);
-    gather(at(row, column), site, from.stride[3], channels);
-  }
-  template <typename T>
-  void write_site(const Strided<T>& to, int64_t b, int64_t row, int64_t column, int64_t channel) const {
-    T* site = to.data + b * to.stride[0] + row * to.stride[1] + column * to.stride[2] + channel * to.stride[3];
-    __builtin_prefetch(site + kAhead * to.stride[2], 1);
-    scatter(site, to.stride[3], at(row, column), channels);
-  }
-  template <typename T>
-  void read(const Strided<const T>& from, int64_t b, int64_t channel) const {
-    for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = 0; j < width; ++j) read_site(from, b, i, j, channel);
-  }
-  template <typename T>
-  void write(const Strided<T>& to, int64_t b, int64_t channel) const {
-    for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = 0; j < width; ++j) write_site(to, b, i, j, channel);
-  }
-};
-
-// Gates in compact scratch: λ, u, the normalised weights and their logits, each an array along positions or channels.
-enum Field { kLam, kOut, kWeightMinus, kWeightCentre, kWeightPlus, kLogitMinus, kLogitCentre, kLogitPlus, kNumFields };
-template <typename A>
-struct Gates {
-  A* field[kNumFields];
-
-  Gates operator+(int64_t offset) const {
-    Gates moved;
-    for (int f = 0; f < kNumFields; ++f) moved.field[f] = field[f] + offset;
-    return moved;
-  }
-};
-
-// Weights of n sites or channels that have the same neighbours; where weights and logits share memory, in place.
-template <typename A>
-void normalise_range(const Gates<A>& gates, int64_t n, A has_minus, A has_plus) {
-  const A *minus = gates.field[kLogitMinus], *centre = gates.field[kLogitCentre], *plus = gates.field[kLogitPlus];
-  A *w_minus = gates.field[kWeightMinus], *w_centre = gates.field[kWeightCentre], *w_plus = gates.field[kWeightPlus];
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const Weights<A> w = normalise(minus[i], centre[i], plus[i], has_minus, has_plus);
-    w_minus[i] = w.minus;
-    w_centre[i] = w.centre;
-    w_plus[i] = w.plus;
-  }
-}
-
-// Where a gate tensor holds direction k of a site's gates from `channel`'s group on.
-template <typename T>
-T* gates_at(const Strided<T>& t, int group_axis, int64_t b, int64_t row, int64_t column, int k, int64_t group) {
-  return t.data + b * t.stride[0] + row * t.stride[1] + column * t.stride[2] + k * t.stride[3] + group * t.stride[group_axis];
-}
-
-// Gates that a slab's channels share, one group's: prepared for the whole map and all directions at once.
-template <typename Call>
-class GroupGates {
- public:
-  using T = typename Call::Element;
-  using A = Accumulator<T>;
-  static constexpr bool shared = true;
-
-  GroupGates(const Call& call, Scratch<A>& scratch, int64_t b, int64_t channel, int64_t /* slab channels */)
-      : problem_(call.problem), sites_(call.problem.height * call.problem.width) {
-    data_ = scratch.get(problem_.num_directions * kStored * sites_);
-    const int64_t group = channel / (problem_.channels / problem_.groups);
-    for (int64_t i = 0; i < problem_.height; i += kBlock)
-      for (int k = 0; k < problem_.num_directions; ++k) {
-        const Gates<A> map = fields(k);
-        for (int n = 0; n < 3; ++n)
-          read_rows(map.field[kLogitMinus + n], call.gates, gates_at(call.gates, 5, b, i, 0, k, group) + n * call.gates.stride[4], k, i);
-        read_rows(map.field[kLam], call.lam, gates_at(call.lam, 4, b, i, 0, k, group), k, i);
-        if (call.out.data) read_rows(map.field[kOut], call.out, gates_at(call.out, 4, b, i, 0, k, group), k, i);
-      }
-    for (int k = 0; k < problem_.num_directions; ++k) {
-      const Scan scan(problem_, problem_.directions[k]);
-      if (!call.out.data) std::fill_n(fields(k).field[kOut], sites_, A(1));
-      for (int64_t i = 0; i < scan.lines; ++i) {
-        const Gates<A> line = fields(k) + i * scan.positions;
-        const int64_t last = scan.positions - 1;
-        normalise_range(line, 1, A(0), A(last > 0));
-        normalise_range(line + 1, last - 1, A(1), A(1));
-        if (last > 0) normalise_range(line + last, 1, A(1), A(0));
-      }
-    }
-  }
-
-  // The gates at position 0 of a line; those at the others follow.
-  Gates<A> line(const Scan& scan, int k, int64_t line) const { return fields(k) + line * scan.positions; }
-
-  static Gates<A> site(const Gates<A>& line, const Call&, const Scan&, int, int64_t, int64_t position, bool) {
-    return line + position;
-  }
-
- private:
-  // Rows are read in blocks that stay in the cache while each field of them is picked out, and whose columns fill whole
-  // cache lines of a field that is laid out by columns.
-  static constexpr int64_t kBlock = 16;
-  // Only the backward pass asks for the logits again: else the weights take their place.
-  static constexpr int kStored = Call::kNeedsLogits ? kNumFields : kLogitMinus;
-
-  Gates<A> fields(int k) const {
-    Gates<A> map;
-    for (int f = 0; f < kNumFields; ++f)
-      map.field[f] = data_ + (k * kStored + (f < kStored ? f : f - kLogitMinus + kWeightMinus)) * sites_;
-    return map;
-  }
-
-  void read_rows(A* to, const Strided<const T>& t, const T* from, int k, int64_t first_row) const {
-    const int64_t rows = std::min(kBlock, problem_.height - first_row);
-    if (lines_are_rows(problem_.directions[k]))
-      for (int64_t i = 0; i < rows; ++i)
-        gather(to + (first_row + i) * problem_.width, from + i * t.stride[1], t.stride[2], problem_.width);
-    else
-      for (int64_t j = 0; j < problem_.width; ++j)
-        gather(to + j * problem_.height + first_row, from + j * t.stride[2], t.stride[1], rows);
-  }
-
-  const Problem& problem_;
-  int64_t sites_;
-  A* data_;
-};
-
-// Gates of a slab whose channels each have their own. They are many times as large as the map: read a site at a time,
-// when its turn comes.
-template <typename Call>
-class ChannelGates {
- public:
-  using T = typename Call::Element;
-  using A = Accumulator<T>;
-  static constexpr bool shared = false;
-
-  ChannelGates(const Call& call, Scratch<A>& scratch, int64_t b, int64_t channel, int64_t channels)
-      : b_(b), channel_(channel), channels_(channels) {
-    A* data = scratch.get(kNumFields * channels);
-    for (int f = 0; f < kNumFields; ++f) buffer_.field[f] = data + f * channels;
-    if (!call.out.data) std::fill_n(buffer_.field[kOut], channels, A(1));
-  }
-
-  Gates<A> line(const Scan&, int, int64_t) const { return buffer_; }
-
-  Gates<A> site(Gates<A> buffer, const Call& call, const Scan& scan, int k, int64_t line, int64_t position,
-                bool needs_logits) const {
-    const int64_t row = scan.row(line, position), column = scan.column(line, position);
-    const auto read = [&](int field, const Strided<const T>& t, int axis, int64_t offset) {
-      const T* from = gates_at(t, axis, b_, row, column, k, channel_) + offset;
-      const T* ahead = from + kAhead * (scan.rows ? t.stride[2] : t.stride[1]);
-      for (int64_t c = 0; c < channels_; c += 64 / sizeof(T)) __builtin_prefetch(ahead + c * t.stride[axis]);
-      if constexpr (std::is_same_v<T, A>)
-        if (t.stride[axis] == 1) return void(buffer.field[field] = const_cast<A*>(from));  // read where they lie
-      gather(buffer.field[field], from, t.stride[axis], channels_);
-    };
-    read(kLam, call.lam, 4, 0);
-    if (call.out.data) read(kOut, call.out, 4, 0);
-    if (needs_logits)
-      for (int n = 0; n < 3; ++n) read(kLogitMinus + n, call.gates, 5, n * call.gates.stride[4]);
-    return buffer;
-  }
-
- private:
-  static constexpr int64_t kAhead = 2;  // sites lie pages apart, where the hardware does not look ahead by itself
-  int64_t b_, channel_, channels_;
-  Gates<A> buffer_;
-};
-
-// A gate's value at channel c of a site: the group's, held in a register, or the channel's own.
-template <typename A, bool shared>
-struct GateValue {
-  const A* value;
-  A GSPN_INLINE operator[](int64_t c) const { return value[c]; }
-};
-template <typename A>
-struct GateValue<A, true> {
-  A value;
-  explicit GateValue(const A* from) : value(*from) {}
-  A GSPN_INLINE operator[](int64_t) const { return value; }
-};
-
-// The weights at channel c of a site: the group's, or from the channel's own logits.
-template <typename A, bool shared>
-struct SiteWeights {
-  const A *minus, *centre, *plus;
-  const A has_minus, has_plus;
-  SiteWeights(const Gates<A>& site, const Scan& scan, int64_t position)
-      : minus(site.field[kLogitMinus]),
-        centre(site.field[kLogitCentre]),
-        plus(site.field[kLogitPlus]),
-        has_minus(position > 0),
-        has_plus(position + 1 < scan.positions) {}
-  Weights<A> GSPN_INLINE operator[](int64_t c) const { return normalise(minus[c], centre[c], plus[c], has_minus, has_plus); }
-};
-template <typename A>
-struct SiteWeights<A, true> {
-  Weights<A> value;
-  SiteWeights(const Gates<A>& site, const Scan&, int64_t)
-      : value{*site.field[kWeightMinus], *site.field[kWeightCentre], *site.field[kWeightPlus]} {}
-  Weights<A> GSPN_INLINE operator[](int64_t) const { return value; }
-};
 
 // One line of a scan: h at each position, from the line before (null at the start of a chunk). `enter` and `leave` are
 // called at each site before its x is read and when its h is there. `h` and `before` point at position 0 of lines with a
@@ -460,16 +160,21 @@ void forward_slab(const Forward<T>& call, const SlabGates& gates, Workspace<A>& 
 // are. `grads` holds the weights' gradients under the weights; per_site values each.
 template <typename T, typename A>
 void write_gate_grads(const Backward<T>& call, const Gates<A>& gates, const Gates<A>& grads, const Scan& scan, int k,
-                      int64_t b, int64_t group, int64_t line, int64_t position, int64_t sites, int64_t per_site) {
+                      int64_t b, int64_t group, int64_t line, int64_t position, int64_t sites, int64_t per_site,
+                      bool has_before) {
   const A *const *l = gates.field + kLogitMinus, *const *w = gates.field + kWeightMinus;
   A* const* g = grads.field + kWeightMinus;
+  if (!has_before) {  // no weights there, nor anything read in their place
+    for (int n = 0; n < 3; ++n) std::fill_n(g[n], sites * per_site, A(0));
+  } else {
 #pragma omp simd
-  for (int64_t i = 0; i < sites * per_site; ++i) {
-    const Weights<A> grad = normalise_backward(l[0][i], l[1][i], l[2][i], Weights<A>{w[0][i], w[1][i], w[2][i]},
-                                               Weights<A>{g[0][i], g[1][i], g[2][i]});
-    g[0][i] = grad.minus;
-    g[1][i] = grad.centre;
-    g[2][i] = grad.plus;
+    for (int64_t i = 0; i < sites * per_site; ++i) {
+      const Weights<A> grad = normalise_backward(l[0][i], l[1][i], l[2][i], Weights<A>{w[0][i], w[1][i], w[2][i]},
+                                                 Weights<A>{g[0][i], g[1][i], g[2][i]});
+      g[0][i] = grad.minus;
+      g[1][i] = grad.centre;
+      g[2][i] = grad.plus;
+    }
   }
   const auto put = [&](const Strided<T>& t, int64_t offset, int axis, const A* from) {
     for (int64_t s = 0; s < sites; ++s)
@@ -542,12 +247,10 @@ void unscan_line(const SlabGates& gates, const Backward<T>& call, const Scan& sc
         }
       }
       if constexpr (shared) *g_minus = s_minus, *g_centre = s_centre, *g_plus = s_plus;
-    } else {
-      for (A* g : {g_minus, g_centre, g_plus}) std::fill_n(g, shared ? 1 : width, A(0));
     }
-    if constexpr (!shared) write_gate_grads(call, site, grad, scan, k, b, group, line, j, 1, width);
+    if constexpr (!shared) write_gate_grads(call, site, grad, scan, k, b, group, line, j, 1, width, before);
   }
-  if constexpr (shared) write_gate_grads(call, line_gates, grads, scan, k, b, group, line, 0, scan.positions, 1);
+  if constexpr (shared) write_gate_grads(call, line_gates, grads, scan, k, b, group, line, 0, scan.positions, 1, before);
 }
 
 template <int kWidth, typename SlabGates, typename T, typename A>

@@ -1,31 +1,17 @@
-"""The typed configuration, and the one way every command reads its options: YAML plus ``--key value``.
-
-A command is a dataclass of options and a function that takes it; :func:`command` does the rest. Unknown keys, wrong
-types and impossible values stop at start with the key's name and exit status 2, before any work.
-"""
+"""The typed configuration of a training run."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
 
-from gspn_dit.errors import InputError
-
-Options = TypeVar("Options")
-
-
-def require(condition: bool, key: str, value: object, wanted: str) -> None:
-    """Raise :class:`InputError` naming the key, the value that came and what was wanted, unless the condition holds."""
-    if not condition:
-        raise InputError(f"{key}={value!r}: wanted {wanted}")
+from gspn_dit.files import replacing
+from gspn_dit.options import parse, require
 
 
 @dataclass
@@ -191,77 +177,16 @@ class Config:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it as YAML, atomically."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number from 0 to 2147483647")
 
     @classmethod
     def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
         """Read a YAML file, with `--key value` strings over it. Raises :class:`InputError`."""
         return parse(cls, ["--config", str(path), *overrides], exit_on_error=False)
-
-
-def parse(
-    options: type[Options],
-    argv: Sequence[str] | None = None,
-    *,
-    prog: str | None = None,
-    description: str | None = None,
-    exit_on_error: bool = True,
-) -> Options:
-    """Build a dataclass of options from `--config FILE.yaml` and `--key value` pairs; later ones win.
-
-    Option names may be written with hyphens or underscores. On bad input it prints one line and exits with status 2,
-    or raises :class:`InputError` if `exit_on_error` is false.
-    """
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a YAML file of the options below")
-    parser.add_class_arguments(options, nested_key=None)
-    try:
-        try:
-            namespace: Namespace = parser.parse_args(_underscored(sys.argv[1:] if argv is None else argv))
-            namespace = parser.instantiate(namespace)
-        except InputError:
-            raise
-        except Exception as error:
-            if isinstance(error.__cause__, InputError):
-                raise error.__cause__ from None
-            raise InputError(" ".join(str(error).split())) from error
-        values = {f.name: namespace[f.name] for f in dataclasses.fields(options)}
-        return options(**values)
-    except InputError as error:
-        if not exit_on_error:
-            raise
-        fail(error, parser.prog)
-
-
-def command(
-    main: Callable[[Options], None], options: type[Options], *, prog: str, argv: Sequence[str] | None = None
-) -> None:
-    """Run a command: parse its options, call it, and turn an :class:`InputError` into one line and exit status 2."""
-    parsed = parse(options, argv, prog=prog, description=(main.__doc__ or "").strip() or None)
-    try:
-        main(parsed)
-    except InputError as error:
-        fail(error, prog)
-
-
-def fail(error: InputError, prog: str) -> None:
-    """Print the error as one line and exit with status 2."""
-    print(f"{prog}: error: {error}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def _underscored(argv: Sequence[str]) -> list[str]:
-    """`--image-size=8` and `--image_size=8` are the same option."""
-    named = []
-    for argument in argv:
-        if argument.startswith("--"):
-            key, equals, value = argument[2:].partition("=")
-            argument = "--" + key.replace("-", "_") + equals + value
-        named.append(argument)
-    return named
 
 
 def _plain(value: Any) -> Any:

@@ -1,18 +1,17 @@
-"""Images to files: single PNGs, and grids for the eye. Each is written under a temporary name and then renamed."""
+"""Images to files: single PNGs, and grids for the eye."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
+
+from gspn_dit.files import replacing
 
 _SMALLEST = 64  # pixels a side in a grid, below which images are enlarged by a whole factor
 _MARGIN, _PAPER = 4, 255
@@ -33,15 +32,3 @@ def save_grid(images: Tensor, path: str | os.PathLike) -> None:
     images = interpolate(images.cpu().float(), scale_factor=scale, mode="nearest").to(torch.uint8)
     columns = math.ceil(math.sqrt(len(images)))
     save_image(make_grid(images, nrow=columns, padding=_MARGIN, pad_value=_PAPER), path)
-
-
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it becomes `path` if the block ends well, and else goes."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

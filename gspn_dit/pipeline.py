@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import json
+import operator
 import os
 import re
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError
 from torch import Tensor
 
 from gspn_dit import models
@@ -22,10 +25,11 @@ from gspn_dit.data.vae import downsampling
 from gspn_dit.diffusion import create_scheduler, denoise
 from gspn_dit.diffusion.sampling import Generators
 from gspn_dit.errors import InputError
+from gspn_dit.runs import list_checkpoints
 from gspn_dit.weights import packaged
 
 _PIXELS_A_DECODE = 2**20
-_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 
 
 class GSPNDiTPipeline(DiffusionPipeline):
@@ -108,7 +112,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
             generator: One for all, or a list of one an image
                 (`[image_generator(seed, i) for i in …]`, on the CPU, makes an image independent of its batch).
             guidance_interval: Share of the noise levels at which guidance acts, 0 clean and 1 pure noise.
-            output_type: `pil`; `np` float (B, H, W, 3) or `pt` float (B, 3, H, W), in [0, 1]; `latent`.
+            output_type: `pil`; `np` float (B, H, W, 3) or `pt` float (B, 3, H, W), in [0, 1]; `uint8` (B, 3, H, W),
+                the bytes of the others; `latent`.
             return_dict: Give an `ImagePipelineOutput`; else a tuple.
             callback_on_step_end: Called as callback(pipeline, step, timestep, {"latents": …}); the latents in the
                 dictionary it returns go on.
@@ -117,7 +122,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
         """
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"output_type={output_type!r}: wanted one of {', '.join(_OUTPUT_TYPES)}")
-        labels = self.class_ids([class_labels] if isinstance(class_labels, int | str) else class_labels)
+        labels = self.class_ids([class_labels] if isinstance(class_labels, Integral | str) else class_labels)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise InputError(f"generator: a list of {len(generator)} for {len(labels)} class_labels; wanted one each")
         if num_inference_steps is None:
@@ -149,19 +154,24 @@ class GSPNDiTPipeline(DiffusionPipeline):
     def class_ids(self, class_labels: Sequence[int | str]) -> list[int]:
         """Class ids of ids or names; a name that is a whole number is an id.
 
-        Raises :class:`InputError` for an id out of range or a name that no class has, with names close to it.
+        Raises :class:`InputError` for an id out of range, what is neither id nor name, or a name that no class has,
+        with names close to it.
         """
         count, names = self.transformer.config.num_classes, self.config.class_names or []
         ids = []
         for label in class_labels:
-            if isinstance(label, str) and not re.fullmatch(r"[+-]?\d+", label):
+            if isinstance(label, str) and not re.fullmatch(r"[+-]?[0-9]+", label):
                 if label not in names:
                     raise InputError(f"class_labels={label!r}: {_remedy_for_name(label, names, count)}")
                 ids.append(names.index(label))
-            elif 0 <= int(label) < count:
-                ids.append(int(label))
-            else:
-                raise InputError(f"class_labels={int(label)}: the model has classes 0 to {count - 1}")
+                continue
+            try:
+                number = int(label) if isinstance(label, str) else operator.index(label)
+            except TypeError:
+                raise InputError(f"class_labels={label!r}: wanted class ids, whole numbers, or names") from None
+            if not 0 <= number < count:
+                raise InputError(f"class_labels={number}: the model has classes 0 to {count - 1}")
+            ids.append(number)
         return ids
 
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
@@ -187,6 +197,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
         pixels = latents.shape[2] * latents.shape[3] * downsampling(self.vae) ** 2
         slices = latents.split(max(1, _PIXELS_A_DECODE // pixels))
         images = torch.cat([decode(self.vae, each) for each in slices])
+        if output_type == "uint8":
+            return images
         if output_type == "pt":
             return images.float() / 255
         images = images.permute(0, 2, 3, 1).cpu().float().numpy() / 255
@@ -207,8 +219,9 @@ def load_pipeline(path: str | os.PathLike) -> GSPNDiTPipeline:
         return _load_checkpoint(_newest_checkpoint(folder))
     except InputError as error:
         raise InputError(f"model={str(path)!r}: {error}") from error
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"model={str(path)!r}: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # as a damaged folder may raise
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+        raise InputError(f"model={str(path)!r}: its files cannot be read ({reason}); make them again") from error
 
 
 def _newest_checkpoint(folder: Path) -> Path:
@@ -221,11 +234,10 @@ def _newest_checkpoint(folder: Path) -> Path:
         raise InputError(
             "not a run (config.yaml, checkpoints/), a checkpoint (ema/) or an exported pipeline (model_index.json)"
         )
-    checkpoints = [path.parent for path in (folder / "checkpoints").glob("step-*/ema")]
-    checkpoints = [path for path in checkpoints if path.name.removeprefix("step-").isdecimal()]
+    checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise InputError("the run has no checkpoint yet; it writes one every training.checkpoint_every steps")
-    return max(checkpoints, key=lambda path: int(path.name.removeprefix("step-")))
+    return checkpoints[-1]
 
 
 def _load_checkpoint(folder: Path) -> GSPNDiTPipeline:

@@ -13,11 +13,13 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 from tqdm import tqdm
 
-from gspn_dit.config import require
+from gspn_dit.devices import choose_device
 from gspn_dit.diffusion import create_scheduler, image_generator, objective_of
 from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.errors import InputError
-from gspn_dit.pictures import replacing, save_grid, save_image
+from gspn_dit.files import replacing
+from gspn_dit.options import require
+from gspn_dit.pictures import save_grid, save_image
 from gspn_dit.pipeline import GSPNDiTPipeline, load_pipeline
 
 
@@ -86,7 +88,7 @@ class SampleOptions:
 def main(options: SampleOptions) -> None:
     """Draw images from a trained model. Image i depends on the seed and i alone."""
     disable_progress_bar()  # diffusers' own, while it loads
-    prepare_outputs(options)
+    check_outputs(options)
     device = choose_device(options.device)
     pipe = load_pipeline(options.model)
     labels = choose_labels(pipe, options.class_labels)
@@ -95,6 +97,8 @@ def main(options: SampleOptions) -> None:
     if options.sampler is not None:
         pipe.scheduler = create_scheduler(objective_of(pipe.scheduler), options.sampler)
     check_steps(pipe.scheduler, options.num_inference_steps or pipe.config.num_inference_steps)
+    for folder in output_folders(options).values():
+        folder.mkdir(parents=True, exist_ok=True)
     images = draw(pipe.to(device), labels, options)
     if options.out is not None and not options.single_files:
         save_grid(images, options.out)
@@ -126,9 +130,8 @@ def draw(pipe: GSPNDiTPipeline, labels: list[int], options: SampleOptions) -> Te
                 height=options.height,
                 width=options.width,
                 generator=[image_generator(options.seed, start + j) for j in range(len(batch))],
-                output_type="pt",
-            ).images
-            pictures = (pictures * 255).round().to(torch.uint8).cpu()
+                output_type="uint8",
+            ).images.cpu()
             if options.single_files:
                 for j, picture in enumerate(pictures):
                     save_image(picture, Path(options.out) / f"{start + j:06d}.png")
@@ -147,33 +150,25 @@ def choose_labels(pipe: GSPNDiTPipeline, class_labels: str | None) -> list[int]:
     return pipe.class_ids([label.strip() for label in class_labels.split(",")])
 
 
-def choose_device(device: str) -> torch.device:
-    """The device of that name, or for `auto` the best there is. Raises :class:`InputError` if it is not there."""
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device={device!r}: {reason}; try --device cpu") from error
-    return torch.device(device)
+def output_folders(options: SampleOptions) -> dict[str, Path]:
+    """The folders that `out` and `npz` are written to, of those that are given."""
+    folders = {}
+    if options.out is not None:
+        folders["out"] = Path(options.out) if options.single_files else Path(options.out).parent
+    if options.npz is not None:
+        folders["npz"] = Path(options.npz).parent
+    return folders
 
 
-def prepare_outputs(options: SampleOptions) -> None:
-    """Make the folders that will be written to; raise :class:`InputError` if that cannot be, or old images would stay
-    among the new."""
-    for key in ("out", "npz"):
+def check_outputs(options: SampleOptions) -> None:
+    """Raise :class:`InputError` if the outputs cannot be written, or old images would stay among the new."""
+    for key, folder in output_folders(options).items():
         path = getattr(options, key)
-        if path is None:
-            continue
-        folder = Path(path) if key == "out" and options.single_files else Path(path).parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{key}={path!r}: cannot make {str(folder)!r} ({error.strerror})") from error
-        if not os.access(folder, os.W_OK) or (Path(path).is_dir() and folder != Path(path)):
-            raise InputError(f"{key}={path!r}: cannot be written; choose another path")
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise InputError(f"{key}={path!r}: {str(there)!r} is no folder that can be written to; choose another path")
+        if Path(path).is_dir() and folder != Path(path):
+            raise InputError(f"{key}={path!r}: is a folder; wanted a file name")
     if options.single_files:
         new = {f"{i:06d}.png" for i in range(options.num_images)}
         if stale := sorted(path.name for path in Path(options.out).glob("*.png") if path.name not in new):

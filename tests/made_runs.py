@@ -49,4 +49,5 @@ def make_run(folder: Path, name: str = "gspn-dit-ti-2", objective: str = "flow",
         model.save_pretrained(checkpoint / "ema")
         config.save(checkpoint / "config.yaml")
         (checkpoint / "class_names.json").write_text(json.dumps(CLASS_NAMES))
+        (checkpoint / "metadata.json").write_text(json.dumps({"step": step}))
     return folder

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from gspn_dit.config import command
 from gspn_dit.data import decode, downsampling, encode_moments, load_vae, open_images, sample_posterior
 from gspn_dit.errors import InputError
+from gspn_dit.options import command
 from gspn_dit.training import digits_vae
 from gspn_dit.weights import packaged
 

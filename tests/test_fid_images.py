@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from gspn_dit.config import command
 from gspn_dit.errors import InputError
 from gspn_dit.fid.evaluate import Options, main
 from gspn_dit.fid.images import open_reference, open_samples
+from gspn_dit.options import command
 
 
 def write_images(folder, count=3, size=(32, 32), labels=None):
@@ -31,7 +31,8 @@ def stacked(images):
 def test_a_folder_and_an_npz_of_the_same_images_are_the_same_samples(tmp_path):
     pixels = write_images(tmp_path / "folder", count=4, size=(8, 12), labels=[3, 1, 4, 1])
     np.savez(tmp_path / "batch.npz", arr_0=pixels, labels=np.array([3, 1, 4, 1]))
-    for source in ("folder", "batch.npz"):
+    np.savez(tmp_path / "adm.npz", pixels, np.array([3, 1, 4, 1]))  # as ADM's sampler saves: arr_0, arr_1
+    for source in ("folder", "batch.npz", "adm.npz"):
         images = open_samples(str(tmp_path / source))
         assert images.image_size == (8, 12)
         assert images.labels == [3, 1, 4, 1]
@@ -134,12 +135,31 @@ def test_a_bad_folder_ends_the_command_in_one_line(tmp_path, capsys, spoil, name
         ({"arr_0": np.zeros((2, 3, 32, 32), np.uint8)}, ["arr_0 is uint8 (2, 3, 32, 32)"]),
         ({"arr_0": np.zeros((0, 32, 32, 3), np.uint8)}, ["N ≥ 1"]),
         ({"arr_0": np.zeros((2, 32, 32, 3), np.uint8), "labels": np.zeros(3, int)}, ["labels is int64 (3,)"]),
+        ({"arr_0": np.zeros((2, 32, 32, 3), np.uint8), "arr_1": np.zeros(2)}, ["arr_1 is float64 (2,)"]),
+        ({"arr_0": np.zeros((2, 32, 32, 3), np.uint8), "mu": np.zeros(2048), "sigma": np.eye(2048)}, ["mu, sigma"]),
         ({"arr_0": np.array([{}], dtype=object)}, ["not an npz file of plain arrays"]),  # numpy would unpickle it
     ],
 )
 def test_a_bad_npz_ends_the_command_in_one_line(tmp_path, capsys, arrays, named):
     np.savez(tmp_path / "batch.npz", **arrays)
     refused(tmp_path, capsys, tmp_path / "batch.npz", ["batch.npz", *named])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, ["of Inception's features", "features=digits"]),
+        ({"mu": np.zeros(64), "sigma": np.eye(64)}, ["mu is float64 (64,)", "(2048,)"]),
+        ({"mu": np.zeros(2048), "sigma": np.eye(64)}, ["sigma is float64 (64, 64)", "(2048, 2048)"]),
+        ({"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, ["mu is float64 (2048,)", "finite"]),
+    ],
+)
+def test_statistics_that_do_not_suit_end_the_command_in_one_line(tmp_path, capsys, arrays, named):
+    write_images(tmp_path / "samples")
+    images = np.zeros((2, 32, 32, 3), np.uint8)  # an ADM batch: scored with features they do not fit, a wrong figure
+    np.savez(tmp_path / "reference.npz", arr_0=images, **arrays)
+    reference = tmp_path / "reference.npz"
+    refused(tmp_path, capsys, tmp_path / "samples", ["reference=", "reference.npz", *named], reference=reference)
 
 
 def test_files_that_are_no_npz_are_refused(tmp_path, capsys):
@@ -154,6 +174,7 @@ def test_bad_options_end_the_command_in_one_line(tmp_path, capsys):
     refused(tmp_path, capsys, tmp_path / "samples", ["reference=cifar", "no such folder"], reference="cifar")
     refused(tmp_path, capsys, tmp_path / "samples", ["features", "clip"], features="clip")
     refused(tmp_path, capsys, tmp_path / "samples", ["out=", "folder"], out=tmp_path)
+    refused(tmp_path, capsys, tmp_path / "samples", ["device='abacus'"], device="abacus")
     refused(tmp_path, capsys, tmp_path / "samples", ["weights=nowhere.safetensors"], weights="nowhere.safetensors")
 
 

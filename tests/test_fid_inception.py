@@ -14,7 +14,9 @@ from PIL import Image
 from torch_fidelity import FeatureExtractorInceptionV3, feature_extractor_inceptionv3
 
 from gspn_dit.errors import InputError
+from gspn_dit.fid.evaluate import evaluate
 from gspn_dit.fid.extractors import create_extractor
+from gspn_dit.fid.images import open_reference, open_samples
 
 ROOT = Path(__file__).parents[1]
 COUNT = 6
@@ -75,9 +77,29 @@ def test_the_command_gives_the_fid_of_these_weights(inception, tmp_path):
     assert metrics["inception_score_splits"] == COUNT  # fewer images than the usual 10 splits: one each,
     assert metrics["inception_score"] == pytest.approx(1)  # and an image is no more diverse than itself
     assert (metrics["num_samples"], metrics["num_reference"]) == (COUNT, COUNT)
+    assert metrics["reference_statistics"] == "of its images"
     assert (metrics["features"], metrics["weights"]) == ("inception", "inception.pth")
     assert metrics["weights_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert "class_accuracy" not in metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [True, False], ids=["with images", "alone"])
+def test_an_adm_reference_is_its_statistics_not_its_images(inception, tmp_path, images):
+    """ADM's mu and sigma are over the whole dataset; the images beside them are fewer and would give another FID."""
+    network, file = inception
+    samples = write_noise(tmp_path / "samples", 0, 256, seed=1)
+    whole = write_noise(tmp_path / "whole", 60, 160, seed=2)
+    with torch.inference_mode():
+        (features, _), (whole_features, _) = network(samples), network(whole)
+    few = {"arr_0": whole[:2].permute(0, 2, 3, 1).numpy()} if images else {}
+    np.savez(tmp_path / "adm.npz", **few, mu=whole_features.mean(dim=0), sigma=np.cov(whole_features.T))
+
+    reference = open_reference(str(tmp_path / "adm.npz"), (64, 64))
+    metrics = evaluate(open_samples(str(tmp_path / "samples")), reference, create_extractor("inception", str(file)))
+    assert metrics["fid"] == pytest.approx(distance_of_few(features, whole_features), rel=1e-3)
+    assert metrics["num_reference"] is None
+    assert (metrics["reference"], metrics["reference_statistics"]) == (reference.source, "mu and sigma of the file")
 
 
 class Hostile:

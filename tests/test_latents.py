@@ -16,10 +16,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from gspn_dit.config import command
 from gspn_dit.data import LatentStore, encode_moments, is_latent_store, load_vae, open_images
 from gspn_dit.data import encode as encode_command
 from gspn_dit.errors import InputError
+from gspn_dit.options import command
 
 DIGITS = {
     "data": "digits",
@@ -153,8 +153,9 @@ def test_a_killed_encoding_goes_on_and_ends_the_same(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not is_latent_store(killed)
-    with pytest.raises(InputError, match="no finished latent store"):
-        LatentStore(killed)
+    for reader in (LatentStore, lambda folder: open_images(folder, 32)):
+        with pytest.raises(InputError, match=r"to finish .*--data digits --vae digits --image-size 32 --out .*killed`"):
+            reader(killed)
     kept = {path: path.stat().st_mtime_ns for path in killed.glob("shard-*.safetensors")}
     assert 4 <= len(kept) < 50
 
@@ -243,7 +244,8 @@ def test_bad_options_stop_before_any_work(tmp_path, capsys):
     assert "device='gpu'" in refused(capsys, out, device="gpu")
     assert "batch_size" in refused(capsys, out, **{"batch-size": 0})
     assert "split" in refused(capsys, out, split="validation")
-    assert "no such folder" in refused(capsys, out, data=tmp_path / "nowhere", split="train")
+    assert "error: data='" in (line := refused(capsys, out, data=tmp_path / "nowhere", split="train"))
+    assert "no such folder" in line
     assert not out.exists()
 
 

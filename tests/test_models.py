@@ -14,6 +14,7 @@ from torch import nn
 import gspn_dit
 from gspn_dit.errors import InputError
 from gspn_dit.models import DiT, GSPNDiT, create_model, list_models
+from gspn_dit.models import __main__ as table
 from gspn_dit.models.counting import count_macs, count_parameters
 from gspn_dit.models.dit import Attention
 from gspn_dit.models.embeddings import sincos_positions
@@ -290,6 +291,17 @@ def test_misshapen_input_is_refused_by_name(name, change, message):
         ("gspn-dit-s-2", {"global_layers": 13}, "global_layers=13: .*12 layers"),
         ("gspn-dit-s-2", {"global_layers": [12]}, r"global_layers=\[12\]: .*0 to 11"),
         ("gspn-dit-s-2", {"num_classes": 0}, "num_classes=0"),
+        ("gspn-dit-s-2", {"width": "abc"}, "width='abc': give a whole number"),
+        ("dit-s-2", {"width": "abc"}, "width='abc': give a whole number"),
+        ("gspn-s-2", {"width": None}, "width=None: give a whole number"),
+        ("gspn-s-2", {"depth": "deep"}, "depth='deep'"),
+        ("gspn-s-2", {"stochastic_depth": "some"}, "stochastic_depth='some'"),
+        ("gspn-dit-s-2", {"conv_kernel": "big"}, "conv_kernel='big': give an odd number"),
+        ("gspn-dit-s-2", {"mlp_ratio": -1}, "mlp_ratio=-1: give a positive number"),
+        ("dit-s-2", {"mlp_ratio": "4"}, "mlp_ratio='4': give a positive number"),
+        ("gspn-dit-s-2", {"global_layers": None}, "global_layers=None: give a count"),
+        ("gspn-dit-s-2", {"global_layers": "all"}, "global_layers='all': give a count"),
+        ("dit-s-2", {"sample_size": None}, "sample_size=None"),
     ],
 )
 def test_what_a_model_cannot_take_is_refused_by_name(name, overrides, message):
@@ -323,3 +335,21 @@ def test_the_table_counts_the_models_asked_for():
         ["dit-xl-2", "675,129,632", "118.6", "524.5"],
         ["gspn-s-2", "20,151,812", lines[2].split()[2], lines[2].split()[3]],
     ]
+
+
+def test_the_table_gives_each_row_before_it_makes_the_next_model(capsys, monkeypatch):
+    rows_before = []
+
+    def create(name):
+        rows_before.append(len(capsys.readouterr().out.splitlines()))
+        return create_model(name, **SMALL["dit-ti-2"])
+
+    monkeypatch.setattr(table, "create_model", create)
+    table.main(table.Options(["dit-ti-2", "dit-ti-4"]))
+    assert rows_before == [1, 1]  # the heading, then the first row
+
+
+def test_the_table_refuses_an_unknown_name_before_any_row(capsys):
+    with pytest.raises(InputError, match="'dit-xx-2' is unknown"):
+        table.main(table.Options(["dit-ti-2", "dit-xx-2"]))
+    assert capsys.readouterr().out == ""

@@ -152,6 +152,18 @@ def test_kernels_agree_with_the_reference(name, shape, dtype):
         torch.testing.assert_close(ours.double() / scale, theirs / scale, rtol=0, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("groups", [2, 32])
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_memory_that_held_nan_leaves_no_trace(backend, groups, chunk):
+    # A kernel's scratch is whatever was freed last: fill and free the sizes it asks for, then look for the filling.
+    inputs = operands(2, 4, 4, 32, 4, groups, dtype=torch.float32, requires_grad=True)
+    for _ in range(20):
+        poison = [torch.full((size,), torch.nan) for size in (64, 128, 256, 512, 1024, 2048, 4096) for _ in range(8)]
+        del poison
+        y = propagate(*inputs, chunk=chunk, backend=backend)
+        assert all(torch.isfinite(tensor).all() for tensor in (y, *torch.autograd.grad(y.sum(), inputs)))
+
+
 def test_strides_are_the_callers(backend):
     x, gates, lam, out = operands(1, 4, 5, 6, 4, 3)
     y = propagate(x, gates, lam, out, backend=backend)

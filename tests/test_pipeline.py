@@ -1,5 +1,7 @@
 """The diffusers pipeline: what it draws, what it refuses, and that it comes back from every kind of folder."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from gspn_dit.data import decode
 from gspn_dit.diffusion import create_scheduler, image_generator
 from gspn_dit.errors import InputError
 from gspn_dit.models import create_model
-from gspn_dit.pictures import replacing, save_grid
+from gspn_dit.pictures import save_grid
 from gspn_dit.pipeline import GSPNDiTPipeline, load_pipeline
 
 
@@ -57,6 +59,7 @@ def test_output_types_are_one_picture():
     pictures = decode(pipe.vae, draw("latent").images)  # uint8 (2, 3, 16, 16)
     torch.testing.assert_close(draw("pt").images, pictures.float() / 255)
     np.testing.assert_allclose(draw("np").images, pictures.permute(0, 2, 3, 1).numpy() / 255, atol=1e-6)
+    assert torch.equal(draw("uint8").images, pictures)
     for image, picture in zip(draw("pil").images, pictures, strict=True):
         assert isinstance(image, Image.Image)
         np.testing.assert_array_equal(np.asarray(image), picture.permute(1, 2, 0))
@@ -70,6 +73,7 @@ def test_labels_and_guidance_change_the_picture():
         return pipe(label, generator=generators(0), output_type="latent", **options).images
 
     assert torch.equal(draw("tabby cat"), draw(1))
+    assert torch.equal(draw(np.int64(1)), draw(np.array([1])))
     assert not torch.equal(draw(0), draw(1))
     assert not torch.equal(draw(0), draw(0, guidance_scale=3.0))
     # Levels of 3 Euler steps are 1, 2/3, 1/3: none in this interval, so guidance never acts.
@@ -127,7 +131,8 @@ def test_two_class_names_survive(tmp_path):
 @pytest.mark.parametrize("objective", ["ddpm", "flow"])
 def test_a_run_and_its_export_draw_alike(tmp_path, objective):
     run = make_run(tmp_path / "run", objective=objective, steps=(9, 10))
-    (run / "checkpoints" / "step-0000011.tmp" / "ema").mkdir(parents=True)  # one that was being written
+    for unfinished in ("step-0000011.tmp", "step-0000012"):  # no checkpoint's name; no metadata.json
+        (run / "checkpoints" / unfinished / "ema").mkdir(parents=True)
 
     def draw(path):
         pipe = load_pipeline(path)
@@ -160,15 +165,49 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
         load_pipeline(run)
 
 
+def other_channels(ema):
+    config = json.loads((ema / "config.json").read_text())
+    (ema / "config.json").write_text(json.dumps({**config, "width": 96}))
+
+
+def other_names(ema):
+    (ema.parent / "class_names.json").write_text("[")
+
+
+def half_the_weights(ema):
+    weights = ema / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [other_channels, other_names, half_the_weights])
+def test_a_damaged_checkpoint_is_said_in_one_line(tmp_path, damage):
+    run = make_run(tmp_path / "run")
+    damage(run / "checkpoints" / "step-0000002" / "ema")
+    with pytest.raises(InputError, match=r"^model=.*run") as error:
+        load_pipeline(run)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_export_is_said_in_one_line(tmp_path):
+    pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "transformer": ["gspn_dit", "GSPNNet"]}))
+    with pytest.raises(InputError, match=r"^model="):
+        load_pipeline(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"class_labels": [3]}, "classes 0 to 2"),
         ({"class_labels": [-1]}, "classes 0 to 2"),
+        ({"class_labels": [1.7]}, "class_labels=1.7: wanted class ids"),
+        ({"class_labels": [None]}, "class_labels=None: wanted class ids"),
         ({"class_labels": ["golden retreiver"]}, "did you mean 'golden retriever'"),
         ({"height": 18}, "height=18: wanted a positive multiple of 4"),
         ({"width": 0}, "width=0"),
         ({"guidance_interval": (0.9, 0.1)}, "guidance_interval"),
+        ({"guidance_interval": (0.5, 0.5)}, "guidance_interval"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"output_type": "jpg"}, "output_type='jpg'"),
         ({"generator": generators(0, 1)}, "generator: a list of 2 for 1"),
@@ -199,14 +238,3 @@ def test_grid_shows_every_image(tmp_path):
         tile = grid[4 + row * 68 :, 4 + column * 100 :][:64, :96]
         assert (tile == 40 * (i + 1)).all()
     assert (grid[0] == 255).all()
-
-
-def test_a_file_is_whole_or_not_there(tmp_path):
-    def interrupted():
-        with replacing(tmp_path / "file") as temporary:
-            temporary.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []

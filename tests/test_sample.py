@@ -10,7 +10,7 @@ import pytest
 from made_runs import make_run
 from PIL import Image
 
-from gspn_dit.config import command
+from gspn_dit.options import command
 from gspn_dit.sample import SampleOptions, main
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
@@ -115,12 +115,15 @@ def test_other_size_and_seed(run, tmp_path):
         ("--out picture.jpg", "out='picture.jpg': wanted a .png file or a folder"),
         ("--npz batch.zip", "npz='batch.zip'"),
         ("--device abacus", "device='abacus'"),
-        ("--colour red", "colour"),
+        ("--colour red", "--colour: no such option"),
+        ("--class-labels 3 7", "'7' after --class-labels 3"),
+        ("--guidance-interval 0.5,0.5", "guidance_interval"),
+        ("--out new/folder/ --class-labels 7", "class_labels=7"),
     ],
 )
 def test_refusals(run, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
-    argv = ["--model", str(run), "--device", "cpu", *arguments.split(maxsplit=1)]
+    argv = ["--model", str(run), "--device", "cpu", *arguments.split()]
     with pytest.raises(SystemExit) as exit:
         command(main, SampleOptions, prog="sample.py", argv=argv)
     assert exit.value.code == 2
@@ -135,7 +138,7 @@ def test_unwritable_places_are_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         sample("--model", str(run), "--out", str(tmp_path / "file" / "grid.png"))
     assert exit.value.code == 2
-    assert "cannot make" in capsys.readouterr().err
+    assert "choose another path" in capsys.readouterr().err
 
 
 def test_old_pictures_are_not_mixed_with_new(run, tmp_path, capsys):

@@ -7,7 +7,7 @@ import os
 from gspn_dit.data.digits import Digits
 from gspn_dit.data.imagefolder import ImageFolder
 from gspn_dit.data.images import ImageDataset, UnreadableImage
-from gspn_dit.data.latents import LatentStore, is_latent_store
+from gspn_dit.data.latents import LatentStore, how_to_encode, is_latent_store, is_unfinished_store
 from gspn_dit.data.photos import Photos
 from gspn_dit.data.vae import decode, downsampling, encode_moments, load_vae, sample_posterior
 from gspn_dit.errors import InputError
@@ -44,4 +44,11 @@ def open_images(source: str | os.PathLike, image_size: int, *, split: str = "tra
         return Photos(split, image_size, seed)
     if split != "train":
         raise InputError(f"split={split!r}: a folder is one split; leave split out and give that split's own folder")
+    if not os.path.isdir(source):
+        raise InputError(
+            f"source={str(source)!r}: no such folder; give `digits`, `photos` or a folder of class/*.jpg that exists; "
+            + how_to_encode(source)
+        )
+    if is_unfinished_store(source):
+        raise InputError(f"source={str(source)!r}: holds an unfinished latent store; {how_to_encode(source)}")
     return ImageFolder(source, image_size)

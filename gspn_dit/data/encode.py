@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from gspn_dit.config import command, require
 from gspn_dit.data import open_images
 from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.latents import verify, write_json, write_manifest, write_shard
 from gspn_dit.data.vae import downsampling, encode_moments, load_vae
-from gspn_dit.errors import InputError
+from gspn_dit.devices import choose_device
+from gspn_dit.errors import InputError, renamed
+from gspn_dit.options import command, require
 
 
 @dataclass
@@ -64,10 +65,13 @@ class Options:
 def main(options: Options) -> None:
     """Encode a dataset into a store of latents for training, or verify one with --verify FOLDER."""
     if options.verify is not None:
-        print(f"{options.verify}: all {verify(options.verify)} images are as they were written")
+        with renamed(source="verify"):
+            count = verify(options.verify)
+        print(f"{options.verify}: all {count} images are as they were written")
         return
-    images = open_images(options.data, options.image_size, split=options.split)
-    vae = load_vae(options.vae).to(device(options.device))
+    with renamed(source="data"):
+        images = open_images(options.data, options.image_size, split=options.split)
+    vae = load_vae(options.vae).to(choose_device(options.device))
     if options.image_size % downsampling(vae):
         raise InputError(f"image_size={options.image_size}: this VAE wants a multiple of {downsampling(vae)} pixels")
     settings = {
@@ -159,17 +163,6 @@ def half(moments: list[Tensor]) -> Tensor:
     if not stored.isfinite().all():
         raise InputError("vae: it gives latents that are not finite in float16; check its weights")
     return stored
-
-
-def device(name: str) -> torch.device:
-    """The device called so, or for `auto` the accelerator if there is one. Raises :class:`InputError`."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device={name!r}: {reason}; give `auto`, `cpu` or a device that is there") from error
 
 
 def stable_name(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,19 +23,15 @@ class ImageFolder(ImageDataset):
         image_size: Side in pixels of the square the images are cropped to.
 
     Raises:
-        InputError: If the root is missing or has no class folders, or a class folder has no images.
+        InputError: If the root has no class folders, or a class folder has no images.
     """
 
     def __init__(self, root: str | os.PathLike, image_size: int) -> None:
         if image_size < 1:
             raise InputError(f"image_size={image_size}: wanted a positive number of pixels")
-        if not Path(root).is_dir():
-            raise InputError(
-                f"data={str(root)!r}: no such folder; give `digits`, `photos`, or a folder of class/*.jpg that exists"
-            )
         classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
         if not classes:
-            raise InputError(f"data={str(root)!r}: no class folders in it; put the images into {root}/CLASS/")
+            raise InputError(f"source={str(root)!r}: no class folders in it; put the images into {root}/CLASS/")
         super().__init__(classes, image_size)
         self.paths: list[str] = []
         self.labels: list[int] = []
@@ -45,7 +40,7 @@ class ImageFolder(ImageDataset):
             files = sorted(file for file in os.listdir(folder) if _is_image(file))
             if not files:
                 raise InputError(
-                    f"data={str(root)!r}: class folder {folder} has no images ({' '.join(SUFFIXES)}); "
+                    f"source={str(root)!r}: class folder {folder} has no images ({' '.join(SUFFIXES)}); "
                     "remove it, fill it, or give the folder whose sub-folders are the classes"
                 )
             self.paths += [os.path.join(folder, file) for file in files]

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from gspn_dit.errors import InputError
+from gspn_dit.files import replacing
 
 FORMAT_VERSION = 1
 
@@ -133,6 +134,24 @@ def is_latent_store(folder: str | os.PathLike) -> bool:
     return (Path(folder) / "manifest.json").is_file()
 
 
+def is_unfinished_store(folder: str | os.PathLike) -> bool:
+    """Whether a latent store was begun in a folder and is not finished."""
+    return (Path(folder) / "encode.json").is_file() and not is_latent_store(folder)
+
+
+def how_to_encode(folder: str | os.PathLike) -> str:
+    """What to run to make a latent store in a folder, or to finish the one begun there, for an error message."""
+    verb, begun = "make", {}
+    if is_unfinished_store(folder):
+        verb, begun = "finish", json.loads((Path(folder) / "encode.json").read_text())
+    data, vae, size = (begun.get(key, "…") for key in ("data", "vae", "image_size"))
+    flip = " --horizontal-flip true" if begun.get("flipped") else ""
+    return (
+        f"to {verb} a latent store there, run "
+        f"`python -m gspn_dit.data.encode --data {data} --vae {vae} --image-size {size}{flip} --out {folder}`"
+    )
+
+
 def verify(folder: str | os.PathLike) -> int:
     """Compare every shard with its checksum and return how many images the store holds.
 
@@ -158,12 +177,9 @@ def verify(folder: str | os.PathLike) -> int:
 def write_shard(path: Path, moments: Tensor, flipped: Tensor | None, labels: Tensor, skipped: list[str]) -> None:
     """Write one shard, atomically; `skipped` names the files of its range that could not be read."""
     tensors = {"moments": moments, "labels": labels} | ({} if flipped is None else {"moments_flipped": flipped})
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(save(tensors, metadata={"skipped": json.dumps(skipped)}))
-        file.flush()
-        os.fsync(file.fileno())  # the rename must not reach the disk before the data
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        # safetensors' own save_file makes files that no other user may read
+        temporary.write_bytes(save(tensors, metadata={"skipped": json.dumps(skipped)}))
 
 
 def write_manifest(folder: Path, settings: dict[str, Any], files: list[str]) -> dict[str, Any]:
@@ -208,8 +224,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(
-            f"latents={str(folder)!r}: no finished latent store there (no manifest.json); "
-            "run `python -m gspn_dit.data.encode` to make or finish one"
+            f"source={str(folder)!r}: no finished latent store there (no manifest.json); {how_to_encode(folder)}"
         ) from None
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): run the same encode command again to rewrite it") from error
@@ -222,9 +237,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def check_size(folder: Path, shard: dict[str, Any]) -> None:

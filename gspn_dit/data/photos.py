@@ -83,4 +83,4 @@ def _read(name: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except OSError as error:
-        raise InputError(f"data='photos': scikit-image {skimage.__version__} has no {path}: reinstall it") from error
+        raise InputError(f"source='photos': scikit-image {skimage.__version__} has no {path}: reinstall it") from error

@@ -17,7 +17,7 @@ class Flow:
     """Velocity prediction on x_t = (1-t)·x + t·ε, t = 0 data and t = 1 noise; the network is told 1000·t.
 
     Args:
-        time_sampling: `uniform` times, or `logit-normal`: t = sigmoid(z), z standard normal (SD3 eq. 19, m=0, s=1).
+        time_sampling: `uniform` times, or `logit-normal`: t = sigmoid(z), z standard normal (SD3 with m=0, s=1).
     """
 
     num_train_timesteps = 1000
@@ -37,7 +37,7 @@ class Flow:
         return u if self.time_sampling == "uniform" else torch.sigmoid(torch.special.ndtri(u))
 
     def loss(self, model: nn.Module, latents: Tensor, class_labels: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-        """Mean squared error of the velocity dx_t/dt = ε - x, per sample: (B,) float32 (2401.08740 eq. 5, 2403.03206).
+        """Mean squared error of the velocity dx_t/dt = ε - x, per sample: (B,) float32 (2401.08740, 2403.03206).
 
         Args:
             model: Called as model(noisy latents (B,C,h,w), timesteps 1000·t (B,), class_labels (B,)) -> (B,C,h,w).

@@ -64,8 +64,8 @@ def denoise(
     Raises :class:`InputError` for options out of range, or a model that is not of the scheduler's objective.
     """
     low, high = guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise InputError(f"guidance_interval={guidance_interval}: wanted 0 <= low <= high <= 1")
+    if not 0 <= low < high <= 1:
+        raise InputError(f"guidance_interval={guidance_interval}: wanted 0 <= low < high <= 1")
     scheduler = _taking_our_variance(scheduler)
     _set_timesteps(scheduler, num_inference_steps, noise.device)
     step_options = {"generator": generator} if _accepts(scheduler.step, "generator") else {}

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gspn_dit.config import command, require
 from gspn_dit.data import open_images
 from gspn_dit.errors import InputError
+from gspn_dit.files import replacing
+from gspn_dit.options import command, require
 
 NUM_CLASSES = 10
 NUM_FEATURES = 64
@@ -136,9 +137,8 @@ def main(options: Options) -> None:
     model = train(images, labels, seed=options.seed, epochs=options.epochs)
     print(f"held-out accuracy: {accuracy(model, *_digits('test')):.2%}")
 
-    temporary = out.with_name(out.name + ".tmp")
-    save_file(model.state_dict(), temporary)
-    temporary.replace(out)
+    with replacing(out) as temporary:
+        temporary.write_bytes(save(model.state_dict()))
     print(f"weights: {out} ({out.stat().st_size / 1e6:.2f} MB)")
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from gspn_dit.config import require
+from gspn_dit.devices import choose_device
 from gspn_dit.errors import InputError
 from gspn_dit.fid.extractors import Extractor, FeatureName, create_extractor
-from gspn_dit.fid.images import ImageSet, open_reference, open_samples
+from gspn_dit.fid.images import ImageSet, ReferenceStatistics, open_reference, open_samples
 from gspn_dit.fid.metrics import class_accuracy, extract, frechet_distance, inception_score, statistics
+from gspn_dit.files import replacing
+from gspn_dit.options import require
 
 
 @dataclass
@@ -22,10 +24,12 @@ class Options:
 
     Args:
         samples: Folder of images (labels.csv beside them: file,label), or an npz of uint8 NHWC arr_0 (and labels).
-        reference: What to compare with: a folder, an npz, or `digits`, `photos`, `digits:test`, `photos:test`.
+        reference: What to compare with: a folder, an npz of images or of ADM's mu and sigma, or `digits`, `photos`,
+            `digits:test`, `photos:test`.
         features: `inception`, or `digits` for the packaged digits classifier.
         out: The JSON file to write.
         weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
+        device: `auto` takes the accelerator if there is one.
     """
 
     samples: str
@@ -33,6 +37,7 @@ class Options:
     features: FeatureName
     out: str
     weights: str | None = None
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         require(not Path(self.out).is_dir(), "out", self.out, "the name of a file to write, this is a folder")
@@ -45,37 +50,46 @@ def main(options: Options) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out={out}: its folder cannot be made ({error.strerror})") from error
+    device = choose_device(options.device)
     samples = open_samples(options.samples)
     reference = open_reference(options.reference, samples.image_size)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     metrics = evaluate(samples, reference, create_extractor(options.features, options.weights, device=device))
 
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    temporary.replace(out)
-    print(json.dumps(metrics, indent=2, ensure_ascii=False))
+    text = json.dumps(metrics, indent=2, ensure_ascii=False)
+    with replacing(out) as temporary:
+        temporary.write_text(text + "\n")
+    print(text)
 
 
-def evaluate(samples: ImageSet, reference: ImageSet, extractor: Extractor) -> dict[str, Any]:
+def evaluate(samples: ImageSet, reference: ImageSet | ReferenceStatistics, extractor: Extractor) -> dict[str, Any]:
     """All figures of samples against a reference, and what they were computed from, ready for JSON.
 
     `fid` for Inception features and `fd` for others, `inception_score` with its standard deviation and splits,
     `class_accuracy` if the samples carry labels and the extractor knows their classes, `num_samples`.
 
     Raises:
-        InputError: If the images do not suit the extractor, there are too few, or a label is no class of its.
+        InputError: If the images or the reference's statistics do not suit the extractor, there are too few images, or
+            a label is no class of its.
     """
-    for argument, images in (("samples", samples), ("reference", reference)):
-        _check_images(argument, images, extractor)
+    _check_images("samples", samples, extractor)
+    given = isinstance(reference, ReferenceStatistics)
+    if not given:
+        _check_images("reference", reference, extractor)
+    elif extractor.name != "inception":
+        raise InputError(
+            f"reference={reference.source}: its mu and sigma are of Inception's features, not of "
+            f"features={extractor.name}; wanted images"
+        )
     labelled = samples.labels is not None and extractor.num_classes is not None
     if labelled:
         _check_labels(samples, extractor)
 
     layers = extract(extractor, samples)
-    reference_layers = extract(extractor, reference)
-    distance = frechet_distance(
-        statistics(layers[extractor.features], "samples"), statistics(reference_layers[extractor.features], "reference")
-    )
+    if given:
+        reference_statistics = {"mu": reference.mu, "sigma": reference.sigma}
+    else:
+        reference_statistics = statistics(extract(extractor, reference)[extractor.features], "reference")
+    distance = frechet_distance(statistics(layers[extractor.features], "samples"), reference_statistics)
     score, deviation, splits = inception_score(layers[extractor.logits])
     accuracy = {}
     if labelled:
@@ -87,9 +101,10 @@ def evaluate(samples: ImageSet, reference: ImageSet, extractor: Extractor) -> di
         "inception_score_splits": splits,
         **accuracy,
         "num_samples": len(samples),
-        "num_reference": len(reference),
+        "num_reference": None if given else len(reference),
         "samples": samples.source,
         "reference": reference.source,
+        "reference_statistics": "mu and sigma of the file" if given else "of its images",
         "features": extractor.name,
         "weights": extractor.weights.name,
         "weights_sha256": extractor.weights_sha256,

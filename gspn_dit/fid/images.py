@@ -1,11 +1,12 @@
-"""The images that are scored: a folder, an npz batch, or one of the named datasets."""
+"""What is scored and what with: images of a folder, an npz batch or a named dataset, or a reference's statistics."""
 
 from __future__ import annotations
 
 import csv
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from gspn_dit.data.imagefolder import SUFFIXES, to_rgb
 from gspn_dit.errors import InputError
 
 LABELS_FILE = "labels.csv"
+INCEPTION_FEATURES = 2048
 NAMED = {
     "digits": ("digits", "train"),
     "digits:test": ("digits", "test"),
@@ -50,11 +52,21 @@ class ImageSet:
         return self.count
 
 
+@dataclass(frozen=True)
+class ReferenceStatistics:
+    """Mean `mu` (2048,) and covariance `sigma` (2048, 2048), float64, of a reference's Inception features."""
+
+    source: str
+    mu: np.ndarray
+    sigma: np.ndarray
+
+
 def open_samples(source: str, argument: str = "samples") -> ImageSet:
     """Open a folder of images or an npz batch.
 
     A folder is searched with its subfolders; its `labels.csv`, if it has one, gives `file,label` for every image, the
-    file relative to the folder. An npz holds uint8 (N, H, W, 3) as `arr_0`, and labels (N,) as `labels` if it has any.
+    file relative to the folder. An npz holds uint8 (N, H, W, 3) as `arr_0`, and labels (N,) as `labels` or, as ADM
+    writes them, `arr_1` if it has any.
 
     Raises:
         InputError: If there is nothing there, an image cannot be read, sizes differ, or labels do not match the images.
@@ -69,17 +81,20 @@ def open_samples(source: str, argument: str = "samples") -> ImageSet:
     return _open_npz(path, argument)
 
 
-def open_reference(source: str, image_size: tuple[int, int]) -> ImageSet:
+def open_reference(source: str, image_size: tuple[int, int]) -> ImageSet | ReferenceStatistics:
     """Open what samples are compared with: a folder, an npz batch, or a named dataset at the samples' size.
 
-    Names are `digits` and `photos` for the training split, which FID compares with by custom, and `digits:test` and
-    `photos:test` for the held-out one. A folder of such a name is reached as `./digits`.
+    An npz with `mu` and `sigma`, as ADM's reference batches have, is those statistics: ADM takes them over many more
+    images than the `arr_0` beside them, which is there for precision and recall. Names are `digits` and `photos` for
+    the training split, which FID compares with by custom, and `digits:test` and `photos:test` for the held-out one. A
+    folder of such a name is reached as `./digits`.
 
     Raises:
         InputError: As :func:`open_samples`; also for a named dataset if the samples are not square.
     """
     if source not in NAMED:
-        return open_samples(source, "reference")
+        statistics = _read_statistics(Path(source))
+        return statistics or open_samples(source, "reference")
     if image_size[0] != image_size[1]:
         raise InputError(
             f"reference={source}: its images are square, the samples are {_size(image_size)}; "
@@ -149,26 +164,50 @@ def _read_labels(folder: Path, files: list[Path]) -> list[int] | None:
     return [int(label_of[name]) for name in names]
 
 
-def _open_npz(path: Path, argument: str) -> ImageSet:
+@contextmanager
+def _npz(path: Path, argument: str) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of an npz file, each read when it is asked for. Raises :class:`InputError`."""
     if not zipfile.is_zipfile(path):
         raise InputError(f"{argument}={path}: not a readable npz file")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            if "arr_0" not in arrays:
-                raise InputError(f"{argument}={path}: no arr_0 in it (it holds {', '.join(arrays) or 'nothing'})")
-            images = arrays["arr_0"]
-            labels = arrays.get("labels")
+            yield arrays
     except InputError:
         raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{argument}={path}: not an npz file of plain arrays ({error})") from error
+
+
+def _read_statistics(path: Path) -> ReferenceStatistics | None:
+    """The statistics in an npz; None if there is no such file or it has none."""
+    if path.suffix != ".npz" or not path.is_file():
+        return None
+    with _npz(path, "reference") as arrays:
+        if not {"mu", "sigma"} <= set(arrays):
+            return None
+        mu, sigma = arrays["mu"], arrays["sigma"]
+    for name, array, shape in (("mu", mu, (INCEPTION_FEATURES,)), ("sigma", sigma, (INCEPTION_FEATURES,) * 2)):
+        if array.shape != shape or not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
+            raise InputError(f"reference={path}: {name} is {array.dtype} {array.shape}; wanted finite floats {shape}")
+    return ReferenceStatistics(str(path), mu.astype(np.float64), sigma.astype(np.float64))
+
+
+def _open_npz(path: Path, argument: str) -> ImageSet:
+    with _npz(path, argument) as arrays:
+        if {"mu", "sigma"} <= set(arrays):
+            raise InputError(f"{argument}={path}: a reference's statistics (mu, sigma); wanted images, arr_0 alone")
+        if "arr_0" not in arrays:
+            raise InputError(f"{argument}={path}: no arr_0 in it (it holds {', '.join(arrays) or 'nothing'})")
+        images = arrays["arr_0"]
+        labels_key = "arr_1" if "labels" not in arrays and "arr_1" in arrays else "labels"
+        labels = arrays.get(labels_key)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise InputError(
             f"{argument}={path}: arr_0 is {images.dtype} {images.shape}; wanted uint8 (N, H, W, 3) with N ≥ 1"
         )
     if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
         raise InputError(
-            f"{argument}={path}: labels is {labels.dtype} {labels.shape}; wanted {len(images)} class numbers"
+            f"{argument}={path}: {labels_key} is {labels.dtype} {labels.shape}; wanted {len(images)} class numbers"
         )
     return ImageSet(
         str(path),

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from gspn_dit.config import command
 from gspn_dit.models.counting import count_macs, count_parameters
-from gspn_dit.models.presets import create_model, list_models
+from gspn_dit.models.presets import create_model, find_preset, list_models
+from gspn_dit.options import command
 
 
 @dataclass
@@ -24,10 +24,13 @@ class Options:
 
 def main(options: Options) -> None:
     """List models: name, parameters, and multiply-accumulates (GMACs) of one image of 256 and 512 pixels a side."""
-    with torch.device("meta"):
-        models = {name: create_model(name) for name in options.names or list_models()}
+    names = options.names or list_models()
+    for name in names:
+        find_preset(name)
     print(f"{'name':<16}{'parameters':>14}{'GMACs at 256':>14}{'at 512':>10}")
-    for name, model in models.items():
+    for name in names:
+        with torch.device("meta"):
+            model = create_model(name)
         small, large = (f"{count_macs(model, (side, side)) / 1e9:.1f}" for side in (32, 64))  # latents, 8× smaller
         print(f"{name:<16}{count_parameters(model):>14,}{small:>14}{large:>10}", flush=True)
 

@@ -46,6 +46,7 @@ class DiT(LatentModel):
         out_channels: int = 8,
         num_classes: int = 1000,
     ) -> None:
+        require_count("width", width)
         require_count("depth", depth)
         require_count("num_heads", num_heads)
         if width % num_heads or width % 4:

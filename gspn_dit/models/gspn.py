@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.models.layers import DepthwiseConv, FinalLayer, chunk_by_layer, linear
+from gspn_dit.models.layers import DepthwiseConv, FinalLayer, chunk_by_layer, linear, whole
 from gspn_dit.ops import propagate
+from gspn_dit.ops.reference import DIRECTIONS
 
-DIRECTIONS = 4  # down, up, right, left
+NUM_DIRECTIONS = len(DIRECTIONS)
 
 
 class GSPN(LatentModel):
@@ -50,9 +51,9 @@ class GSPN(LatentModel):
         out_channels: int = 8,
         num_classes: int = 1000,
     ) -> None:
-        if not isinstance(depth, int) or depth < 3 or depth % 2 == 0:
+        if not whole(depth) or depth < 3 or depth % 2 == 0:
             raise InputError(f"depth={depth!r}: give an odd number from 3, for n in-blocks, a middle and n out-blocks")
-        if not 0 <= stochastic_depth < 1:
+        if not isinstance(stochastic_depth, int | float) or not 0 <= stochastic_depth < 1:
             raise InputError(f"stochastic_depth={stochastic_depth!r}: give a chance in [0, 1)")
         super().__init__(width=width, sample_size=sample_size, patch_size=patch_size, in_channels=in_channels,
                          out_channels=out_channels, num_classes=num_classes)  # fmt: skip
@@ -115,7 +116,7 @@ class GSPNCore(nn.Module):
     """Four scans with gates of their own for every channel, (B, H, W, C) to (B, H, W, C).
 
     y = Σ_k s_k (u_k ⊙ h_k + D_k ⊙ x) over the directions k, where h_k is the scan of x and the gates' logits, λ, u and
-    D are linear in a proxy of C // 16 channels (arXiv 2501.12381, section 3).
+    D are linear in a proxy of C // 16 channels (arXiv 2501.12381).
     """
 
     def __init__(self, width: int, chunk: int | None) -> None:
@@ -125,20 +126,20 @@ class GSPNCore(nn.Module):
         self.proxy = linear(width, rank, bias=False)
         # Xavier's bound goes by the wide output, so λ, u and D start small and so does the block's branch. Variance
         # preserving weights here, whose products are large and random, kept a small network from learning at all.
-        self.gates = linear(rank, DIRECTIONS * 3 * width, bias=False)
-        self.lam = linear(rank, DIRECTIONS * width, bias=False)
-        self.out = linear(rank, DIRECTIONS * width, bias=False)
-        self.skip = linear(rank, DIRECTIONS * width, bias=False)
-        self.merge = nn.Parameter(torch.ones(DIRECTIONS))
+        self.gates = linear(rank, NUM_DIRECTIONS * 3 * width, bias=False)
+        self.lam = linear(rank, NUM_DIRECTIONS * width, bias=False)
+        self.out = linear(rank, NUM_DIRECTIONS * width, bias=False)
+        self.skip = linear(rank, NUM_DIRECTIONS * width, bias=False)
+        self.merge = nn.Parameter(torch.ones(NUM_DIRECTIONS))
 
     def forward(self, x: Tensor) -> Tensor:
         proxy = self.proxy(x)
         # Channels come innermost from the linear layers: the logical shape is the memory order that coalesces.
-        gates = self.gates(proxy).unflatten(-1, (DIRECTIONS, 3, -1))
-        lam = self.lam(proxy).unflatten(-1, (DIRECTIONS, -1))
+        gates = self.gates(proxy).unflatten(-1, (NUM_DIRECTIONS, 3, -1))
+        lam = self.lam(proxy).unflatten(-1, (NUM_DIRECTIONS, -1))
         # s_k goes into the weights of u and D, which takes the sum over k of D out of the map altogether.
-        out_weight = self.out.weight.unflatten(0, (DIRECTIONS, -1)) * self.merge[:, None, None]
-        skip_weight = self.skip.weight.unflatten(0, (DIRECTIONS, -1)) * self.merge[:, None, None]
-        out = F.linear(proxy, out_weight.flatten(0, 1)).unflatten(-1, (DIRECTIONS, -1))
+        out_weight = self.out.weight.unflatten(0, (NUM_DIRECTIONS, -1)) * self.merge[:, None, None]
+        skip_weight = self.skip.weight.unflatten(0, (NUM_DIRECTIONS, -1)) * self.merge[:, None, None]
+        out = F.linear(proxy, out_weight.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))
         skip = F.linear(proxy, skip_weight.sum(0))
         return propagate(x, gates.to(x.dtype), lam.to(x.dtype), out.to(x.dtype), chunk=self.chunk) + skip * x

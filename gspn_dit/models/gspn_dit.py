@@ -13,8 +13,9 @@ from gspn_dit.errors import InputError
 from gspn_dit.models.latent_model import LatentModel, require_count
 from gspn_dit.models.layers import DepthwiseConv, FeedForward, chunk_by_layer, linear, modulate
 from gspn_dit.ops import propagate
+from gspn_dit.ops.reference import DIRECTIONS
 
-DIRECTIONS = 4  # down, up, right, left
+NUM_DIRECTIONS = len(DIRECTIONS)
 
 
 class GSPNDiT(LatentModel):
@@ -55,6 +56,7 @@ class GSPNDiT(LatentModel):
         out_channels: int = 8,
         num_classes: int = 1000,
     ) -> None:
+        require_count("width", width)
         require_count("depth", depth)
         require_count("num_groups", num_groups)
         if width % num_groups:
@@ -116,10 +118,10 @@ class GSPNMixer(nn.Module):
         self.gate = linear(width, width)
         self.conv = DepthwiseConv(width, conv_kernel)
         rank = max(width // 16, 1)
-        self.head = nn.Sequential(linear(width, rank, bias=False), linear(rank, num_groups * DIRECTIONS * 4))
+        self.head = nn.Sequential(linear(width, rank, bias=False), linear(rank, num_groups * NUM_DIRECTIONS * 4))
         nn.init.normal_(self.head[1].weight, std=0.02)
         with torch.no_grad():
-            self.head[1].bias.view(num_groups, DIRECTIONS * 4)[:, DIRECTIONS * 3 :] = 0.25
+            self.head[1].bias.view(num_groups, NUM_DIRECTIONS * 4)[:, NUM_DIRECTIONS * 3 :] = 0.25
         self.proj = linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,8 +133,8 @@ class GSPNMixer(nn.Module):
     def gates_and_lam(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Gate logits (B, H, W, 4, 3, G) and λ (B, H, W, 4, G): views of one map, a group's 16 numbers side by side."""
         head = self.head(value).to(value.dtype).unflatten(-1, (self.num_groups, -1))  # (B, H, W, G, 16)
-        gates, lam = head.split((DIRECTIONS * 3, DIRECTIONS), dim=-1)
-        return gates.unflatten(-1, (DIRECTIONS, 3)).permute(0, 1, 2, 4, 5, 3), lam.permute(0, 1, 2, 4, 3)
+        gates, lam = head.split((NUM_DIRECTIONS * 3, NUM_DIRECTIONS), dim=-1)
+        return gates.unflatten(-1, (NUM_DIRECTIONS, 3)).permute(0, 1, 2, 4, 5, 3), lam.permute(0, 1, 2, 4, 3)
 
 
 class SharedFinalLayer(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, is_grad_enabled, nn
 
 from gspn_dit.errors import InputError
 from gspn_dit.models.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding
+from gspn_dit.models.layers import whole
 
 
 class LatentModel(ModelMixin, ConfigMixin):
@@ -75,9 +76,9 @@ class LatentModel(ModelMixin, ConfigMixin):
         return self.patch_size**2 * self.out_channels
 
     def _checked_sample_size(self, sample_size: int | Sequence[int]) -> tuple[int, int]:
-        size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        size = tuple(sample_size) if isinstance(sample_size, Sequence) else (sample_size, sample_size)
         p = self.patch_size
-        if len(size) != 2 or not all(isinstance(side, int) and side >= 1 and side % p == 0 for side in size):
+        if len(size) != 2 or not all(whole(side) and side >= 1 and side % p == 0 for side in size):
             raise InputError(f"sample_size={sample_size!r}: give a side or (height, width) divisible by patch_size={p}")
         return size
 
@@ -95,5 +96,5 @@ class LatentModel(ModelMixin, ConfigMixin):
 
 def require_count(name: str, value: object) -> None:
     """Raise :class:`InputError` unless the value is a whole number from 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not whole(value) or value < 1:
         raise InputError(f"{name}={value!r}: give a whole number from 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, mlp_ratio: float) -> None:
         super().__init__()
+        if not isinstance(mlp_ratio, int | float) or not 1 <= width * mlp_ratio < math.inf:
+            raise InputError(f"mlp_ratio={mlp_ratio!r}: give a positive number, hidden channels over width")
         self.fc1 = linear(width, int(width * mlp_ratio))
         self.act = nn.GELU(approximate="tanh")
         self.fc2 = linear(int(width * mlp_ratio), width)
@@ -29,7 +32,7 @@ class DepthwiseConv(nn.Conv2d):
     """
 
     def __init__(self, width: int, kernel_size: int, bias: bool = True) -> None:
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        if not whole(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"conv_kernel={kernel_size!r}: give an odd number, so that the filter has a centre")
         super().__init__(width, width, kernel_size, padding=kernel_size // 2, groups=width, bias=bias)
 
@@ -81,18 +84,22 @@ def chunk_by_layer(chunk: int | None, global_layers: int | Sequence[int], depth:
     Raises:
         InputError: A chunk below 1, a count outside 0 … depth or an index outside the layers.
     """
-    if chunk is not None and not (_whole(chunk) and chunk >= 1):
+    if chunk is not None and not (whole(chunk) and chunk >= 1):
         raise InputError(f"chunk={chunk!r}: give a number of lines from 1, or None for global scans in every layer")
-    if _whole(global_layers):
+    if whole(global_layers):
         if not 0 <= global_layers <= depth:
             raise InputError(f"global_layers={global_layers}: give a count from 0 to the {depth} layers there are")
         chosen = set(range(depth - global_layers, depth))
     else:
-        if not all(_whole(i) and -depth <= i < depth for i in global_layers):
-            raise InputError(f"global_layers={global_layers!r}: give indices of the layers 0 to {depth - 1}")
+        indices = isinstance(global_layers, Sequence)
+        if not indices or not all(whole(i) and -depth <= i < depth for i in global_layers):
+            raise InputError(
+                f"global_layers={global_layers!r}: give a count, or a list of indices of the layers 0 to {depth - 1}"
+            )
         chosen = {i % depth for i in global_layers}
     return [None if i in chosen else chunk for i in range(depth)]
 
 
-def _whole(value: object) -> bool:
+def whole(value: object) -> bool:
+    """Whether a value is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)

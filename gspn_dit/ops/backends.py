@@ -1,4 +1,4 @@
-"""The kernels behind `propagate`: which there are, whether they run here and why not, and how the compiled ones are built."""
+"""The kernels behind `propagate`: which there are, whether they run here or why not, and how they are built."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ from torch import Tensor
 
 from gspn_dit.errors import InputError
 from gspn_dit.ops.reference import DIRECTIONS, propagate_reference
+
+# The C++ sources: inside an installed package, or beside it in a checkout.
+PACKAGE = Path(__file__).parents[1]
+CSRC = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
 
 
 class Kernel(Protocol):
@@ -67,7 +71,8 @@ class CpuKernel:
     """C++ of csrc/, vectorised over channels; float16 goes through float32 copies."""
 
     def __init__(self, library: Path):
-        torch.ops.load_library(library)
+        if not hasattr(torch.ops.gspn_dit_cpu, "propagate"):  # building it has loaded it
+            torch.ops.load_library(library)
 
     def forward(self, x, gates, lam, out, chunk, directions):
         if x.dtype == torch.float16:
@@ -132,18 +137,18 @@ def _cpu() -> tuple[CpuKernel | None, Status]:
 def build_cpu() -> Path:
     """Path of the compiled CPU kernel, built on first use and kept in torch's extension cache.
 
-    The key holds all that the result depends on (sources, torch, compiler flags, CPU), so machines may share a cache;
-    a build happens in a folder of its own and is moved into place, so processes may race and a killed one leaves no lock.
+    The key holds what the result depends on (sources, torch, compiler, flags, CPU), so machines may share a cache; a
+    build happens in a folder of its own and is moved into place, so processes may race and a killed one leaves no lock.
     Raises RuntimeError with the cause and the remedy.
     """
-    sources = sorted(_csrc().glob("*cpu*")) + [_csrc() / "propagate.h"]
+    compiler = os.environ.get("CXX", "c++")
+    sources = [*sorted(CSRC.glob("*cpu*")), CSRC / "propagate.h"]
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", *_native_flags()]
     if sys.platform == "linux":
         flags.append("-fopenmp")  # resolved by the OpenMP that torch has loaded, so that there is one thread pool
     key = hashlib.sha256()
-    for part in (torch.__version__, sys.platform, *flags, *(source.read_text() for source in sources)):
+    for part in (torch.__version__, sys.platform, _cpu_model(), compiler, *flags, *(s.read_text() for s in sources)):
         key.update(part.encode())
-    key.update(_cpu_model().encode())
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     library = root / f"gspn_dit_cpu_{key.hexdigest()[:16]}.so"
     if not library.exists():
@@ -186,12 +191,6 @@ def _ninja_on_path() -> Iterator[None]:
         yield
     finally:
         os.environ["PATH"] = before
-
-
-def _csrc() -> Path:
-    """The C++ sources: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    return next(folder for folder in (package / "csrc", package.parent / "csrc") if folder.is_dir())
 
 
 def _native_flags() -> list[str]:

@@ -1,4 +1,4 @@
-"""`propagate`: GSPN line scans in up to four directions, as one differentiable operator over interchangeable kernels."""
+"""`propagate`: GSPN line scans in up to four directions, one differentiable operator over interchangeable kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def propagate(
     directions: Sequence[str] = ALL_DIRECTIONS,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Scan a map line by line in every direction and add up what the scans carry (GSPN, arXiv 2501.12381, eq. 1-6).
+    r"""Scan a map line by line in every direction and add up what the scans carry (GSPN, arXiv 2501.12381).
 
     For "down", line i is row i and position j runs along it:
 
@@ -42,7 +42,7 @@ def propagate(
         out: (B, H, W, K, G) output gate u, or None for 1.
         chunk: None scans the whole map; n makes lines [0, n), [n, 2n), ... of the map independent of each other.
         directions: Which scans, each at most once, in the order of the K axis.
-        backend: "reference", "cpu" or "cuda"; None takes the best that is available for x's device.
+        backend: "reference" or "cpu"; None takes the best that is available for x's device.
 
     Returns:
         (B, H, W, C) in x's dtype. The strides of the inputs are free; sums are held in float32 at least.
@@ -89,8 +89,8 @@ def _check(
             raise InputError(f"{name} is on {tensor.device}: wanted x's device, {x.device}; move one of them")
 
 
-# Below: the operator as torch.library sees it. chunk 0 is global; directions are indices into ALL_DIRECTIONS; backend ''
-# is chosen, and built if need be, when the operator runs.
+# Below: the operator as torch.library sees it. chunk 0 is global; directions are indices into ALL_DIRECTIONS; backend
+# "" is chosen, and built if need be, when the operator runs.
 
 
 @torch.library.custom_op("gspn_dit::propagate", mutates_args=())

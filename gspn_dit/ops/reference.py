@@ -16,7 +16,7 @@ def line_weights(logits: Tensor) -> Tensor:
     """Row-stochastic weights (..., P, 3, G) of the logits at P positions along a line, neighbour order (-1, 0, +1).
 
     A sigmoid of each logit, divided by their sum over the neighbours inside the map (the Stability-Context Condition,
-    arXiv 2501.12381 eq. 6). As a softmax over log-sigmoids it stays finite for logits of any size.
+    arXiv 2501.12381). As a softmax over log-sigmoids it stays finite for logits of any size.
     """
     neighbours = F.logsigmoid(logits)
     outside = torch.zeros(logits.shape[-3], 3, dtype=torch.bool, device=logits.device)
@@ -27,7 +27,7 @@ def line_weights(logits: Tensor) -> Tensor:
 def propagate_reference(
     x: Tensor, gates: Tensor, lam: Tensor, out: Tensor | None, chunk: int | None, directions: Sequence[str]
 ) -> Tensor:
-    """:func:`gspn_dit.ops.propagate` without its checks, differentiable by autograd; float32 inside (float64 for float64)."""
+    """:func:`gspn_dit.ops.propagate` without its checks, differentiable by autograd, in float32 or above."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     groups = lam.shape[-1]
     value = x.to(dtype).unflatten(-1, (groups, -1))  # (B, H, W, G, D)

@@ -4,7 +4,7 @@ runs/NAME/checkpoints/step-0001000/
     model.safetensors, optimizer.bin, random_states_*.pkl   accelerate's state
     ema/                                                     the averaged model, as from_pretrained reads it
     config.yaml, class_names.json                            what sampling needs to know
-    metadata.json                                            step, and the loss since the last line of metrics.csv
+    metadata.json                                            step, images in the data, loss since the last log line
 """
 
 from __future__ import annotations
@@ -17,21 +17,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from safetensors.torch import load_model
+from torch.utils.data import Dataset
 
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError
+from gspn_dit.runs import list_checkpoints
 from gspn_dit.training.ema import EMA
-
-
-def list_checkpoints(run: str | os.PathLike) -> list[Path]:
-    """A run's checkpoint folders, oldest first."""
-    found = [path for path in (Path(run) / "checkpoints").glob("step-*") if (path / "metadata.json").is_file()]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The step that a checkpoint folder is named after."""
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def save_checkpoint(
@@ -67,19 +58,29 @@ def save_checkpoint(
     return checkpoint
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, config: Config, ema: EMA) -> dict[str, Any]:
-    """Bring the accelerator's objects, the average and the random states back; returns the checkpoint's metadata.
-
-    Raises:
-        InputError: If the checkpoint is of another model, objective, seed or data.
-    """
+def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
+    """Raise :class:`InputError` unless a configuration and its data continue the run that a checkpoint is of."""
+    if config.resume == "no":
+        raise InputError(
+            f"output_dir={config.output_dir!r}: holds a run already; --resume auto continues it, or name another folder"
+        )
     saved = Config.load(checkpoint / "config.yaml")
-    for key in ("seed", "model.name", "model.overrides", "diffusion.objective", "data.source", "training.batch_size"):
+    for key in ("seed", "model.name", "model.overrides", "diffusion.objective", "data.source", "data.image_size",
+                "data.vae", "training.batch_size"):  # fmt: skip
         before, now = _value(saved, key), _value(config, key)
         if before != now:
-            raise InputError(
-                f"{key}={now!r}: the run in {config.output_dir} has {before!r}; set it back or start afresh"
-            )
+            raise InputError(f"{key}={now!r}: the run in {config.output_dir} has {before!r}; set it back")
+    num_images = json.loads((checkpoint / "metadata.json").read_text())["num_images"]
+    class_names = json.loads((checkpoint / "class_names.json").read_text())
+    if (num_images, class_names) != (len(source), source.class_names):
+        raise InputError(
+            f"data.source={config.data.source!r}: it has {len(source)} images of {len(source.class_names)} classes, "
+            f"and the run in {config.output_dir} began with {num_images} of {len(class_names)}; restore it"
+        )
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMA) -> dict[str, Any]:
+    """Bring the accelerator's objects, the average and the random states back; returns the checkpoint's metadata."""
     accelerator.load_state(checkpoint)
     load_model(ema.model, checkpoint / "ema" / "diffusion_pytorch_model.safetensors", device=str(accelerator.device))
     return json.loads((checkpoint / "metadata.json").read_text())

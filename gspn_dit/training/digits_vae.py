@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import trange
 
-from gspn_dit.config import command, require
 from gspn_dit.data.digits import IMAGE_SIZE, Digits
 from gspn_dit.data.vae import decode, encode_moments, sample_posterior
 from gspn_dit.errors import InputError
+from gspn_dit.options import command, require
 
 
 @dataclass

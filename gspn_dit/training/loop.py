@@ -6,10 +6,12 @@ import json
 import math
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor
@@ -20,11 +22,13 @@ from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data import LatentStore, downsampling, encode_moments, load_vae, sample_posterior
 from gspn_dit.data.vae import LatentScaling
 from gspn_dit.diffusion import create_objective, create_scheduler, image_generator
-from gspn_dit.errors import InputError
+from gspn_dit.diffusion.sampling import check_steps
+from gspn_dit.errors import InputError, renamed
 from gspn_dit.models import create_model
 from gspn_dit.pictures import save_grid
 from gspn_dit.pipeline import GSPNDiTPipeline
-from gspn_dit.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from gspn_dit.runs import checkpoint_step, list_checkpoints
+from gspn_dit.training.checkpoints import check_resumable, load_checkpoint, save_checkpoint
 from gspn_dit.training.ema import EMA
 from gspn_dit.training.record import Record
 from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
@@ -39,7 +43,8 @@ def main(config: Config) -> None:
     try:
         train(config)
     except NonFiniteLoss as error:
-        print(f"train_dit.py: stopped: {error}", file=sys.stderr)
+        if PartialState().is_main_process:
+            print(f"train_dit.py: stopped: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -54,21 +59,28 @@ def train(config: Config) -> None:
     """
     options = config.training
     run = Path(config.output_dir)
+    check_options(config)
     objective = create_objective(config.diffusion.objective, time_sampling=config.diffusion.time_sampling)
-    create_scheduler(config.diffusion.objective, config.sampling.sampler)  # a wrong sampler stops here, not at the end
-    source = open_source(config.data, config.seed)
+    with renamed(source="data.source", image_size="data.image_size", vae="data.vae"):
+        source = open_source(config.data, config.seed)
     checkpoints = list_checkpoints(run)
-    if checkpoints and config.resume == "no":
-        raise InputError(
-            f"output_dir={config.output_dir!r}: holds a run already; --resume auto continues it, or name another folder"
-        )
+    if checkpoints:
+        check_resumable(checkpoints[-1], config, source)
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=options.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "logs")),
     )
-    vae, scaling, latent_shape = open_latents(config, source, accelerator.device)
+    steps = StepSampler(
+        checkpoint_step(checkpoints[-1]) if checkpoints else 0,
+        options.max_steps,
+        batch_size=options.batch_size,
+        accumulation=options.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    with renamed(vae="data.vae"):
+        vae, scaling, latent_shape = open_latents(config, source, accelerator.device)
 
     set_seed(config.seed)
     model = create_model(
@@ -96,7 +108,7 @@ def train(config: Config) -> None:
 
     done = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
     if checkpoints:
-        done = load_checkpoint(accelerator, checkpoints[-1], config, ema)
+        done = load_checkpoint(accelerator, checkpoints[-1], ema)
     step, loss_sum, loss_count = done["step"], done["loss_sum"], done["loss_count"]
     stream = TrainingStream(
         source,
@@ -108,17 +120,11 @@ def train(config: Config) -> None:
     )
     batches = DataLoader(
         stream,
-        batch_sampler=StepSampler(
-            step,
-            options.max_steps,
-            batch_size=options.batch_size,
-            accumulation=options.gradient_accumulation_steps,
-            rank=accelerator.process_index,
-            processes=accelerator.num_processes,
-        ),
+        batch_sampler=steps,
         num_workers=config.data.num_workers,
         persistent_workers=config.data.num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # its own: a loader draws a seed, and the model's random state must not feel that
     )
 
     accelerator.init_trackers("gspn-dit")
@@ -146,16 +152,16 @@ def train(config: Config) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         losses = []
-        for _ in range(options.gradient_accumulation_steps):
+        for micro in range(options.gradient_accumulation_steps):
             batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(micro_batches).items()}
-            with accelerator.accumulate(model):
-                latents = clean_latents(batch, vae, scaling)
+            latents = clean_latents(batch, vae, scaling)
+            last = micro + 1 == options.gradient_accumulation_steps
+            with nullcontext() if last else accelerator.no_sync(model):  # gradients meet once a step
                 with accelerator.autocast():
-                    loss = objective.loss(
-                        model, latents, batch["class_label"], objective.times(batch["u"]), batch["noise"]
-                    ).mean()
-                accelerator.backward(loss)
-                losses.append(loss.detach())
+                    times = objective.times(batch["u"])
+                    loss = objective.loss(model, latents, batch["class_label"], times, batch["noise"]).mean()
+                accelerator.backward(loss / options.gradient_accumulation_steps)
+            losses.append(loss.detach())
         loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
         # fp16's loss scaling expects gradients that overflow now and then, and skips those steps itself
@@ -167,33 +173,49 @@ def train(config: Config) -> None:
 
         loss_sum, loss_count = loss_sum + loss, loss_count + 1
         bar.update()
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}", grad=f"{grad_norm:.2f}", refresh=False)
+        speed = options.batch_size * (step - logged_step) / (time.perf_counter() - logged_time)
+        bar.set_postfix_str(
+            f"loss {loss:.4f}, lr {learning_rate:.1e}, grad {grad_norm:.2f}, {speed:.0f} images/s", refresh=False
+        )
         if step % options.log_every == 0 or step == options.max_steps:
-            now = time.perf_counter()
             metrics = {
                 "loss": loss_sum / loss_count,
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
-                "images_per_second": options.batch_size * (step - logged_step) / (now - logged_time),
+                "images_per_second": speed,
             }
             accelerator.log(metrics, step=step)
             if record:
                 record.append({"step": step, **metrics})
-            logged_step, logged_time, loss_sum, loss_count = step, now, 0.0, 0
+            logged_step, logged_time, loss_sum, loss_count = step, time.perf_counter(), 0.0, 0
         pause = time.perf_counter()
+        if step % options.checkpoint_every == 0 or step == options.max_steps:
+            state = {"step": step, "loss_sum": loss_sum, "loss_count": loss_count, "num_images": len(source)}
+            save_checkpoint(accelerator, config, ema, source.class_names, state)
         if options.sample_every and (step % options.sample_every == 0 or step == options.max_steps):
             if record:
                 record.draw()
                 draw_samples(ema.model, vae, config, source.class_names, run / "samples" / f"step-{step:07d}.png")
             accelerator.wait_for_everyone()
-        if step % options.checkpoint_every == 0 or step == options.max_steps:
-            state = {"step": step, "loss_sum": loss_sum, "loss_count": loss_count}
-            checkpoint = save_checkpoint(accelerator, config, ema, source.class_names, state)
         logged_time += time.perf_counter() - pause  # images/s is of training alone
     bar.close()
     accelerator.end_training()
     if record:
         print(f"loss curve  {record.draw()}\ncheckpoint  {list_checkpoints(run)[-1]}")
+
+
+def check_options(config: Config) -> None:
+    """Raise :class:`InputError` for what only a later part of the run would stumble over."""
+    scheduler = create_scheduler(config.diffusion.objective, config.sampling.sampler)
+    check_steps(scheduler, config.sampling.num_inference_steps)
+    if taken := sorted({"sample_size", "in_channels", "out_channels", "num_classes"} & config.model.overrides.keys()):
+        raise InputError(f"model.overrides.{taken[0]}: the data and the objective set it; leave it out")
+    if config.training.mixed_precision == "fp16" and torch.accelerator.current_accelerator() is None:
+        raise InputError("training.mixed_precision='fp16': needs an accelerator; on the CPU use 'bf16' or 'no'")
+    trackers = [tracker.value for tracker in get_available_trackers()]
+    for name in config.training.trackers:
+        if name not in trackers:
+            raise InputError(f"training.trackers: {name!r} is not installed here; there are {', '.join(trackers)}")
 
 
 def learning_rate_at(step: int, options: TrainingConfig) -> float:
@@ -209,7 +231,7 @@ def learning_rate_at(step: int, options: TrainingConfig) -> float:
 def open_latents(
     config: Config, source: LatentStore | torch.utils.data.Dataset, device: torch.device
 ) -> tuple[AutoencoderKL | None, LatentScaling, tuple[int, int, int]]:
-    """The VAE (None where neither images are to be encoded nor samples drawn), the latents' scaling and shape (C, h, w)."""
+    """The VAE (None where there is nothing to encode or to draw), the latents' scaling and their shape (C, h, w)."""
     if isinstance(source, LatentStore):
         vae = load_vae(config.data.vae).to(device) if config.training.sample_every else None
         return vae, source, (source.latent_channels, *source.latent_size)
@@ -239,10 +261,10 @@ def draw_samples(model: ModelMixin, vae: AutoencoderKL, config: Config, class_na
         guidance_interval=sampling.guidance_interval,
         num_inference_steps=sampling.num_inference_steps,
         generator=[image_generator(config.seed, i) for i in range(count)],
-        output_type="pt",
+        output_type="uint8",
     ).images
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_grid((images * 255).round().to(torch.uint8), path)
+    save_grid(images, path)
 
 
 def _non_finite(loss: float, grad_norm: float, step: int, run: Path) -> str:

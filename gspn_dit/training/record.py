@@ -6,7 +6,7 @@ import csv
 import io
 from pathlib import Path
 
-from gspn_dit.pictures import replacing
+from gspn_dit.files import replacing
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "images_per_second")
 
@@ -35,9 +35,9 @@ class Record:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
 
     def draw(self) -> Path:
-        """Draw the loss and the learning rate against the step as loss.png, and return its path."""
+        """Draw the loss against the step as loss.png, and return its path."""
         path = self.path.with_name("loss.png")
-        draw_curves({path.parent.name: read_metrics(self.path)}, path)
+        draw_loss(read_metrics(self.path), path.parent.name, path)
         return path
 
 
@@ -56,18 +56,17 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def draw_curves(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Loss curves of one run or several, by name: the logged means, and their running average on top."""
+def draw_loss(rows: list[dict[str, float]], name: str, path: Path) -> None:
+    """Draw the loss of a run of that name: the logged means, and their running average on top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for number, (name, rows) in enumerate(runs.items()):
-        steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-        axes.plot(steps, losses, color=f"C{number}", alpha=0.3, linewidth=1)
-        axes.plot(steps, _running_mean(losses), color=f"C{number}", linewidth=2, label=name)
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1)
+    axes.plot(steps, _running_mean(losses), color="C0", linewidth=2, label=name)
     axes.set(xlabel="step", ylabel="training loss")
     axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")

@@ -1,8 +1,8 @@
 """The training stream: item n is a function of (seed, n) alone.
 
-Everything random about a sample (which image, its mirroring, the posterior's and the diffusion's noise, its time, whether
-its label is dropped) is drawn from a counter-based generator keyed by (seed, n). So a run continues exactly from its step
-number, and sees the same samples whatever the number of processes, workers or accumulation steps.
+Everything random about a sample (which image, its mirroring, the posterior's and the diffusion's noise, its time,
+whether its label is dropped) is drawn from a counter-based generator keyed by (seed, n). So a run continues exactly
+from its step number, and sees the same samples whatever the number of processes, workers or accumulation steps.
 """
 
 from __future__ import annotations

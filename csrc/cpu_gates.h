@@ -1,0 +1,186 @@
+// How the CPU kernel holds gates: shared by the channels of a slab (GroupGates), or one set a channel (ChannelGates).
+#pragma once
+
+#include "cpu_map.h"
+
+namespace gspn {
+
+// Gates in compact scratch: λ, u, the normalised weights and their logits, each an array along positions or channels.
+enum Field { kLam, kOut, kWeightMinus, kWeightCentre, kWeightPlus, kLogitMinus, kLogitCentre, kLogitPlus, kNumFields };
+template <typename A>
+struct Gates {
+  A* field[kNumFields];
+
+  Gates operator+(int64_t offset) const {
+    Gates moved;
+    for (int f = 0; f < kNumFields; ++f) moved.field[f] = field[f] + offset;
+    return moved;
+  }
+};
+
+// Weights of n sites or channels that have the same neighbours; where weights and logits share memory, in place.
+template <typename A>
+void normalise_range(const Gates<A>& gates, int64_t n, A has_minus, A has_plus) {
+  const A *minus = gates.field[kLogitMinus], *centre = gates.field[kLogitCentre], *plus = gates.field[kLogitPlus];
+  A *w_minus = gates.field[kWeightMinus], *w_centre = gates.field[kWeightCentre], *w_plus = gates.field[kWeightPlus];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Weights<A> w = normalise(minus[i], centre[i], plus[i], has_minus, has_plus);
+    w_minus[i] = w.minus;
+    w_centre[i] = w.centre;
+    w_plus[i] = w.plus;
+  }
+}
+
+// Where a gate tensor holds direction k of a site's gates from `channel`'s group on.
+template <typename T>
+T* gates_at(const Strided<T>& t, int group_axis, int64_t b, int64_t row, int64_t column, int k, int64_t group) {
+  return t.data + b * t.stride[0] + row * t.stride[1] + column * t.stride[2] + k * t.stride[3] + group * t.stride[group_axis];
+}
+
+// Gates that a slab's channels share, one group's: prepared for the whole map and all directions at once.
+template <typename Call>
+class GroupGates {
+ public:
+  using T = typename Call::Element;
+  using A = Accumulator<T>;
+  static constexpr bool shared = true;
+
+  GroupGates(const Call& call, Scratch<A>& scratch, int64_t b, int64_t channel, int64_t /* slab channels */)
+      : problem_(call.problem), sites_(call.problem.height * call.problem.width) {
+    data_ = scratch.get(problem_.num_directions * kStored * sites_);
+    const int64_t group = channel / (problem_.channels / problem_.groups);
+    for (int64_t i = 0; i < problem_.height; i += kBlock)
+      for (int k = 0; k < problem_.num_directions; ++k) {
+        const Gates<A> map = fields(k);
+        for (int n = 0; n < 3; ++n)
+          read_rows(map.field[kLogitMinus + n], call.gates, gates_at(call.gates, 5, b, i, 0, k, group) + n * call.gates.stride[4], k, i);
+        read_rows(map.field[kLam], call.lam, gates_at(call.lam, 4, b, i, 0, k, group), k, i);
+        if (call.out.data) read_rows(map.field[kOut], call.out, gates_at(call.out, 4, b, i, 0, k, group), k, i);
+      }
+    for (int k = 0; k < problem_.num_directions; ++k) {
+      const Scan scan(problem_, problem_.directions[k]);
+      if (!call.out.data) std::fill_n(fields(k).field[kOut], sites_, A(1));
+      for (int64_t i = 0; i < scan.lines; ++i) {
+        const Gates<A> line = fields(k) + i * scan.positions;
+        const int64_t last = scan.positions - 1;
+        normalise_range(line, 1, A(0), A(last > 0));
+        normalise_range(line + 1, last - 1, A(1), A(1));
+        if (last > 0) normalise_range(line + last, 1, A(1), A(0));
+      }
+    }
+  }
+
+  // The gates at position 0 of a line; those at the others follow.
+  Gates<A> line(const Scan& scan, int k, int64_t line) const { return fields(k) + line * scan.positions; }
+
+  static Gates<A> site(const Gates<A>& line, const Call&, const Scan&, int, int64_t, int64_t position, bool) {
+    return line + position;
+  }
+
+ private:
+  // Rows are read in blocks that stay in the cache while each field of them is picked out, and whose columns fill whole
+  // cache lines of a field that is laid out by columns.
+  static constexpr int64_t kBlock = 16;
+  // Only the backward pass asks for the logits again: else the weights take their place.
+  static constexpr int kStored = Call::kNeedsLogits ? kNumFields : kLogitMinus;
+
+  Gates<A> fields(int k) const {
+    Gates<A> map;
+    for (int f = 0; f < kNumFields; ++f)
+      map.field[f] = data_ + (k * kStored + (f < kStored ? f : f - kLogitMinus + kWeightMinus)) * sites_;
+    return map;
+  }
+
+  void read_rows(A* to, const Strided<const T>& t, const T* from, int k, int64_t first_row) const {
+    const int64_t rows = std::min(kBlock, problem_.height - first_row);
+    if (lines_are_rows(problem_.directions[k]))
+      for (int64_t i = 0; i < rows; ++i)
+        gather(to + (first_row + i) * problem_.width, from + i * t.stride[1], t.stride[2], problem_.width);
+    else
+      for (int64_t j = 0; j < problem_.width; ++j)
+        gather(to + j * problem_.height + first_row, from + j * t.stride[2], t.stride[1], rows);
+  }
+
+  const Problem& problem_;
+  int64_t sites_;
+  A* data_;
+};
+
+// Gates of a slab whose channels each have their own. They are many times as large as the map: read a site at a time,
+// when its turn comes.
+template <typename Call>
+class ChannelGates {
+ public:
+  using T = typename Call::Element;
+  using A = Accumulator<T>;
+  static constexpr bool shared = false;
+
+  ChannelGates(const Call& call, Scratch<A>& scratch, int64_t b, int64_t channel, int64_t channels)
+      : b_(b), channel_(channel), channels_(channels) {
+    A* data = scratch.get(kNumFields * channels);
+    for (int f = 0; f < kNumFields; ++f) buffer_.field[f] = data + f * channels;
+    if (!call.out.data) std::fill_n(buffer_.field[kOut], channels, A(1));
+  }
+
+  Gates<A> line(const Scan&, int, int64_t) const { return buffer_; }
+
+  Gates<A> site(Gates<A> buffer, const Call& call, const Scan& scan, int k, int64_t line, int64_t position,
+                bool needs_logits) const {
+    const int64_t row = scan.row(line, position), column = scan.column(line, position);
+    const auto read = [&](int field, const Strided<const T>& t, int axis, int64_t offset) {
+      const T* from = gates_at(t, axis, b_, row, column, k, channel_) + offset;
+      const T* ahead = from + kAhead * (scan.rows ? t.stride[2] : t.stride[1]);
+      for (int64_t c = 0; c < channels_; c += 64 / sizeof(T)) __builtin_prefetch(ahead + c * t.stride[axis]);
+      if constexpr (std::is_same_v<T, A>)
+        if (t.stride[axis] == 1) return void(buffer.field[field] = const_cast<A*>(from));  // read where they lie
+      gather(buffer.field[field], from, t.stride[axis], channels_);
+    };
+    read(kLam, call.lam, 4, 0);
+    if (call.out.data) read(kOut, call.out, 4, 0);
+    if (needs_logits)
+      for (int n = 0; n < 3; ++n) read(kLogitMinus + n, call.gates, 5, n * call.gates.stride[4]);
+    return buffer;
+  }
+
+ private:
+  static constexpr int64_t kAhead = 2;  // sites lie pages apart, where the hardware does not look ahead by itself
+  int64_t b_, channel_, channels_;
+  Gates<A> buffer_;
+};
+
+// A gate's value at channel c of a site: the group's, held in a register, or the channel's own.
+template <typename A, bool shared>
+struct GateValue {
+  const A* value;
+  A GSPN_INLINE operator[](int64_t c) const { return value[c]; }
+};
+template <typename A>
+struct GateValue<A, true> {
+  A value;
+  explicit GateValue(const A* from) : value(*from) {}
+  A GSPN_INLINE operator[](int64_t) const { return value; }
+};
+
+// The weights at channel c of a site: the group's, or from the channel's own logits.
+template <typename A, bool shared>
+struct SiteWeights {
+  const A *minus, *centre, *plus;
+  const A has_minus, has_plus;
+  SiteWeights(const Gates<A>& site, const Scan& scan, int64_t position)
+      : minus(site.field[kLogitMinus]),
+        centre(site.field[kLogitCentre]),
+        plus(site.field[kLogitPlus]),
+        has_minus(position > 0),
+        has_plus(position + 1 < scan.positions) {}
+  Weights<A> GSPN_INLINE operator[](int64_t c) const { return normalise(minus[c], centre[c], plus[c], has_minus, has_plus); }
+};
+template <typename A>
+struct SiteWeights<A, true> {
+  Weights<A> value;
+  SiteWeights(const Gates<A>& site, const Scan&, int64_t)
+      : value{*site.field[kWeightMinus], *site.field[kWeightCentre], *site.field[kWeightPlus]} {}
+  Weights<A> GSPN_INLINE operator[](int64_t) const { return value; }
+};
+
+}  // namespace gspn

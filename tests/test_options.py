@@ -1,0 +1,130 @@
+"""Options as a person types them: what is taken, and what is answered when it cannot be."""
+
+import dataclasses
+import os
+
+import pytest
+
+from gspn_dit.config import Config
+from gspn_dit.errors import InputError, renamed
+from gspn_dit.options import parse
+from gspn_dit.sample import SampleOptions
+
+
+def options(*argv, of=Config):
+    return parse(of, argv, exit_on_error=False)
+
+
+def written(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_what_is_typed_is_understood():
+    assert options("--training.max-steps", "1e5").training.max_steps == 100_000
+    assert options("--training.max_steps=2.5e3").training.max_steps == 2500
+    assert options("--training.trackers", "tensorboard").training.trackers == ["tensorboard"]
+    assert options("--training.trackers", "[]").training.trackers == []
+    for interval in ("0.1,0.9", "[0.1,0.9]", "[0.1, 0.9]"):
+        assert options("--sampling.guidance-interval", interval).sampling.guidance_interval == (0.1, 0.9)
+        assert options("--guidance-interval", interval, of=SampleOptions).guidance_interval == (0.1, 0.9)
+    assert options("--guidance-interval", "null", of=SampleOptions).guidance_interval is None
+    assert options("--out", "2024", of=SampleOptions).out == "2024"
+    overrides = options("--model.overrides", "{depth: 2}", "--model.overrides.num-groups", "3").model.overrides
+    assert overrides == {"depth": 2, "num_groups": 3}
+
+
+def test_yaml_words_are_words(tmp_path):
+    path = written(tmp_path, "resume: no\ntraining: {mixed_precision: no, trackers: tensorboard, max_steps: 1e3}\n"
+                             "model:\n  overrides: {global_layers: [0, -1], chunk: null}\n"
+                             "sampling:\n  sampler:\n  guidance_interval: [0.2, 0.7]\ndata:\n")  # fmt: skip
+    config = options("--config", path, "--training.max-steps", "7")
+    assert (config.resume, config.training.mixed_precision) == ("no", "no")
+    assert (config.training.trackers, config.training.max_steps) == (["tensorboard"], 7)
+    assert config.model.overrides == {"global_layers": [0, -1], "chunk": None}
+    assert (config.sampling.sampler, config.sampling.guidance_interval) == (None, (0.2, 0.7))
+    assert options("--training.max-steps", "7", "--config", path).training.max_steps == 1000  # later ones win
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n"])
+def test_an_empty_file_is_no_options(tmp_path, text):
+    assert options("--config", written(tmp_path, text)) == Config()
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    config = options("--model.overrides", "{name: 'no', sizes: [1, 2], ratio: 1.0e-5}", "--output-dir", "a: b, #c",
+                     "--sampling.sampler", "ddim", "--seed", "2147483647")  # fmt: skip
+    config.save(tmp_path / "config.yaml")
+    assert dataclasses.asdict(Config.load(tmp_path / "config.yaml")) == dataclasses.asdict(config)
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "answer"),
+    [
+        ("--training.max-stepz 3", "--training.max-stepz: no such option; did you mean --training.max-steps?"),
+        ("--training.max_stepz 3", "--training.max_stepz: no such option"),
+        ("--batch-size 3", "--batch-size: no such option; did you mean --training.batch-size?"),
+        ("--model gspn-dit-s-2", "--model: no such option; did you mean --model.name?"),
+        ("--training.compile", "--training.compile: no value; wanted true or false"),
+        ("--training.compile --seed 1", "--training.compile: no value; wanted true or false"),
+        ("--training.max-steps many", "training.max_steps='many': wanted a whole number"),
+        ("--training.max-steps 1.5", "training.max_steps='1.5': wanted a whole number"),
+        ("--training.learning-rate fast", "training.learning_rate='fast': wanted a number"),
+        ("--resume maybe", "resume='maybe': wanted auto or no"),
+        ("--sampling.guidance-interval 0.5", "wanted [number,number]"),
+        ("--seed -1", "seed=-1: wanted a whole number from 0"),
+        ("--seed 2147483648", "seed=2147483648: wanted a whole number from 0"),
+        ("runs/digits", "'runs/digits': wanted `--option value`"),
+        ("--config nowhere.yaml", "config='nowhere.yaml': cannot be read"),
+    ],
+)
+def test_the_answer_names_what_was_typed_and_what_is_wanted(argv, answer):
+    with pytest.raises(InputError) as refused:
+        options(*argv.split())
+    assert answer in str(refused.value)
+    assert not any(words in str(refused.value) for words in ("Parser key", "typing.", "<class", "\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("training:\n  max_stepz: 3\n", ".yaml: training.max_stepz: no such option; did you mean training.max_steps?"),
+        ("trainig:\n  max_steps: 3\n", ".yaml: trainig.max_steps: no such option; did you mean training.max_steps?"),
+        ("training: [1\nseed: 2\n", "config.yaml': not YAML: line 2"),
+        ("hello\n", "config.yaml': wanted lines of `option: value`"),
+        ("- seed\n", "config.yaml': wanted lines of `option: value`"),
+        ("seed: {a: 1}\n", "seed='{a: 1}': wanted a whole number"),
+        ("model: gspn-dit-s-2\n", "config.yaml: model: no such option; did you mean model.name?"),
+    ],
+)
+def test_a_file_is_named_with_what_is_wrong_in_it(tmp_path, text, answer):
+    with pytest.raises(InputError) as refused:
+        options("--config", written(tmp_path, text))
+    assert answer in str(refused.value)
+
+
+def test_words_left_over_are_to_be_joined_by_commas():
+    with pytest.raises(InputError, match=r"'7' after --class-labels 3: .*commas"):
+        options("--class-labels", "3", "7", of=SampleOptions)
+
+
+def test_help_lists_the_options(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(Config, ["--help"], prog="train_dit.py")
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--training.max_steps" in printed
+    assert "--training CONFIG" not in printed  # the group, which takes no value
+
+
+def test_an_error_about_an_argument_names_the_option_it_came_from():
+    def refuse(message):
+        with renamed(source="data.source"):
+            raise InputError(message)
+
+    with pytest.raises(InputError, match=r"^data.source='x': missing, source=y$"):
+        refuse("source='x': missing, source=y")
+    with pytest.raises(InputError, match=r"^split='x'$"):
+        refuse("split='x'")
