@@ -69,7 +69,7 @@ struct Scan {
   int64_t line(int64_t c, int64_t n) const { return c * chunk + (reversed ? chunk_lines(c) - 1 - n : n); }
 };
 
-// Uninitialised memory, aligned to cache lines, that only ever grows: a thread's scratch for all its units of one call.
+// Uninitialised memory, aligned to cache lines, that grows as asked: a thread's scratch.
 template <typename A>
 class Scratch {
  public:
@@ -80,6 +80,10 @@ class Scratch {
       size_ = size;
     }
     return data_.get();
+  }
+
+  void release_above(int64_t bytes) {
+    if (size_ * int64_t(sizeof(A)) > bytes) data_.reset(), size_ = 0;
   }
 
  private:

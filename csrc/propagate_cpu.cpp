@@ -290,7 +290,8 @@ void backward_slab(const Backward<T>& call, const SlabGates& gates, Workspace<A>
 // Runs units [first, last), slab by slab, with the slab's width known to the compiler where it is a usual one.
 template <typename SlabGates, typename Call, typename RunSlab>
 void run_units(const Call& call, const Cut& cut, int64_t first, int64_t last, RunSlab run_slab) {
-  Workspace<typename SlabGates::A> work;
+  // Kept from call to call while it is small: fresh memory costs more page faults than the scan costs time.
+  static thread_local Workspace<typename SlabGates::A> work;
   for (int64_t u = first; u < last; ++u) {
     const int64_t b = u / cut.count, begin = cut.first_channel(u % cut.count), end = cut.end_channel(u % cut.count);
     const SlabGates gates(call, work.gates, b, begin, std::min(cut.slab_width, end - begin));
@@ -301,6 +302,8 @@ void run_units(const Call& call, const Cut& cut, int64_t first, int64_t last, Ru
       else run_slab(std::integral_constant<int, 0>(), gates, work, b, channel, width);
     }
   }
+  for (auto* scratch : {&work.x, &work.y, &work.dx, &work.gates, &work.lines, &work.history, &work.grads})
+    scratch->release_above(8 << 20);
 }
 
 }  // namespace
