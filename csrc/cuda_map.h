@@ -29,7 +29,25 @@ struct MapPlan {
   int parts;          // warps side by side along the channels: a block's slab is parts · kWarpChannels wide
   int domain;         // a slab never crosses a multiple of this many channels: C / G where a group shares gates, else C
   int domain_slabs;   // slabs in a domain
+  int tile;           // a block holds a tile of this many rows and columns of the map, or less at its end
   bool vector_x, vector_y, vector_grad;  // whether a lane's channels of x, of y (and dx), of dy lie aligned side by side
+};
+
+// The part of the map that this block holds: all of it, or a tile.
+struct Tile {
+  int row, column, height, width;  // its first row and column, and its size
+
+  GSPN_DEVICE Tile(const Problem& p, const MapPlan& plan) {
+    const int across = (int(p.width) + plan.tile - 1) / plan.tile, down = (int(p.height) + plan.tile - 1) / plan.tile;
+    const int index = blockIdx.x % unsigned(across * down);
+    row = index / across * plan.tile;
+    column = index % across * plan.tile;
+    height = min(plan.tile, int(p.height) - row);
+    width = min(plan.tile, int(p.width) - column);
+  }
+  static GSPN_DEVICE int count(const Problem& p, const MapPlan& plan) {
+    return ((int(p.width) + plan.tile - 1) / plan.tile) * ((int(p.height) + plan.tile - 1) / plan.tile);
+  }
 };
 
 // The channels of this block and this lane.
@@ -41,8 +59,9 @@ struct Channels {
 
   GSPN_DEVICE Channels(const Problem& p, const MapPlan& plan, int part_of_warp) {
     const int slabs = plan.domain_slabs * (int(p.channels) / plan.domain);
-    batch = blockIdx.x / slabs;
-    slab = blockIdx.x % slabs;
+    const int block = int(blockIdx.x / unsigned(Tile::count(p, plan)));
+    batch = block / slabs;
+    slab = block % slabs;
     group = slab / plan.domain_slabs;
     const int width = plan.parts * L::kWarpChannels;
     first = group * plan.domain + slab % plan.domain_slabs * width;
@@ -76,7 +95,7 @@ struct MapShape {
   GSPN_DEVICE int offset(int row, int column, int part) const { return row * row_stride + along_row(column, part); }
 };
 
-// One axis of scans: its lines and its two senses.
+// One axis of scans over a tile: its lines and its two senses. `line` and `position` count from the tile's first.
 //
 // A block runs both senses of an axis at once, in different warps: the lines are cut into an even number of stages, and
 // while one sense is at stage i the other is at the mirrored one, so that they never add to the same line together. At
@@ -84,19 +103,25 @@ struct MapShape {
 template <typename L>
 struct Axis {
   bool rows;
-  int lines, positions, chunk, stages, stage_lines;
+  int lines, positions, stages, stage_lines;
+  int first_line, first_position, map_lines, map_positions, chunk;
   int forward, reversed;  // the direction index of either sense, or -1
 
-  GSPN_INLINE Axis(const Problem& p, bool rows_) : rows(rows_) {
-    lines = int(rows ? p.height : p.width);
-    positions = int(rows ? p.width : p.height);
-    chunk = p.chunk && p.chunk < lines ? int(p.chunk) : lines;
-    stages = 2 * ((lines + 2 * L::kStageLines - 1) / (2 * L::kStageLines));
+  GSPN_DEVICE Axis(const Problem& p, const Tile& tile, bool rows_) : rows(rows_) {
+    lines = rows ? tile.height : tile.width;
+    positions = rows ? tile.width : tile.height;
+    first_line = rows ? tile.row : tile.column;
+    first_position = rows ? tile.column : tile.row;
+    map_lines = int(rows ? p.height : p.width);
+    map_positions = int(rows ? p.width : p.height);
+    chunk = p.chunk && p.chunk < map_lines ? int(p.chunk) : map_lines;
+    stages = stages_of(lines);
     stage_lines = (lines + stages - 1) / stages;
     forward = index_of(p, rows ? kDown : kRight);
     reversed = index_of(p, rows ? kUp : kLeft);
   }
-  GSPN_INLINE static int index_of(const Problem& p, Direction direction) {
+  GSPN_INLINE static int stages_of(int lines) { return 2 * ((lines + 2 * L::kStageLines - 1) / (2 * L::kStageLines)); }
+  GSPN_DEVICE static int index_of(const Problem& p, Direction direction) {
     int index = -1;
     for (int k = 0; k < p.num_directions; ++k)
       if (p.directions[k] == direction) index = k;
@@ -111,10 +136,12 @@ struct Axis {
   GSPN_DEVICE int stage_end(int stage) const { return min((stage + 1) * stage_lines, lines); }
   // Whether a line has no history: it is the first that its chunk's scan reads.
   GSPN_DEVICE bool restarts(int line, int sense) const {
-    return starts_chunk(line, lines, chunk, sense);
+    return starts_chunk(first_line + line, map_lines, chunk, sense);
   }
-  GSPN_DEVICE int row(int line, int position) const { return rows ? line : position; }
-  GSPN_DEVICE int column(int line, int position) const { return rows ? position : line; }
+  GSPN_DEVICE bool has_minus(int position) const { return first_position + position > 0; }
+  GSPN_DEVICE bool has_plus(int position) const { return first_position + position + 1 < map_positions; }
+  GSPN_DEVICE int row(int line, int position) const { return rows ? first_line + line : first_position + position; }
+  GSPN_DEVICE int column(int line, int position) const { return rows ? first_position + position : first_line + line; }
 };
 
 // Offsets of a lane's four positions on a line, and of the line, in shared memory and in a contiguous (B, H, W, C) map.
@@ -125,14 +152,14 @@ struct Walk {
   const Axis<L>& axis;
   int part, lane_offset;
 
-  GSPN_DEVICE Walk(const MapShape<L>& shape_, const Axis<L>& axis_, const Channels<L>& at, int channels)
+  GSPN_DEVICE Walk(const MapShape<L>& shape_, const Axis<L>& axis_, const Channels<L>& at, const Problem& p)
       : shape(shape_), axis(axis_), part(at.part), lane_offset(at.segment_lane * L::kLaneChannels) {
     const int begin = at.segment * L::kPositions;
 #pragma unroll
     for (int q = 0; q < L::kPositions; ++q)
       shared_step[q] = lane_offset + (axis.rows ? shape.along_row(begin + q, part) : (begin + q) * shape.row_stride);
-    map_step = axis.rows ? channels : shape.width * channels;
-    map_line = axis.rows ? shape.width * channels : channels;
+    map_step = int(axis.rows ? p.channels : p.width * p.channels);
+    map_line = int(axis.rows ? p.width * p.channels : p.channels);
     map_first = begin * map_step;
   }
   GSPN_DEVICE int shared_line(int line) const {
@@ -168,8 +195,8 @@ GSPN_DEVICE void prepare_stage(const Stage& stage, const Call& call, const Axis<
     if (!axis.restarts(line, sense)) {
       const auto* logits = gate_at(call.gates, 5, at.batch, row, column, k, at.group);
       const int64_t next = call.gates.stride[4];
-      w = normalise(load(logits[0]), load(logits[next]), load(logits[2 * next]), float(position > 0),
-                    float(position + 1 < axis.positions));
+      w = normalise(load(logits[0]), load(logits[next]), load(logits[2 * next]), float(axis.has_minus(position)),
+                    float(axis.has_plus(position)));
     }
     stage.weights[t] = make_float4(w.minus, w.centre, w.plus, load(*gate_at(call.lam, 4, at.batch, row, column, k, at.group)));
     stage.out[t] = call.out.data ? load(*gate_at(call.out, 4, at.batch, row, column, k, at.group)) : 1.f;
@@ -179,7 +206,8 @@ GSPN_DEVICE void prepare_stage(const Stage& stage, const Call& call, const Axis<
 // Fills the block's map of shared memory; channels beyond the slab's end become 0. To be followed by wait_copies() and a
 // barrier.
 template <typename L, typename T>
-GSPN_DEVICE void read_map(T* shared, const Strided<const T>& from, const MapShape<L>& shape, const Channels<L>& at, bool vector) {
+GSPN_DEVICE void read_map(T* shared, const Strided<const T>& from, const Tile& tile, const MapShape<L>& shape,
+                          const Channels<L>& at, bool vector) {
   constexpr int kVector = L::kLaneChannels;
   const int step = vector ? kVector : 1;
   const int per_site = shape.parts * L::kWarpChannels / step, count = shape.height * shape.width * per_site;
@@ -188,8 +216,8 @@ GSPN_DEVICE void read_map(T* shared, const Strided<const T>& from, const MapShap
     const int site = i / per_site, c = i % per_site * step;
     const int row = int((float(site) + 0.5f) * inverse_width), column = site - row * shape.width;
     T* to = shared + shape.offset(row, column, c / L::kWarpChannels) + c % L::kWarpChannels;
-    const T* source = from.data + at.batch * from.stride[0] + row * from.stride[1] + column * from.stride[2] +
-                      (at.first + c) * from.stride[3];
+    const T* source = from.data + at.batch * from.stride[0] + (tile.row + row) * from.stride[1] +
+                      (tile.column + column) * from.stride[2] + (at.first + c) * from.stride[3];
     if (at.first + c >= at.end) {
       for (int v = 0; v < step; ++v) store(to[v], 0.f);
     } else if (vector) {
@@ -249,7 +277,7 @@ struct SiteGates {
     if (restarts) return;
     float minus[kSets], centre[kSets], plus[kSets];
     read_logits(call, axis, at, k, row, column, minus, centre, plus);
-    const float has_minus = float(position > 0), has_plus = float(position + 1 < axis.positions);
+    const float has_minus = float(axis.has_minus(position)), has_plus = float(axis.has_plus(position));
 #pragma unroll
     for (int c = 0; c < kSets; ++c) weights[c] = normalise(minus[c], centre[c], plus[c], has_minus, has_plus);
   }

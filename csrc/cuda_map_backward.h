@@ -136,26 +136,26 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
                                                     const __grid_constant__ MapPlan plan, const PartialSums partial) {
   using L = Lanes<kLine, 2>;
   const Problem& p = call.problem;
-  const MapShape<L> shape(int(p.height), int(p.width), plan.parts);
+  const Tile tile(p, plan);  // all of the map
+  const MapShape<L> shape(tile.height, tile.width, plan.parts);
   const int warp = threadIdx.x / kWarp, sense = warp % 2;
   const Channels<L> at(p, plan, warp / 2);
 
   const Stage stage = Stage::at<L>(shared_memory());
   const Kept<L> kept{stage.out + 2 * L::kStageSites};  // the lines of a stage, then h at the end of every stage
-  float* dx = kept.data + (L::kStageLines + max(Axis<L>(p, true).stages, Axis<L>(p, false).stages) - 1) *
-                              L::kPositions * L::kLaneChannels * int(blockDim.x);
+  float* dx = kept.data + (L::kStageLines + Axis<L>::stages_of(max(tile.height, tile.width)) - 1) * L::kPositions * L::kLaneChannels * int(blockDim.x);
   T* x = reinterpret_cast<T*>(dx + shape.elements());
   T* dy = x + shape.elements();
-  read_map<L>(x, call.x, shape, at, plan.vector_x);
-  read_map<L>(dy, call.grad_y, shape, at, plan.vector_grad);
+  read_map<L>(x, call.x, tile, shape, at, plan.vector_x);
+  read_map<L>(dy, call.grad_y, tile, shape, at, plan.vector_grad);
   wait_copies();
 
   const int64_t sites = p.height * p.width;
-  const bool has_rows = Axis<L>(p, true).any(), has_columns = Axis<L>(p, false).any();
+  const bool has_rows = Axis<L>(p, tile, true).any(), has_columns = Axis<L>(p, tile, false).any();
   for (int a = has_rows ? 0 : 1; a < (has_columns ? 2 : 1); ++a) {
-    const Axis<L> axis(p, a == 0);
+    const Axis<L> axis(p, tile, a == 0);
     const bool first_axis = a == 0 || !has_rows, last_axis = a == 1 || !has_columns;
-    const Walk<L> walk(shape, axis, at, int(p.channels));
+    const Walk<L> walk(shape, axis, at, p);
     const int k = axis.direction(sense);
     const auto prepare = [&](int i) {
       __syncthreads();
@@ -166,11 +166,12 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
     };
     // One stage forward; `visit` sees h before each of its lines.
     LineValues<L> h = {};
+    NoHalo<L> none({}, p, plan, axis, at, sense);
     const auto advance_stage = [&](int i, auto visit) {
       const int s = axis.stage(i, sense), begin = axis.stage_begin(s), lines = axis.stage_end(s) - begin;
       for (int n = 0; n < lines; ++n) {
         visit(n);
-        advance_line<kShared, L>(h, call, stage, axis, walk, at, x, sense, sense ? begin + lines - 1 - n : begin + n, begin,
+        advance_line<kShared, L>(h, none, call, stage, axis, walk, at, x, sense, sense ? begin + lines - 1 - n : begin + n, begin,
                                  [](auto...) {});
       }
     };
@@ -218,11 +219,10 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
 }
 
 template <int kLine>
-size_t map_backward_bytes(const Problem& p, int parts, size_t element) {
+size_t map_backward_bytes(int height, int width, int parts, size_t element) {
   using L = Lanes<kLine, 2>;
-  const Axis<L> rows(p, true), columns(p, false);
-  const int lines = L::kStageLines + (rows.stages > columns.stages ? rows.stages : columns.stages) - 1;
-  return MapShape<L>(int(p.height), int(p.width), parts).elements() * (sizeof(float) + 2 * element) +
+  const int lines = L::kStageLines + Axis<L>::stages_of(height > width ? height : width) - 1;
+  return MapShape<L>(height, width, parts).elements() * (sizeof(float) + 2 * element) +
          lines * L::kPositions * L::kLaneChannels * (2 * kWarp * parts) * sizeof(float) + Stage::bytes<L>();
 }
 

@@ -1,12 +1,14 @@
 // Which kernel runs a call, and its launches.
 //
 // A map whose lines have up to 32 sites is held on chip (cuda_map_*.h), if two blocks of it fit on a multiprocessor, or
-// one does: x is then read once and y written once. Anything larger, and layouts whose channels do not lie side by side,
-// are walked line by line, one direction after another (cuda_walk.h).
+// one does: x is then read once and y written once. Forward, a larger map is cut into tiles of 32 × 32 sites, after a pass
+// that leaves h at their edges (cuda_edges.h). The rest (backward on larger maps, lines of more than 512 sites, a single
+// direction of a large map, channels that do not lie side by side) is walked line by line, one direction after another
+// (cuda_walk.h).
 #include "propagate_cuda.h"
 
+#include "cuda_edges.h"
 #include "cuda_map_backward.h"
-#include "cuda_map_forward.h"
 #include "cuda_walk.h"
 
 namespace gspn {
@@ -45,22 +47,23 @@ struct MapChoice {
   MapPlan plan{};
   int line = 0;  // 16 or 32
   size_t shared_bytes = 0;
-  int64_t blocks = 0;
+  int64_t blocks = 0, tiles = 0;
   explicit operator bool() const { return plan.parts > 0; }
 };
 
-// `warp_channels` of a line of 16; bytes(line, parts) is a block's shared memory.
+// `warp_channels` of a line of 16; bytes(line, height, width, parts) is a block's shared memory.
 template <typename Bytes>
 MapChoice choose_map(const Problem& p, const SharedMemory& memory, int warp_channels, int max_parts, Bytes bytes) {
   MapChoice choice;
   const int64_t longest = p.height > p.width ? p.height : p.width;
-  if (longest > kLongestLine) return choice;
   choice.line = longest <= 16 ? 16 : 32;
   if (choice.line == 32) warp_channels /= 2;
+  const int tile = longest < kLongestLine ? int(longest) : kLongestLine;
+  const int height = p.height < tile ? int(p.height) : tile, width = p.width < tile ? int(p.width) : tile;
   constexpr int64_t kReserved = 1024;  // of a block, by the system
   for (const int blocks_at_once : {2, 1}) {  // one block reads while another scans
     for (int parts = max_parts; parts >= 1; parts /= 2) {
-      const size_t size = bytes(choice.line, parts);
+      const size_t size = bytes(choice.line, height, width, parts);
       const bool fits = int64_t(size) <= memory.of_a_block &&
                         blocks_at_once * (int64_t(size) + kReserved) <= memory.of_a_multiprocessor;
       const bool idle = parts > 1 && (parts / 2) * warp_channels >= domain(p);  // half of the block would do
@@ -68,12 +71,19 @@ MapChoice choose_map(const Problem& p, const SharedMemory& memory, int warp_chan
       choice.plan.parts = parts;
       choice.plan.domain = domain(p);
       choice.plan.domain_slabs = int(divide_up(domain(p), parts * warp_channels));
+      choice.plan.tile = tile;
       choice.shared_bytes = size;
-      choice.blocks = p.batch * (p.channels / domain(p)) * choice.plan.domain_slabs;
+      choice.tiles = divide_up(p.height, tile) * divide_up(p.width, tile);
+      choice.blocks = p.batch * (p.channels / domain(p)) * choice.plan.domain_slabs * choice.tiles;
       return choice;
     }
   }
   return choice;
+}
+
+size_t edge_bytes(const Problem& p) {
+  const int longest = int(p.height > p.width ? p.height : p.width);
+  return (shares_gates(p) ? LineGates::bytes(longest) : 0) + LineEnds::bytes(int(divide_up(longest, EdgeLanes::kLine)));
 }
 
 template <typename T>
@@ -83,11 +93,16 @@ MapChoice choose_map(const Forward<T>& call, const SharedMemory& memory) {
   const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
   if (!contiguous(call.y, p) || (!shares_gates(p) && !(aligned && gates_vectorise(call.gates, call.lam, call.out, kN))))
     return {};
-  MapChoice choice = choose_map(p, memory, Lanes<16, 4>::kWarpChannels, 2, [&](int line, int parts) {
-    return line == 16 ? map_forward_bytes<16>(p, parts, sizeof(T)) : map_forward_bytes<32>(p, parts, sizeof(T));
+  MapChoice choice = choose_map(p, memory, Lanes<16, 4>::kWarpChannels, 2, [&](int line, int height, int width, int parts) {
+    return line == 16 ? map_forward_bytes<16>(height, width, parts, sizeof(T))
+                      : map_forward_bytes<32>(height, width, parts, sizeof(T));
   });
   choice.plan.vector_x = aligned && vectorises(call.x, 4, 3, kN);
   choice.plan.vector_y = aligned;
+  const int64_t longest = p.height > p.width ? p.height : p.width;
+  const bool edges_fit = longest <= kEdgeThreads && int64_t(edge_bytes(p)) <= memory.of_a_block &&
+                         kLongestLine * p.width * p.channels < INT32_MAX;
+  if (choice.tiles > 1 && !(choice.plan.vector_x && edges_fit && p.num_directions > 1)) return {};
   return choice;
 }
 
@@ -96,12 +111,13 @@ MapChoice choose_map(const Backward<T>& call, const SharedMemory& memory) {
   constexpr int kN = Lanes<16, 2>::kLaneChannels;
   const Problem& p = call.problem;
   const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
-  if (!contiguous(call.grad_x, p)) return {};
+  if (!contiguous(call.grad_x, p) || p.height > kLongestLine || p.width > kLongestLine) return {};
   if (!shares_gates(p) && !(aligned && gates_vectorise(call.gates, call.lam, call.out, kN) &&
                             gates_vectorise(call.grad_gates, call.grad_lam, call.grad_out, kN)))
     return {};
-  MapChoice choice = choose_map(p, memory, Lanes<16, 2>::kWarpChannels, 4, [&](int line, int parts) {
-    return line == 16 ? map_backward_bytes<16>(p, parts, sizeof(T)) : map_backward_bytes<32>(p, parts, sizeof(T));
+  MapChoice choice = choose_map(p, memory, Lanes<16, 2>::kWarpChannels, 4, [&](int line, int height, int width, int parts) {
+    return line == 16 ? map_backward_bytes<16>(height, width, parts, sizeof(T))
+                      : map_backward_bytes<32>(height, width, parts, sizeof(T));
   });
   choice.plan.vector_x = aligned && vectorises(call.x, 4, 3, kN);
   choice.plan.vector_grad = aligned && vectorises(call.grad_y, 4, 3, kN);
@@ -209,6 +225,45 @@ int64_t partial_elements(const Problem& p, int64_t rows) {
   return p.batch * p.num_directions * p.groups * rows * p.height * p.width * kNumSums;
 }
 
+// The edges of a map's tiles in scratch: of every direction, its lines' and then its sides'.
+struct EdgeLayout {
+  int64_t line[4], side[4], elements = 0;
+
+  EdgeLayout(const Problem& p, int tile) {
+    for (int k = 0; k < p.num_directions; ++k) {
+      const bool rows = lines_are_rows(p.directions[k]);
+      const int64_t lines = rows ? p.height : p.width, positions = rows ? p.width : p.height;
+      line[k] = elements;
+      elements += p.batch * divide_up(lines, tile) * positions * p.channels;
+      side[k] = elements;
+      elements += p.batch * lines * 2 * divide_up(positions, tile) * p.channels;
+    }
+  }
+};
+
+template <typename T>
+const char* launch_edges(const Forward<T>& call, const Edges& edges, cudaStream_t stream) {
+  const Problem& p = call.problem;
+  constexpr int kSlab = EdgeLanes::kWarpChannels;
+  for (const bool rows : {true, false}) {  // all directions at once where rows and columns are as many
+    EdgePlan plan{{kSlab, domain(p), int(divide_up(domain(p), kSlab)), 0, 0}, 0, {}};
+    const bool square = p.height == p.width;
+    if (square && !rows) break;
+    for (int k = 0; k < p.num_directions; ++k)
+      if (square || lines_are_rows(p.directions[k]) == rows) plan.k[plan.directions++] = k;
+    if (plan.directions == 0) continue;
+    plan.slabs.direction = p.directions[plan.k[0]];
+    const int64_t positions = rows ? p.width : p.height, warps = divide_up(positions, EdgeLanes::kLine);
+    const size_t bytes = (shares_gates(p) ? LineGates::bytes(int(positions)) : 0) + LineEnds::bytes(int(warps));
+    const int64_t blocks = walk_blocks(p, plan.slabs) * plan.directions;
+    const char* error = describe(
+        shares_gates(p) ? launch(edge_scan<T, true>, blocks, int(warps) * kWarp, bytes, stream, call, plan, edges)
+                        : launch(edge_scan<T, false>, blocks, int(warps) * kWarp, bytes, stream, call, plan, edges));
+    if (error) return error;
+  }
+  return nullptr;
+}
+
 // float32 sums can be kept in the result itself.
 template <typename T>
 float* sum_in_place(T*, float* scratch) {
@@ -220,8 +275,9 @@ float* sum_in_place(float* result, float*) { return result; }
 
 template <typename T>
 int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
-  const bool needed = !choose_map(call, memory) && call.problem.num_directions > 1 && sizeof(T) < sizeof(float);
-  return needed ? elements(call.problem) : 0;
+  const MapChoice map = choose_map(call, memory);
+  if (map) return map.tiles > 1 ? EdgeLayout(call.problem, map.plan.tile).elements : 0;
+  return call.problem.num_directions > 1 && sizeof(T) < sizeof(float) ? elements(call.problem) : 0;
 }
 
 template <typename T>
@@ -229,12 +285,22 @@ const char* run_forward(const Forward<T>& call, const SharedMemory& memory, floa
   const auto stream = static_cast<cudaStream_t>(stream_);
   const Problem& p = call.problem;
   if (const MapChoice map = choose_map(call, memory)) {
-    const int threads = 2 * kWarp * map.plan.parts;
+    Edges edges{};
     const auto run = [&](auto kernel) {
-      return describe(launch(kernel, map.blocks, threads, map.shared_bytes, stream, call, map.plan));
+      return describe(launch(kernel, map.blocks, 2 * kWarp * map.plan.parts, map.shared_bytes, stream, call, map.plan, edges));
     };
-    if (shares_gates(p)) return map.line == 16 ? run(map_forward<T, true, 16>) : run(map_forward<T, true, 32>);
-    return map.line == 16 ? run(map_forward<T, false, 16>) : run(map_forward<T, false, 32>);
+    const bool shared = shares_gates(p);
+    if (map.tiles > 1) {
+      const EdgeLayout layout(p, map.plan.tile);
+      for (int k = 0; k < p.num_directions; ++k) {
+        edges.line[k] = scratch + layout.line[k];
+        edges.side[k] = scratch + layout.side[k];
+      }
+      if (const char* error = launch_edges(call, edges, stream)) return error;
+      return shared ? run(map_forward<T, true, 32, true>) : run(map_forward<T, false, 32, true>);
+    }
+    if (map.line == 16) return shared ? run(map_forward<T, true, 16, false>) : run(map_forward<T, false, 16, false>);
+    return shared ? run(map_forward<T, true, 32, false>) : run(map_forward<T, false, 32, false>);
   }
   float* const partial = sum_in_place(call.y.data, scratch);
   for (int k = 0; k < p.num_directions; ++k) {

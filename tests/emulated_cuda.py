@@ -22,7 +22,15 @@ def emulated_kernels():
     from torch.utils import cpp_extension
 
     sources = [CSRC / "propagate_cuda.cu", CSRC / "binding_cuda.cpp"]
-    flags = ["-O2", "-std=c++20", "-fPIC", "-shared", "-DGSPN_EMULATED_CUDA"]
+    flags = [
+        "-O2",
+        "-std=c++20",
+        "-fPIC",
+        "-shared",
+        "-DGSPN_EMULATED_CUDA",
+        "-fsanitize=alignment,bounds",
+        "-fsanitize-undefined-trap-on-error",
+    ]  # a misaligned vector would fail on a GPU too
     key = hashlib.sha256(f"{torch.__version__} {flags}".encode())
     for path in sorted([*CSRC.glob("*"), *EMULATION.glob("*")]):
         key.update(path.read_bytes())

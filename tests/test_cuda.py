@@ -92,8 +92,12 @@ SHAPES = [
     (1, 32, 32, 16, 4, 1, 0),
     (1, 17, 9, 40, 3, 40, 0),
     (1, 9, 17, 40, 1, 1, 4),
-    (1, 33, 6, 20, 4, 2, 0),  # too long to hold on chip
+    (1, 33, 6, 20, 4, 2, 0),  # too long to hold on chip: in tiles, or line by line
     (1, 40, 36, 12, 4, 12, 7),
+    (1, 34, 67, 24, 4, 2, 0),
+    (1, 64, 33, 16, 3, 16, 4),
+    (1, 34, 34, 20, 4, 1, 16),
+    (1, 40, 33, 15, 4, 3, 0),
     (1, 2, 3, 1, 4, 1, 0),
 ]
 
@@ -111,6 +115,7 @@ def test_any_directions_in_any_order(kernel, directions):
     x, gates, lam, out, grad = operands(1, 13, 11, 24, len(directions), 2, device=kernel.device)
     check(kernel, x, gates, lam, out, grad, 3, directions)
     check(kernel, x, gates, lam, None, grad, 0, directions)
+    check(kernel, *operands(1, 36, 40, 8, len(directions), 2, device=kernel.device), 0, directions)
 
 
 @pytest.mark.parametrize("groups", [2, 24])

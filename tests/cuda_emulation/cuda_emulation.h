@@ -5,6 +5,7 @@
 // guard bytes. A block that can't go on (a barrier that some threads never reach) aborts.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -54,16 +55,19 @@ namespace emulation {
 
 enum class State { kRunning, kAtBarrier, kAtShuffle, kDone };
 
+// A fiber is entered through its context the first time, and by jumps from then on: those make no system calls.
 struct Fiber {
   ucontext_t context;
+  jmp_buf resume;
   std::unique_ptr<char[]> stack;
   State state;
+  bool entered;
 };
 
 struct Block {
   static constexpr size_t kStack = 128 * 1024, kGuard = 4096;
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   int current = 0;
   std::vector<char> shared;
   std::vector<uint64_t> lanes;  // what each thread brings to a shuffle; two sets, used in turn
@@ -96,14 +100,22 @@ inline void wait(State state) {
   Block& b = block();
   Fiber& fiber = b.fibers[b.current];
   fiber.state = state;
-  swapcontext(&fiber.context, &b.scheduler);
+  if (_setjmp(fiber.resume) == 0) _longjmp(b.scheduler, 1);
 }
 
 inline void run_fiber() {
   Block& b = block();
   b.body();
   b.fibers[b.current].state = State::kDone;
-  swapcontext(&b.fibers[b.current].context, &b.scheduler);
+  _longjmp(b.scheduler, 1);
+}
+
+// Runs a fiber until it waits.
+__attribute__((noinline)) inline void resume(Block& b, Fiber& fiber) {
+  if (_setjmp(b.scheduler) != 0) return;
+  if (fiber.entered) _longjmp(fiber.resume, 1);
+  fiber.entered = true;
+  setcontext(&fiber.context);
 }
 
 // Wakes the fibers [first, last) if all of them wait in `state`.
@@ -125,8 +137,9 @@ inline void run_block(int threads) {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = Block::kStack;
-    fiber.context.uc_link = &b.scheduler;
+    fiber.context.uc_link = nullptr;
     fiber.state = State::kRunning;
+    fiber.entered = false;
     makecontext(&fiber.context, run_fiber, 0);
   }
   std::vector<int> order(threads);
@@ -139,7 +152,7 @@ inline void run_block(int threads) {
       ran = true;
       b.current = i;
       thread_index().x = unsigned(i);
-      swapcontext(&b.scheduler, &b.fibers[i].context);
+      resume(b, b.fibers[i]);
     }
     for (int warp = 0; warp < threads; warp += 32)
       ran |= release(b, warp, std::min(warp + 32, threads), State::kAtShuffle);
