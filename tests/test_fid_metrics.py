@@ -1,5 +1,6 @@
 """The figures against closed forms: Gaussians whose distance is known, logits whose score is known."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -168,6 +169,18 @@ def test_the_whole_evaluation_with_features_of_known_statistics():
     assert (metrics["num_samples"], metrics["num_reference"]) == (128, 128)
 
 
+def test_few_images_give_finite_figures_and_one_warning():
+    """Three images leave the covariance of three features rank-deficient, and have no third neighbour."""
+    few, many = (plain_colours((100, 50, 200), (10, 20, 5)) for _ in range(2))
+    few = dataclasses.replace(few, count=3)
+    with pytest.warns(UserWarning, match="images") as warned:
+        metrics = evaluate(few, many, made_extractor())
+    assert np.isfinite(metrics["fd"])
+    assert "precision" not in metrics
+    assert len([each for each in warned if "samples: 3 images for 3 features" in str(each.message)]) == 1
+    assert len([each for each in warned if "precision" in str(each.message)]) == len(warned) - 1 == 1
+
+
 def test_no_class_accuracy_without_labels_or_known_classes():
     colours = plain_colours((100, 50, 200), (10, 20, 5))
     assert "class_accuracy" not in evaluate(colours, colours, made_extractor(num_classes=2))
@@ -184,3 +197,6 @@ def test_what_does_not_suit_the_extractor_is_refused():
     single = ImageSet("single", 1, (4, 6), colours.read)
     with pytest.raises(InputError, match=r"reference=single.*needs 2"):
         evaluate(colours, single, made_extractor())
+    larger = ImageSet("larger", 128, (8, 12), lambda i: torch.zeros(3, 8, 12, dtype=torch.uint8))
+    with pytest.raises(InputError, match=r"reference=larger: its images are 8x12, the samples 4x6"):
+        evaluate(colours, larger, made_extractor())

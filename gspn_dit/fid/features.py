@@ -16,6 +16,7 @@ from gspn_dit.fid.images import ImageSet
 from gspn_dit.fid.processes import ALONE, Processes
 
 BATCH_SIZE = 64
+FEWEST_BATCHES = 16  # a set of few images is cut finer, so that several processes share that too
 BATCHES_AHEAD = 2
 
 
@@ -59,7 +60,7 @@ def _extract(
 
     The next batches are read while one is computed.
     """
-    batches = torch.arange(len(images)).split(BATCH_SIZE)
+    batches = torch.arange(len(images)).split(min(BATCH_SIZE, -(-len(images) // FEWEST_BATCHES)))
     ahead: deque[tuple[Tensor, Future[Tensor]]] = deque()
     with (
         ThreadPoolExecutor() as readers,
