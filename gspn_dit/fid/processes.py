@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from gspn_dit.devices import choose_device
@@ -65,6 +66,6 @@ def launched(device: str) -> Iterator[tuple[Processes, torch.device]]:
         return
     if device not in ("auto", "cpu"):
         raise InputError(f"device={device!r}: several processes each take their own; give `auto` or `cpu`")
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))  # launch --cpu
     yield Processes(state.process_index, state.num_processes, state.device), state.device
     state.destroy_process_group()
