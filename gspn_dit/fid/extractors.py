@@ -63,7 +63,7 @@ class Extractor:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Every layer of uint8 images (B, 3, H, W) on the device, by its name: float32 (B, width).
 
-        In float32 throughout: the reduced precision that CUDA convolutions take by default moves the figures.
+        In float32 throughout, without the TF32 that CUDA convolutions may take by default.
         """
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.network.convert_features_tuple_to_dict(self.network(images))
