@@ -224,6 +224,12 @@ def load_pipeline(path: str | os.PathLike) -> GSPNDiTPipeline:
         raise InputError(f"model={str(path)!r}: its files cannot be read ({reason}); make them again") from error
 
 
+def find_checkpoint(path: str | os.PathLike) -> Path | None:
+    """The checkpoint that :func:`load_pipeline` takes of a run or a checkpoint; None for an exported folder."""
+    folder = packaged("digits") if str(path) == "digits" else Path(path)
+    return None if (folder / "model_index.json").is_file() else _newest_checkpoint(folder).resolve()
+
+
 def _newest_checkpoint(folder: Path) -> Path:
     """The folder itself if it is a checkpoint, else the newest checkpoint of the run it is."""
     if not folder.is_dir():
