@@ -208,7 +208,9 @@ def main(options: Options) -> None:
         npys.mkdir()
         make_store(large, options.images, 4)
         make_store(store, options.compared_images, 32, npys)
-        rows = [*opening_rows(large, options.workers), "", *speed_rows(store, npys, options), "", machine()]
+        command_line = f"`python -m benchmarks.store --workers {options.workers}`"
+        tables = [*opening_rows(large, options.workers), "", *speed_rows(store, npys, options)]
+    rows = [*tables, "", f"{command_line} on {machine()}"]
     report = "\n".join(rows)
     print(report)
     if options.out:

@@ -41,8 +41,8 @@ def main(options: Options) -> None:
     out = Path(options.out)
     if out.exists():
         raise InputError(f"out={options.out!r}: exists already; remove it or name another folder")
-    pipeline = load_pipeline(options.model)
     checkpoint = find_checkpoint(options.model)
+    pipeline = load_pipeline(checkpoint or options.model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary) / out.name

@@ -32,7 +32,7 @@ def model_card(pipe: GSPNDiTPipeline, checkpoint: Path | None) -> str:
     front = {
         "library_name": "diffusers",
         "tags": ["gspn-dit", "image-generation", "class-conditional", f"diffusers:{type(pipe).__name__}"],
-        "metrics": list(metrics) or None,
+        "metrics": [name for name in metrics if not name.startswith("num_")] or None,
     }
     parts = [
         f"---\n{_yaml({key: value for key, value in front.items() if value})}---",

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers.utils.logging import disable_progress_bar
+from tqdm import tqdm
 
 from gspn_dit.data import downsampling
 from gspn_dit.devices import join_processes
@@ -26,7 +27,7 @@ from gspn_dit.drawing import begin, draw_missing, image_file, weights_sha256
 from gspn_dit.errors import InputError
 from gspn_dit.options import require
 from gspn_dit.pictures import load_image, save_grid, save_npz
-from gspn_dit.pipeline import GSPNDiTPipeline, load_pipeline
+from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline
 
 
 @dataclass
@@ -111,7 +112,9 @@ def main(options: SampleOptions) -> None:
     disable_progress_bar()  # diffusers' own, while it loads
     check_outputs(options)
     processes, device = join_processes(options.device)
-    pipe = load_pipeline(options.model)
+    # of a run in training the newest checkpoint changes: one process says which it is
+    (checkpoint,) = broadcast_object_list([find_checkpoint(options.model) if processes.is_main_process else None])
+    pipe = load_pipeline(checkpoint or options.model)
     labels = choose_labels(pipe, options)
     if options.sampler is not None:
         pipe.scheduler = create_scheduler(objective_of(pipe.scheduler), options.sampler)
@@ -120,7 +123,8 @@ def main(options: SampleOptions) -> None:
     if processes.is_main_process:
         for folder in output_folders(options).values():
             folder.mkdir(parents=True, exist_ok=True)
-        missing = start(options, describe(pipe, options, choices), labels)
+        settings = describe(pipe, options, choices) | {"model": str(checkpoint or options.model)}
+        missing = start(options, settings, labels)
     (missing,) = broadcast_object_list([missing])
     draw_missing(
         pipe.to(device),
@@ -171,7 +175,6 @@ def describe(pipe: GSPNDiTPipeline, options: SampleOptions, choices: dict[str, A
     """Everything that the images are a function of, for JSON; how many there are and who draws them is no part."""
     scheduler = {key: value for key, value in sorted(pipe.scheduler.config.items()) if not key.startswith("_")}
     return {
-        "model": options.model,
         "model_weights": weights_sha256(pipe.transformer, pipe.vae),
         "seed": options.seed,
         "class_labels": options.class_labels,
@@ -197,7 +200,8 @@ def assemble(options: SampleOptions, labels: list[int], image_size: tuple[int, i
     """Put the grid or the npz together from the folder of images, and remove a folder that nobody asked for."""
     paths = [options.folder / image_file(i) for i in range(len(labels))]
     if options.npz is not None:
-        save_npz(map(load_image, paths), labels, image_size, options.npz)
+        bar = tqdm(paths, desc="npz", unit="image", leave=False)
+        save_npz(map(load_image, bar), labels, image_size, options.npz)
     if not options.single_files:
         if options.out is not None:
             save_grid(torch.stack([load_image(path) for path in paths]), options.out)
