@@ -171,7 +171,7 @@ def opening_rows(folder: Path, workers: int) -> list[str]:
         "",
         "| | |",
         "|---|---|",
-        f"| opening | {opened['seconds']:.2f} s |",
+        f"| opening, its files in the page cache | {opened['seconds']:.2f} s |",
         f"| resident memory before it, of importing torch and diffusers | {before:.0f} MB |",
         f"| resident memory that opening adds | {opened['growth']:.0f} MB |",
         f"| private memory that a worker adds, {workers} of them reading every image once, at random "
