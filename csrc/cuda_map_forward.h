@@ -23,7 +23,8 @@ template <typename L>
 struct NoHalo {
   GSPN_DEVICE NoHalo(const Edges&, const Problem&, const MapPlan&, const Axis<L>&, const Channels<L>&, int) {}
   GSPN_DEVICE void start(LineValues<L>&, int) {}
-  GSPN_DEVICE void beside(int, bool, float (&)[L::kLaneChannels], float (&)[L::kLaneChannels]) {}
+  GSPN_DEVICE void beside(int, float (&)[L::kLaneChannels], float (&)[L::kLaneChannels]) {}
+  GSPN_DEVICE void skip(int) {}
 };
 
 // The edges of one direction that a lane takes up. Those beside a line are read while the line before is at work.
@@ -68,52 +69,61 @@ struct Halo {
   }
   GSPN_DEVICE int at_position(int q) const { return segment * L::kPositions + q; }
   // The values beside the line before `line`; those beside `line` are asked for.
-  GSPN_DEVICE void beside(int line, bool restarts, float (&before)[L::kLaneChannels], float (&after)[L::kLaneChannels]) {
+  GSPN_DEVICE void beside(int line, float (&before)[L::kLaneChannels], float (&after)[L::kLaneChannels]) {
     const float v[4] = {next.x, next.y, next.z, next.w};
 #pragma unroll
     for (int c = 0; c < L::kLaneChannels; ++c) {
-      if (from_minus && !restarts) before[c] = v[c];
-      if (from_plus && !restarts) after[c] = v[c];
+      if (from_minus) before[c] = v[c];
+      if (from_plus) after[c] = v[c];
     }
     fetch(line);
   }
+  GSPN_DEVICE void skip(int line) { fetch(line); }  // a line that starts a chunk needs none
 };
 
-// Moves a lane's share of the line one line on: h becomes w · h + λx. `visit` is told of each site's gates.
+// Moves a lane's share of the line one line on: h becomes w · h + λx, or λx where the line starts a chunk. `visit` is
+// told of each site's gates.
 template <bool kShared, typename L, typename T, typename Call, typename SideValues, typename Visit>
 GSPN_DEVICE void advance_line(LineValues<L>& h, SideValues& halo, const Call& call, const Stage& stage, const Axis<L>& axis,
                               const Walk<L>& walk, const Channels<L>& at, const T* x, int sense, int line, int first_line,
                               Visit visit) {
-  const bool restarts = axis.restarts(line, sense);
-  float before[L::kLaneChannels], after[L::kLaneChannels];
-  if (restarts) {
-#pragma unroll
-    for (int q = 0; q < L::kPositions; ++q)
-#pragma unroll
-      for (int c = 0; c < L::kLaneChannels; ++c) h[q][c] = 0.f;
-  }
-  segment_neighbours<L>(h, at.segment, before, after);
-  halo.beside(line, restarts, before, after);
   const int line_offset = walk.shared_line(line);
   const int stage_site = sense * L::kStageSites + (line - first_line) * L::kLine;
+  float before[L::kLaneChannels], after[L::kLaneChannels];
+  const auto advance_sites = [&](auto fresh) {
+    constexpr bool kFresh = decltype(fresh)::value;
 #pragma unroll
-  for (int q = 0; q < L::kPositions; ++q) {
-    const int position = at.segment * L::kPositions + q;
-    if (position >= axis.positions || (!kShared && at.count() == 0)) continue;
-    float value[L::kLaneChannels];
-    load_vector(x + line_offset + walk.shared_step[q], value);
-    const auto gates = [&] {
-      if constexpr (kShared) return SiteGates<L, true>(stage, stage_site + position);
-      else return SiteGates<L, false>(call, axis, at, axis.direction(sense), line, position, restarts);
-    }();
+    for (int q = 0; q < L::kPositions; ++q) {
+      const int position = at.segment * L::kPositions + q;
+      if (position >= axis.positions || (!kShared && at.count() == 0)) continue;
+      float value[L::kLaneChannels];
+      load_vector(x + line_offset + walk.shared_step[q], value);
+      const auto gates = [&] {
+        if constexpr (kShared) return SiteGates<L, true>(stage, stage_site + position);
+        else return SiteGates<L, false>(call, axis, at, axis.direction(sense), line, position, kFresh);
+      }();
 #pragma unroll
-    for (int c = 0; c < L::kLaneChannels; ++c) {
-      const int s = gates.set(c);
-      const float centre = h[q][c], plus = q + 1 < L::kPositions ? h[q + 1][c] : after[c];
-      h[q][c] = advance(gates.weights[s], before[c], centre, plus, gates.lam[s] * value[c]);
-      before[c] = centre;
+      for (int c = 0; c < L::kLaneChannels; ++c) {
+        const int s = gates.set(c);
+        const float driven = gates.lam[s] * value[c];
+        if constexpr (kFresh) {
+          h[q][c] = driven;
+        } else {
+          const float centre = h[q][c], plus = q + 1 < L::kPositions ? h[q + 1][c] : after[c];
+          h[q][c] = advance(gates.weights[s], before[c], centre, plus, driven);
+          before[c] = centre;
+        }
+      }
+      visit(q, gates);
     }
-    visit(q, gates);
+  };
+  if (axis.restarts(line, sense)) {
+    halo.skip(line);
+    advance_sites(std::true_type());
+  } else {
+    segment_neighbours<L>(h, at.segment, before, after);
+    halo.beside(line, before, after);
+    advance_sites(std::false_type());
   }
 }
 
