@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ def save_image(image: Tensor, path: str | os.PathLike) -> None:
         Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
 
 
-def load_image(path: str | os.PathLike) -> Tensor:
-    """What :func:`save_image` wrote, uint8 (3, H, W)."""
+def load_image(path: str | os.PathLike) -> np.ndarray:
+    """What :func:`save_image` wrote, uint8 (H, W, 3)."""
     with Image.open(path) as image:
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return np.array(image)
 
 
 def save_grid(images: Tensor, path: str | os.PathLike) -> None:
@@ -44,24 +44,24 @@ def save_grid(images: Tensor, path: str | os.PathLike) -> None:
 
 
 def save_npz(
-    images: Iterable[Tensor], labels: Sequence[int], image_size: tuple[int, int], path: str | os.PathLike
+    batches: Iterable[np.ndarray], shape: tuple[int, ...], path: str | os.PathLike, **arrays: np.ndarray
 ) -> None:
-    """Write a batch as ADM's evaluation suite reads it, one image in memory at a time.
+    """Write images as ADM's evaluation suite reads them, one batch in memory at a time, and arrays beside them.
 
-    `arr_0` holds the images, uint8 (N, H, W, 3), `arr_1` their labels, int64 (N,), and `labels` the same by name.
+    The same contents give the same file.
 
     Args:
-        images: N of them, uint8 (3, H, W).
-        labels: N class ids.
-        image_size: (H, W).
-        path: The file, which is not compressed.
+        batches: The images, uint8 (n, H, W, 3) each; they become `arr_0`, which is not compressed.
+        shape: (N, H, W, 3) of all of them.
+        path: The file.
+        arrays: What else goes in, by name.
     """
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *image_size, 3)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for _, image in zip(labels, images, strict=True):
-                file.write(image.permute(1, 2, 0).contiguous().numpy().data)
-        for name in ("arr_1", "labels"):
-            with archive.open(f"{name}.npy", "w") as file:
-                np.lib.format.write_array(file, np.array(labels, dtype=np.int64), allow_pickle=False)
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for batch in batches:
+                member.write(np.ascontiguousarray(batch).data)
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)

@@ -201,10 +201,13 @@ def assemble(options: SampleOptions, labels: list[int], image_size: tuple[int, i
     paths = [options.folder / image_file(i) for i in range(len(labels))]
     if options.npz is not None:
         bar = tqdm(paths, desc="npz", unit="image", leave=False)
-        save_npz(map(load_image, bar), labels, image_size, options.npz)
+        ids = np.array(labels, dtype=np.int64)
+        batches = (load_image(path)[None] for path in bar)
+        save_npz(batches, (len(labels), *image_size, 3), options.npz, arr_1=ids, labels=ids)
     if not options.single_files:
         if options.out is not None:
-            save_grid(torch.stack([load_image(path) for path in paths]), options.out)
+            images = np.stack([load_image(path) for path in paths])
+            save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), options.out)
         shutil.rmtree(options.folder)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from launched import finish, kill_one_process, launch
 from made_runs import make_run
 from PIL import Image
@@ -268,9 +267,10 @@ def test_labels_are_balanced_or_random_by_the_seed(run, tmp_path):
 
 def test_an_npz_is_written_one_image_at_a_time(tmp_path):
     side, count = 64, 2000
-    images = (torch.from_numpy(np.full((3, side, side), i % 256, dtype=np.uint8)) for i in range(count))
+    images = (np.full((1, side, side, 3), i % 256, dtype=np.uint8) for i in range(count))
+    labels = np.zeros(count, dtype=np.int64)
     tracemalloc.start()
-    save_npz(images, [0] * count, (side, side), tmp_path / "batch.npz")
+    save_npz(images, (count, side, side, 3), tmp_path / "batch.npz", arr_1=labels, labels=labels)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < count * side * side * 3 / 20

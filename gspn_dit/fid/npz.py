@@ -19,7 +19,7 @@ import numpy as np
 
 from gspn_dit.errors import InputError
 from gspn_dit.fid.moments import Statistics
-from gspn_dit.files import replacing
+from gspn_dit.pictures import save_npz
 
 POOL_FEATURES = 2048
 SPATIAL_FEATURES = 7 * 17 * 17
@@ -94,15 +94,7 @@ def write_reference(
         spatial: Statistics of the 2023 spatial features.
     """
     statistics = {"mu": pool.mu, "sigma": pool.sigma, "mu_s": spatial.mu, "sigma_s": spatial.sigma}
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(member, header)
-            for batch in images:
-                member.write(np.ascontiguousarray(batch).data)
-        for name, array in statistics.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+    save_npz(images, shape, path, **statistics)
 
 
 @contextmanager

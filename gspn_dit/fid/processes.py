@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
-from gspn_dit.devices import choose_device
-from gspn_dit.errors import InputError
+from gspn_dit.devices import join_processes
 
 
 @dataclass(frozen=True)
@@ -61,11 +57,9 @@ def launched(device: str) -> Iterator[tuple[Processes, torch.device]]:
     Raises:
         InputError: If there is no such device, or one is named that several processes would share.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE, choose_device(device)
+    state, device = join_processes(device)
+    if state.num_processes == 1:
+        yield ALONE, device
         return
-    if device not in ("auto", "cpu"):
-        raise InputError(f"device={device!r}: several processes each take their own; give `auto` or `cpu`")
-    state = PartialState(cpu=device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))  # launch --cpu
-    yield Processes(state.process_index, state.num_processes, state.device), state.device
+    yield Processes(state.process_index, state.num_processes, state.device), device
     state.destroy_process_group()
