@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from made_training import ROOT, TRAIN, TRAIN_MANY, config, finish, launch, losses, options, rows
 from safetensors.torch import load_file
+from test_training_evaluation import SCORED, scores
 from test_training_stream import make_store
 
 from gspn_dit.pipeline import load_pipeline
@@ -68,6 +69,7 @@ def test_two_processes_learn_as_one_and_their_checkpoints_are_the_same(tmp_path,
         options(tmp_path / "two", store, *accumulating, "--training.sample_every", 8),
         options(begun, store, *accumulating, "--resume", "auto"),
         options(tmp_path / "everything", store, *accumulating, *EVERYTHING),
+        options(tmp_path / "scored", "digits", *SCORED),
     ], launcher=launcher)  # fmt: skip
     for run, tolerance in (("two", 1e-4), ("begun", 1e-4), ("everything", 2e-2)):
         torch.testing.assert_close(values(tmp_path / run), values(one), rtol=tolerance, atol=0)
@@ -78,6 +80,10 @@ def test_two_processes_learn_as_one_and_their_checkpoints_are_the_same(tmp_path,
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-2, atol=2e-5)
     assert (tmp_path / "two" / "samples" / "step-0000008.png").is_file()
     assert load_pipeline(tmp_path / "two")(1, num_inference_steps=2).images
+
+    train(config(tmp_path / "scored-by-one", "digits", *SCORED))
+    ours, theirs = (float(scores(tmp_path / run)[-1]["fd"]) for run in ("scored", "scored-by-one"))
+    assert ours == pytest.approx(theirs, rel=1e-2)
 
     shutil.rmtree(list_checkpoints(tmp_path / "two")[-1])  # and from two processes back to one
     train(config(tmp_path / "two", store, *AVERAGES, "--resume", "auto"))

@@ -16,13 +16,16 @@ from gspn_dit.training.loop import learning_rate_at
 from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
 
 
-def make_store(folder, *, images=24, classes=3, size=(4, 4), image_size=32, flipped=False, vae="digits"):
+def make_store(folder, *, images=24, classes=3, size=(4, 4), image_size=32, flipped=False, vae="digits",
+               not_a_number=None):  # fmt: skip
     """A latent store of made moments: the mean of image i is i everywhere, its mirror's -i; almost no variance.
 
     Latents are a twelfth of that, so that they are of order 1."""
     folder.mkdir(parents=True)
     moments = torch.full((images, 8, *size), -20.0)
     moments[:, :4] = torch.arange(images).view(-1, 1, 1, 1)
+    if not_a_number is not None:
+        moments[not_a_number] = float("nan")
     mirrored = torch.cat([-moments[:, :4], moments[:, 4:]], dim=1)
     labels = torch.arange(images) % classes
     settings = {

@@ -128,7 +128,7 @@ class Evaluator:
             labels = None
         samples = ImageSet(f"samples at step {step}", len(images), tuple(images.shape[2:]), lambda i: images[i], labels)
         figures = evaluate(samples, self.reference, self.extractor)
-        return {"step": step} | {name: figures.get(name, float("nan")) for name in self.columns[1:]}
+        return {"step": step} | {name: float(figures.get(name, "nan")) for name in self.columns[1:]}
 
     def _attempt(self, work: Any) -> tuple[Any, str | None]:
         try:

@@ -36,7 +36,7 @@ from gspn_dit.training.checkpoints import (
 from gspn_dit.training.ema import Average, exponential, power_function
 from gspn_dit.training.evaluation import EVALUATION, create_pipeline, draw_samples
 from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, save_snapshot
-from gspn_dit.training.processes import StopRequest, claimed, leave_stopping_to_the_parent, on_main, together
+from gspn_dit.training.processes import StopRequest, claimed, heed_only_the_parent, on_main, together
 from gspn_dit.training.record import Record
 from gspn_dit.training.setup import Parts, check_options, open_parts
 from gspn_dit.training.sharding import whole
@@ -128,7 +128,7 @@ def _train(config: Config, accelerator: Accelerator, parts: Parts, checkpoint: P
         num_workers=config.data.num_workers,
         persistent_workers=config.data.num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=leave_stopping_to_the_parent,
+        worker_init_fn=heed_only_the_parent,
         generator=torch.Generator(),  # its own: a loader draws a seed, and the model's random state must not feel that
     )
 
@@ -148,79 +148,83 @@ def _train(config: Config, accelerator: Accelerator, parts: Parts, checkpoint: P
             f"{len(class_names)} classes; {accelerator.num_processes} × {accelerator.device.type}; from {where}"
         )
 
-    bar = tqdm(
-        total=options.max_steps, initial=step, desc=run.name, unit="step", disable=not accelerator.is_main_process
-    )
     model.train()
     logged_step, logged_time = step, time.perf_counter()
     micro_batches = iter(batches)
     stopping = False
-    while step < options.max_steps and not stopping:
-        step += 1
-        learning_rate = learning_rate_at(step, options)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))  # for what a model draws itself
-        losses, finite = [], True
-        for micro in range(options.gradient_accumulation_steps):
-            batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(micro_batches).items()}
-            latents = clean_latents(batch, parts.vae, parts.scaling)
-            last = micro + 1 == options.gradient_accumulation_steps
-            with nullcontext() if last else accelerator.no_sync(model):  # gradients meet once a step
-                with accelerator.autocast():
-                    times = parts.objective.times(batch["u"])
-                    loss = parts.objective.loss(model, latents, batch["class_label"], times, batch["noise"]).mean()
-                accelerator.backward(loss / options.gradient_accumulation_steps)
-            losses.append(loss.detach())
-            finite = latents.isfinite().all() & finite
-        # One exchange a step: the loss, whether its data were numbers, and whether any process is asked to stop.
-        told = torch.stack([torch.stack(losses).mean(), finite.float(), loss.new_tensor(float(stop.requested))])
-        loss, finite, stopping = accelerator.reduce(told, "mean").tolist()
-        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
-        # fp16's loss scaling expects gradients that overflow now and then, and skips those steps itself
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or options.mixed_precision == "fp16"):
-            raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
-        optimizer.step()
-        optimizer.zero_grad()
-        for average in (state.ema, *state.power_emas.values()):
-            average.update(parts.model, step)
+    with tqdm(
+        total=options.max_steps, initial=step, desc=run.name, unit="step", disable=not accelerator.is_main_process
+    ) as bar:
+        while step < options.max_steps and not stopping:
+            step += 1
+            learning_rate = learning_rate_at(step, options)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))  # for what a model draws itself
+            losses, finite = [], True
+            for micro in range(options.gradient_accumulation_steps):
+                batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(micro_batches).items()}
+                latents = clean_latents(batch, parts.vae, parts.scaling)
+                last = micro + 1 == options.gradient_accumulation_steps
+                with nullcontext() if last else accelerator.no_sync(model):  # gradients meet once a step
+                    with accelerator.autocast():
+                        times = parts.objective.times(batch["u"])
+                        loss = parts.objective.loss(model, latents, batch["class_label"], times, batch["noise"]).mean()
+                    accelerator.backward(loss / options.gradient_accumulation_steps)
+                losses.append(loss.detach())
+                finite = latents.isfinite().all() & finite
+            # One exchange a step: the loss, whether its data were numbers, and whether any process is asked to stop.
+            told = torch.stack([torch.stack(losses).mean(), finite.float(), loss.new_tensor(float(stop.requested))])
+            loss, finite, stopping = accelerator.reduce(told, "mean").tolist()
+            grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
+            # fp16's loss scaling expects gradients that overflow now and then, and skips those steps itself
+            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or options.mixed_precision == "fp16"):
+                raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
+            optimizer.step()
+            optimizer.zero_grad()
+            for average in (state.ema, *state.power_emas.values()):
+                average.update(parts.model, step)
 
-        loss_sum, loss_count = loss_sum + loss, loss_count + 1
-        bar.update()
-        speed = options.batch_size * (step - logged_step) / (time.perf_counter() - logged_time)
-        bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {learning_rate:.1e}, grad {grad_norm:.2f}, {speed:.0f} images/s", refresh=False
-        )
-        if step % options.log_every == 0 or step == options.max_steps:
-            metrics = {
-                "loss": loss_sum / loss_count,
-                "learning_rate": learning_rate,
-                "grad_norm": grad_norm,
-                "images_per_second": speed,
-            }
-            accelerator.log(metrics, step=step)
-            if record:
-                record.append({"step": step, **metrics})
-            logged_step, logged_time, loss_sum, loss_count = step, time.perf_counter(), 0.0, 0
-        pause = time.perf_counter()
-        if _due(step, options.posthoc_ema_every, options):
-            save_snapshot(accelerator, run, state, step)
-        if stopping or _due(step, options.checkpoint_every, options):
-            metadata = {"step": step, "loss_sum": loss_sum, "loss_count": loss_count, "num_images": len(parts.source)}
-            checkpoint = save_checkpoint(accelerator, config, state, class_names, metadata)
-        drawn, scored = _due(step, options.sample_every, options), _due(step, config.evaluation.every, options)
-        if (drawn or scored) and not stopping:
-            pipeline = averaged_pipeline(config, parts, state.ema, class_names)
-            if drawn and record:
-                record.draw()
-                draw_samples(pipeline, config, run / "samples" / f"step-{step:07d}.png")
-            accelerator.wait_for_everyone()
-            if scored and (row := parts.evaluator.score(pipeline, step, stop)):
-                scores.append(row)
-                accelerator.log({f"evaluation/{name}": row[name] for name in row if name != "step"}, step=step)
-            del pipeline
-        logged_time += time.perf_counter() - pause  # images/s is of training alone
-    bar.close()
+            loss_sum, loss_count = loss_sum + loss, loss_count + 1
+            bar.update()
+            speed = options.batch_size * (step - logged_step) / (time.perf_counter() - logged_time)
+            bar.set_postfix_str(
+                f"loss {loss:.4f}, lr {learning_rate:.1e}, grad {grad_norm:.2f}, {speed:.0f} images/s", refresh=False
+            )
+            if step % options.log_every == 0 or step == options.max_steps:
+                metrics = {
+                    "loss": loss_sum / loss_count,
+                    "learning_rate": learning_rate,
+                    "grad_norm": grad_norm,
+                    "images_per_second": speed,
+                }
+                accelerator.log(metrics, step=step)
+                if record:
+                    record.append({"step": step, **metrics})
+                logged_step, logged_time, loss_sum, loss_count = step, time.perf_counter(), 0.0, 0
+            pause = time.perf_counter()
+            if _due(step, options.posthoc_ema_every, options):
+                save_snapshot(accelerator, run, state, step)
+            if stopping or _due(step, options.checkpoint_every, options):
+                metadata = {
+                    "step": step,
+                    "loss_sum": loss_sum,
+                    "loss_count": loss_count,
+                    "num_images": len(parts.source),
+                }
+                checkpoint = save_checkpoint(accelerator, config, state, class_names, metadata)
+            drawn, scored = _due(step, options.sample_every, options), _due(step, config.evaluation.every, options)
+            if (drawn or scored) and not stopping:
+                pipeline = averaged_pipeline(config, parts, state.ema, class_names)
+                if drawn and record:
+                    record.draw()
+                    draw_samples(pipeline, config, run / "samples" / f"step-{step:07d}.png")
+                accelerator.wait_for_everyone()
+                if scored and (row := parts.evaluator.score(pipeline, step, stop)):
+                    scores.append(row)
+                    accelerator.log({f"evaluation/{name}": row[name] for name in row if name != "step"}, step=step)
+                del pipeline
+            logged_time += time.perf_counter() - pause  # images/s is of training alone
     if record and stopping:
         print(f"SIGTERM: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
     elif record:

@@ -82,9 +82,20 @@ def claimed(run: str | os.PathLike) -> Iterator[None]:
         yield
 
 
-def leave_stopping_to_the_parent(_: int = 0) -> None:
-    """A data worker's start: a scheduler's SIGTERM reaches it too, and the last step still needs its data."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def heed_only_the_parent(_: int = 0) -> None:
+    """A data worker's start: a scheduler's SIGTERM reaches it too, and the last step still needs its data.
+
+    It must go on heeding the training process, which ends its workers by SIGTERM and then waits for them.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_parent, daemon=True).start()
+
+
+def _await_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
