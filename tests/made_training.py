@@ -1,9 +1,6 @@
-"""Tiny training runs, in this process or in several: their options, how they are launched, and what they leave."""
+"""Tiny training runs, in this process or in several: their options, and what they leave."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from gspn_dit.config import Config
@@ -12,8 +9,6 @@ from gspn_dit.options import parse
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "train_dit.py")
 TRAIN_MANY = str(ROOT / "tests" / "train_many.py")
-# `accelerate launch --cpu` starts one process however many it is asked for; this way it starts them all, on the CPU.
-PROCESSES = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
 def options(run, source, *changes):
@@ -32,24 +27,6 @@ def options(run, source, *changes):
 
 def config(run, source, *changes):
     return parse(Config, options(run, source, *changes), exit_on_error=False)
-
-
-def launch(arguments, *, launcher=("--multi_gpu",), processes=2):
-    """Start a script and its arguments under `accelerate launch`, on the CPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--num_processes", str(processes)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *PROCESSES, *map(str, arguments)], text=True, cwd=ROOT, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-
-def finish(process, status=0):
-    """Its output once it has ended with that status."""
-    try:
-        output, errors = process.communicate(timeout=100)
-    finally:
-        process.terminate()  # which takes its workers along, if it hangs
-    assert process.returncode == status, errors[-6000:]
-    return output, errors
 
 
 def rows(run):

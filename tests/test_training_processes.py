@@ -6,11 +6,11 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from made_training import ROOT, TRAIN, TRAIN_MANY, config, finish, launch, losses, options, rows
+from launched import finish, kill_one_process, launch
+from made_training import ROOT, TRAIN, TRAIN_MANY, config, losses, options, rows
 from safetensors.torch import load_file
 from test_training_evaluation import SCORED, scores
 from test_training_stream import make_store
@@ -50,12 +50,11 @@ def values(run):
     return torch.tensor([float(loss) for _, loss in losses(run)])
 
 
-def train_many(folder, runs, **how):
+def train_many(folder, runs, launcher):
     """Train runs one after the other in two processes."""
     (folder / "runs.json").write_text(json.dumps(runs))
-    output, errors = finish(launch([TRAIN_MANY, folder / "runs.json"], **how))
-    assert output.count("2 × cpu") == len(runs)
-    return output, errors
+    printed = finish(launch(2, TRAIN_MANY, folder / "runs.json", launcher=launcher))
+    assert printed.count("2 × cpu") == len(runs)
 
 
 @pytest.mark.slow
@@ -70,7 +69,7 @@ def test_two_processes_learn_as_one_and_their_checkpoints_are_the_same(tmp_path,
         options(begun, store, *accumulating, "--resume", "auto"),
         options(tmp_path / "everything", store, *accumulating, *EVERYTHING),
         options(tmp_path / "scored", "digits", *SCORED),
-    ], launcher=launcher)  # fmt: skip
+    ], launcher)  # fmt: skip
     for run, tolerance in (("two", 1e-4), ("begun", 1e-4), ("everything", 2e-2)):
         torch.testing.assert_close(values(tmp_path / run), values(one), rtol=tolerance, atol=0)
     for name in ("model", "optimizer", "ema/diffusion_pytorch_model", "power-ema-0.05", "power-ema-0.1"):
@@ -96,23 +95,20 @@ def test_a_stopped_and_a_killed_run_go_on_in_any_number_of_processes(tmp_path, s
     train(config(tmp_path / "whole", store, *changes))
     run = tmp_path / "run"
 
-    process = launch([TRAIN, *options(run, store, *changes)])
+    process = launch(2, TRAIN, *options(run, store, *changes))
     wait_for(run, 3, process)
     process.send_signal(signal.SIGTERM)  # to the launcher, as a scheduler does
-    output, errors = process.communicate(timeout=60)
-    (said,) = [line for line in output.splitlines() if line.startswith("SIGTERM")]
+    printed, _ = process.communicate(timeout=60)
+    assert "2 × cpu" in printed
+    (said,) = [line for line in printed.splitlines() if line.startswith("SIGTERM")]
     (checkpoint,) = list_checkpoints(run)[-1:]
     step = checkpoint_step(checkpoint)
     assert f"after step {step}" in said and str(checkpoint) in said
     assert [each for each, _ in losses(run)] == list(range(1, step + 1)), "all processes ended with the same step"
-    assert "ChildFailedError" not in errors  # they left by themselves
+    assert "ChildFailedError" not in printed  # they left by themselves
 
-    process = launch([TRAIN, *options(run, store, *changes)])
-    wait_for(run, step + 30, process)
-    worker = [child for child in psutil.Process(process.pid).children() if TRAIN in child.cmdline()][-1]
-    worker.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)  # the launcher notices and ends
-    assert process.returncode not in (0, None)
+    process = launch(2, TRAIN, *options(run, store, *changes))
+    kill_one_process(process, 1, lambda: len(rows(run)) >= step + 30)  # the launcher notices and ends
     last = checkpoint_step(list_checkpoints(run)[-1])
     assert step < last and len(rows(run)) - last <= 20 + 1, "no more than the steps since the last checkpoint"
 
@@ -123,8 +119,8 @@ def test_a_stopped_and_a_killed_run_go_on_in_any_number_of_processes(tmp_path, s
 
 @pytest.mark.slow
 def test_an_error_under_the_launcher_is_one_line(tmp_path, store):
-    _, errors = finish(launch([TRAIN, *options(tmp_path / "run", tmp_path / "nowhere")]), status=1)
-    (said,) = [line for line in errors.splitlines() if "error: " in line and "train_dit.py" in line]
+    printed = finish(launch(2, TRAIN, *options(tmp_path / "run", tmp_path / "nowhere")), status=1)
+    (said,) = [line for line in printed.splitlines() if "error: " in line and "train_dit.py" in line]
     assert "data.source=" in said and not (tmp_path / "run").exists()
 
 
@@ -132,6 +128,6 @@ def wait_for(run, lines, process):
     """Until metrics.csv has that many lines."""
     deadline = time.monotonic() + 60
     while not ((Path(run) / "metrics.csv").is_file() and len(rows(run)) >= lines):
-        assert process.poll() is None, process.stderr.read()[-4000:]
+        assert process.poll() is None, process.stdout.read()[-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,12 +19,14 @@ from gspn_dit.diffusion import create_scheduler, image_generator
 from gspn_dit.errors import renamed
 from gspn_dit.fid.evaluate import evaluate
 from gspn_dit.fid.extractors import create_extractor
-from gspn_dit.fid.images import ImageSet, open_reference
+from gspn_dit.fid.images import ImageSet, ReferenceStatistics, open_reference
 from gspn_dit.pictures import save_grid
 from gspn_dit.pipeline import GSPNDiTPipeline
 from gspn_dit.training.processes import StopRequest
 
 EVALUATION = "evaluation.csv"
+
+T = TypeVar("T")
 
 
 def create_pipeline(model: ModelMixin, vae: AutoencoderKL, config: Config, class_names: list[str]) -> GSPNDiTPipeline:
@@ -69,6 +73,9 @@ class Evaluator:
             with renamed(weights="evaluation.weights", reference="evaluation.reference"):
                 self.extractor = create_extractor(options.features, options.weights, device=accelerator.device)
                 self.reference = open_reference(options.reference, (size, size))
+            if isinstance(self.reference, ReferenceStatistics):
+                # Its images are for precision and recall, which are not asked for here.
+                self.reference = dataclasses.replace(self.reference, images=None)
 
     @property
     def columns(self) -> list[str]:
@@ -130,7 +137,8 @@ class Evaluator:
         figures = evaluate(samples, self.reference, self.extractor)
         return {"step": step} | {name: float(figures.get(name, "nan")) for name in self.columns[1:]}
 
-    def _attempt(self, work: Any) -> tuple[Any, str | None]:
+    @staticmethod
+    def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
         try:
             return work(), None
         except Exception as error:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -36,7 +36,7 @@ from gspn_dit.training.checkpoints import (
 from gspn_dit.training.ema import Average, exponential, power_function
 from gspn_dit.training.evaluation import EVALUATION, create_pipeline, draw_samples
 from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, save_snapshot
-from gspn_dit.training.processes import StopRequest, claimed, heed_only_the_parent, on_main, together
+from gspn_dit.training.processes import EveryonesError, StopRequest, claimed, heed_only_the_parent, on_main, together
 from gspn_dit.training.record import Record
 from gspn_dit.training.setup import Parts, check_options, open_parts
 from gspn_dit.training.sharding import whole
@@ -55,9 +55,12 @@ def main(config: Config) -> None:
         if first:
             print(f"train_dit.py: stopped: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except InputError:
+    except EveryonesError:
         if first:
             raise
+        raise SystemExit(2) from None
+    except InputError as error:  # this process's own, in the middle of training
+        print(f"train_dit.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -72,7 +75,8 @@ def train(config: Config) -> None:
         NonFiniteLoss: At the first step whose loss or gradient is not finite; that step is not taken.
         CheckpointNotWritten: If the disk did not take a checkpoint.
     """
-    check_options(config)
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # the processes meet
+    together(lambda: check_options(config))
     run = Path(config.output_dir)
     # A view of DDP's buckets for gradients saves a copy of them.
     accelerator = Accelerator(

@@ -1,4 +1,7 @@
-"""What the processes of one training do together: fail as one, stop as one, and keep others out of their run."""
+"""What the processes of one training do together: fail as one, stop as one, and keep others out of their run.
+
+They have met before: accelerate's PartialState is there.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,12 @@ from gspn_dit.errors import InputError
 T = TypeVar("T")
 
 
+class EveryonesError(InputError):
+    """An :class:`InputError` that all processes raise alike: one of them prints it."""
+
+
 def together(work: Callable[[], T]) -> T:
-    """Do it on every process; an :class:`InputError` of one is raised on all, so that none waits for one that left."""
+    """Do it on every process; an :class:`InputError` of one is everyone's, so that none waits for one that left."""
     result, problem = _attempt(work)
     _raise_first(gather_object([problem]))
     return result
@@ -107,4 +114,4 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
 
 def _raise_first(problems: list[str | None]) -> None:
     if first := next(filter(None, problems), None):
-        raise InputError(first)
+        raise EveryonesError(first)
