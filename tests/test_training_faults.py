@@ -181,6 +181,12 @@ def test_sigterm_saves_a_checkpoint_and_ends_the_run_well(tmp_path, store, worke
     assert losses(run) == losses(tmp_path / "whole")
 
 
+def test_a_run_folder_that_cannot_be_made(tmp_path, store):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^output_dir=.*file/run.*Not a directory"):
+        train(config(tmp_path / "file" / "run", store))
+
+
 def rewrite_sums(checkpoint):
     path = checkpoint / "metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"files": _sums(checkpoint)}))

@@ -67,11 +67,15 @@ def claimed(run: str | os.PathLike) -> Iterator[None]:
     """In the block, the run's folder is this process's to write: its `.lock` goes with the process, however it ends.
 
     Raises:
-        InputError: If another process has it.
+        InputError: If another process has it, or it cannot be written to.
     """
     path = Path(run) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise InputError(f"output_dir={str(run)!r}: cannot be written to ({error.strerror}); name another") from error
+    with file:
         try:
             # A POSIX lock: it works over NFS, and a process's children do not keep it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
