@@ -65,7 +65,13 @@ void with_element(const Tensor& x, Run run) {
   }
 }
 
-Tensor scratch(const Tensor& x, int64_t elements) { return fresh(x.new_empty({elements}, x.options().dtype(at::kFloat))); }
+Tensor scratch(const Tensor& x, int64_t elements) {
+  Tensor memory = x.new_empty({elements}, x.options().dtype(at::kFloat));
+#if defined(GSPN_EMULATED_CUDA)
+  poison(memory);
+#endif
+  return memory;
+}
 
 Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& lam, const std::optional<Tensor>& out, int64_t chunk,
                  at::IntArrayRef directions) {
@@ -114,6 +120,11 @@ TORCH_LIBRARY(gspn_dit_cuda, m) {
   m.def("propagate(Tensor x, Tensor gates, Tensor lam, Tensor? out, int chunk, int[] directions) -> Tensor", propagate);
   m.def("propagate_backward(Tensor grad, Tensor x, Tensor gates, Tensor lam, Tensor? out, int chunk, int[] directions)"
         " -> (Tensor, Tensor, Tensor, Tensor)", propagate_backward);
+  m.def("unusable(Tensor on_device) -> str", [](const Tensor& on_device) {
+    const Device device(on_device);
+    const char* error = gspn::unusable();
+    return std::string(error ? error : "");
+  });
 #if defined(GSPN_EMULATED_CUDA)
   m.def("set_shared_memory(int bytes) -> ()", [](int64_t bytes) { emulated_shared_memory() = bytes; });
 #endif

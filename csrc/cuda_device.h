@@ -36,15 +36,19 @@ GSPN_DEVICE void copy_async(void* shared, const void* global) {
 }
 GSPN_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Launches on `stream`, with the block's shared memory raised above the default 48 KB where it is needed.
+// Launches on `stream`, where it is needed with all the shared memory that a block of the device may have: always the same
+// number, so that threads that launch one kernel at several sizes do not lower it for each other.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
                    const Arguments&... arguments) {
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return error;
   }
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
 }

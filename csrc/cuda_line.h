@@ -25,8 +25,8 @@ struct LineScan {
     lines = int(rows ? p.height : p.width);
     chunk = p.chunk && p.chunk < lines ? int(p.chunk) : lines;
     const int chunks = (lines + chunk - 1) / chunk, slabs = plan.domain_slabs * (int(p.channels) / plan.domain);
-    const int c = int(block % chunks);
-    slab_index = int(block / chunks % slabs);
+    slab_index = int(block % slabs);  // slabs side by side: they share sectors of memory
+    const int c = int(block / slabs % chunks);
     batch = int64_t(block) / chunks / slabs;
     first = c * chunk;
     length = min(chunk, lines - first);

@@ -203,17 +203,30 @@ GSPN_DEVICE void prepare_stage(const Stage& stage, const Call& call, const Axis<
   }
 }
 
-// Fills the block's map of shared memory; channels beyond the slab's end become 0. To be followed by wait_copies() and a
-// barrier.
+// Lets all of a block's threads begin stage i: what they wrote before it is seen, and its gates are there. The map that is
+// read may come in while the first stage's gates are prepared.
+template <bool kShared, typename L, typename Call>
+GSPN_DEVICE void start_stage(const Stage& stage, const Call& call, const Axis<L>& axis, const Channels<L>& at, int i) {
+  if constexpr (kShared) {
+    __syncthreads();
+    prepare_stage<L>(stage, call, axis, at, i);
+  }
+  wait_copies();
+  __syncthreads();
+}
+
+// Fills the block's map of shared memory; channels beyond the slab's end become 0. To be followed by start_stage().
 template <typename L, typename T>
 GSPN_DEVICE void read_map(T* shared, const Strided<const T>& from, const Tile& tile, const MapShape<L>& shape,
                           const Channels<L>& at, bool vector) {
   constexpr int kVector = L::kLaneChannels;
   const int step = vector ? kVector : 1;
-  const int per_site = shape.parts * L::kWarpChannels / step, count = shape.height * shape.width * per_site;
+  int shift = 0;  // accesses a site, a power of two
+  while ((step << shift) < shape.parts * L::kWarpChannels) ++shift;
+  const int count = shape.height * shape.width << shift;
   const float inverse_width = 1.f / float(shape.width);
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const int site = i / per_site, c = i % per_site * step;
+    const int site = i >> shift, c = (i - (site << shift)) * step;
     const int row = int((float(site) + 0.5f) * inverse_width), column = site - row * shape.width;
     T* to = shared + shape.offset(row, column, c / L::kWarpChannels) + c % L::kWarpChannels;
     const T* source = from.data + at.batch * from.stride[0] + (tile.row + row) * from.stride[1] +

@@ -148,7 +148,6 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
   T* dy = x + shape.elements();
   read_map<L>(x, call.x, tile, shape, at, plan.vector_x);
   read_map<L>(dy, call.grad_y, tile, shape, at, plan.vector_grad);
-  wait_copies();
 
   const int64_t sites = p.height * p.width;
   const bool has_rows = Axis<L>(p, tile, true).any(), has_columns = Axis<L>(p, tile, false).any();
@@ -157,13 +156,7 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
     const bool first_axis = a == 0 || !has_rows, last_axis = a == 1 || !has_columns;
     const Walk<L> walk(shape, axis, at, p);
     const int k = axis.direction(sense);
-    const auto prepare = [&](int i) {
-      __syncthreads();
-      if constexpr (kShared) {
-        prepare_stage<L>(stage, call, axis, at, i);
-        __syncthreads();
-      }
-    };
+    const auto prepare = [&](int i) { start_stage<kShared, L>(stage, call, axis, at, i); };
     // One stage forward; `visit` sees h before each of its lines.
     LineValues<L> h = {};
     NoHalo<L> none({}, p, plan, axis, at, sense);

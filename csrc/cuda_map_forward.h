@@ -142,7 +142,6 @@ __global__ void __launch_bounds__(128, 1)
   float* y = stage.out + 2 * L::kStageSites;
   T* x = reinterpret_cast<T*>(y + shape.elements());
   read_map<L>(x, call.x, tile, shape, at, plan.vector_x);
-  wait_copies();
 
   T* map_y = call.y.data + ((at.batch * p.height + tile.row) * p.width + tile.column) * p.channels + at.channel;
   const bool has_rows = Axis<L>(p, tile, true).any(), has_columns = Axis<L>(p, tile, false).any();
@@ -154,11 +153,7 @@ __global__ void __launch_bounds__(128, 1)
     std::conditional_t<kTiled, Halo<L>, NoHalo<L>> halo(edges, p, plan, axis, at, sense);
     if (axis.direction(sense) >= 0) halo.start(h, sense ? axis.lines - 1 : 0);
     for (int i = 0; i < axis.stages; ++i) {
-      __syncthreads();
-      if constexpr (kShared) {
-        prepare_stage<L>(stage, call, axis, at, i);
-        __syncthreads();
-      }
+      start_stage<kShared, L>(stage, call, axis, at, i);
       if (axis.direction(sense) < 0) continue;
       const bool second = i >= axis.stages / 2;
       const bool touched = !first_axis || (axis.both() && second), last = last_axis && (!axis.both() || second);

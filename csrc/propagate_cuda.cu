@@ -23,23 +23,27 @@ int domain(const Problem& p) { return int(p.groups == p.channels ? p.channels : 
 bool shares_gates(const Problem& p) { return p.groups < p.channels; }
 
 // Whether n channels of a tensor, starting at a multiple of n, can be read in one access.
+// (The stride of an axis of one element means nothing.)
 template <typename T>
-bool vectorises(const Strided<T>& t, int num_axes, int channel_axis, int n) {
+bool vectorises(const Problem& p, const Strided<T>& t, int channel_axis, int n) {
   if (t.data == nullptr) return true;
+  const int64_t size[5] = {p.batch, p.height, p.width, p.num_directions, 3};  // of the axes before the channels
   bool fits = t.stride[channel_axis] == 1 && reinterpret_cast<uintptr_t>(t.data) % (n * sizeof(T)) == 0;
-  for (int axis = 0; axis < num_axes; ++axis)
-    if (axis != channel_axis) fits = fits && t.stride[axis] % n == 0;
+  for (int axis = 0; axis < channel_axis; ++axis) fits = fits && (size[axis] == 1 || t.stride[axis] % n == 0);
   return fits;
 }
 template <typename T>
 bool contiguous(const Strided<T>& t, const Problem& p) {
-  return t.stride[3] == 1 && t.stride[2] == p.channels && t.stride[1] == p.width * p.channels &&
-         t.stride[0] == p.height * p.width * p.channels;
+  const int64_t size[4] = {p.batch, p.height, p.width, p.channels};
+  int64_t stride = 1;
+  for (int axis = 3; axis >= 0; stride *= size[axis--])
+    if (size[axis] > 1 && t.stride[axis] != stride) return false;
+  return true;
 }
 // Whether every channel's own gates can be read n channels at a time.
 template <typename T>
-bool gates_vectorise(const Strided<T>& gates, const Strided<T>& lam, const Strided<T>& out, int n) {
-  return vectorises(gates, 6, 5, n) && vectorises(lam, 5, 4, n) && vectorises(out, 5, 4, n);
+bool gates_vectorise(const Problem& p, const Strided<T>& gates, const Strided<T>& lam, const Strided<T>& out, int n) {
+  return vectorises(p, gates, 5, n) && vectorises(p, lam, 4, n) && vectorises(p, out, 4, n);
 }
 
 // A map kernel's plan: `parts` is 0 if the map does not fit, or a layout stands in the way.
@@ -91,13 +95,13 @@ MapChoice choose_map(const Forward<T>& call, const SharedMemory& memory) {
   constexpr int kN = Lanes<16, 4>::kLaneChannels;
   const Problem& p = call.problem;
   const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
-  if (!contiguous(call.y, p) || (!shares_gates(p) && !(aligned && gates_vectorise(call.gates, call.lam, call.out, kN))))
+  if (!contiguous(call.y, p) || (!shares_gates(p) && !(aligned && gates_vectorise(p, call.gates, call.lam, call.out, kN))))
     return {};
   MapChoice choice = choose_map(p, memory, Lanes<16, 4>::kWarpChannels, 2, [&](int line, int height, int width, int parts) {
     return line == 16 ? map_forward_bytes<16>(height, width, parts, sizeof(T))
                       : map_forward_bytes<32>(height, width, parts, sizeof(T));
   });
-  choice.plan.vector_x = aligned && vectorises(call.x, 4, 3, kN);
+  choice.plan.vector_x = aligned && vectorises(p, call.x, 3, kN);
   choice.plan.vector_y = aligned;
   const int64_t longest = p.height > p.width ? p.height : p.width;
   const bool edges_fit = longest <= kEdgeThreads && int64_t(edge_bytes(p)) <= memory.of_a_block &&
@@ -112,15 +116,15 @@ MapChoice choose_map(const Backward<T>& call, const SharedMemory& memory) {
   const Problem& p = call.problem;
   const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
   if (!contiguous(call.grad_x, p) || p.height > kLongestLine || p.width > kLongestLine) return {};
-  if (!shares_gates(p) && !(aligned && gates_vectorise(call.gates, call.lam, call.out, kN) &&
-                            gates_vectorise(call.grad_gates, call.grad_lam, call.grad_out, kN)))
+  if (!shares_gates(p) && !(aligned && gates_vectorise(p, call.gates, call.lam, call.out, kN) &&
+                            gates_vectorise(p, call.grad_gates, call.grad_lam, call.grad_out, kN)))
     return {};
   MapChoice choice = choose_map(p, memory, Lanes<16, 2>::kWarpChannels, 4, [&](int line, int height, int width, int parts) {
     return line == 16 ? map_backward_bytes<16>(height, width, parts, sizeof(T))
                       : map_backward_bytes<32>(height, width, parts, sizeof(T));
   });
-  choice.plan.vector_x = aligned && vectorises(call.x, 4, 3, kN);
-  choice.plan.vector_grad = aligned && vectorises(call.grad_y, 4, 3, kN);
+  choice.plan.vector_x = aligned && vectorises(p, call.x, 3, kN);
+  choice.plan.vector_grad = aligned && vectorises(p, call.grad_y, 3, kN);
   choice.plan.vector_y = aligned;
   return choice;
 }
@@ -161,7 +165,7 @@ int round_to_warps(int64_t threads) { return int(divide_up(threads, kWarp) * kWa
 
 const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-const char* kTooLong = "a line is too long for the shared memory of this device; use backend=\"reference\"";
+const char* kTooLong = "a line is too long for the shared memory of this device";
 
 template <typename T>
 const char* launch_walk_forward(const Forward<T>& call, int k, const SharedMemory& memory, const Accumulation& sum,
@@ -350,6 +354,17 @@ const char* run_backward(const Backward<T>& call, const SharedMemory& memory, fl
   const int64_t count = p.batch * p.num_directions * p.groups * p.height * p.width;
   const int64_t blocks = divide_up(count, 256) < (1 << 20) ? divide_up(count, 256) : 1 << 20;
   return describe(launch(gate_gradients<T>, blocks, 256, 0, stream, call, partial));
+}
+
+const char* unusable() {
+#if !defined(GSPN_EMULATED_CUDA)
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, map_forward<float, true, 16, false>);
+  cudaGetLastError();  // it was asked for: no later launch shall report it
+  return describe(error);
+#else
+  return nullptr;
+#endif
 }
 
 #define GSPN_INSTANTIATE(T)                                                                              \

@@ -22,4 +22,7 @@ const char* run_forward(const Forward<T>& call, const SharedMemory& memory, floa
 template <typename T>
 const char* run_backward(const Backward<T>& call, const SharedMemory& memory, float* scratch, void* stream);
 
+// Null if the current device can run the kernels, else why not: they may have been compiled for other ones.
+const char* unusable();
+
 }  // namespace gspn

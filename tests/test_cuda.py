@@ -11,7 +11,7 @@ from emulated_cuda import SHARED_MEMORY, emulated_kernels
 
 from gspn_dit.ops import propagate
 from gspn_dit.ops.backends import ReferenceKernel, status
-from gspn_dit.ops.build import CSRC, cuda_home
+from gspn_dit.ops.build import CSRC, architectures, check_toolkit, cuda_home
 from gspn_dit.ops.reference import DIRECTIONS
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # ‖got - float64‖ / ‖float64‖
@@ -232,3 +232,27 @@ def test_compiles_for_every_target_without_spills(tmp_path):
     report = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert len(report) > 2 * 12 * len(DIRECTIONS) // 2  # kernels of two machine targets: the report was really read
     assert set(report) == {("0", "0", "0")}
+
+
+def test_architectures_older_than_the_kernel_are_left_out(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 7.5;8.0 9.0+PTX Volta Hopper")
+    assert architectures() == ["8.0", "9.0+PTX", "Hopper"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [(None, "there is no nvcc"), ("12.4", r"CUDA 13\.0, and .*nvcc is of CUDA 12\.4"), ("13.1", None)],
+)
+def test_a_missing_or_another_toolkit_is_named_with_the_remedy(tmp_path, monkeypatch, installed, said):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if installed is not None:
+        (tmp_path / "bin").mkdir()
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {installed}, V{installed}.1'\n")
+        nvcc.chmod(0o755)
+    if said is None:
+        check_toolkit()
+    else:
+        with pytest.raises(RuntimeError, match=f"{said}.*CUDA_HOME"):
+            check_toolkit()

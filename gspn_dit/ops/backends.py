@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,17 +82,36 @@ def _floats(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 class CudaKernel:
-    """CUDA of csrc/, float32, bfloat16 and float16, on the current stream of the tensors' device."""
+    """CUDA of csrc/, float32, bfloat16 and float16, on the current stream of the tensors' device.
+
+    Lines of many thousand sites, which do not fit into shared memory, go to the reference, with one warning.
+    """
 
     def __init__(self, library: Path):
         if not hasattr(torch.ops.gspn_dit_cuda, "propagate"):
             torch.ops.load_library(library)
+        for i in range(torch.cuda.device_count()):
+            if reason := torch.ops.gspn_dit_cuda.unusable(torch.empty(0, device=f"cuda:{i}")):
+                name, (major, minor) = torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
+                raise RuntimeError(
+                    f"{library} does not run on cuda:{i} ({name}, compute capability {major}.{minor}): {reason}; leave "
+                    "TORCH_CUDA_ARCH_LIST unset or add this one to it, and build the kernel anew"
+                )
 
     def forward(self, x, gates, lam, out, chunk, directions):
-        return torch.ops.gspn_dit_cuda.propagate(x, gates, lam, out, chunk, directions)
+        return self._run("propagate", _reference.forward, x, gates, lam, out, chunk, directions)
 
     def backward(self, grad, x, gates, lam, out, chunk, directions):
-        return torch.ops.gspn_dit_cuda.propagate_backward(grad, x, gates, lam, out, chunk, directions)
+        return self._run("propagate_backward", _reference.backward, grad, x, gates, lam, out, chunk, directions)
+
+    def _run(self, name, reference, *arguments):
+        try:
+            return getattr(torch.ops.gspn_dit_cuda, name)(*arguments)
+        except RuntimeError as error:
+            if "a line is too long" not in str(error):
+                raise
+            _warn_once("gspn_dit runs on the reference operator, which is slow: " + str(error).splitlines()[0])
+            return reference(*arguments)
 
 
 BACKENDS = ("reference", "cpu", "cuda")
@@ -123,15 +143,27 @@ def kernel(name: str, device: torch.device) -> Kernel:
 _reference = ReferenceKernel()
 
 
-@functools.cache
 def _warn_reference(device_type: str) -> None:
     compiled = device_type in ("cpu", "cuda")
     cause = status(device_type).detail if compiled else f"there is no kernel for {device_type} tensors"
-    warnings.warn(f"gspn_dit runs on the reference operator, which is slow: {cause}", stacklevel=2)
+    _warn_once(f"gspn_dit runs on the reference operator, which is slow: {cause}")
 
 
 @functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
 def _compiled(name: str) -> tuple[Kernel | None, Status]:
+    with _building:  # threads that come first together build once
+        return _load(name)
+
+
+_building = threading.Lock()
+
+
+@functools.cache
+def _load(name: str) -> tuple[Kernel | None, Status]:
     try:
         if name == "cpu":
             library = built("cpu")

@@ -37,7 +37,7 @@ def built(name: str) -> Path:
     sources, flags, cuda_flags = recipe(name)
     key = hashlib.sha256()
     headers = [h for h in sorted(CSRC.glob("*.h")) if name == "cuda" or "cuda" not in h.name]
-    for part in (_torch_key(), sys.platform, _compiler(), *flags, *cuda_flags):
+    for part in (_torch_key(), sys.platform, platform.machine(), _compiler(), *flags, *cuda_flags):
         key.update(part.encode())
     for source in (*sources, *headers):
         key.update(source.read_bytes())
@@ -61,7 +61,7 @@ def recipe(name: str) -> tuple[list[Path], list[str], list[str]]:
         if sys.platform == "linux":
             flags.append("-fopenmp")  # resolved by the OpenMP that torch has loaded, so that there is one thread pool
         return [CSRC / "propagate_cpu.cpp", CSRC / "binding_cpu.cpp"], flags, []
-    return [CSRC / "propagate_cuda.cu", CSRC / "binding_cuda.cpp"], ["-O3"], ["-O3"]
+    return [CSRC / "propagate_cuda.cu", CSRC / "binding_cuda.cpp"], ["-O3"], ["-O3", "--threads", "0"]
 
 
 def build(name: str, library: Path) -> None:
@@ -72,6 +72,11 @@ def build(name: str, library: Path) -> None:
         )
     if name == "cuda":
         check_toolkit()
+        if not architectures():
+            raise RuntimeError(
+                "no CUDA device of compute capability 8.0 or newer is here: set TORCH_CUDA_ARCH_LIST (say '9.0') to "
+                "build the cuda kernel for another machine"
+            )
     print(f"gspn_dit: building the {name} kernel, once (about half a minute) ...", file=sys.stderr, flush=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     sources, flags, cuda_flags = recipe(name)
@@ -93,7 +98,8 @@ def build(name: str, library: Path) -> None:
                 is_standalone=False,
             )
         except Exception as error:
-            causes = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+            lines = str(error).splitlines()  # the first is torch's own
+            causes = [line for line in lines[1:] if re.search(r"error\s*:|fatal", line)] or lines
             compiler = "nvcc" if name == "cuda" else _compiler()
             raise RuntimeError(f"the {name} kernel did not compile with {compiler}: {causes[0]}") from error
         os.replace(Path(folder) / f"gspn_dit_{name}.so", library)
@@ -135,11 +141,22 @@ def cuda_home() -> Path | None:
 
 
 def architectures() -> list[str]:
-    """What the CUDA kernel is compiled for: TORCH_CUDA_ARCH_LIST, else the devices of this machine."""
-    if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return chosen.replace(" ", ";").split(";")
+    """What the CUDA kernel is compiled for: TORCH_CUDA_ARCH_LIST, else the devices of this machine.
+
+    The kernel needs compute capability 8.0 (Ampere): what lies below is left out of the list.
+    """
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    chosen = [arch for arch in chosen if arch and arch != "native" and not _is_below_8(arch)]
+    if chosen:
+        return chosen
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return [f"{major}.{minor}" for major, minor in sorted(capabilities)]
+    return [f"{major}.{minor}" for major, minor in sorted(capabilities) if major >= 8]
+
+
+def _is_below_8(arch: str) -> bool:
+    number = re.match(r"(\d+)\.\d", arch)
+    old = ("kepler", "maxwell", "pascal", "volta", "turing")
+    return int(number[1]) < 8 if number else arch.lower().startswith(old)
 
 
 @contextlib.contextmanager
