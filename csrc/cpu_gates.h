@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu_map.h"
+#include "cpu_scan.h"
 
 namespace gspn {
 
@@ -20,7 +21,7 @@ struct Gates {
 
 // Weights of n sites or channels that have the same neighbours; where weights and logits share memory, in place.
 template <typename A>
-void normalise_range(const Gates<A>& gates, int64_t n, A has_minus, A has_plus) {
+void normalise_range(const Gates<A>& gates, int64_t n, bool has_minus, bool has_plus) {
   const A *minus = gates.field[kLogitMinus], *centre = gates.field[kLogitCentre], *plus = gates.field[kLogitPlus];
   A *w_minus = gates.field[kWeightMinus], *w_centre = gates.field[kWeightCentre], *w_plus = gates.field[kWeightPlus];
 #pragma omp simd
@@ -64,15 +65,20 @@ class GroupGates {
       for (int64_t i = 0; i < scan.lines; ++i) {
         const Gates<A> line = fields(k) + i * scan.positions;
         const int64_t last = scan.positions - 1;
-        normalise_range(line, 1, A(0), A(last > 0));
-        normalise_range(line + 1, last - 1, A(1), A(1));
-        if (last > 0) normalise_range(line + last, 1, A(1), A(0));
+        normalise_range(line, 1, false, last > 0);
+        normalise_range(line + 1, last - 1, true, true);
+        if (last > 0) normalise_range(line + last, 1, true, false);
       }
     }
   }
 
   // The gates at position 0 of a line; those at the others follow.
   Gates<A> line(const Scan& scan, int k, int64_t line) const { return fields(k) + line * scan.positions; }
+
+  SharedLine<A> along(const Call&, const Scan& scan, int k, int64_t line_) const {
+    const Gates<A> g = line(scan, k, line_);
+    return {g.field[kLam], g.field[kOut], g.field[kWeightMinus], g.field[kWeightCentre], g.field[kWeightPlus]};
+  }
 
   static Gates<A> site(const Gates<A>& line, const Call&, const Scan&, int, int64_t, int64_t position, bool) {
     return line + position;
@@ -125,6 +131,16 @@ class ChannelGates {
 
   Gates<A> line(const Scan&, int, int64_t) const { return buffer_; }
 
+  OwnLine<T, A> along(const Call& call, const Scan& scan, int k, int64_t line) const {
+    const int64_t row = scan.row(line, 0), column = scan.column(line, 0);
+    const auto walk = [&](const Strided<const T>& t, int axis, int64_t offset) -> typename OwnLine<T, A>::Walk {
+      if (!t.data) return {};
+      return {gates_at(t, axis, b_, row, column, k, channel_) + offset, scan.rows ? t.stride[2] : t.stride[1], t.stride[axis]};
+    };
+    const int64_t n = call.gates.stride[4];
+    return {walk(call.lam, 4, 0), walk(call.out, 4, 0), {walk(call.gates, 5, 0), walk(call.gates, 5, n), walk(call.gates, 5, 2 * n)}, channels_};
+  }
+
   Gates<A> site(Gates<A> buffer, const Call& call, const Scan& scan, int k, int64_t line, int64_t position,
                 bool needs_logits) const {
     const int64_t row = scan.row(line, position), column = scan.column(line, position);
@@ -166,7 +182,7 @@ struct GateValue<A, true> {
 template <typename A, bool shared>
 struct SiteWeights {
   const A *minus, *centre, *plus;
-  const A has_minus, has_plus;
+  const bool has_minus, has_plus;
   SiteWeights(const Gates<A>& site, const Scan& scan, int64_t position)
       : minus(site.field[kLogitMinus]),
         centre(site.field[kLogitCentre]),

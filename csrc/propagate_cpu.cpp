@@ -4,8 +4,12 @@
 // Channels of a slab either share their gates (a slab within one group) or have their own (one channel a group).
 #include "propagate_cpu.h"
 
+#include <array>
+#include <cstdlib>
+
 #include "cpu_gates.h"
 #include "cpu_map.h"
+#include "cpu_scan.h"
 #include "propagate.h"
 
 #if defined(__linux__)
@@ -29,7 +33,7 @@ namespace {
 // called at each site before its x is read and when its h is there. `h` and `before` point at position 0 of lines with a
 // zero position at each end.
 template <int kWidth, typename SlabGates, typename Call, typename A, typename Enter, typename Leave>
-void scan_line(const SlabGates& gates, const Call& call, const Scan& scan, int k, int64_t line, const Slab<A>& x,
+void scan_line_old(const SlabGates& gates, const Call& call, const Scan& scan, int k, int64_t line, const Slab<A>& x,
                const A* before, A* h, Enter enter, Leave leave) {
   const int64_t width = kWidth ? kWidth : x.channels;
   const Gates<A> line_gates = gates.line(scan, k, line);
@@ -72,7 +76,7 @@ struct Cut {
   // 64 channels a slab while the map is small, 16 to keep a large map in the caches. Units are whole groups, so that gates
   // are prepared once, as long as there are enough of them for the threads.
   static Cut forward(const Problem& p, int64_t threads) {
-    return Cut(p, p.height * p.width <= 64 * 64 ? 64 : 16, p.batch * p.groups >= threads);
+    return Cut(p, getenv("SLAB") ? atoi(getenv("SLAB")) : p.height * p.width <= 64 * 64 ? 64 : 16, p.batch * p.groups >= threads);
   }
   // The gates' gradients are sums over a group's channels: a group is one slab, so the sums need no second pass.
   static Cut backward(const Problem& p) {
@@ -100,60 +104,89 @@ A* padded_line(A* start, int64_t positions, int64_t width) {
   return start + width;
 }
 
-template <int kWidth, typename SlabGates, typename T, typename A>
-void forward_slab(const Forward<T>& call, const SlabGates& gates, Workspace<A>& work, int64_t b, int64_t channel,
-                  int64_t width_) {
+// Directions in the order in which they are run: one along rows, as memory lies, comes first, for it takes x in as it goes,
+// and another last, for it hands y out.
+inline std::array<int, 4> running_order(const Problem& p) {
+  std::array<int, 4> order{0, 1, 2, 3};
+  const auto rows = [&](int k) { return lines_are_rows(p.directions[k]); };
+  const auto end = order.begin() + p.num_directions;
+  std::stable_partition(order.begin(), end, rows);
+  const auto columns = std::find_if_not(order.begin(), end, rows);
+  if (columns - order.begin() > 1) std::rotate(order.begin() + 1, columns, end);
+  return order;
+}
+
+enum class Turn { kOnly, kFirst, kMiddle, kLast };
+
+template <int kVectors, Turn turn, typename SlabGates, typename T, typename A>
+void forward_direction(const Forward<T>& call, const SlabGates& gates, Workspace<A>& work, const Slab<A>& x, const Slab<A>& y,
+                       int64_t b, int64_t channel, int64_t channels, int k) {
+  using V = Vector<A>;
+  constexpr bool reads = turn == Turn::kOnly || turn == Turn::kFirst, writes = turn == Turn::kOnly || turn == Turn::kLast;
+  constexpr int64_t width = kVectors * V::kLanes, kAhead = AHEAD;
   const Problem& p = call.problem;
-  const int64_t width = kWidth ? kWidth : width_;
-  const Slab<A> x(work.x, p, width), y(work.y, p, width);
-  // The first scan takes x in as it goes and the last hands y out, if they go along rows, as memory does: so one that does
-  // comes first, and another last.
-  int order[4], count = 0;
-  const auto add = [&](bool rows, int from, int to) {
-    for (int k = from; k < to; ++k)
-      if (lines_are_rows(p.directions[k]) == rows) order[count++] = k;
-  };
-  const auto is_rows = [&](int direction) { return lines_are_rows(direction); };
-  const int first_rows = int(std::find_if(p.directions, p.directions + p.num_directions, is_rows) - p.directions);
-  add(true, first_rows, std::min(first_rows + 1, p.num_directions));
-  add(false, 0, p.num_directions);
-  add(true, first_rows + 1, p.num_directions);
-  const bool reads = lines_are_rows(p.directions[order[0]]), writes = lines_are_rows(p.directions[order[count - 1]]);
-  if (!reads) x.read(call.x, b, channel);
-  for (int turn = 0; turn < count; ++turn) {
-    const int k = order[turn];
-    const Scan scan(p, p.directions[k]);
-    const int64_t line_size = (scan.positions + 2) * width;
-    A* lines = work.lines.get(2 * line_size);
-    A *now = padded_line(lines, scan.positions, width), *before = padded_line(lines + line_size, scan.positions, width);
-    const bool first = turn == 0, last = turn + 1 == count;
-    // Along a column every site is in another page: ask for the next column's while at this one's.
-    const int64_t next_column = scan.rows ? 0 : scan.reversed ? -width : width;
-    const auto enter = [&](int64_t row, int64_t column) {
-      if (first && reads) x.read_site(call.x, b, row, column, channel);
-      if (next_column) {
-        __builtin_prefetch(x.at(row, column) + next_column);
-        __builtin_prefetch(y.at(row, column) + next_column, 1);
-      }
+  const Scan scan(p, p.directions[k]);
+  A* h = work.lines.get((scan.positions + 1) * width);
+  std::fill_n(h + scan.positions * width, width, A(0));
+  const int axis = scan.rows ? 2 : 1;  // along a line
+  const int64_t x_step = call.x.stride[axis], y_step = call.y.stride[axis], step = scan.rows ? width : x.row_stride;
+  // Along a column every site is in another page: ask for the next column's while at this one's.
+  const int64_t next_column = scan.rows ? 0 : scan.reversed ? -width : width;
+  for (int64_t c = 0; c < scan.num_chunks(); ++c)
+    for (int64_t n = 0; n < scan.chunk_lines(c); ++n) {
+      const int64_t line = scan.line(c, n), row = scan.row(line, 0), column = scan.column(line, 0);
+      const T* source = call.x.data + b * call.x.stride[0] + row * call.x.stride[1] + column * call.x.stride[2] + channel * call.x.stride[3];
+      T* target = call.y.data + b * call.y.stride[0] + row * call.y.stride[1] + column * call.y.stride[2] + channel * call.y.stride[3];
+      A *xs = x.at(row, column), *ys = y.at(row, column);
+      const auto value = [&](int64_t j, int v) __attribute__((always_inline)) {
+        A* kept = xs + j * step + v * V::kLanes;
+        if constexpr (reads) {
+          const T* from = source + j * x_step + v * V::kLanes * call.x.stride[3];
+          __builtin_prefetch(from + kAhead * x_step);
+          const V value = V::load(from, call.x.stride[3], channels - v * V::kLanes);
+          value.store(kept);
+          return value;
+        } else {
+          if (next_column) __builtin_prefetch(kept + next_column);
+          return V::load(kept);
+        }
+      };
+      const auto leave = [&](int64_t j, int v, V out, V now) __attribute__((always_inline)) {
+        A* kept = ys + j * step + v * V::kLanes;
+        if (next_column) __builtin_prefetch(kept + next_column, 1);
+        V sum = out * now;
+        if constexpr (!reads) sum = sum + V::load(kept);
+        if constexpr (writes) {
+          T* to = target + j * y_step + v * V::kLanes * call.y.stride[3];
+#if NT
+          if constexpr (std::is_same_v<T, float>) { _mm512_stream_ps(to, sum.lanes); return; }
+#endif
+          __builtin_prefetch(to + kAhead * y_step, 1);
+          sum.store(to, call.y.stride[3], channels - v * V::kLanes);
+        } else sum.store(kept);
+      };
+      const auto along = gates.along(call, scan, k, line);
+      if (n) scan_line<kVectors, false>(along, scan.positions, width, (const A*)h, h, value, leave);
+      else scan_line<kVectors, true>(along, scan.positions, width, (const A*)h, h, value, leave);
+    }
+}
+
+template <int kVectors, typename SlabGates, typename T, typename A>
+void forward_slab(const Forward<T>& call, const SlabGates& gates, Workspace<A>& work, int64_t b, int64_t channel,
+                  int64_t channels) {
+  const Problem& p = call.problem;
+  const Slab<A> x(work.x, p, kVectors * Vector<A>::kLanes), y(work.y, p, kVectors * Vector<A>::kLanes);
+  const auto order = running_order(p);
+  const int last = p.num_directions - 1;
+  for (int turn = 0; turn <= last; ++turn) {
+    const auto run = [&](auto t) {
+      forward_direction<kVectors, t.value>(call, gates, work, x, y, b, channel, channels, order[turn]);
     };
-    const auto leave = [&](int64_t row, int64_t column, const auto& out, const A* __restrict h) {
-      A* __restrict sum = y.at(row, column);
-      if (first) {
-#pragma omp simd
-        for (int64_t c = 0; c < width; ++c) sum[c] = out[c] * h[c];
-      } else {
-#pragma omp simd
-        for (int64_t c = 0; c < width; ++c) sum[c] += out[c] * h[c];
-      }
-      if (last && writes) y.write_site(call.y, b, row, column, channel);
-    };
-    for (int64_t c = 0; c < scan.num_chunks(); ++c)
-      for (int64_t n = 0; n < scan.chunk_lines(c); ++n) {
-        scan_line<kWidth>(gates, call, scan, k, scan.line(c, n), x, n ? before : nullptr, now, enter, leave);
-        std::swap(now, before);
-      }
+    if (last == 0) run(std::integral_constant<Turn, Turn::kOnly>());
+    else if (turn == 0) run(std::integral_constant<Turn, Turn::kFirst>());
+    else if (turn < last) run(std::integral_constant<Turn, Turn::kMiddle>());
+    else run(std::integral_constant<Turn, Turn::kLast>());
   }
-  if (!writes) y.write(call.y, b, channel);
 }
 
 // Write the gates' gradients of `sites` positions of a line: the weights' through the normalisation, λ's and u's as they
@@ -227,7 +260,7 @@ void unscan_line(const SlabGates& gates, const Backward<T>& call, const Scan& sc
     if (before) {
       const A *centre = before + j * width, *minus = centre - width, *plus = centre + width;
       A *to = carry_before + j * width, *to_minus = to - width, *to_plus = to + width;
-      if constexpr (!shared) normalise_range(site, width, A(j > 0), A(j + 1 < scan.positions));
+      if constexpr (!shared) normalise_range(site, width, j > 0, j + 1 < scan.positions);
       const auto w_minus = gate(kWeightMinus), w_centre = gate(kWeightCentre), w_plus = gate(kWeightPlus);
       A s_minus = 0, s_centre = 0, s_plus = 0;
 #pragma omp simd reduction(+ : s_minus, s_centre, s_plus)
@@ -273,7 +306,7 @@ void backward_slab(const Backward<T>& call, const SlabGates& gates, Workspace<A>
     for (int64_t n = 0; n < scan.chunk; ++n) padded_line(history + n * line_size, scan.positions, width);
     for (int64_t c = 0; c < scan.num_chunks(); ++c) {
       for (int64_t n = 0; n < scan.chunk_lines(c); ++n)  // h again, kept for the whole chunk
-        scan_line<kWidth>(gates, call, scan, k, scan.line(c, n), x, n ? h(n - 1) : (const A*)nullptr, h(n),
+        scan_line_old<kWidth>(gates, call, scan, k, scan.line(c, n), x, n ? h(n - 1) : (const A*)nullptr, h(n),
                           [](auto...) {}, [](auto...) {});
       A *carry = lines + width, *carry_before = carry + line_size, *dh = lines + 2 * line_size;
       std::fill_n(lines, line_size, A(0));  // nothing comes back from beyond the chunk's last line
@@ -292,18 +325,26 @@ template <typename SlabGates, typename Call, typename RunSlab>
 void run_units(const Call& call, const Cut& cut, int64_t first, int64_t last, RunSlab run_slab) {
   // Kept from call to call while it is small: fresh memory costs more page faults than the scan costs time.
   static thread_local Workspace<typename SlabGates::A> work;
+  constexpr bool is_forward = !Call::kNeedsLogits;
   for (int64_t u = first; u < last; ++u) {
     const int64_t b = u / cut.count, begin = cut.first_channel(u % cut.count), end = cut.end_channel(u % cut.count);
     const SlabGates gates(call, work.gates, b, begin, std::min(cut.slab_width, end - begin));
     for (int64_t channel = begin; channel < end; channel += cut.slab_width) {
       const int64_t width = std::min(cut.slab_width, end - channel);
+      if constexpr (is_forward) {
+        constexpr int64_t lanes = Vector<typename SlabGates::A>::kLanes;
+        if (width > 2 * lanes) run_slab(std::integral_constant<int, 4>(), gates, work, b, channel, width);
+        else if (width > lanes) run_slab(std::integral_constant<int, 2>(), gates, work, b, channel, width);
+        else run_slab(std::integral_constant<int, 1>(), gates, work, b, channel, width);
+        continue;
+      } else
       if (width == 64) run_slab(std::integral_constant<int, 64>(), gates, work, b, channel, width);
       else if (width == 16) run_slab(std::integral_constant<int, 16>(), gates, work, b, channel, width);
       else run_slab(std::integral_constant<int, 0>(), gates, work, b, channel, width);
     }
   }
   for (auto* scratch : {&work.x, &work.y, &work.dx, &work.gates, &work.lines, &work.history, &work.grads})
-    scratch->release_above(8 << 20);
+    scratch->release_above(64 << 20);
 }
 
 }  // namespace
