@@ -51,14 +51,15 @@ class GroupGates {
       : problem_(call.problem), sites_(call.problem.height * call.problem.width) {
     data_ = scratch.get(problem_.num_directions * kStored * sites_);
     const int64_t group = channel / (problem_.channels / problem_.groups);
-    for (int64_t i = 0; i < problem_.height; i += kBlock)
-      for (int k = 0; k < problem_.num_directions; ++k) {
-        const Gates<A> map = fields(k);
-        for (int n = 0; n < 3; ++n)
-          read_rows(map.field[kLogitMinus + n], call.gates, gates_at(call.gates, 5, b, i, 0, k, group) + n * call.gates.stride[4], k, i);
-        read_rows(map.field[kLam], call.lam, gates_at(call.lam, 4, b, i, 0, k, group), k, i);
-        if (call.out.data) read_rows(map.field[kOut], call.out, gates_at(call.out, 4, b, i, 0, k, group), k, i);
-      }
+    for (int64_t i = 0; i < problem_.height; i += kTileRows)
+      for (int64_t j = 0; j < problem_.width; j += kTileColumns)
+        for (int k = 0; k < problem_.num_directions; ++k) {
+          const Gates<A> map = fields(k);
+          for (int n = 0; n < 3; ++n)
+            read_tile(map.field[kLogitMinus + n], call.gates, gates_at(call.gates, 5, b, i, j, k, group) + n * call.gates.stride[4], k, i, j);
+          read_tile(map.field[kLam], call.lam, gates_at(call.lam, 4, b, i, j, k, group), k, i, j);
+          if (call.out.data) read_tile(map.field[kOut], call.out, gates_at(call.out, 4, b, i, j, k, group), k, i, j);
+        }
     for (int k = 0; k < problem_.num_directions; ++k) {
       const Scan scan(problem_, problem_.directions[k]);
       if (!call.out.data) std::fill_n(fields(k).field[kOut], sites_, A(1));
@@ -75,9 +76,11 @@ class GroupGates {
   // The gates at position 0 of a line; those at the others follow.
   Gates<A> line(const Scan& scan, int k, int64_t line) const { return fields(k) + line * scan.positions; }
 
-  SharedLine<A> along(const Call&, const Scan& scan, int k, int64_t line_) const {
-    const Gates<A> g = line(scan, k, line_);
-    return {g.field[kLam], g.field[kOut], g.field[kWeightMinus], g.field[kWeightCentre], g.field[kWeightPlus]};
+  template <bool kWhole>
+  SharedLine<A> along(const Call&, const Scan& scan, int k, int64_t line_number, int64_t, int64_t) const {
+    const Gates<A> gates = line(scan, k, line_number);
+    A* const* field = gates.field;
+    return {field[kLam], field[kOut], field[kWeightMinus], field[kWeightCentre], field[kWeightPlus]};
   }
 
   static Gates<A> site(const Gates<A>& line, const Call&, const Scan&, int, int64_t, int64_t position, bool) {
@@ -85,9 +88,9 @@ class GroupGates {
   }
 
  private:
-  // Rows are read in blocks that stay in the cache while each field of them is picked out, and whose columns fill whole
-  // cache lines of a field that is laid out by columns.
-  static constexpr int64_t kBlock = 16;
+  // The map is read in tiles that stay in the nearest cache while each field is picked out, and whose columns fill pieces
+  // of cache lines of a field that is laid out by columns.
+  static constexpr int64_t kTileRows = 8, kTileColumns = 32;
   // Only the backward pass asks for the logits again: else the weights take their place.
   static constexpr int kStored = Call::kNeedsLogits ? kNumFields : kLogitMinus;
 
@@ -98,14 +101,14 @@ class GroupGates {
     return map;
   }
 
-  void read_rows(A* to, const Strided<const T>& t, const T* from, int k, int64_t first_row) const {
-    const int64_t rows = std::min(kBlock, problem_.height - first_row);
+  void read_tile(A* to, const Strided<const T>& t, const T* from, int k, int64_t i, int64_t j) const {
+    const int64_t rows = std::min(kTileRows, problem_.height - i), columns = std::min(kTileColumns, problem_.width - j);
     if (lines_are_rows(problem_.directions[k]))
-      for (int64_t i = 0; i < rows; ++i)
-        gather(to + (first_row + i) * problem_.width, from + i * t.stride[1], t.stride[2], problem_.width);
+      for (int64_t r = 0; r < rows; ++r)
+        gather(to + (i + r) * problem_.width + j, from + r * t.stride[1], t.stride[2], columns);
     else
-      for (int64_t j = 0; j < problem_.width; ++j)
-        gather(to + j * problem_.height + first_row, from + j * t.stride[2], t.stride[1], rows);
+      for (int64_t c = 0; c < columns; ++c)
+        gather(to + (j + c) * problem_.height + i, from + c * t.stride[2], t.stride[1], rows);
   }
 
   const Problem& problem_;
@@ -131,14 +134,16 @@ class ChannelGates {
 
   Gates<A> line(const Scan&, int, int64_t) const { return buffer_; }
 
-  OwnLine<T, A> along(const Call& call, const Scan& scan, int k, int64_t line) const {
-    const int64_t row = scan.row(line, 0), column = scan.column(line, 0);
-    const auto walk = [&](const Strided<const T>& t, int axis, int64_t offset) -> typename OwnLine<T, A>::Walk {
+  // The gates of `channels` channels from `channel` on.
+  template <bool kWhole>
+  OwnLine<T, A, kWhole> along(const Call& call, const Scan& scan, int k, int64_t line, int64_t channel, int64_t channels) const {
+    const int64_t row = scan.row(line, 0), column = scan.column(line, 0), neighbour = call.gates.stride[4];
+    const auto walk = [&](const Strided<const T>& t, int axis, int64_t offset) -> typename OwnLine<T, A, kWhole>::Walk {
       if (!t.data) return {};
-      return {gates_at(t, axis, b_, row, column, k, channel_) + offset, scan.rows ? t.stride[2] : t.stride[1], t.stride[axis]};
+      return {gates_at(t, axis, b_, row, column, k, channel) + offset, scan.rows ? t.stride[2] : t.stride[1], t.stride[axis]};
     };
-    const int64_t n = call.gates.stride[4];
-    return {walk(call.lam, 4, 0), walk(call.out, 4, 0), {walk(call.gates, 5, 0), walk(call.gates, 5, n), walk(call.gates, 5, 2 * n)}, channels_};
+    const auto logits = [&](int n) { return walk(call.gates, 5, n * neighbour); };
+    return {walk(call.lam, 4, 0), walk(call.out, 4, 0), {logits(0), logits(1), logits(2)}, channels};
   }
 
   Gates<A> site(Gates<A> buffer, const Call& call, const Scan& scan, int k, int64_t line, int64_t position,

@@ -5,7 +5,7 @@
 
 namespace gspn {
 
-// Gates of a line whose channels share them: a scalar of each, broadcast once for all vectors of a site.
+// Gates of a line whose channels share them: one number of each, broadcast once for all vectors of a site.
 template <typename A>
 struct SharedLine {
   const A *lam, *out, *minus, *centre, *plus;  // at position 0; the others follow
@@ -20,62 +20,63 @@ struct SharedLine {
   GSPN_INLINE Site site(int64_t j) const { return {lam[j], out[j], {minus[j], centre[j], plus[j]}}; }
 };
 
-// Gates of a line whose channels each have their own, read where they lie.
-template <typename T, typename A>
+// Gates of a line whose channels each have their own, read where they lie. kWhole: channels lie side by side, and there
+// are as many as the scan takes.
+template <typename T, typename A, bool kWhole>
 struct OwnLine {
-  struct Walk {  // position 0 of the line, and the strides to the next position and the next channel
-    const T* data;
-    int64_t step, lane;
+  struct Walk {
+    const T* first;  // at position 0
+    int64_t step, stride;  // to the next position, and to the next channel
   };
-  Walk lam_, out_, logits_[3];
+  Walk lam, out, logits[3];
   int64_t channels;
 
   struct Site {
     const OwnLine& line;
     int64_t j;
+
     GSPN_INLINE Vector<A> read(const Walk& walk, int v) const {
-      constexpr int kLanes = Vector<A>::kLanes;
-      const T* from = walk.data + j * walk.step + v * kLanes * walk.lane;
-      __builtin_prefetch(from + kAhead * walk.step);
-      return Vector<A>::load(from, walk.lane, line.channels - v * kLanes);
+      constexpr int64_t kAhead = 4;  // sites lie pages apart, where the hardware does not look ahead by itself
+      const int64_t channel = v * Vector<A>::kLanes;
+      if constexpr (kWhole) {
+        const T* from = walk.first + j * walk.step + channel;
+        __builtin_prefetch(from + kAhead * walk.step);
+        return Vector<A>::load(from);
+      } else {
+        return Vector<A>::load_some(walk.first + j * walk.step + channel * walk.stride, walk.stride, line.channels - channel);
+      }
     }
-    GSPN_INLINE Vector<A> lam(int v) const { return read(line.lam_, v); }
-    GSPN_INLINE Vector<A> out(int v) const { return line.out_.data ? read(line.out_, v) : Vector<A>(A(1)); }
+    GSPN_INLINE Vector<A> lam(int v) const { return read(line.lam, v); }
+    GSPN_INLINE Vector<A> out(int v) const { return line.out.first ? read(line.out, v) : Vector<A>(A(1)); }
     GSPN_INLINE Weights<Vector<A>> weights(int v, bool has_minus, bool has_plus) const {
-      return normalise(read(line.logits_[0], v), read(line.logits_[1], v), read(line.logits_[2], v), has_minus, has_plus);
+      return normalise(read(line.logits[0], v), read(line.logits[1], v), read(line.logits[2], v), has_minus, has_plus);
     }
   };
   GSPN_INLINE Site site(int64_t j) const { return {*this, j}; }
-
- private:
-  static constexpr int64_t kAhead = 4;  // sites lie pages apart, where the hardware does not look ahead by itself
 };
 
-// h along a line from the line before (which may be the same memory), kVectors of channels from where the pointers
-// point, `width` channels a site. kStart: there is no line before. `value(j, v)` is x, `leave(j, v, u, h)` takes h.
-// A zero position follows the last one of `before`.
+// The new h along a line, in place of that of the line before; kStart: there is none. `h` is kVectors of channels a site
+// and a position of zeros after the last. `value(j, v)` is x, `leave(j, v, u, h)` takes what has come out.
 template <int kVectors, bool kStart, typename Line, typename A, typename Value, typename Leave>
-GSPN_INLINE void scan_line(const Line& gates, int64_t positions, int64_t width, const A* before, A* h, Value value, Leave leave) {
+GSPN_INLINE void scan_line(const Line& line, int64_t positions, A* h, Value value, Leave leave) {
   using V = Vector<A>;
-  V minus[kVectors], centre[kVectors];
+  const auto at = [&](int64_t j, int v) { return h + (j * kVectors + v) * V::kLanes; };
+  V minus[kVectors], centre[kVectors];  // of the line before: the neighbours stay in registers as j advances
   if constexpr (!kStart)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      minus[v] = A(0);
-      centre[v] = V::load(before + v * V::kLanes);
-    }
+    for (int v = 0; v < kVectors; ++v) minus[v] = A(0), centre[v] = V::load(at(0, v));
   for (int64_t j = 0; j < positions; ++j) {
-    const auto site = gates.site(j);
+    const auto site = line.site(j);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       V now = site.lam(v) * value(j, v);
       if constexpr (!kStart) {
-        const V plus = V::load(before + (j + 1) * width + v * V::kLanes);
+        const V plus = V::load(at(j + 1, v));
         now = advance(site.weights(v, j > 0, j + 1 < positions), minus[v], centre[v], plus, now);
         minus[v] = centre[v];
         centre[v] = plus;
       }
-      now.store(h + j * width + v * V::kLanes);
+      now.store(at(j, v));
       leave(j, v, site.out(v), now);
     }
   }

@@ -1,4 +1,5 @@
-// As many channels as fit a vector register, for the loops that the compiler would not keep in registers by itself.
+// As many channels as fit a vector register, for the loops that the compiler does not keep in registers by itself. Written
+// with the vector extensions that gcc and clang have for every machine.
 #pragma once
 
 #include "cpu_map.h"
@@ -39,46 +40,66 @@ struct Vector {
   GSPN_INLINE Vector(Lanes from) : lanes(from) {}
   GSPN_INLINE Vector(A value) : lanes(value - Lanes{}) {}
 
-  // The first n of kLanes elements, `stride` apart; 0 in the other lanes.
+  // kLanes elements side by side.
   template <typename T>
-  static GSPN_INLINE Vector load(const T* from, int64_t stride, int64_t n) {
+  static GSPN_INLINE Vector load(const T* from) {
     Vector v;
-    if (stride == 1 && n >= kLanes) {
-      if constexpr (std::is_same_v<T, A>) std::memcpy(&v, from, sizeof v);
-      else for (int i = 0; i < kLanes; ++i) v.lanes[i] = gspn::load(from[i]);
+    if constexpr (std::is_same_v<T, A>) {
+      std::memcpy(&v, from, sizeof v);
     } else {
-      alignas(kVectorBytes) A lane[kLanes] = {};
-      for (int i = 0; i < kLanes && i < n; ++i) lane[i] = gspn::load(from[i * stride]);
+      alignas(kVectorBytes) A lane[kLanes];
+      for (int i = 0; i < kLanes; ++i) lane[i] = gspn::load(from[i]);
       std::memcpy(&v, lane, sizeof v);
     }
     return v;
   }
-  static GSPN_INLINE Vector load(const A* from) {
-    Vector v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-  }
-  GSPN_INLINE void store(A* to) const { std::memcpy(to, &lanes, sizeof lanes); }
   template <typename T>
-  GSPN_INLINE void store(T* to, int64_t stride, int64_t n) const {
-    if (stride == 1 && n >= kLanes) {
-      if constexpr (std::is_same_v<T, A>) std::memcpy(to, &lanes, sizeof lanes);
-      else for (int i = 0; i < kLanes; ++i) gspn::store(to[i], lanes[i]);
+  GSPN_INLINE void store(T* to) const {
+    if constexpr (std::is_same_v<T, A>) {
+      std::memcpy(to, &lanes, sizeof lanes);
     } else {
       alignas(kVectorBytes) A lane[kLanes];
       std::memcpy(lane, &lanes, sizeof lane);
-      for (int i = 0; i < kLanes && i < n; ++i) gspn::store(to[i * stride], lane[i]);
+      for (int i = 0; i < kLanes; ++i) gspn::store(to[i], lane[i]);
     }
   }
+
+  // The first n of kLanes elements, `stride` apart; the other lanes are 0, and are not stored. Out of line: the rare case.
+  template <typename T>
+  static __attribute__((noinline)) Vector load_some(const T* from, int64_t stride, int64_t n) {
+    A lane[kLanes] = {};
+    gather(lane, from, stride, std::min<int64_t>(n, kLanes));
+    return load(lane);
+  }
+  template <typename T>
+  __attribute__((noinline)) void store_some(T* to, int64_t stride, int64_t n) const {
+    A lane[kLanes];
+    store(lane);
+    scatter(to, stride, lane, std::min<int64_t>(n, kLanes));
+  }
+
+  // A whole cache line, past the caches: `to` is aligned to one. Only where kStreams.
+#if defined(__AVX512F__)
+  static constexpr bool kStreams = true;
+  GSPN_INLINE void stream(A* to) const {
+    if constexpr (std::is_same_v<A, float>) _mm512_stream_ps(to, lanes);
+    else _mm512_stream_pd(to, lanes);
+  }
+  static void finish_streams() { _mm_sfence(); }  // before another thread may be told that the data is there
+#else
+  static constexpr bool kStreams = false;
+  GSPN_INLINE void stream(A* to) const { store(to); }
+  static void finish_streams() {}
+#endif
 
   friend GSPN_INLINE Vector operator+(Vector a, Vector b) { return a.lanes + b.lanes; }
   friend GSPN_INLINE Vector operator-(Vector a, Vector b) { return a.lanes - b.lanes; }
   friend GSPN_INLINE Vector operator*(Vector a, Vector b) { return a.lanes * b.lanes; }
   friend GSPN_INLINE Vector operator/(Vector a, Vector b) { return a.lanes / b.lanes; }
+
+  // What the maths of propagate.h asks of a number, for vectors of them.
   friend GSPN_INLINE Vector minimum(Vector a, Vector b) { return a.lanes < b.lanes ? a.lanes : b.lanes; }
   friend GSPN_INLINE Vector maximum(Vector a, Vector b) { return a.lanes > b.lanes ? a.lanes : b.lanes; }
-
-  // p 2^n, n in the low bits of `shifted`: as for a float.
   friend GSPN_INLINE Vector times_power_of_two(Vector p, Vector shifted) {
     using Bits = typename Register<A>::Bits;
     return (Lanes)((Bits)p.lanes + ((Bits)shifted.lanes << 23));

@@ -45,6 +45,8 @@ struct Backward {
   Strided<T> grad_x, grad_gates, grad_lam, grad_out;  // grad_out: null data where out is
 };
 
+constexpr uintptr_t kHugePage = 1 << 21;  // x86-64's and most others'
+
 // Ask for huge pages under fresh memory: a large result costs fewer page faults to fill, and fewer misses to walk.
 void prefer_huge_pages(void* data, int64_t bytes);
 
