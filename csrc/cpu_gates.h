@@ -24,13 +24,19 @@ template <typename A>
 void normalise_range(const Gates<A>& gates, int64_t n, bool has_minus, bool has_plus) {
   const A *minus = gates.field[kLogitMinus], *centre = gates.field[kLogitCentre], *plus = gates.field[kLogitPlus];
   A *w_minus = gates.field[kWeightMinus], *w_centre = gates.field[kWeightCentre], *w_plus = gates.field[kWeightPlus];
+  const auto run = [&](auto with_minus, auto with_plus) {  // known to the compiler, so that the loop has no branches
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const Weights<A> w = normalise(minus[i], centre[i], plus[i], has_minus, has_plus);
-    w_minus[i] = w.minus;
-    w_centre[i] = w.centre;
-    w_plus[i] = w.plus;
-  }
+    for (int64_t i = 0; i < n; ++i) {
+      const Weights<A> w = normalise(minus[i], centre[i], plus[i], with_minus.value, with_plus.value);
+      w_minus[i] = w.minus;
+      w_centre[i] = w.centre;
+      w_plus[i] = w.plus;
+    }
+  };
+  if (has_minus && has_plus) run(std::true_type(), std::true_type());
+  else if (has_minus) run(std::true_type(), std::false_type());
+  else if (has_plus) run(std::false_type(), std::true_type());
+  else run(std::false_type(), std::false_type());
 }
 
 // Where a gate tensor holds direction k of a site's gates from `channel`'s group on.
