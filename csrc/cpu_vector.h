@@ -48,6 +48,7 @@ struct Vector {
       std::memcpy(&v, from, sizeof v);
     } else {
       alignas(kVectorBytes) A lane[kLanes];
+#pragma omp simd
       for (int i = 0; i < kLanes; ++i) lane[i] = gspn::load(from[i]);
       std::memcpy(&v, lane, sizeof v);
     }
@@ -60,6 +61,7 @@ struct Vector {
     } else {
       alignas(kVectorBytes) A lane[kLanes];
       std::memcpy(lane, &lanes, sizeof lane);
+#pragma omp simd
       for (int i = 0; i < kLanes; ++i) gspn::store(to[i], lane[i]);
     }
   }
