@@ -1,7 +1,8 @@
 """Speed of `propagate` against its reference and against softmax attention on the same tokens and heads.
 
-`python benchmarks/operator.py [--repeats 7] [--out FILE.md]` prints one table: medians of repeats, random inputs,
-everything in one run on the machine that its last line names.
+`python -m benchmarks.operator [--repeats 7] [--out FILE.md]` prints one table for the CPU: medians of repeats, random
+inputs, everything in one run on the machine that its last line names. `--device cuda --out FOLDER` is the table for a
+GPU, with the byte floor and a kernel of the published per-line scheme beside it (benchmarks/operator_cuda.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +29,14 @@ SCALING = [(1, side, side, 384, 6) for side in (32, 64, 128, 256)]
 @dataclass
 class Options:
     """Args:
-    repeats: Timed calls of each case, after one that is not timed.
-    out: Also write the tables to this Markdown file.
+    repeats: Timed calls of each case, after one that is not timed; by default 7 on the CPU and 50 on a GPU.
+    out: Also write the tables to this Markdown file; on a GPU, to this folder.
+    device: cpu or cuda.
     """
 
-    repeats: int = 7
+    repeats: int | None = None
     out: str | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 def operands(shape: tuple[int, ...]) -> list[torch.Tensor]:
@@ -116,18 +120,23 @@ def machine() -> str:
 
 
 def main(options: Options) -> None:
-    """Time the operator against its peers, in float32 on the CPU."""
-    available, detail = status("cpu")
+    """Time the operator against its peers, in float32 on the CPU or as on a GPU's own list."""
+    available, detail = status(options.device)
     if not available:
         raise SystemExit(f"nothing to measure: {detail}")
     torch.manual_seed(0)
-    report = "\n".join(
-        [*shape_rows(options.repeats), "", *scaling_rows(options.repeats), "", f"CPU float32, {machine()}"]
-    )
+    if options.device == "cuda":
+        from benchmarks.operator_cuda import run_cases
+
+        out = Path(options.out or "benchmarks/results")
+        out.mkdir(parents=True, exist_ok=True)
+        return run_cases(out, options.repeats or 50)
+    repeats = options.repeats or 7
+    report = "\n".join([*shape_rows(repeats), "", *scaling_rows(repeats), "", f"CPU float32, {machine()}"])
     print(report)
     if options.out:
         Path(options.out).write_text(report + "\n")
 
 
 if __name__ == "__main__":
-    command(main, Options, prog="benchmarks/operator.py")
+    command(main, Options, prog="python -m benchmarks.operator")

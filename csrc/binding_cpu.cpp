@@ -19,8 +19,8 @@ gspn::Strided<T> strided(const Tensor& tensor) {
   return result;
 }
 
-Tensor fresh(const Tensor& like, std::optional<at::MemoryFormat> format = std::nullopt) {
-  Tensor result = at::empty_like(like, like.options(), format);
+Tensor fresh(const Tensor& like) {
+  Tensor result = at::empty_like(like);
   gspn::prefer_huge_pages(result.data_ptr(), int64_t(result.nbytes()));
   return result;
 }
@@ -42,7 +42,7 @@ void forward(const gspn::Problem& p, const Tensor& x, const Tensor& gates, const
 
 Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& lam, const std::optional<Tensor>& out, int64_t chunk,
                  at::IntArrayRef directions) {
-  Tensor y = fresh(x, at::MemoryFormat::Contiguous);
+  Tensor y = fresh(x);
   const auto p = problem(x, lam, chunk, directions);
   const Tensor u = out.value_or(Tensor());
   switch (x.scalar_type()) {
@@ -74,8 +74,7 @@ void backward(const gspn::Problem& p, const Tensor& grad, const Tensor& x, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> propagate_backward(const Tensor& grad, const Tensor& x, const Tensor& gates,
                                                               const Tensor& lam, const std::optional<Tensor>& out,
                                                               int64_t chunk, at::IntArrayRef directions) {
-  Tensor grad_x = fresh(x, at::MemoryFormat::Contiguous);
-  Tensor grad_gates = fresh(gates), grad_lam = fresh(lam);
+  Tensor grad_x = fresh(x), grad_gates = fresh(gates), grad_lam = fresh(lam);
   const Tensor u = out.value_or(Tensor());
   Tensor grad_out = u.defined() ? fresh(u) : x.new_empty({0});
   const auto p = problem(x, lam, chunk, directions);

@@ -62,7 +62,8 @@ class GroupGates {
         for (int k = 0; k < problem_.num_directions; ++k) {
           const Gates<A> map = fields(k);
           for (int n = 0; n < 3; ++n)
-            read_tile(map.field[kLogitMinus + n], call.gates, gates_at(call.gates, 5, b, i, j, k, group) + n * call.gates.stride[4], k, i, j);
+            read_tile(map.field[kLogitMinus + n], call.gates,
+                      gates_at(call.gates, 5, b, i, j, k, group) + n * call.gates.stride[4], k, i, j);
           read_tile(map.field[kLam], call.lam, gates_at(call.lam, 4, b, i, j, k, group), k, i, j);
           if (call.out.data) read_tile(map.field[kOut], call.out, gates_at(call.out, 4, b, i, j, k, group), k, i, j);
         }
@@ -79,12 +80,13 @@ class GroupGates {
     }
   }
 
-  // The gates at position 0 of a line; those at the others follow.
+  // The gates of a line: as the backward pass takes them, those at the other positions following those at 0, and as a
+  // forward scan does.
   Gates<A> line(const Scan& scan, int k, int64_t line) const { return fields(k) + line * scan.positions; }
 
   template <bool kWhole>
-  SharedLine<A> along(const Call&, const Scan& scan, int k, int64_t line_number, int64_t, int64_t) const {
-    const Gates<A> gates = line(scan, k, line_number);
+  SharedLine<A> along(const Call&, const Scan& scan, int k, int64_t number, int64_t, int64_t) const {
+    const Gates<A> gates = line(scan, k, number);
     A* const* field = gates.field;
     return {field[kLam], field[kOut], field[kWeightMinus], field[kWeightCentre], field[kWeightPlus]};
   }
@@ -140,13 +142,15 @@ class ChannelGates {
 
   Gates<A> line(const Scan&, int, int64_t) const { return buffer_; }
 
-  // The gates of `channels` channels from `channel` on.
+  // The gates of a line for a forward scan, of `channels` channels from `channel` on.
   template <bool kWhole>
-  OwnLine<T, A, kWhole> along(const Call& call, const Scan& scan, int k, int64_t line, int64_t channel, int64_t channels) const {
+  OwnLine<T, A, kWhole> along(const Call& call, const Scan& scan, int k, int64_t line, int64_t channel,
+                              int64_t channels) const {
     const int64_t row = scan.row(line, 0), column = scan.column(line, 0), neighbour = call.gates.stride[4];
     const auto walk = [&](const Strided<const T>& t, int axis, int64_t offset) -> typename OwnLine<T, A, kWhole>::Walk {
       if (!t.data) return {};
-      return {gates_at(t, axis, b_, row, column, k, channel) + offset, scan.rows ? t.stride[2] : t.stride[1], t.stride[axis]};
+      const T* first = gates_at(t, axis, b_, row, column, k, channel) + offset;
+      return {first, scan.rows ? t.stride[2] : t.stride[1], t.stride[axis]};
     };
     const auto logits = [&](int n) { return walk(call.gates, 5, n * neighbour); };
     return {walk(call.lam, 4, 0), walk(call.out, 4, 0), {logits(0), logits(1), logits(2)}, channels};

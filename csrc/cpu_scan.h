@@ -43,7 +43,8 @@ struct OwnLine {
         __builtin_prefetch(from + kAhead * walk.step);
         return Vector<A>::load(from);
       } else {
-        return Vector<A>::load_some(walk.first + j * walk.step + channel * walk.stride, walk.stride, line.channels - channel);
+        const T* from = walk.first + j * walk.step + channel * walk.stride;
+        return Vector<A>::load_some(from, walk.stride, line.channels - channel);
       }
     }
     GSPN_INLINE Vector<A> lam(int v) const { return read(line.lam, v); }

@@ -41,7 +41,7 @@ GSPN_INLINE float times_power_of_two(float p, float shifted) {
   return p;
 }
 
-// e^x for x <= 0, and up to 86. On the CPU in float32 a polynomial without branches, so that loops over channels vectorise:
+// e^x for x <= 0, and up to 86. On the CPU in float32 a polynomial without branches, so that channels go in vectors:
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2. Below -86 it returns e^-86, about 4e-38.
 GSPN_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
@@ -87,8 +87,8 @@ GSPN_INLINE T inverse_sigmoid(T l, T shift) {
 
 // Row-stochastic weights of three logits; has_minus and has_plus are 0 where the neighbour lies outside the map.
 //
-// σ's are proportional to products of the other two's inverses: one division. Where all logits lie far below 0, σ(l) is e^l,
-// and moving them up together changes nothing but that e^-l stays finite: weights are finite and sum to 1 for logits of any
+// The three are as the products of the other two's 1 / σ: one division. Where all logits lie far below 0, σ(l) is e^l, and
+// moving them up together changes nothing but that e^-l stays finite: weights are finite and sum to 1 for logits of any
 // size.
 template <typename T, typename Has>
 GSPN_INLINE Weights<T> normalise(T minus, T centre, T plus, Has has_minus, Has has_plus) {

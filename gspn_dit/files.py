@@ -1,11 +1,15 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and folders that are continued only as they were begun."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from gspn_dit.errors import InputError
 
 
 @contextmanager
@@ -20,3 +24,41 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: dict[str, Any]) -> None:
+    """Write a JSON file, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def begin_or_continue(path: Path, settings: dict[str, Any], option: str, ignored: tuple[str, ...] = ()) -> None:
+    """Write what a folder's contents are made with into it, or check that they were begun with the same.
+
+    Args:
+        path: The JSON file in that folder.
+        settings: What JSON can hold.
+        option: The command's option that names the folder, for the error.
+        ignored: Keys that may differ.
+
+    Raises :class:`InputError`, naming the first key that differs, with both values.
+    """
+    if not path.exists():
+        write_json(path, settings)
+        return
+    try:
+        begun = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): restore it, or choose another --{option}") from error
+    for key, value in json.loads(json.dumps(settings)).items():
+        if key not in ignored and begun.get(key) != value:
+            raise InputError(
+                f"{key}={_shorten(value)}: {path.parent} was begun with {key}={_shorten(begun.get(key))}; "
+                f"run with the same, or choose another --{option}"
+            )
+
+
+def _shorten(value: object) -> str:
+    """A value as it fits into one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"

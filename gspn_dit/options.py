@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -36,15 +37,18 @@ def parse(
     *,
     prog: str | None = None,
     description: str | None = None,
+    positional: Sequence[str] = (),
     exit_on_error: bool = True,
 ) -> Options:
     """Build a dataclass of options from `--config FILE.yaml` and `--key value` pairs; later ones win.
 
-    Option names may be written with hyphens or underscores. On bad input it prints one line and exits with status 2,
-    or raises :class:`InputError` if `exit_on_error` is false.
+    Option names may be written with hyphens or underscores; `positional` names the options that bare words are, in
+    their order. On bad input it prints one line and exits with status 2, or raises :class:`InputError` if
+    `exit_on_error` is false.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    usage = f"%(prog)s {' '.join(map(str.upper, positional))} [--option value …]" if positional else None
+    parser = ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", help="a YAML file of the options below")
     parser.add_class_arguments(options, nested_key=None)
     kinds = _kinds(options)
@@ -54,7 +58,7 @@ def parse(
                 action.help = SUPPRESS
         parser.parse_args(["--help"])
     try:
-        given = _given(argv, kinds)
+        given = _given(argv, kinds, positional)
         try:
             namespace: Namespace = parser.parse_args([f"--{key}={value}" for key, value in given])
             namespace = parser.instantiate(namespace)
@@ -73,10 +77,15 @@ def parse(
 
 
 def command(
-    main: Callable[[Options], None], options: type[Options], *, prog: str, argv: Sequence[str] | None = None
+    main: Callable[[Options], None],
+    options: type[Options],
+    *,
+    prog: str,
+    argv: Sequence[str] | None = None,
+    positional: Sequence[str] = (),
 ) -> None:
     """Run a command: parse its options, call it, and turn an :class:`InputError` into one line and exit status 2."""
-    parsed = parse(options, argv, prog=prog, description=(main.__doc__ or "").strip() or None)
+    parsed = parse(options, argv, prog=prog, description=(main.__doc__ or "").strip() or None, positional=positional)
     try:
         main(parsed)
     except InputError as error:
@@ -84,8 +93,9 @@ def command(
 
 
 def fail(error: InputError, prog: str) -> None:
-    """Print the error as one line and exit with status 2."""
-    print(f"{prog}: error: {error}", file=sys.stderr)
+    """Print the error as one line, of a machine's processes the first alone, and exit with status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{prog}: error: {error}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -97,12 +107,15 @@ def _kinds(options: type, prefix: str = "") -> dict[str, Any]:
     return kinds
 
 
-def _given(argv: Sequence[str], kinds: dict[str, Any]) -> list[tuple[str, str]]:
+def _given(argv: Sequence[str], kinds: dict[str, Any], positional: Sequence[str] = ()) -> list[tuple[str, str]]:
     """The (key, value) pairs of a command line, those of its YAML files in their places."""
-    given, words = [], list(argv)
+    given, words, bare = [], list(argv), list(positional)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
+            if bare:
+                given.append((bare.pop(0), word))
+                continue
             after = f" after --{given[-1][0].replace('_', '-')} {given[-1][1]}" if given else ""
             raise InputError(f"{word!r}{after}: wanted `--option value`, several values with commas between them")
         typed, equals, value = word.partition("=")
@@ -110,9 +123,12 @@ def _given(argv: Sequence[str], kinds: dict[str, Any]) -> list[tuple[str, str]]:
         if key != "config":
             _check_key(key, typed, kinds, lambda known: "--" + known.replace("_", "-"))
         if not equals:
-            if not words or words[0].startswith("--"):
+            if words and not words[0].startswith("--"):
+                value = words.pop(0)
+            elif {bool, str} <= set(get_args(kinds.get(key))):  # a switch that may be told more
+                value = "true"
+            else:
                 raise InputError(f"{typed}: no value; wanted {_wanted(kinds.get(key, str))}")
-            value = words.pop(0)
         given += _from_yaml(value, kinds) if key == "config" else [(key, _as_typed(value, kinds.get(key)))]
     return given
 

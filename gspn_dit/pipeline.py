@@ -224,6 +224,18 @@ def load_pipeline(path: str | os.PathLike) -> GSPNDiTPipeline:
         raise InputError(f"model={str(path)!r}: its files cannot be read ({reason}); make them again") from error
 
 
+def find_checkpoint(path: str | os.PathLike) -> Path | None:
+    """The checkpoint that :func:`load_pipeline` would take of a run or a checkpoint now; None for an exported folder.
+
+    A run in training goes on writing checkpoints: who loads twice finds it once. Raises :class:`InputError`.
+    """
+    folder = packaged("digits") if str(path) == "digits" else Path(path)
+    try:
+        return None if (folder / "model_index.json").is_file() else _newest_checkpoint(folder).resolve()
+    except InputError as error:
+        raise InputError(f"model={str(path)!r}: {error}") from error
+
+
 def _newest_checkpoint(folder: Path) -> Path:
     """The folder itself if it is a checkpoint, else the newest checkpoint of the run it is."""
     if not folder.is_dir():

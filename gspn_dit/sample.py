@@ -1,26 +1,33 @@
-"""The command `python sample.py`: images from a trained model, as a grid, single files, or an npz batch."""
+"""The command `python sample.py`: images from a trained model, as a grid, single files, or an npz batch.
+
+`accelerate launch sample.py …` shares the images among its processes. They go to a folder one by one, so a run that was
+cut goes on where it was when the command is given again; a grid or an npz alone is put together from a hidden folder
+beside it, which then goes.
+"""
 
 from __future__ import annotations
 
-import csv
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from diffusers.utils.logging import disable_progress_bar
-from torch import Tensor
 from tqdm import tqdm
 
-from gspn_dit.devices import choose_device
-from gspn_dit.diffusion import create_scheduler, image_generator, objective_of
+from gspn_dit.data import downsampling
+from gspn_dit.devices import join_processes
+from gspn_dit.diffusion import create_scheduler, objective_of
 from gspn_dit.diffusion.sampling import check_steps
+from gspn_dit.drawing import begin, draw_missing, image_file, weights_sha256
 from gspn_dit.errors import InputError
-from gspn_dit.files import replacing
 from gspn_dit.options import require
-from gspn_dit.pictures import save_grid, save_image
-from gspn_dit.pipeline import GSPNDiTPipeline, load_pipeline
+from gspn_dit.pictures import load_image, save_grid, save_npz
+from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline
 
 
 @dataclass
@@ -29,23 +36,26 @@ class SampleOptions:
 
     Args:
         model: A run, a checkpoint folder, an exported folder, or `digits`.
-        class_labels: Class ids or names between commas, taken in turn; all classes if not given.
+        class_labels: Class ids or names between commas; all classes if not given.
+        labels: `balanced` takes these classes in turn, `random` draws each image's by the seed.
         num_images: How many images.
         guidance_scale: Classifier-free guidance, 1 for none; the model's own default if not given.
         guidance_interval: Share of the noise levels at which guidance acts, 0 clean and 1 pure noise.
         num_inference_steps: Denoising steps; the model's own default if not given.
         sampler: `ddpm`, `ddim` or `dpm++` for a ddpm model; `euler` or `heun` for a flow model.
-        seed: Image i is a function of (seed, i), whatever the batch size.
-        batch_size: Images at a time.
+        seed: Image i is a function of (seed, i), whatever the batch size and the number of processes.
+        batch_size: Images at a time, in each process.
         height: Pixels; the trained size if not given.
         width: Pixels; the trained size if not given.
         out: A `.png` for one grid, or a folder for single PNGs and labels.csv; `samples.png` unless there is `npz`.
-        npz: A file for the images as uint8 (N, H, W, 3) `arr_0` and their `labels`.
+        npz: A file for the images as ADM has them, uint8 (N, H, W, 3) `arr_0` and labels `arr_1`; without a name, the
+            name of the folder `out` and `.npz`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
     """
 
     model: str = "digits"
     class_labels: str | None = None
+    labels: Literal["balanced", "random"] = "balanced"
     num_images: int = 16
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
@@ -56,7 +66,7 @@ class SampleOptions:
     height: int | None = None
     width: int | None = None
     out: str | None = None
-    npz: str | None = None
+    npz: bool | str | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -70,10 +80,14 @@ class SampleOptions:
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             require(0 <= low < high <= 1, "guidance_interval", self.guidance_interval, "0 <= low < high <= 1")
+        self.npz = self.npz or None
         if self.out is None and self.npz is None:
             self.out = "samples.png"
         if self.out is not None:
             require(self.single_files or Path(self.out).suffix == ".png", "out", self.out, "a .png file or a folder")
+        if self.npz is True:
+            require(self.single_files, "npz", True, "a file name, or --out with a folder that gives it its name")
+            self.npz = f"{Path(self.out)}.npz"
         if self.npz is not None:
             require(Path(self.npz).suffix == ".npz", "npz", self.npz, "a file name ending in .npz")
 
@@ -84,70 +98,117 @@ class SampleOptions:
             return False
         return self.out.endswith(("/", os.sep)) or not Path(self.out).suffix or Path(self.out).is_dir()
 
+    @property
+    def folder(self) -> Path:
+        """Where the single images go: `out`, or a hidden folder beside the one file that is made of them."""
+        if self.single_files:
+            return Path(self.out)
+        path = Path(self.out or self.npz)
+        return path.with_name(f".{path.name}.images")
+
 
 def main(options: SampleOptions) -> None:
     """Draw images from a trained model. Image i depends on the seed and i alone."""
     disable_progress_bar()  # diffusers' own, while it loads
     check_outputs(options)
-    device = choose_device(options.device)
-    pipe = load_pipeline(options.model)
-    labels = choose_labels(pipe, options.class_labels)
-    labels = [labels[i % len(labels)] for i in range(options.num_images)]
-    pipe.latent_size(options.height, options.width)
+    processes, device = join_processes(options.device)
+    # of a run in training the newest checkpoint changes: one process says which it is
+    (checkpoint,) = broadcast_object_list([find_checkpoint(options.model) if processes.is_main_process else None])
+    pipe = load_pipeline(checkpoint or options.model)
+    labels = choose_labels(pipe, options)
     if options.sampler is not None:
         pipe.scheduler = create_scheduler(objective_of(pipe.scheduler), options.sampler)
-    check_steps(pipe.scheduler, options.num_inference_steps or pipe.config.num_inference_steps)
-    for folder in output_folders(options).values():
-        folder.mkdir(parents=True, exist_ok=True)
-    images = draw(pipe.to(device), labels, options)
-    if options.out is not None and not options.single_files:
-        save_grid(images, options.out)
+    choices = resolve(pipe, options)
+    missing: list[int] = []
+    if processes.is_main_process:
+        for folder in output_folders(options).values():
+            folder.mkdir(parents=True, exist_ok=True)
+        settings = describe(pipe, options, choices) | {"model": str(checkpoint or options.model)}
+        missing = start(options, settings, labels)
+    (missing,) = broadcast_object_list([missing])
+    draw_missing(
+        pipe.to(device),
+        options.folder,
+        labels,
+        missing,
+        processes,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        **choices,
+    )
+    if processes.is_main_process:
+        assemble(options, labels, (choices["height"], choices["width"]))
+        print(f"{len(labels)} images: {', '.join(path for path in (options.out, options.npz) if path is not None)}")
+    processes.destroy_process_group()
+
+
+def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
+    """The class id of every image; the first are the same however many there are."""
+    if options.class_labels is None:
+        classes = list(range(pipe.transformer.config.num_classes))
+    elif options.class_labels in (pipe.config.class_names or []):  # one name, which may hold commas
+        classes = pipe.class_ids([options.class_labels])
+    else:
+        classes = pipe.class_ids([label.strip() for label in options.class_labels.split(",")])
+    if options.labels == "balanced":
+        return [classes[i % len(classes)] for i in range(options.num_images)]
+    draws = np.random.Generator(np.random.Philox(key=options.seed)).random(options.num_images)
+    return [classes[int(draw * len(classes))] for draw in draws]
+
+
+def resolve(pipe: GSPNDiTPipeline, options: SampleOptions) -> dict[str, Any]:
+    """The options of the pipeline's call, with its own defaults in their places. Raises :class:`InputError`."""
+    own, factor = pipe.config, downsampling(pipe.vae)
+    height, width = (factor * side for side in pipe.latent_size(options.height, options.width))
+    choices = {
+        "guidance_scale": own.guidance_scale if options.guidance_scale is None else options.guidance_scale,
+        "guidance_interval": options.guidance_interval or own.guidance_interval,
+        "num_inference_steps": options.num_inference_steps or own.num_inference_steps,
+        "height": height,
+        "width": width,
+    }
+    check_steps(pipe.scheduler, choices["num_inference_steps"])
+    return choices
+
+
+def describe(pipe: GSPNDiTPipeline, options: SampleOptions, choices: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the images are a function of, for JSON; how many there are and who draws them is no part."""
+    scheduler = {key: value for key, value in sorted(pipe.scheduler.config.items()) if not key.startswith("_")}
+    return {
+        "model_weights": weights_sha256(pipe.transformer, pipe.vae),
+        "seed": options.seed,
+        "class_labels": options.class_labels,
+        "labels": options.labels,
+        **choices,
+        "sampler": type(pipe.scheduler).__name__,
+        "scheduler": scheduler,
+    }
+
+
+def start(options: SampleOptions, settings: dict[str, Any], labels: list[int]) -> list[int]:
+    """Begin or continue the folder of images; a hidden one that other settings left is begun anew."""
+    try:
+        return begin(options.folder, settings, labels)
+    except InputError:
+        if options.single_files:
+            raise
+        shutil.rmtree(options.folder)
+        return begin(options.folder, settings, labels)
+
+
+def assemble(options: SampleOptions, labels: list[int], image_size: tuple[int, int]) -> None:
+    """Put the grid or the npz together from the folder of images, and remove a folder that nobody asked for."""
+    paths = [options.folder / image_file(i) for i in range(len(labels))]
     if options.npz is not None:
-        with replacing(options.npz) as temporary, open(temporary, "wb") as file:
-            np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), labels=np.array(labels))
-    if options.single_files:
-        with replacing(Path(options.out) / "labels.csv") as temporary, open(temporary, "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["file", "label"])
-            table.writerows([f"{i:06d}.png", label] for i, label in enumerate(labels))
-    print(f"{len(labels)} images: {', '.join(path for path in (options.out, options.npz) if path is not None)}")
-
-
-def draw(pipe: GSPNDiTPipeline, labels: list[int], options: SampleOptions) -> Tensor:
-    """The images, uint8 (N, 3, H, W) on the CPU; a folder's PNGs are written as they come, and none returned for it
-    alone, so that memory does not grow with their number."""
-    keep = options.npz is not None or not options.single_files
-    images = []
-    pipe.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None)
-    with tqdm(total=len(labels), desc="sampling", unit="image", smoothing=0) as bar:
-        for start in range(0, len(labels), options.batch_size):
-            batch = labels[start : start + options.batch_size]
-            pictures = pipe(
-                batch,
-                guidance_scale=options.guidance_scale,
-                guidance_interval=options.guidance_interval,
-                num_inference_steps=options.num_inference_steps,
-                height=options.height,
-                width=options.width,
-                generator=[image_generator(options.seed, start + j) for j in range(len(batch))],
-                output_type="uint8",
-            ).images.cpu()
-            if options.single_files:
-                for j, picture in enumerate(pictures):
-                    save_image(picture, Path(options.out) / f"{start + j:06d}.png")
-            if keep:
-                images.append(pictures)
-            bar.update(len(batch))
-    return torch.cat(images) if keep else torch.empty(0)
-
-
-def choose_labels(pipe: GSPNDiTPipeline, class_labels: str | None) -> list[int]:
-    """Class ids of the option's ids and names; all of the model's if it is None."""
-    if class_labels is None:
-        return list(range(pipe.transformer.config.num_classes))
-    if class_labels in (pipe.config.class_names or []):  # one name, which may hold commas
-        return pipe.class_ids([class_labels])
-    return pipe.class_ids([label.strip() for label in class_labels.split(",")])
+        bar = tqdm(paths, desc="npz", unit="image", leave=False)
+        ids = np.array(labels, dtype=np.int64)
+        batches = (load_image(path)[None] for path in bar)
+        save_npz(batches, (len(labels), *image_size, 3), options.npz, arr_1=ids, labels=ids)
+    if not options.single_files:
+        if options.out is not None:
+            images = np.stack([load_image(path) for path in paths])
+            save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), options.out)
+        shutil.rmtree(options.folder)
 
 
 def output_folders(options: SampleOptions) -> dict[str, Path]:
@@ -170,7 +231,7 @@ def check_outputs(options: SampleOptions) -> None:
         if Path(path).is_dir() and folder != Path(path):
             raise InputError(f"{key}={path!r}: is a folder; wanted a file name")
     if options.single_files:
-        new = {f"{i:06d}.png" for i in range(options.num_images)}
+        new = {image_file(i) for i in range(options.num_images)}
         if stale := sorted(path.name for path in Path(options.out).glob("*.png") if path.name not in new):
             raise InputError(f"out={options.out!r}: {len(stale)} PNGs of another run would stay there ({stale[0]}, …); "
                              "empty it or name another folder")  # fmt: skip

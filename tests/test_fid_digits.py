@@ -93,8 +93,11 @@ def test_the_command_scores_held_out_digits_as_near_and_recognised(held_out, tmp
     assert metrics["class_accuracy"] >= 0.97
     assert (metrics["num_samples"], metrics["num_reference"]) == (500, 4500)
     assert (metrics["reference"], metrics["features"]) == ("digits", "digits")
-    assert 8 < metrics["inception_score"] <= 10  # ten classes: 10 if evenly spread and always certain
-    assert metrics["inception_score_splits"] == 10
+    assert 9 < metrics["inception_score"] <= 10  # ten classes: 10 if evenly spread and always certain
+    assert 8 < metrics["inception_score_torch_fidelity"] <= 10
+    assert (metrics["inception_score_splits"], metrics["inception_score_std"]) == (1, 0)
+    assert "5000" in metrics["inception_score_convention"]
+    assert metrics["precision"] > 0.7 and metrics["recall"] > 0.5
     assert metrics["weights_sha256"] == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
 
     # Digits upside down keep their strokes but are other digits: farther away, and not recognised.
@@ -102,6 +105,7 @@ def test_the_command_scores_held_out_digits_as_near_and_recognised(held_out, tmp
     flipped = json.loads(Path(options["out"]).read_text())
     assert flipped["fd"] > 5 * metrics["fd"]
     assert flipped["class_accuracy"] < 0.7
+    assert flipped["precision"] < metrics["precision"]
 
 
 def test_the_figures_are_those_of_torch_fidelity(held_out, tmp_path):
@@ -111,8 +115,10 @@ def test_the_figures_are_those_of_torch_fidelity(held_out, tmp_path):
     metrics = evaluate(open_samples(samples), open_samples(reference), create_extractor("digits"))
     expected = torch_fidelity.calculate_metrics(
         input1=samples, input2=reference, feature_extractor="gspn-dit-digits", feature_extractor_weights_path=WEIGHTS,
-        fid=True, isc=True, cuda=False, save_cpu_ram=True, verbose=False,
+        fid=True, isc=True, prc=True, feature_layer_prc="64", cuda=False, save_cpu_ram=True, verbose=False,
     )  # fmt: skip
-    assert metrics["fd"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
-    assert metrics["inception_score"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
-    assert metrics["inception_score_std"] == pytest.approx(expected["inception_score_std"], rel=1e-6)
+    assert metrics["fd"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+    assert metrics["inception_score_torch_fidelity"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    assert metrics["inception_score_torch_fidelity_std"] == pytest.approx(expected["inception_score_std"], rel=1e-6)
+    assert metrics["precision"] == pytest.approx(expected["precision"], rel=1e-6)
+    assert metrics["recall"] == pytest.approx(expected["recall"], rel=1e-6)

@@ -12,6 +12,8 @@ from gspn_dit.fid.evaluate import Options, main
 from gspn_dit.fid.images import open_reference, open_samples
 from gspn_dit.options import command
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*(rank-deficient|so no sfid|no precision)")
+
 
 def write_images(folder, count=3, size=(32, 32), labels=None):
     """PNGs of noise, 0.png, 1.png, …; the images as uint8 (N, H, W, 3)."""
@@ -152,6 +154,14 @@ def test_a_bad_npz_ends_the_command_in_one_line(tmp_path, capsys, arrays, named)
         ({"mu": np.zeros(64), "sigma": np.eye(64)}, ["mu is float64 (64,)", "(2048,)"]),
         ({"mu": np.zeros(2048), "sigma": np.eye(64)}, ["sigma is float64 (64, 64)", "(2048, 2048)"]),
         ({"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, ["mu is float64 (2048,)", "finite"]),
+        ({"mu": np.zeros(2048, int), "sigma": np.eye(2048)}, ["mu is int64 (2048,)", "finite floats"]),
+        ({"mu": np.zeros(2048)}, ["mu without sigma"]),
+        ({"sigma_s": np.eye(2023)}, ["sigma_s without mu_s"]),
+        ({"mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}, ["mu_s and sigma_s without mu and sigma"]),
+        (
+            {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2048), "sigma_s": np.eye(2048)},
+            ["mu_s is float64 (2048,)", "(2023,)"],
+        ),
     ],
 )
 def test_statistics_that_do_not_suit_end_the_command_in_one_line(tmp_path, capsys, arrays, named):
@@ -160,6 +170,22 @@ def test_statistics_that_do_not_suit_end_the_command_in_one_line(tmp_path, capsy
     np.savez(tmp_path / "reference.npz", arr_0=images, **arrays)
     reference = tmp_path / "reference.npz"
     refused(tmp_path, capsys, tmp_path / "samples", ["reference=", "reference.npz", *named], reference=reference)
+
+
+def test_a_flipped_bit_in_the_images_is_found(tmp_path, capsys):
+    np.savez(tmp_path / "batch.npz", arr_0=write_images(tmp_path / "images"))
+    damaged = bytearray((tmp_path / "batch.npz").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "batch.npz").write_bytes(damaged)
+    refused(tmp_path, capsys, tmp_path / "batch.npz", ["samples=", "batch.npz", "arr_0.npy"])
+
+
+def test_compressed_and_fortran_ordered_images_are_read_too(tmp_path):
+    pixels = write_images(tmp_path / "images")
+    np.savez_compressed(tmp_path / "compressed.npz", arr_0=pixels)
+    np.savez(tmp_path / "columns.npz", arr_0=np.asfortranarray(pixels))
+    for name in ("compressed", "columns"):
+        np.testing.assert_array_equal(stacked(open_samples(str(tmp_path / f"{name}.npz"))), pixels)
 
 
 def test_files_that_are_no_npz_are_refused(tmp_path, capsys):

@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch_fidelity import FeatureExtractorInceptionV3, feature_extractor_inceptionv3
+import torch_fidelity
+from made_inception import random_inception, write_noise
+from torch_fidelity import feature_extractor_inceptionv3
 
 from gspn_dit.errors import InputError
 from gspn_dit.fid.evaluate import evaluate
 from gspn_dit.fid.extractors import create_extractor
 from gspn_dit.fid.images import open_reference, open_samples
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*(rank-deficient|so no sfid|no precision)")
 ROOT = Path(__file__).parents[1]
 COUNT = 6
 
@@ -25,27 +27,8 @@ COUNT = 6
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
     """torch-fidelity's own InceptionV3 at random weights that keep activations alive, and its file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = FeatureExtractorInceptionV3("random", ["2048", "logits_unbiased"])
-    torch.manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     file = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(network.state_dict(), file)
-    return network, file
-
-
-def write_noise(folder, low, high, seed):
-    """PNGs of 8×8 blocks of colours in [low, high); the images as uint8 (COUNT, 3, 64, 64)."""
-    folder.mkdir()
-    blocks = np.random.default_rng(seed).integers(low, high, (COUNT, 8, 8, 3), dtype=np.uint8)
-    pixels = blocks.repeat(8, axis=1).repeat(8, axis=2)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{i:02}.png")
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return random_inception(file), file
 
 
 def distance_of_few(samples, reference):
@@ -60,13 +43,14 @@ def distance_of_few(samples, reference):
 @pytest.mark.slow
 def test_the_command_gives_the_fid_of_these_weights(inception, tmp_path):
     network, file = inception
-    samples = write_noise(tmp_path / "samples", 0, 256, seed=1)
-    reference = write_noise(tmp_path / "reference", 60, 160, seed=2)
+    samples = write_noise(tmp_path / "samples", 0, 256, seed=1, count=COUNT)
+    reference = write_noise(tmp_path / "reference", 60, 160, seed=2, count=COUNT)
     out = tmp_path / "metrics.json"
     options = ["--samples", tmp_path / "samples", "--reference", tmp_path / "reference", "--features", "inception"]
     command = [sys.executable, ROOT / "fid/evaluate.py", *options, "--weights", file, "--out", out]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("UserWarning") == 1  # of few images, once for both sets and both covariances
     assert f"{COUNT} images for 2048 features" in done.stderr
     metrics = json.loads(out.read_text())
 
@@ -74,8 +58,10 @@ def test_the_command_gives_the_fid_of_these_weights(inception, tmp_path):
         (features, _), (reference_features, _) = network(samples), network(reference)
     assert metrics["fid"] == pytest.approx(distance_of_few(features, reference_features), rel=1e-4)
     assert metrics["fid"] > 0
-    assert metrics["inception_score_splits"] == COUNT  # fewer images than the usual 10 splits: one each,
-    assert metrics["inception_score"] == pytest.approx(1)  # and an image is no more diverse than itself
+    assert metrics["inception_score_splits"] == 1
+    assert 1.5 < metrics["inception_score"] <= COUNT
+    # Fewer images than torch-fidelity's 10 splits: one each, and an image is no more diverse than itself.
+    assert metrics["inception_score_torch_fidelity"] == pytest.approx(1)
     assert (metrics["num_samples"], metrics["num_reference"]) == (COUNT, COUNT)
     assert metrics["reference_statistics"] == "of its images"
     assert (metrics["features"], metrics["weights"]) == ("inception", "inception.pth")
@@ -88,8 +74,8 @@ def test_the_command_gives_the_fid_of_these_weights(inception, tmp_path):
 def test_an_adm_reference_is_its_statistics_not_its_images(inception, tmp_path, images):
     """ADM's mu and sigma are over the whole dataset; the images beside them are fewer and would give another FID."""
     network, file = inception
-    samples = write_noise(tmp_path / "samples", 0, 256, seed=1)
-    whole = write_noise(tmp_path / "whole", 60, 160, seed=2)
+    samples = write_noise(tmp_path / "samples", 0, 256, seed=1, count=COUNT)
+    whole = write_noise(tmp_path / "whole", 60, 160, seed=2, count=COUNT)
     with torch.inference_mode():
         (features, _), (whole_features, _) = network(samples), network(whole)
     few = {"arr_0": whole[:2].permute(0, 2, 3, 1).numpy()} if images else {}
@@ -98,8 +84,54 @@ def test_an_adm_reference_is_its_statistics_not_its_images(inception, tmp_path, 
     reference = open_reference(str(tmp_path / "adm.npz"), (64, 64))
     metrics = evaluate(open_samples(str(tmp_path / "samples")), reference, create_extractor("inception", str(file)))
     assert metrics["fid"] == pytest.approx(distance_of_few(features, whole_features), rel=1e-3)
+    assert "sfid" not in metrics  # there are no mu_s and sigma_s, and
+    assert "precision" not in metrics  # two images are too few to have neighbours
     assert metrics["num_reference"] is None
     assert (metrics["reference"], metrics["reference_statistics"]) == (reference.source, "mu and sigma of the file")
+
+
+@pytest.mark.slow
+def test_the_figures_are_those_of_torch_fidelity(inception, tmp_path):
+    write_noise(tmp_path / "samples", 0, 256, seed=1, count=15)
+    write_noise(tmp_path / "reference", 0, 100, seed=2, count=16)
+    samples, reference = str(tmp_path / "samples"), str(tmp_path / "reference")
+    metrics = evaluate(open_samples(samples), open_samples(reference), create_extractor("inception", inception[1]))
+    common = dict(
+        input1=samples, input2=reference, feature_extractor="gspn-dit-inception", batch_size=1, cache=False,
+        feature_extractor_weights_path=inception[1], cuda=False, save_cpu_ram=True, verbose=False,
+    )  # fmt: skip
+    expected = torch_fidelity.calculate_metrics(fid=True, isc=True, prc=True, **common)
+    assert metrics["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+    assert metrics["inception_score_torch_fidelity"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    assert metrics["inception_score_torch_fidelity_std"] == pytest.approx(expected["inception_score_std"], rel=1e-6)
+    assert metrics["precision"] == pytest.approx(expected["precision"], rel=1e-6)
+    assert metrics["recall"] == pytest.approx(expected["recall"], rel=1e-6)
+    # ADM's splits of 5000 are one split here, of images as they come.
+    whole = torch_fidelity.calculate_metrics(isc=True, isc_splits=1, samples_shuffle=False, **common)
+    assert metrics["inception_score"] == pytest.approx(whole["inception_score_mean"], rel=1e-6)
+    assert metrics["inception_score"] > 1.5
+
+
+@pytest.mark.slow
+def test_spatial_features_are_the_first_channels_of_mixed_6_before_pooling(inception, tmp_path):
+    """ADM's tensor mixed_6/conv:0 is (N, 17, 17, 192) and comes after batch norm and ReLU; 7 channels are kept."""
+    network, file = inception
+    images = write_noise(tmp_path / "images", 0, 256, seed=3, count=2)
+    maps = []
+    hook = network.Mixed_6d.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    with torch.inference_mode():
+        features, logits = network(images)
+    hook.remove()
+    assert maps[0].shape == (2, 768, 17, 17)
+    assert network.Mixed_6d.branch1x1.conv.out_channels == 192
+
+    layers = create_extractor("inception", str(file))(images)
+    assert layers["mixed_6"].shape == (2, 2023)
+    as_channels_last = maps[0][:, :7].permute(0, 2, 3, 1)  # the order of a TensorFlow array
+    torch.testing.assert_close(layers["mixed_6"].view(2, 17, 17, 7), as_channels_last)
+    assert layers["mixed_6"].min() == 0 < layers["mixed_6"].max()  # rectified, and not dead
+    torch.testing.assert_close(layers["2048"], features)
+    torch.testing.assert_close(layers["logits_unbiased"], logits)
 
 
 class Hostile:

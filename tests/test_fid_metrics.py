@@ -1,17 +1,21 @@
 """The figures against closed forms: Gaussians whose distance is known, logits whose score is known."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch_fidelity import FeatureExtractorBase
+from torch_fidelity.metric_isc import isc_features_to_metric
 
 from gspn_dit.errors import InputError
 from gspn_dit.fid.evaluate import evaluate
 from gspn_dit.fid.extractors import Extractor
 from gspn_dit.fid.images import ImageSet
-from gspn_dit.fid.metrics import class_accuracy, frechet_distance, inception_score, statistics
+from gspn_dit.fid.metrics import ClassAccuracy, InceptionScore, adm_splits, frechet_distance, torch_fidelity_splits
+from gspn_dit.fid.moments import Moments
 
 
 def gaussian(mean, covariance, count=64, seed=0):
@@ -23,8 +27,15 @@ def gaussian(mean, covariance, count=64, seed=0):
     return white @ torch.linalg.cholesky(covariance).T + mean
 
 
+def statistics(points, batch=50):
+    moments = Moments(points.shape[1])
+    for part in points.split(batch):
+        moments.update(torch.tensor([]), part)
+    return moments.statistics()
+
+
 def distance(samples, reference):
-    return frechet_distance(statistics(samples, "samples"), statistics(reference, "reference"))
+    return frechet_distance(statistics(samples), statistics(reference))
 
 
 @pytest.mark.parametrize(
@@ -60,24 +71,59 @@ def test_a_set_is_at_no_distance_from_itself_whatever_the_order():
     assert distance(points, points.flip(0)) == pytest.approx(0, abs=1e-6)
 
 
-def test_fewer_images_than_features_warn_and_stay_finite():
+def test_fewer_images_than_features_stay_finite():
     points = torch.randn(20, 64, generator=torch.Generator().manual_seed(5))
-    with pytest.warns(UserWarning, match="samples: 10 images for 64 features"):
-        value = distance(points[:10], points.repeat(10, 1) + 1)
+    value = distance(points[:10], points.repeat(10, 1) + 1)
     # |Δμ|² alone is about 64, and no distance is below that.
     assert 50 < value < 500
 
 
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_moments_of_batches_are_those_of_the_whole(batch):
+    """Also where the mean is a million times the deviations, which sums of squares do not survive."""
+    points = 1e6 + torch.randn(1000, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    found = statistics(points, batch)
+    np.testing.assert_allclose(found.mu, points.mean(dim=0), rtol=1e-14)
+    np.testing.assert_allclose(found.sigma, np.cov(points.numpy(), rowvar=False), rtol=1e-8, atol=1e-9)
+
+
+def inception_score(logits, splits, batch=64):
+    score = InceptionScore(splits(len(logits)), logits.shape[1])
+    for indices in torch.arange(len(logits)).split(batch):
+        score.update(indices, logits[indices])
+    return (*score.score(), len(score.counts))
+
+
 def test_inception_score_of_known_answers():
     everyone_certain_of_another_class = 100 * torch.eye(100)
-    assert inception_score(everyone_certain_of_another_class) == pytest.approx((10, 0, 10))  # 10 classes a split
-    assert inception_score(torch.zeros(50, 7)) == pytest.approx((1, 0, 10))
+    assert inception_score(everyone_certain_of_another_class, adm_splits) == pytest.approx((100, 0, 1))
+    # 10 classes a split
+    assert inception_score(everyone_certain_of_another_class, torch_fidelity_splits) == pytest.approx((10, 0, 10))
+    assert inception_score(torch.zeros(50, 7), torch_fidelity_splits) == pytest.approx((1, 0, 10))
     one_image_a_split = 100 * torch.eye(4)
-    assert inception_score(one_image_a_split) == pytest.approx((1, 0, 4))
+    assert inception_score(one_image_a_split, torch_fidelity_splits) == pytest.approx((1, 0, 4))
+
+
+def test_adm_splits_are_5000_in_the_order_they_come_and_count_alike():
+    logits = 100 * torch.eye(4)[[0] * 5000 + [0, 1] * 2500 + [0, 1, 2, 3]]
+    assert inception_score(logits, adm_splits) == pytest.approx(((1 + 2 + 4) / 3, (14 / 9) ** 0.5, 3))
+
+
+@pytest.mark.parametrize("count", [3, 10, 237])
+def test_inception_scores_are_torch_fidelitys(count):
+    logits = 5 * torch.randn(count, 30, generator=torch.Generator().manual_seed(7))
+    for splits, arguments in ((torch_fidelity_splits, (min(10, count),)), (adm_splits, (1, False))):
+        expected = isc_features_to_metric(logits, *arguments)
+        found = inception_score(logits, splits)
+        assert found[0] == pytest.approx(expected["inception_score_mean"], rel=1e-9)
+        assert found[1] == pytest.approx(expected["inception_score_std"], rel=1e-9, abs=1e-12)
 
 
 def test_class_accuracy_counts_what_was_asked_for():
-    assert class_accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
+    accuracy = ClassAccuracy(torch.tensor([0, 1, 2, 0]))
+    for i in range(4):
+        accuracy.update(torch.tensor([i]), torch.eye(4)[i : i + 1])
+    assert accuracy.score() == 0.75
 
 
 class MeanColour(FeatureExtractorBase):
@@ -117,7 +163,22 @@ def test_the_whole_evaluation_with_features_of_known_statistics():
     # The first channel (90 or 110) is always above the second (30 or 70): certain of class 0.
     assert metrics["class_accuracy"] == 1
     assert metrics["inception_score"] == pytest.approx(1)
+    # Every point has 15 copies, so balls are points, and the two boxes of colours have no corner in common.
+    assert (metrics["precision"], metrics["recall"]) == (0, 0)
+    assert "sfid" not in metrics
     assert (metrics["num_samples"], metrics["num_reference"]) == (128, 128)
+
+
+def test_few_images_give_finite_figures_and_one_warning():
+    """Three images leave the covariance of three features rank-deficient, and have no third neighbour."""
+    few, many = (plain_colours((100, 50, 200), (10, 20, 5)) for _ in range(2))
+    few = dataclasses.replace(few, count=3)
+    with pytest.warns(UserWarning, match="images") as warned:
+        metrics = evaluate(few, many, made_extractor())
+    assert np.isfinite(metrics["fd"])
+    assert "precision" not in metrics
+    assert len([each for each in warned if "samples: 3 images for 3 features" in str(each.message)]) == 1
+    assert len([each for each in warned if "precision" in str(each.message)]) == len(warned) - 1 == 1
 
 
 def test_no_class_accuracy_without_labels_or_known_classes():
@@ -136,3 +197,6 @@ def test_what_does_not_suit_the_extractor_is_refused():
     single = ImageSet("single", 1, (4, 6), colours.read)
     with pytest.raises(InputError, match=r"reference=single.*needs 2"):
         evaluate(colours, single, made_extractor())
+    larger = ImageSet("larger", 128, (8, 12), lambda i: torch.zeros(3, 8, 12, dtype=torch.uint8))
+    with pytest.raises(InputError, match=r"reference=larger: its images are 8x12, the samples 4x6"):
+        evaluate(colours, larger, made_extractor())

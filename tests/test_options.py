@@ -7,6 +7,7 @@ import pytest
 
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError, renamed
+from gspn_dit.export import Options as Export
 from gspn_dit.options import parse
 from gspn_dit.sample import SampleOptions
 
@@ -108,6 +109,25 @@ def test_a_file_is_named_with_what_is_wrong_in_it(tmp_path, text, answer):
 def test_words_left_over_are_to_be_joined_by_commas():
     with pytest.raises(InputError, match=r"'7' after --class-labels 3: .*commas"):
         options("--class-labels", "3", "7", of=SampleOptions)
+
+
+def test_a_switch_that_may_be_told_more():
+    for argv in (["--npz", "--out", "folder/"], ["--out", "folder/", "--npz"], ["--out", "folder", "--npz", "true"]):
+        assert options(*argv, of=SampleOptions).npz == "folder.npz"
+    assert options("--npz", "other.npz", of=SampleOptions).npz == "other.npz"
+    assert options("--out", "folder", "--npz", "false", of=SampleOptions).npz is None
+
+
+def test_bare_words_are_the_options_that_a_command_names():
+    def given(*argv):
+        return parse(Export, argv, positional=("model", "out"), exit_on_error=False)
+
+    assert given("run", "folder") == given("--model", "run", "--out", "folder") == Export("run", "folder")
+    assert given("run", "--out", "folder") == Export("run", "folder")
+    with pytest.raises(InputError, match="'third'"):
+        given("run", "folder", "third")
+    with pytest.raises(InputError, match="out"):
+        given("run")
 
 
 def test_help_lists_the_options(capsys):

@@ -5,7 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from made_runs import CLASS_NAMES, make_run, tiny_model, tiny_vae
 from PIL import Image
 
@@ -86,14 +92,37 @@ def test_other_sizes(name):
     assert images.shape == (1, 24, 36, 3)
 
 
-@pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler])
-def test_swapped_scheduler(kind):
-    pipe = pipeline("dit-ti-2", "ddpm", num_inference_steps=10)
-    ancestral = pipe([0], generator=generators(0), output_type="latent").images
-    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "options"),
+    [
+        ("ddpm", DDIMScheduler, {}),
+        ("ddpm", DPMSolverMultistepScheduler, {}),
+        ("ddpm", UniPCMultistepScheduler, {}),
+        ("ddpm", EulerDiscreteScheduler, {}),
+        ("flow", FlowMatchHeunDiscreteScheduler, {}),
+        ("flow", UniPCMultistepScheduler, FLOW),
+    ],
+)
+def test_swapped_scheduler(objective, kind, options):
+    pipe = pipeline("dit-ti-2", objective, num_inference_steps=10)
+    own = pipe([0], generator=generators(0), output_type="latent").images
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
     swapped = pipe([0], generator=generators(0), output_type="latent").images
     assert swapped.isfinite().all()
-    assert not torch.equal(ancestral, swapped)
+    assert not torch.equal(own, swapped)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_swapping_a_scheduler_back_gives_the_chain_that_was_trained(sampler):
+    """Whichever sampler a pipeline was saved with: no clipping of latents to [-1, 1], and the learned variance."""
+    pipe = pipeline("dit-ti-2", "ddpm", num_inference_steps=10)
+    own = pipe([0], generator=generators(0), output_type="latent").images
+    config = create_scheduler("ddpm", sampler).config
+    pipe.scheduler = type(pipe.scheduler).from_config(config, timestep_spacing="linspace")
+    assert torch.equal(pipe([0], generator=generators(0), output_type="latent").images, own)
 
 
 def test_callback_on_step_end():

@@ -3,14 +3,17 @@
 import csv
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launched import finish, kill_one_process, launch
 from made_runs import make_run
 from PIL import Image
 
 from gspn_dit.options import command
+from gspn_dit.pictures import save_npz
 from gspn_dit.sample import SampleOptions, main
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
@@ -42,7 +45,7 @@ def test_as_a_person_runs_it(run, tmp_path):
     with np.load(tmp_path / "batch.npz") as batch:
         assert batch["arr_0"].shape == (5, 16, 16, 3)
         assert batch["arr_0"].dtype == np.uint8
-        assert batch["labels"].tolist() == [2, 1, 2, 1, 2]
+        assert batch["arr_1"].tolist() == batch["labels"].tolist() == [2, 1, 2, 1, 2]
     assert Image.open(tmp_path / "grid.png").width > Image.open(tmp_path / "grid.png").height  # 3 × 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["batch.npz", "grid.png"]
 
@@ -67,7 +70,7 @@ def test_folder_of_pictures(run, tmp_path, out):
     sample("--model", str(run), "--num-images", "4", "--out", f"{tmp_path}/{out}")
     folder = tmp_path / out
     names = [f"{i:06d}.png" for i in range(4)]
-    assert sorted(path.name for path in folder.iterdir()) == [*names, "labels.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == [*names, "labels.csv", "settings.json"]
     with (folder / "labels.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [["file", "label"], *([name, label] for name, label in zip(names, "0120", strict=True))]
@@ -148,3 +151,136 @@ def test_old_pictures_are_not_mixed_with_new(run, tmp_path, capsys):
         sample("--model", str(run), "--num-images", "2", "--out", str(tmp_path))
     assert "000002.png" in capsys.readouterr().err
     assert len(pictures(tmp_path)) == 3
+
+
+MANY = ("--num-images", "60", "--num-inference-steps", "20", "--seed", "7")
+
+
+@pytest.fixture(scope="module")
+def unbroken(run, tmp_path_factory) -> np.ndarray:
+    """60 pictures by one process in one go."""
+    folder = tmp_path_factory.mktemp("pictures") / "unbroken"
+    sample("--model", str(run), "--out", str(folder), "--batch-size", "12", *MANY)
+    return pictures(folder).astype(int)
+
+
+@pytest.mark.slow
+def test_killed_processes_leave_whole_pictures_and_one_goes_on(run, tmp_path, unbroken):
+    folder = tmp_path / "pictures"
+    process = launch(2, SCRIPT, "--model", run, "--out", folder, "--batch-size", 1, *MANY)
+    kill_one_process(process, 1, lambda: len(list(folder.glob("*.png"))) >= 8)
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert 8 <= len(kept) < 60
+    assert all(Image.open(path).convert("RGB").size == (16, 16) for path in kept)
+    (folder / ".000059.png.tmp").write_bytes(b"torn")
+
+    sample("--model", str(run), "--out", str(folder), "--batch-size", "7", *MANY)
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    assert np.abs(pictures(folder) - unbroken).max() <= 1
+    assert sorted(path.suffix for path in folder.iterdir()) == [".csv", ".json", *[".png"] * 60]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_was_and_make_the_npz(run, tmp_path, unbroken):
+    folder = tmp_path / "pictures"
+    sample("--model", str(run), "--out", str(folder), *MANY, "--num-images", "13")
+    printed = finish(launch(2, SCRIPT, "--model", run, "--out", folder, "--npz", "--batch-size", 4, *MANY))
+    assert "22%" in printed and "60/60" in printed  # of all, from the 13 that were there
+    assert f"60 images: {folder}, {folder}.npz" in printed
+    assert np.abs(pictures(folder) - unbroken).max() <= 1
+    with np.load(f"{folder}.npz", allow_pickle=False) as batch:
+        assert np.array_equal(batch["arr_0"], pictures(folder))
+        assert batch["arr_1"].tolist() == [0, 1, 2] * 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "pictures.npz"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--seed 1", "seed=1: {} was begun with seed=0; run with the same, or choose another --out"),
+        ("--guidance-scale 3", "guidance_scale=3.0"),
+        ("--guidance-interval 0,0.5", "guidance_interval="),
+        ("--num-inference-steps 4", "num_inference_steps=4"),
+        ("--sampler heun", "sampler='FlowMatchHeunDiscreteScheduler'"),
+        ("--width 24", "width=24"),
+        ("--class-labels 2", "class_labels='2'"),
+        ("--labels random", "labels='random'"),
+        ("--model other", "model_weights="),
+    ],
+)
+def test_a_folder_is_not_continued_with_other_settings(run, tmp_path, capsys, monkeypatch, arguments, words):
+    folder = tmp_path / "pictures"
+    monkeypatch.chdir(tmp_path)
+    sample("--model", str(run), "--num-images", "2", "--out", str(folder))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    make_run(tmp_path / "other", steps=(5,))
+    with pytest.raises(SystemExit) as stopped:
+        sample("--model", str(run), "--num-images", "4", "--out", str(folder), *arguments.split())
+    assert stopped.value.code == 2
+    assert words.format(folder) in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_same_model_from_another_place_goes_on(run, tmp_path):
+    sample("--model", str(run), "--num-images", "2", "--out", str(tmp_path / "pictures"))
+    checkpoint = run / "checkpoints" / "step-0000002"
+    sample("--model", str(checkpoint), "--num-images", "3", "--out", str(tmp_path / "pictures"))
+    assert len(pictures(tmp_path / "pictures")) == 3
+
+
+def test_pictures_of_unknown_origin_are_not_mixed_with_new(run, tmp_path, capsys):
+    Image.new("RGB", (16, 16)).save(tmp_path / "000001.png")
+    with pytest.raises(SystemExit):
+        sample("--model", str(run), "--num-images", "2", "--out", str(tmp_path))
+    assert "holds 1 images without the settings.json" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["000001.png"]
+
+
+def test_what_a_cut_run_left_for_an_npz_is_used_only_for_the_same(run, tmp_path):
+    arguments = ("--model", str(run), "--num-images", "3", "--npz", str(tmp_path / "batch.npz"))
+    sample(*arguments)
+    whole = np.load(tmp_path / "batch.npz")["arr_0"]
+    (tmp_path / ".batch.npz.images").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / ".batch.npz.images" / "000001.png")
+    (tmp_path / ".batch.npz.images" / "settings.json").write_text('{"seed": 5}')
+    sample(*arguments)
+    assert np.array_equal(np.load(tmp_path / "batch.npz")["arr_0"], whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["batch.npz"]
+
+
+def test_labels_are_balanced_or_random_by_the_seed(run, tmp_path):
+    from gspn_dit.pipeline import load_pipeline
+    from gspn_dit.sample import choose_labels
+
+    pipe = load_pipeline(run)
+
+    def labels(count, **options):
+        return choose_labels(pipe, SampleOptions(num_images=count, out="x/", **options))
+
+    assert labels(5) == [0, 1, 2, 0, 1]
+    drawn = labels(3000, labels="random")
+    assert drawn[:1000] == labels(1000, labels="random") != labels(1000, labels="random", seed=1)
+    counts = np.bincount(drawn)
+    assert np.abs(counts - 1000).max() < 130  # five standard deviations of a binomial
+    assert set(labels(100, labels="random", class_labels="0,goldfish")) == {0, 2}
+
+
+def test_an_npz_is_written_one_image_at_a_time(tmp_path):
+    side, count = 64, 2000
+    images = (np.full((1, side, side, 3), i % 256, dtype=np.uint8) for i in range(count))
+    labels = np.zeros(count, dtype=np.int64)
+    tracemalloc.start()
+    save_npz(images, (count, side, side, 3), tmp_path / "batch.npz", arr_1=labels, labels=labels)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < count * side * side * 3 / 20
+    with np.load(tmp_path / "batch.npz", allow_pickle=False) as batch:
+        assert batch.files == ["arr_0", "arr_1", "labels"]
+        assert batch["arr_0"].dtype == np.uint8 and batch["arr_0"].shape == (count, side, side, 3)
+        assert np.array_equal(batch["arr_0"][:, 0, 0, 0], np.arange(count) % 256)
+
+
+def test_a_bare_npz_needs_a_folder_for_its_name(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sample("--model", str(run), "--out", str(tmp_path / "grid.png"), "--npz")
+    assert "npz=True: wanted a file name, or --out with a folder" in capsys.readouterr().err

@@ -1,14 +1,18 @@
-"""Encode a dataset into a latent store: `python -m gspn_dit.data.encode --data … --vae … --image-size … --out …`."""
+"""Encode a dataset into a latent store: `python -m gspn_dit.data.encode --data … --vae … --image-size … --out …`.
+
+Under `accelerate launch -m gspn_dit.data.encode …` the processes share the shards. Nothing but the shards that are
+still missing matters to a run, so one that was killed goes on with any number of processes.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,10 +20,11 @@ from tqdm import tqdm
 
 from gspn_dit.data import open_images
 from gspn_dit.data.images import ImageDataset, UnreadableImage
-from gspn_dit.data.latents import verify, write_json, write_manifest, write_shard
+from gspn_dit.data.latents import verify, write_manifest, write_shard
 from gspn_dit.data.vae import downsampling, encode_moments, load_vae
-from gspn_dit.devices import choose_device
+from gspn_dit.devices import join_processes
 from gspn_dit.errors import InputError, renamed
+from gspn_dit.files import begin_or_continue
 from gspn_dit.options import command, require
 
 
@@ -71,7 +76,8 @@ def main(options: Options) -> None:
         return
     with renamed(source="data"):
         images = open_images(options.data, options.image_size, split=options.split)
-    vae = load_vae(options.vae).to(choose_device(options.device))
+    processes, device = join_processes(options.device)
+    vae = load_vae(options.vae).to(device)
     if options.image_size % downsampling(vae):
         raise InputError(f"image_size={options.image_size}: this VAE wants a multiple of {downsampling(vae)} pixels")
     settings = {
@@ -87,16 +93,23 @@ def main(options: Options) -> None:
         "shard_size": options.shard_size,
     }
     out = Path(options.out)
-    begin(out, settings)
     shards = {
         f"shard-{number:05d}.safetensors": range(start, min(start + options.shard_size, len(images)))
         for number, start in enumerate(range(0, len(images), options.shard_size))
     }
-    missing = {name: indices for name, indices in shards.items() if not (out / name).exists()}
-    encode_shards(images, vae, out, missing, options)
-    manifest = write_manifest(out, settings, list(shards))
-    skipped = f", {len(manifest['skipped'])} unreadable files left out" if manifest["skipped"] else ""
-    print(f"{out}: {manifest['num_images']} images in {len(manifest['shards'])} shards{skipped}")
+    missing: list[str] = []
+    if processes.is_main_process:
+        begin(out, settings)
+        missing = [name for name in shards if not (out / name).exists()]
+    (missing,) = broadcast_object_list([missing])  # one view of the folder, or a shard might be nobody's
+    mine = missing[processes.process_index :: processes.num_processes]
+    encode_shards(images, vae, out, {name: shards[name] for name in mine}, options, processes.is_main_process)
+    processes.wait_for_everyone()
+    manifest = write_manifest(out, settings, list(shards), rewritten=missing)
+    if processes.is_main_process:
+        skipped = f", {len(manifest['skipped'])} unreadable files left out" if manifest["skipped"] else ""
+        print(f"{out}: {manifest['num_images']} images in {len(manifest['shards'])} shards{skipped}")
+    processes.destroy_process_group()
 
 
 def begin(out: Path, settings: dict[str, Any]) -> None:
@@ -106,25 +119,20 @@ def begin(out: Path, settings: dict[str, Any]) -> None:
         InputError: If it was begun with others, or holds something else.
     """
     path = out / "encode.json"
-    if path.exists():
-        begun = json.loads(path.read_text())
-        for key, value in settings.items():
-            if begun.get(key) != value:
-                raise InputError(
-                    f"{key}={shorten(value)}: {out} was begun with {key}={shorten(begun.get(key))}; "
-                    "run with the same, or choose another --out"
-                )
-        return
-    if out.exists() and (not out.is_dir() or any(entry.suffix != ".tmp" for entry in out.iterdir())):
-        raise InputError(f"out={str(out)!r} holds something that is no latent store: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    if not path.exists():
+        if out.exists() and (not out.is_dir() or any(entry.suffix != ".tmp" for entry in out.iterdir())):
+            raise InputError(f"out={str(out)!r} holds something that is no latent store: choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+    begin_or_continue(path, settings, "out")
 
 
 def encode_shards(
-    images: ImageDataset, vae: AutoencoderKL, out: Path, shards: dict[str, range], options: Options
+    images: ImageDataset, vae: AutoencoderKL, out: Path, shards: dict[str, range], options: Options, show: bool
 ) -> None:
-    """Encode each shard's range of images and write it; unreadable files are printed and left out."""
+    """Encode each shard's range of images and write it; unreadable files are printed and left out.
+
+    Batches begin with a shard, so that an image's are the same whichever process encodes it. `show` the progress.
+    """
     step = options.batch_size
     batches = [indices[start : start + step] for indices in shards.values() for start in range(0, len(indices), step)]
     loader = iter(
@@ -132,7 +140,7 @@ def encode_shards(
     )
     side = options.image_size // downsampling(vae)
     empty = torch.empty(0, 2 * vae.config.latent_channels, side, side)
-    with tqdm(total=sum(map(len, shards.values())), desc="encode", unit="image") as bar:
+    with tqdm(total=sum(map(len, shards.values())), desc="encode", unit="image", disable=not show) as bar:
         for name, indices in shards.items():
             moments, flipped, labels, skipped = [empty], [empty], [], []
             for _ in range(0, len(indices), step):
@@ -168,12 +176,6 @@ def half(moments: list[Tensor]) -> Tensor:
 def stable_name(name: str) -> str:
     """A local folder by its absolute path, so that the store can be read from anywhere; any other name as it is."""
     return os.path.abspath(name) if name not in ("digits", "photos") and os.path.isdir(name) else name
-
-
-def shorten(value: object) -> str:
-    """A value as it fits into one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
 
 
 class _Loadable(Dataset):

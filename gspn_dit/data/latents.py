@@ -17,10 +17,13 @@ import bisect
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -28,7 +31,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from gspn_dit.errors import InputError
-from gspn_dit.files import replacing
+from gspn_dit.files import replacing, write_json
 
 FORMAT_VERSION = 1
 
@@ -36,8 +39,9 @@ FORMAT_VERSION = 1
 class LatentStore(Dataset):
     """A finished store, for reading: `store[i]` is the posterior's moments (2C, h, w) float32 and the label.
 
-    Opening reads the manifest and the shards' sizes only. A shard is mapped into memory when one of its images is first
-    asked for; a pickled or forked store maps its own.
+    Opening reads the manifest, and of each shard its size, its header and its labels. Latents are mapped into memory,
+    never copied: however many processes read a store, its pages are in memory once. A shard is mapped when one of its
+    images is first asked for; a pickled store maps its own.
 
     Args:
         folder: What `python -m gspn_dit.data.encode --out` wrote.
@@ -54,8 +58,8 @@ class LatentStore(Dataset):
         flipped: Whether the moments of the mirrored images are there too.
 
     Raises:
-        InputError: If the folder is no finished store, or a shard is missing or of the wrong size; reading raises it if
-            a shard does not hold what the manifest says.
+        InputError: If the folder is no finished store, or a shard is missing, truncated, holds something else than the
+            manifest says or a label that is no class, naming the shard.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -73,12 +77,14 @@ class LatentStore(Dataset):
         self._shards: dict[int, dict[str, Tensor]] = {}
         for shard in self.manifest["shards"]:
             check_size(self.folder, shard)
+            self._map(shard)
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.moments(index), self.label(index)
+        shard, row = self._find(index)
+        return shard["moments"][row].float(), int(shard["labels"][row])
 
     def moments(self, index: int, flip: bool = False) -> Tensor:
         """Mean and log-variance (2C, h, w), float32, of image `index`, or of its mirror image.
@@ -118,15 +124,14 @@ class LatentStore(Dataset):
         shape = (entry["count"], 2 * self.latent_channels, *self.latent_size)
         if any(shard[name].shape != shape for name in names[1:]) or shard["labels"].shape != shape[:1]:
             raise InputError(f"shard {path} does not hold {shape} latents as the manifest says: {REMEDY}")
-        if not 0 <= int(shard["labels"].min()) <= int(shard["labels"].max()) < len(self.class_names):
-            raise InputError(f"shard {path} holds labels outside 0 … {len(self.class_names) - 1}: {REMEDY}")
+        check_labels(path, shard["labels"], len(self.class_names))
         return shard
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}}
 
 
-REMEDY = "delete it and run the same encode command again, which makes the shards that are missing"
+REMEDY = "delete it and run the same encode command again, which makes what is missing"
 
 
 def is_latent_store(folder: str | os.PathLike) -> bool:
@@ -141,15 +146,22 @@ def is_unfinished_store(folder: str | os.PathLike) -> bool:
 
 def how_to_encode(folder: str | os.PathLike) -> str:
     """What to run to make a latent store in a folder, or to finish the one begun there, for an error message."""
-    verb, begun = "make", {}
-    if is_unfinished_store(folder):
-        verb, begun = "finish", json.loads((Path(folder) / "encode.json").read_text())
+    verb, begun = ("finish", _begun(Path(folder))) if is_unfinished_store(folder) else ("make", {})
     data, vae, size = (begun.get(key, "…") for key in ("data", "vae", "image_size"))
     flip = " --horizontal-flip true" if begun.get("flipped") else ""
     return (
         f"to {verb} a latent store there, run "
         f"`python -m gspn_dit.data.encode --data {data} --vae {vae} --image-size {size}{flip} --out {folder}`"
     )
+
+
+def _begun(folder: Path) -> dict[str, Any]:
+    """What encode.json holds; nothing if there is none. Raises :class:`InputError`."""
+    path = folder / "encode.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): restore it, or encode anew in another folder") from error
 
 
 def verify(folder: str | os.PathLike) -> int:
@@ -160,7 +172,11 @@ def verify(folder: str | os.PathLike) -> int:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    faults = []
+    faults = [
+        f"{folder / 'manifest.json'} has changed since it was written ({key} is not as in encode.json)"
+        for key, value in _begun(folder).items()
+        if manifest.get(key) != value
+    ]
     for shard in tqdm(manifest["shards"], desc="verify", unit="shard"):
         try:
             check_size(folder, shard)
@@ -182,39 +198,83 @@ def write_shard(path: Path, moments: Tensor, flipped: Tensor | None, labels: Ten
         temporary.write_bytes(save(tensors, metadata={"skipped": json.dumps(skipped)}))
 
 
-def write_manifest(folder: Path, settings: dict[str, Any], files: list[str]) -> dict[str, Any]:
+def write_manifest(
+    folder: Path, settings: dict[str, Any], files: list[str], rewritten: Collection[str] | None = None
+) -> dict[str, Any]:
     """Finish a store: describe its shards, which are all there, beside the settings. Returns the manifest.
+
+    Every process of a launch calls this: they share the reading, and the main one writes.
+
+    Args:
+        folder: The store.
+        settings: What encode.json holds.
+        files: Names of all shards, in order.
+        rewritten: Those made since the manifest that is there; the others keep its checksums, so that finishing a
+            store anew never makes damage official. None describes all afresh.
 
     Raises:
         InputError: If no image could be read, or a shard is damaged.
     """
-    shards, skipped = [], []
-    for name in tqdm(files, desc="checksums", unit="shard"):
-        path = folder / name
-        try:
-            with safe_open(path, "pt") as file:
-                count, *shape = file.get_slice("moments").get_shape()
-                skipped += json.loads(file.metadata()["skipped"])
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"shard {path} is damaged ({error}): {REMEDY}") from error
-        if count:
-            shards.append({"file": name, "count": count, "bytes": path.stat().st_size, "sha256": checksum(path)})
-    if not shards:
+    processes = PartialState()
+    known = {} if rewritten is None else _known_checksums(folder, rewritten)
+    mine = files[processes.process_index :: processes.num_processes]
+    bar = tqdm(mine, desc="checksums", unit="shard", disable=not processes.is_main_process)
+    count = len(settings["class_names"])
+    described = dict(gather_object([(name, describe_shard(folder / name, count, known.get(name))) for name in bar]))
+    shards = [described[name] for name in files]
+    skipped = [path for shard in shards for path in shard["skipped"]]
+    filled = [shard for shard in shards if shard["count"]]
+    if not filled:
         raise InputError(
             f"data={settings['data']!r}: none of its {len(skipped)} images can be read, among them {skipped[0]}; "
             f"mend them, delete {folder} and encode again"
         )
+    channels, *latent_size = filled[0]["shape"]
     manifest = {
         "format": FORMAT_VERSION,
         **settings,
-        "latent_channels": shape[0] // 2,
-        "latent_size": shape[1:],
-        "num_images": sum(shard["count"] for shard in shards),
+        "latent_channels": channels // 2,
+        "latent_size": latent_size,
+        "num_images": sum(shard["count"] for shard in filled),
+        "class_counts": [sum(counts) for counts in zip(*(shard["class_counts"] for shard in filled), strict=True)],
         "skipped": skipped,
-        "shards": shards,
+        "shards": [{key: shard[key] for key in ("file", "count", "bytes", "sha256")} for shard in filled],
     }
-    write_json(folder / "manifest.json", manifest)
+    if processes.is_main_process:
+        write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def _known_checksums(folder: Path, rewritten: Collection[str]) -> dict[str, str]:
+    try:
+        shards = read_manifest(folder)["shards"]
+    except InputError:  # none yet, or a damaged one, which is about to be replaced
+        return {}
+    return {shard["file"]: shard["sha256"] for shard in shards if shard["file"] not in rewritten}
+
+
+def describe_shard(path: Path, num_classes: int, sha256: str | None = None) -> dict[str, Any]:
+    """What the manifest needs to know of a shard, whose checksum is computed unless it is given.
+
+    Raises :class:`InputError` if the shard is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            count, *shape = file.get_slice("moments").get_shape()
+            labels = file.get_tensor("labels")
+            skipped = json.loads(file.metadata()["skipped"])
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"shard {path} is damaged ({error}): {REMEDY}") from error
+    check_labels(path, labels, num_classes)
+    return {
+        "file": path.name,
+        "count": count,
+        "bytes": path.stat().st_size,
+        "sha256": sha256 or checksum(path),
+        "shape": shape,
+        "class_counts": labels.bincount(minlength=num_classes).tolist(),
+        "skipped": skipped,
+    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -235,12 +295,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-
-
 def check_size(folder: Path, shard: dict[str, Any]) -> None:
     """Raise :class:`InputError` if a shard of the manifest is missing or has another size."""
     path = folder / shard["file"]
@@ -250,6 +304,16 @@ def check_size(folder: Path, shard: dict[str, Any]) -> None:
         raise InputError(f"shard {path} is missing: {REMEDY}") from None
     if size != shard["bytes"]:
         raise InputError(f"shard {path} has {size} bytes instead of {shard['bytes']}: {REMEDY}")
+
+
+def check_labels(path: Path, labels: Tensor, num_classes: int) -> None:
+    """Raise :class:`InputError` if a label of a shard is no class, naming the first."""
+    if len(wrong := ((labels < 0) | (labels >= num_classes)).nonzero()):
+        first = int(wrong[0])
+        raise InputError(
+            f"shard {path} holds labels outside 0 … {num_classes - 1} "
+            f"({len(wrong)} of {len(labels)}, first {int(labels[first])} at its image {first}): {REMEDY}"
+        )
 
 
 def checksum(path: Path) -> str:

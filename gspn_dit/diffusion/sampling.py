@@ -140,10 +140,14 @@ def _taking_our_variance(scheduler: SchedulerMixin) -> SchedulerMixin:
 def _check_objective(scheduler: SchedulerMixin, output: Tensor, latents: Tensor) -> None:
     objective = objective_of(scheduler)
     if output.shape[1] != latents.shape[1] * (2 if objective == "ddpm" else 1):
+        remedy = {
+            "flow": f"its samplers are {', '.join(SAMPLERS['ddpm'])}",
+            "ddpm": f"its samplers are {', '.join(SAMPLERS['flow'])}, and others that from_config makes with "
+            "prediction_type='flow_prediction', use_flow_sigmas=True",
+        }
         raise InputError(
             f"scheduler={type(scheduler).__name__}: it is for a {objective} model, and this model returns "
-            f"{output.shape[1]} channels for {latents.shape[1]}; its samplers are "
-            + ", ".join(SAMPLERS["flow" if objective == "ddpm" else "ddpm"])
+            f"{output.shape[1]} channels for {latents.shape[1]}; {remedy[objective]}"
         )
 
 

@@ -36,15 +36,16 @@ def create_scheduler(objective: str, sampler: str | None = None) -> SchedulerMix
         raise InputError(
             f"sampler={sampler!r}: the {objective} objective is sampled with {', '.join(SAMPLERS[objective])}"
         )
+    # The ddpm samplers are made from one config, which diffusers keeps whole in each of them: what one scheduler has no
+    # use for (no clipping, the learned variance) is there again when a pipeline's scheduler is swapped for another.
+    chain = DDPMScheduler(**_CHAIN, variance_type="learned_range", clip_sample=False, timestep_spacing="linspace")
     match sampler:
         case "ddpm":
-            return DDPMScheduler(
-                **_CHAIN, variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"
-            )
+            return chain
         case "ddim":  # trailing: from the noisiest timestep in even steps to clean data
-            return DDIMScheduler(**_CHAIN, clip_sample=False, timestep_spacing="trailing")
+            return DDIMScheduler.from_config(chain.config, timestep_spacing="trailing")
         case "dpm++":
-            return DPMSolverMultistepScheduler(**_CHAIN)
+            return DPMSolverMultistepScheduler.from_config(chain.config)
         case "euler":
             return FlowMatchEulerDiscreteScheduler()
         case _:

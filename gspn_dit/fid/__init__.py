@@ -1,5 +1,7 @@
 """Evaluation: how far generated images are from real ones, and how recognisable they are.
 
-`images` opens what is scored, `extractors` turns images into features, `metrics` turns features into figures,
-`evaluate` is the command, and `digits_classifier` the model (and its training) behind the digits' figures.
+`images` and `npz` open what is scored, `extractors` turns images into features, `features` passes a set's features, in
+shares over `processes`, to what accumulates them: `moments` (FID, sFID), `metrics` (Inception Score, class accuracy)
+and `neighbours` (precision, recall). `evaluate` and `reference` are the commands, and `digits_classifier` the model
+(and its training) behind the digits' figures.
 """

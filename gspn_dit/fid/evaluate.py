@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gspn_dit.devices import choose_device
 from gspn_dit.errors import InputError
 from gspn_dit.fid.extractors import Extractor, FeatureName, create_extractor
+from gspn_dit.fid.features import Accumulator, layer_widths, observe
 from gspn_dit.fid.images import ImageSet, ReferenceStatistics, open_reference, open_samples
-from gspn_dit.fid.metrics import class_accuracy, extract, frechet_distance, inception_score, statistics
+from gspn_dit.fid.metrics import (
+    ADM_SPLIT,
+    ClassAccuracy,
+    InceptionScore,
+    adm_splits,
+    frechet_distance,
+    torch_fidelity_splits,
+)
+from gspn_dit.fid.moments import Moments, Statistics
+from gspn_dit.fid.neighbours import NEIGHBOURS, Points, precision_recall
+from gspn_dit.fid.processes import ALONE, Processes, launched
 from gspn_dit.files import replacing
 from gspn_dit.options import require
 
@@ -24,12 +37,12 @@ class Options:
 
     Args:
         samples: Folder of images (labels.csv beside them: file,label), or an npz of uint8 NHWC arr_0 (and labels).
-        reference: What to compare with: a folder, an npz of images or of ADM's mu and sigma, or `digits`, `photos`,
-            `digits:test`, `photos:test`.
+        reference: What to compare with: a folder, an npz of images, an ADM reference npz (mu, sigma, mu_s, sigma_s and
+            arr_0; `python fid/reference.py` makes one), or `digits`, `photos`, `digits:test`, `photos:test`.
         features: `inception`, or `digits` for the packaged digits classifier.
         out: The JSON file to write.
         weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
-        device: `auto` takes the accelerator if there is one.
+        device: `auto` takes the accelerator if there is one, and each process of `accelerate launch` its own.
     """
 
     samples: str
@@ -44,62 +57,103 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Score a folder or npz of images against a reference: FID, Inception Score, and class accuracy for digits."""
+    """Score images against a reference as ADM's suite does: FID, sFID, Inception Score, precision and recall.
+
+    Also class accuracy for digits. Under `accelerate launch`, the processes share the work.
+    """
     out = Path(options.out)
+    make_folder_of(out)
+    with launched(options.device) as (processes, device):
+        samples = open_samples(options.samples)
+        reference = open_reference(options.reference, samples.image_size)
+        extractor = create_extractor(options.features, options.weights, device=device)
+        metrics = evaluate(samples, reference, extractor, processes)
+        if not processes.is_main:
+            return
+        text = json.dumps(metrics, indent=2, ensure_ascii=False)
+        with replacing(out) as temporary:
+            temporary.write_text(text + "\n")
+        print(text)
+
+
+def make_folder_of(out: Path) -> None:
+    """Make the folder that a file is to be written into. Raises :class:`InputError`."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out={out}: its folder cannot be made ({error.strerror})") from error
-    device = choose_device(options.device)
-    samples = open_samples(options.samples)
-    reference = open_reference(options.reference, samples.image_size)
-    metrics = evaluate(samples, reference, create_extractor(options.features, options.weights, device=device))
-
-    text = json.dumps(metrics, indent=2, ensure_ascii=False)
-    with replacing(out) as temporary:
-        temporary.write_text(text + "\n")
-    print(text)
 
 
-def evaluate(samples: ImageSet, reference: ImageSet | ReferenceStatistics, extractor: Extractor) -> dict[str, Any]:
+def evaluate(
+    samples: ImageSet,
+    reference: ImageSet | ReferenceStatistics,
+    extractor: Extractor,
+    processes: Processes = ALONE,
+) -> dict[str, Any]:
     """All figures of samples against a reference, and what they were computed from, ready for JSON.
 
-    `fid` for Inception features and `fd` for others, `inception_score` with its standard deviation and splits,
-    `class_accuracy` if the samples carry labels and the extractor knows their classes, `num_samples`.
+    | key | what | source |
+    |---|---|---|
+    | `fid`, `fd` of other features | Fréchet distance of Inception's 2048 pool features | arXiv 1706.08500, eq. 6 |
+    | `sfid` | the same of its 2023 spatial features, see `extractors.InceptionFeatures` | arXiv 2103.03841 |
+    | `inception_score` | over consecutive splits of 5000, as ADM's suite; `_std`, `_splits` | arXiv 1606.03498 |
+    | `inception_score_torch_fidelity` | over 10 splits of a shuffle, as torch-fidelity; `_std` | the same |
+    | `precision`, `recall` | of manifolds of k = 3 neighbours in the pool features | arXiv 1904.06991, eq. 1, 2 |
+    | `class_accuracy` | share of samples recognised as the class of their label | |
+
+    ADM is arXiv 2105.05233, its suite evaluations/evaluator.py of openai/guided-diffusion. A figure that cannot be had
+    is left out: `sfid` of other features than Inception's or of a reference without its statistics, precision and
+    recall of a reference without images or with too few, class accuracy without labels or known classes.
+
+    Args:
+        samples: What is scored.
+        reference: Images, or statistics of them; FID and sFID compare with the statistics if there are any, precision
+            and recall with the images.
+        extractor: What gives the features.
+        processes: Who shares the work. All of them call this alike and get the same figures; by default this one has
+            no others, even where torch.distributed runs.
 
     Raises:
-        InputError: If the images or the reference's statistics do not suit the extractor, there are too few images, or
-            a label is no class of its.
+        InputError: If the images or the reference's statistics do not suit the extractor or each other, there are too
+            few images, or a label is no class of its.
     """
-    _check_images("samples", samples, extractor)
-    given = isinstance(reference, ReferenceStatistics)
-    if not given:
-        _check_images("reference", reference, extractor)
-    elif extractor.name != "inception":
-        raise InputError(
-            f"reference={reference.source}: its mu and sigma are of Inception's features, not of "
-            f"features={extractor.name}; wanted images"
-        )
-    labelled = samples.labels is not None and extractor.num_classes is not None
-    if labelled:
-        _check_labels(samples, extractor)
+    given = reference if isinstance(reference, ReferenceStatistics) else None
+    reference_images = given.images if given else reference
+    _check_samples(samples, extractor)
+    _check_reference(reference, reference_images, samples, extractor)
+    widths = layer_widths(extractor, samples.image_size)
+    has_neighbours = reference_images is not None and min(len(samples), len(reference_images)) > NEIGHBOURS
+    if processes.is_main:
+        _warn(samples, reference, has_neighbours, widths[extractor.features])
 
-    layers = extract(extractor, samples)
-    if given:
-        reference_statistics = {"mu": reference.mu, "sigma": reference.sigma}
+    def observed(images: ImageSet, moments: bool, scores: Sequence[Accumulator] = ()) -> _Observed:
+        """What one pass over a set leaves, after giving the scores its logits."""
+        layers = [extractor.features, *([extractor.spatial] if extractor.spatial else [])] if moments else []
+        found = {layer: Moments(widths[layer], extractor.device) for layer in layers}
+        points = Points(len(images), widths[extractor.features], extractor.device) if has_neighbours else None
+        accumulators = [*found.items(), *((extractor.logits, score) for score in scores)]
+        accumulators += [(extractor.features, points)] if points else []
+        observe(images, extractor, accumulators, processes)
+        return _Observed({layer: each.statistics() for layer, each in found.items()}, points and points.features)
+
+    splits = {"inception_score": adm_splits, "inception_score_torch_fidelity": torch_fidelity_splits}
+    scores = {
+        key: InceptionScore(split(len(samples)), widths[extractor.logits], extractor.device)
+        for key, split in splits.items()
+    }
+    accuracy = ClassAccuracy(torch.tensor(samples.labels)) if _recognisable(samples, extractor) else None
+    of_samples = observed(samples, True, [*scores.values(), *([accuracy] if accuracy else [])])
+    if given is None:
+        of_reference = observed(reference, True)
     else:
-        reference_statistics = statistics(extract(extractor, reference)[extractor.features], "reference")
-    distance = frechet_distance(statistics(layers[extractor.features], "samples"), reference_statistics)
-    score, deviation, splits = inception_score(layers[extractor.logits])
-    accuracy = {}
-    if labelled:
-        accuracy["class_accuracy"] = class_accuracy(layers[extractor.logits], torch.tensor(samples.labels))
+        points = observed(given.images, False).points if has_neighbours else None
+        of_reference = _Observed({extractor.features: given.pool, extractor.spatial: given.spatial}, points)
+
     return {
-        extractor.frechet_key: distance,
-        "inception_score": score,
-        "inception_score_std": deviation,
-        "inception_score_splits": splits,
-        **accuracy,
+        **_frechet_figures(of_samples, of_reference, extractor),
+        **_score_figures(scores),
+        **(_neighbour_figures(of_samples.points, of_reference.points, processes) if has_neighbours else {}),
+        **({"class_accuracy": accuracy.score()} if accuracy else {}),
         "num_samples": len(samples),
         "num_reference": None if given else len(reference),
         "samples": samples.source,
@@ -111,6 +165,106 @@ def evaluate(samples: ImageSet, reference: ImageSet | ReferenceStatistics, extra
     }
 
 
+@dataclass
+class _Observed:
+    """Of one set: statistics of each layer that has any, and the features (n, d) among which neighbours are sought."""
+
+    statistics: dict[str | None, Statistics | None]
+    points: Tensor | None
+
+
+def _frechet_figures(samples: _Observed, reference: _Observed, extractor: Extractor) -> dict[str, float]:
+    keys = {extractor.features: extractor.frechet_key, extractor.spatial: "sfid"}
+    return {
+        keys[layer]: frechet_distance(found, reference.statistics[layer])
+        for layer, found in samples.statistics.items()
+        if reference.statistics[layer] is not None
+    }
+
+
+def _score_figures(scores: dict[str, InceptionScore]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for key, score in scores.items():
+        figures[key], figures[f"{key}_std"] = score.score()
+    figures["inception_score_splits"] = len(scores["inception_score"].counts)
+    figures["inception_score_convention"] = f"ADM: consecutive splits of {ADM_SPLIT}"
+    return figures
+
+
+def _neighbour_figures(samples: Tensor, reference: Tensor, processes: Processes) -> dict[str, Any]:
+    precision, recall = precision_recall(samples, reference, processes)
+    return {
+        "precision": precision,
+        "recall": recall,
+        "precision_recall_neighbours": NEIGHBOURS,
+        "precision_recall_samples": len(samples),
+        "precision_recall_reference": len(reference),
+    }
+
+
+def _recognisable(samples: ImageSet, extractor: Extractor) -> bool:
+    """Whether it is known what the samples should show, and the extractor knows such classes."""
+    return samples.labels is not None and extractor.num_classes is not None
+
+
+def warn_of_few(argument: str, count: int, features: int) -> None:
+    """Warn if a set has not more images than features."""
+    if count <= features:
+        warnings.warn(
+            f"{argument}: {count} images for {features} features leave the covariance rank-deficient: "
+            "the Fréchet distance is far too high, and compares only with others from as many images",
+            stacklevel=2,
+        )
+
+
+def _warn(samples: ImageSet, reference: ImageSet | ReferenceStatistics, has_neighbours: bool, features: int) -> None:
+    """Warn of what makes a figure hard to compare, or keeps it from being had."""
+    given = isinstance(reference, ReferenceStatistics)
+    counts = {"samples": len(samples)} | ({} if given else {"reference": len(reference)})
+    fewest = min(counts, key=counts.__getitem__)
+    warn_of_few(fewest, counts[fewest], features)
+    missing = []
+    if given and reference.spatial is None:
+        missing.append("no mu_s and sigma_s in it, so no sfid")
+    if given and reference.images is None:
+        missing.append("no arr_0 in it, so no precision and recall")
+    elif not has_neighbours:
+        missing.append(f"no precision and recall, which take more than {NEIGHBOURS} images, here and in the samples")
+    for what in missing:
+        warnings.warn(f"reference={reference.source}: {what}", stacklevel=2)
+
+
+def _check_samples(samples: ImageSet, extractor: Extractor) -> None:
+    _check_images("samples", samples, extractor)
+    if not _recognisable(samples, extractor):
+        return
+    if unknown := sorted({label for label in samples.labels if not 0 <= label < extractor.num_classes}):
+        raise InputError(
+            f"samples={samples.source}: label={unknown[0]}: features={extractor.name} knows classes "
+            f"0 to {extractor.num_classes - 1}"
+        )
+
+
+def _check_reference(
+    reference: ImageSet | ReferenceStatistics, images: ImageSet | None, samples: ImageSet, extractor: Extractor
+) -> None:
+    if isinstance(reference, ReferenceStatistics) and extractor.name != "inception":
+        raise InputError(
+            f"reference={reference.source}: its mu and sigma are of Inception's features, not of "
+            f"features={extractor.name}; wanted images"
+        )
+    if images is None:
+        return
+    if not isinstance(reference, ReferenceStatistics):
+        _check_images("reference", images, extractor)
+    if images.image_size != samples.image_size:
+        (height, width), (sample_height, sample_width) = images.image_size, samples.image_size
+        raise InputError(
+            f"reference={reference.source}: its images are {height}x{width}, the samples "
+            f"{sample_height}x{sample_width}; wanted one size"
+        )
+
+
 def _check_images(argument: str, images: ImageSet, extractor: Extractor) -> None:
     if len(images) < 2:
         raise InputError(f"{argument}={images.source}: holds 1 image; a Fréchet distance needs 2 or more")
@@ -120,12 +274,4 @@ def _check_images(argument: str, images: ImageSet, extractor: Extractor) -> None
         raise InputError(
             f"{argument}={images.source}: its images are {height}x{width}; "
             f"features={extractor.name} takes {side}x{side}"
-        )
-
-
-def _check_labels(samples: ImageSet, extractor: Extractor) -> None:
-    if unknown := sorted({label for label in samples.labels or () if not 0 <= label < extractor.num_classes}):
-        raise InputError(
-            f"samples={samples.source}: label={unknown[0]}: features={extractor.name} knows classes "
-            f"0 to {extractor.num_classes - 1}"
         )

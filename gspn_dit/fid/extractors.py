@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3, register_feature_extractor
 from torch_fidelity import feature_extractor_inceptionv3 as published
 from torch_fidelity.utils import create_feature_extractor
@@ -34,11 +34,12 @@ class Extractor:
 
     Args:
         name: `inception` or `digits`.
-        network: Called with uint8 (B, 3, H, W), returns a tuple of float32 (B, features), one for each layer asked for.
+        network: Takes uint8 (B, 3, H, W), gives a tuple of float32 (B, width), one for each layer asked for.
         weights: The file its weights came from.
         frechet_key: What a Fréchet distance of these features is called: `fid` for Inception's, `fd` for others.
-        features: Layer of the Fréchet distance.
+        features: Layer of the Fréchet distance, and of precision and recall.
         logits: Layer of the Inception Score.
+        spatial: Layer of sFID, if it has one.
         image_size: The only side of images it takes, or None for any.
         num_classes: If its logits are the classes that samples are asked for, how many; else None.
     """
@@ -49,8 +50,23 @@ class Extractor:
     frechet_key: str
     features: str
     logits: str
+    spatial: str | None = None
     image_size: int | None = None
     num_classes: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Every layer of uint8 images (B, 3, H, W) on the device, by its name: float32 (B, width).
+
+        In float32 throughout, without the TF32 that CUDA convolutions may take by default.
+        """
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self.network.convert_features_tuple_to_dict(self.network(images))
 
     @property
     def weights_sha256(self) -> str:
@@ -78,24 +94,58 @@ def create_extractor(name: FeatureName, weights: str | None = None, *, device: t
         only = {"image_size": digits_classifier.IMAGE_SIZE, "num_classes": digits_classifier.NUM_CLASSES}
         return Extractor(name, network, file, "fd", *network.features_list, **only)
     file = Path(weights) if weights else published_inception_weights()
-    network = _create(InceptionFeatures, file, device)
-    return Extractor(name, network, file, "fid", *network.features_list)
+    network = _create(InceptionFeatures, file, device, InceptionFeatures.SPATIAL)
+    return Extractor(name, network, file, "fid", *network.layers)
 
 
 class InceptionFeatures(FeatureExtractorInceptionV3):
-    """torch-fidelity's InceptionV3 (the TensorFlow network of the published FID, Heusel et al., arXiv 1706.08500)."""
+    """torch-fidelity's InceptionV3 (the TensorFlow network of the published FID, Heusel et al., arXiv 1706.08500).
+
+    Beside torch-fidelity's layers it gives `mixed_6`, the 2023 spatial features of sFID (Nash et al., arXiv
+    2103.03841) as ADM's suite takes them: the first 7 channels of the tensor `mixed_6/conv:0`, 17×17×192, flattened
+    with the channel running fastest, so that `mu_s` and `sigma_s` of the suite's own files line up.
+
+    What is certain: torch-fidelity's weights come from the suite's graph, and its script that converts them,
+    util_convert_inception_weights.py, puts `mixed_6/conv/conv2d_params` and `mixed_6/conv/batchnorm` into
+    `Mixed_6d.branch1x1`, the first 192 channels of its block. What is inferred: `mixed_6/conv:0` is the output of that
+    whole branch, after batch norm and ReLU, for published listings of the graph's operations give each convolution's
+    scope as Conv2D, batchnorm, CheckNumerics, control_dependency, and then an operation of the scope's own name, the
+    only one that can be the ReLU. What could not be checked for want of graph and weights: a published sFID.
+    """
+
+    SPATIAL = "mixed_6"
+    SPATIAL_CHANNELS = 7
 
     def __init__(self, name: str, features_list: Sequence[str], feature_extractor_weights_path: str, **options) -> None:
         checked = io.BytesIO()
         torch.save(_plain_tensors(Path(feature_extractor_weights_path)), checked)
         checked.seek(0)
+        published_layers = [layer for layer in features_list if layer != self.SPATIAL]
         try:
-            super().__init__(name, features_list, feature_extractor_weights_path=checked, **options)
+            super().__init__(name, published_layers, feature_extractor_weights_path=checked, **options)
         except RuntimeError as error:  # load_state_dict's, of one line a key
             raise InputError(
                 f"weights={feature_extractor_weights_path}: not torch-fidelity's InceptionV3 "
                 f"({' '.join(str(error).split())[:200]} …); wanted {_published_name()}"
             ) from error
+        self.layers = tuple(features_list)
+        self.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        found = dict(zip(self.features_list, super().forward(images), strict=True))
+        if self.SPATIAL in self.layers:
+            found[self.SPATIAL] = self.spatial
+        return tuple(found[layer] for layer in self.layers)
+
+    def get_requested_features_list(self) -> tuple[str, ...]:
+        return self.layers
+
+    def convert_features_tuple_to_dict(self, features: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return dict(zip(self.layers, features, strict=True))
+
+    def _keep_spatial(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        first = output[:, : self.SPATIAL_CHANNELS].permute(0, 2, 3, 1)  # (B, 17, 17, 7)
+        self.spatial = first.flatten(1).to(torch.float32)
 
 
 class DigitsFeatures(FeatureExtractorBase):
@@ -153,8 +203,11 @@ def published_inception_weights() -> Path:
     return file
 
 
-def _create(extractor: type[FeatureExtractorBase], file: Path, device: torch.device | str) -> FeatureExtractorBase:
-    layers = [extractor.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")]
+def _create(
+    extractor: type[FeatureExtractorBase], file: Path, device: torch.device | str, *others: str
+) -> FeatureExtractorBase:
+    """The network with the layers of the Fréchet distance and the Inception Score, in that order, and others."""
+    layers = [*(extractor.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")), *others]
     network = create_feature_extractor(
         REGISTERED[extractor], layers, cuda=False, verbose=False, feature_extractor_weights_path=str(file)
     )

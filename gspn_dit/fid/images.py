@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +17,10 @@ from tqdm import tqdm
 from gspn_dit.data import open_images
 from gspn_dit.data.imagefolder import SUFFIXES, to_rgb
 from gspn_dit.errors import InputError
+from gspn_dit.fid.moments import Statistics
+from gspn_dit.fid.npz import members, read_images, read_statistics
 
 LABELS_FILE = "labels.csv"
-INCEPTION_FEATURES = 2048
 NAMED = {
     "digits": ("digits", "train"),
     "digits:test": ("digits", "test"),
@@ -40,6 +39,7 @@ class ImageSet:
         image_size: Their (height, width) in pixels.
         read: Gives image i as uint8 (3, height, width); safe to call from several threads.
         labels: The class each image was asked for, or None where that is not known.
+        read_together: Gives several images as uint8 (n, 3, height, width), where that is faster than one by one.
     """
 
     source: str
@@ -47,18 +47,33 @@ class ImageSet:
     image_size: tuple[int, int]
     read: Callable[[int], Tensor]
     labels: list[int] | None = None
+    read_together: Callable[[Sequence[int]], Tensor] | None = None
 
     def __len__(self) -> int:
         return self.count
 
+    def batch(self, indices: Sequence[int], readers: Executor) -> Tensor:
+        """The images `indices` as uint8 (n, 3, height, width), read by several threads."""
+        if self.read_together is not None:
+            return self.read_together(indices)
+        return torch.stack(list(readers.map(self.read, indices)))
+
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Mean `mu` (2048,) and covariance `sigma` (2048, 2048), float64, of a reference's Inception features."""
+    """What an ADM reference file holds: statistics of a whole dataset's Inception features, and some of its images.
+
+    Args:
+        source: The file.
+        pool: Of the 2048 pool features.
+        spatial: Of the 2023 spatial features, if the file has them.
+        images: Those for precision and recall, if the file has any.
+    """
 
     source: str
-    mu: np.ndarray
-    sigma: np.ndarray
+    pool: Statistics
+    spatial: Statistics | None
+    images: ImageSet | None
 
 
 def open_samples(source: str, argument: str = "samples") -> ImageSet:
@@ -78,6 +93,8 @@ def open_samples(source: str, argument: str = "samples") -> ImageSet:
         raise InputError(f"{argument}={source}: no such folder or npz file")
     if path.suffix != ".npz":
         raise InputError(f"{argument}={source}: wanted a folder of images or an .npz file")
+    if {"mu", "sigma"} & members(path, argument):
+        raise InputError(f"{argument}={path}: a reference's statistics (mu, sigma); wanted images, arr_0 alone")
     return _open_npz(path, argument)
 
 
@@ -93,8 +110,7 @@ def open_reference(source: str, image_size: tuple[int, int]) -> ImageSet | Refer
         InputError: As :func:`open_samples`; also for a named dataset if the samples are not square.
     """
     if source not in NAMED:
-        statistics = _read_statistics(Path(source))
-        return statistics or open_samples(source, "reference")
+        return _open_statistics(Path(source)) or open_samples(source, "reference")
     if image_size[0] != image_size[1]:
         raise InputError(
             f"reference={source}: its images are square, the samples are {_size(image_size)}; "
@@ -164,58 +180,24 @@ def _read_labels(folder: Path, files: list[Path]) -> list[int] | None:
     return [int(label_of[name]) for name in names]
 
 
-@contextmanager
-def _npz(path: Path, argument: str) -> Iterator[Mapping[str, np.ndarray]]:
-    """The arrays of an npz file, each read when it is asked for. Raises :class:`InputError`."""
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{argument}={path}: not a readable npz file")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            yield arrays
-    except InputError:
-        raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{argument}={path}: not an npz file of plain arrays ({error})") from error
+def _open_npz(path: Path, argument: str) -> ImageSet:
+    images, labels = read_images(path, argument)
+
+    def read(index: int) -> Tensor:
+        return torch.from_numpy(np.array(images[index])).permute(2, 0, 1)
+
+    return ImageSet(str(path), len(images), images.shape[1:3], read, labels)
 
 
-def _read_statistics(path: Path) -> ReferenceStatistics | None:
-    """The statistics in an npz; None if there is no such file or it has none."""
+def _open_statistics(path: Path) -> ReferenceStatistics | None:
+    """A file with statistics; None if there is no such file or it has none."""
     if path.suffix != ".npz" or not path.is_file():
         return None
-    with _npz(path, "reference") as arrays:
-        if not {"mu", "sigma"} <= set(arrays):
-            return None
-        mu, sigma = arrays["mu"], arrays["sigma"]
-    for name, array, shape in (("mu", mu, (INCEPTION_FEATURES,)), ("sigma", sigma, (INCEPTION_FEATURES,) * 2)):
-        if array.shape != shape or not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
-            raise InputError(f"reference={path}: {name} is {array.dtype} {array.shape}; wanted finite floats {shape}")
-    return ReferenceStatistics(str(path), mu.astype(np.float64), sigma.astype(np.float64))
-
-
-def _open_npz(path: Path, argument: str) -> ImageSet:
-    with _npz(path, argument) as arrays:
-        if {"mu", "sigma"} <= set(arrays):
-            raise InputError(f"{argument}={path}: a reference's statistics (mu, sigma); wanted images, arr_0 alone")
-        if "arr_0" not in arrays:
-            raise InputError(f"{argument}={path}: no arr_0 in it (it holds {', '.join(arrays) or 'nothing'})")
-        images = arrays["arr_0"]
-        labels_key = "arr_1" if "labels" not in arrays and "arr_1" in arrays else "labels"
-        labels = arrays.get(labels_key)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
-        raise InputError(
-            f"{argument}={path}: arr_0 is {images.dtype} {images.shape}; wanted uint8 (N, H, W, 3) with N ≥ 1"
-        )
-    if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
-        raise InputError(
-            f"{argument}={path}: {labels_key} is {labels.dtype} {labels.shape}; wanted {len(images)} class numbers"
-        )
-    return ImageSet(
-        str(path),
-        len(images),
-        images.shape[1:3],
-        lambda i: torch.from_numpy(images[i]).permute(2, 0, 1),
-        None if labels is None else labels.tolist(),
-    )
+    statistics = read_statistics(path, "reference")
+    if not statistics:
+        return None
+    images = _open_npz(path, "reference") if "arr_0" in members(path, "reference") else None
+    return ReferenceStatistics(str(path), statistics["mu"], statistics.get("mu_s"), images)
 
 
 def _size(image_size: tuple[int, int]) -> str:

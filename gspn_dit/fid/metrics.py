@@ -1,81 +1,101 @@
-"""The figures: Fréchet distance, Inception Score, class accuracy. The first two are torch-fidelity's own functions."""
+"""The figures: Fréchet distance, Inception Score, class accuracy; precision and recall are in `neighbours`."""
 
 from __future__ import annotations
-
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity import KEY_METRIC_FID, KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD
 from torch_fidelity.defaults import DEFAULTS
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from tqdm import tqdm
 
-from gspn_dit.fid.extractors import Extractor
-from gspn_dit.fid.images import ImageSet
+from gspn_dit.fid.moments import Statistics, float64_device
+from gspn_dit.fid.processes import Processes
 
-BATCH_SIZE = 64
-
-Statistics = dict[str, np.ndarray]
-
-
-@torch.inference_mode()
-def extract(extractor: Extractor, images: ImageSet) -> dict[str, Tensor]:
-    """Every layer the extractor gives, for all images: layer name → float32 (N, features) on the CPU."""
-    device = next(extractor.network.parameters()).device
-    parts: dict[str, list[Tensor]] = {name: [] for name in extractor.network.get_requested_features_list()}
-    with ThreadPoolExecutor() as readers, tqdm(total=len(images), unit="image", desc=images.source) as bar:
-        for start in range(0, len(images), BATCH_SIZE):
-            indices = range(start, min(start + BATCH_SIZE, len(images)))
-            batch = torch.stack(list(readers.map(images.read, indices))).to(device)
-            layers = extractor.network.convert_features_tuple_to_dict(extractor.network(batch))
-            for name, values in layers.items():
-                parts[name].append(values.cpu())
-            bar.update(len(batch))
-    return {name: torch.cat(values) for name, values in parts.items()}
-
-
-def statistics(features: Tensor, source: str) -> Statistics:
-    """Mean `mu` (d,) and unbiased covariance `sigma` (d, d) of features (N, d), float64; N of 2 or more.
-
-    Warns, naming the source, if N is not more than d.
-    """
-    count, dimensions = features.shape
-    if count <= dimensions:
-        warnings.warn(
-            f"{source}: {count} images for {dimensions} features leave the covariance rank-deficient: "
-            "the Fréchet distance is far too high, and compares only with others from as many images",
-            stacklevel=2,
-        )
-    return fid_features_to_statistics(features.double())
+ADM_SPLIT = 5000
 
 
 def frechet_distance(samples: Statistics, reference: Statistics) -> float:
     """Fréchet distance of two Gaussians (Heusel et al., arXiv 1706.08500, eq. 6).
 
-    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), in the features' units squared.
+    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), in the features' units squared. With Σ₁ = RRᵀ the last trace is that of
+    (RᵀΣ₂R)^½, which is symmetric: no complex roots, and where there are fewer images than features, no noise from the
+    eigenvalues that are zero but for rounding, which the product's own eigenvalues would add.
     """
-    return fid_statistics_to_metric(samples, reference, verbose=False)[KEY_METRIC_FID]
+    eigenvalues, vectors = np.linalg.eigh(samples.sigma)
+    kept = eigenvalues > eigenvalues[-1] * len(eigenvalues) * np.finfo(np.float64).eps
+    root = vectors[:, kept] * np.sqrt(eigenvalues[kept])
+    overlap = np.sqrt(np.linalg.eigvalsh(root.T @ reference.sigma @ root).clip(min=0)).sum()
+    shift = samples.mu - reference.mu
+    return float(shift @ shift + np.trace(samples.sigma) + np.trace(reference.sigma) - 2 * overlap)
 
 
-def inception_score(logits: Tensor) -> tuple[float, float, int]:
-    """Mean and deviation over splits of exp E[KL(p(y|x) ‖ p(y))] (Salimans et al., arXiv 1606.03498, section 4).
+class InceptionScore:
+    """exp E[KL(p(y|x) ‖ p(y))] (Salimans et al., arXiv 1606.03498, section 4) over splits of the images.
+
+    As E[KL] = E[Σ p log p] − Σ q log q with q = E[p], a split's two sums are all that is kept, in float64.
 
     Args:
-        logits: (N, classes).
-
-    Returns:
-        Mean, standard deviation, and how many splits of the shuffled images they are over: torch-fidelity's 10, or N if
-        there are fewer images.
+        split_of: Which split each image is in, int64 (N,), from 0 with none left out.
+        classes: How many there are.
+        device: Where the sums are kept.
     """
-    splits = min(DEFAULTS["isc_splits"], len(logits))
-    score = isc_features_to_metric(logits, splits, DEFAULTS["samples_shuffle"], DEFAULTS["rng_seed"])
-    return score[KEY_METRIC_ISC_MEAN], score[KEY_METRIC_ISC_STD], splits
+
+    def __init__(self, split_of: Tensor, classes: int, device: torch.device | str = "cpu") -> None:
+        options = {"dtype": torch.float64, "device": float64_device(torch.device(device))}
+        self.split_of = split_of.to(options["device"])
+        self.counts = self.split_of.bincount().double()
+        self.probabilities = torch.zeros(len(self.counts), classes, **options)
+        self.negentropies = torch.zeros(len(self.counts), **options)
+
+    def update(self, indices: Tensor, logits: Tensor) -> None:
+        """Take in the logits (n, classes) of images `indices`."""
+        logarithms = logits.to(self.probabilities.device, torch.float64).log_softmax(dim=1)
+        splits = self.split_of[indices.to(self.split_of.device)]
+        self.probabilities.index_add_(0, splits, logarithms.exp())
+        self.negentropies.index_add_(0, splits, (logarithms.exp() * logarithms).sum(dim=1))
+
+    def combine(self, processes: Processes) -> None:
+        """Make these the sums of what all processes have taken in."""
+        self.probabilities = processes.total(self.probabilities)
+        self.negentropies = processes.total(self.negentropies)
+
+    def score(self) -> tuple[float, float]:
+        """Mean and standard deviation over the splits, which count alike however many images each has."""
+        marginals = self.probabilities / self.counts[:, None]
+        divergences = self.negentropies / self.counts - torch.special.xlogy(marginals, marginals).sum(dim=1)
+        scores = divergences.exp()
+        return scores.mean().item(), scores.std(correction=0).item()
 
 
-def class_accuracy(logits: Tensor, class_labels: Tensor) -> float:
-    """Share of images whose largest logit (N, classes) is that of the class they were asked for (N,)."""
-    return (logits.argmax(dim=1) == class_labels).double().mean().item()
+def adm_splits(count: int) -> Tensor:
+    """The splits of ADM's suite: 5000 images each in the order they come, the last one what is left."""
+    return torch.arange(count) // ADM_SPLIT
+
+
+def torch_fidelity_splits(count: int) -> Tensor:
+    """The splits of torch-fidelity: 10 of equal size, or as many as there are images, after a shuffle."""
+    splits = min(DEFAULTS["isc_splits"], count)
+    ends = torch.arange(1, splits + 1) * count // splits
+    shuffled = torch.from_numpy(np.random.RandomState(DEFAULTS["rng_seed"]).permutation(count))
+    split_of = torch.empty(count, dtype=torch.int64)
+    split_of[shuffled] = torch.searchsorted(ends, torch.arange(count), right=True)
+    return split_of
+
+
+class ClassAccuracy:
+    """Share of images whose largest logit is that of the class they were asked for, int64 (N,)."""
+
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+        self.hits = torch.zeros((), dtype=torch.int64)
+
+    def update(self, indices: Tensor, logits: Tensor) -> None:
+        """Take in the logits (n, classes) of images `indices`."""
+        self.hits += (logits.argmax(dim=1).cpu() == self.labels[indices]).sum()
+
+    def combine(self, processes: Processes) -> None:
+        """Make this the count of what all processes have taken in."""
+        self.hits = processes.total(self.hits)
+
+    def score(self) -> float:
+        """The share, from 0 to 1."""
+        return self.hits.item() / len(self.labels)

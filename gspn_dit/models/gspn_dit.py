@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,8 @@ class GSPNDiT(LatentModel):
     Raises:
         InputError: Sizes that do not divide; at the call, misshapen input.
     """
+
+    _no_split_modules: ClassVar[list[str]] = ["GSPNDiTBlock"]  # what FSDP shards and gathers as one
 
     @register_to_config
     def __init__(

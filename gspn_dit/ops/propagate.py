@@ -42,10 +42,11 @@ def propagate(
         out: (B, H, W, K, G) output gate u, or None for 1.
         chunk: None scans the whole map; n makes lines [0, n), [n, 2n), ... of the map independent of each other.
         directions: Which scans, each at most once, in the order of the K axis.
-        backend: "reference" or "cpu"; None takes the best that is available for x's device.
+        backend: "reference", "cpu" or "cuda"; None takes the best that is available for x's device.
 
     Returns:
-        (B, H, W, C) in x's dtype. The strides of the inputs are free; sums are held in float32 at least.
+        (B, H, W, C) in x's dtype and memory layout. The strides of the inputs are free; sums are held in float32 at
+        least.
 
     Raises:
         InputError: (a ValueError) a wrong shape, dtype, device, chunk, direction or backend, naming the argument.
@@ -102,7 +103,7 @@ def _propagate(
 
 @_propagate.register_fake
 def _(x, gates, lam, out, chunk, directions, backend):
-    return x.new_empty(x.shape)
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("gspn_dit::propagate_backward", mutates_args=())
@@ -123,7 +124,7 @@ def _propagate_backward(
 @_propagate_backward.register_fake
 def _(grad, x, gates, lam, out, chunk, directions, backend):
     grad_out = x.new_empty(0) if out is None else torch.empty_like(out)
-    return x.new_empty(x.shape), torch.empty_like(gates), torch.empty_like(lam), grad_out
+    return torch.empty_like(x), torch.empty_like(gates), torch.empty_like(lam), grad_out
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

@@ -1,0 +1,120 @@
+// torch.ops.gspn_dit_cuda: checks nothing (gspn_dit.ops has), allocates results and scratch, and starts the kernels on the
+// current stream of the tensors' device.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#if defined(GSPN_EMULATED_CUDA)
+#include "emulated_device.h"
+#else
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime.h>
+#endif
+
+#include "propagate_cuda.h"
+
+namespace {
+
+using at::Tensor;
+
+#if !defined(GSPN_EMULATED_CUDA)
+
+struct Device {
+  c10::cuda::CUDAGuard guard;
+  gspn::SharedMemory memory;
+  void* stream;
+
+  explicit Device(const Tensor& tensor) : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream().stream()) {
+    const auto attribute = [&](cudaDeviceAttr which) {
+      int value = 0;
+      const cudaError_t error = cudaDeviceGetAttribute(&value, which, tensor.device().index());
+      TORCH_CHECK(error == cudaSuccess, "gspn_dit: ", cudaGetErrorString(error));
+      return int64_t(value);
+    };
+    memory = {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  }
+};
+Tensor fresh(const Tensor& like) { return at::empty_like(like); }
+
+#endif
+
+template <typename T>
+gspn::Strided<T> strided(const Tensor& tensor) {
+  gspn::Strided<T> result{};
+  if (!tensor.defined() || tensor.numel() == 0) return result;
+  result.data = static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) result.stride[axis] = tensor.stride(axis);
+  return result;
+}
+
+gspn::Problem problem(const Tensor& x, const Tensor& lam, int64_t chunk, at::IntArrayRef directions) {
+  gspn::Problem p{x.size(0), x.size(1), x.size(2), x.size(3), lam.size(4), chunk, int(directions.size()), {}};
+  for (size_t k = 0; k < directions.size(); ++k) p.directions[k] = int(directions[k]);
+  return p;
+}
+
+// Calls `run` with a value of the element type that tensors of x's dtype hold.
+template <typename Run>
+void with_element(const Tensor& x, Run run) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return run(float());
+    case at::kBFloat16: return run(gspn::BFloat16());
+    case at::kHalf: return run(gspn::Float16());
+    default: TORCH_CHECK(false, "x has dtype ", x.scalar_type(), ": the CUDA kernel takes float32, bfloat16 and float16");
+  }
+}
+
+Tensor scratch(const Tensor& x, int64_t elements) { return fresh(x.new_empty({elements}, x.options().dtype(at::kFloat))); }
+
+Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& lam, const std::optional<Tensor>& out, int64_t chunk,
+                 at::IntArrayRef directions) {
+  const Device device(x);
+  Tensor y = fresh(x);
+  with_element(x, [&](auto element) {
+    using T = decltype(element);
+    const gspn::Forward<T> call{problem(x, lam, chunk, directions), strided<const T>(x), strided<const T>(gates),
+                                strided<const T>(lam), strided<const T>(out.value_or(Tensor())), strided<T>(y)};
+    const Tensor memory = scratch(x, gspn::forward_scratch(call, device.memory));
+    const char* error = gspn::run_forward(call, device.memory, static_cast<float*>(memory.data_ptr()), device.stream);
+    TORCH_CHECK(error == nullptr, "gspn_dit's CUDA kernel: ", error);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> propagate_backward(const Tensor& grad, const Tensor& x, const Tensor& gates,
+                                                              const Tensor& lam, const std::optional<Tensor>& out,
+                                                              int64_t chunk, at::IntArrayRef directions) {
+  const Device device(x);
+  const Tensor u = out.value_or(Tensor());
+  Tensor grad_x = fresh(x), grad_gates = fresh(gates), grad_lam = fresh(lam);
+  Tensor grad_out = u.defined() ? fresh(u) : x.new_empty({0});
+  with_element(x, [&](auto element) {
+    using T = decltype(element);
+    const gspn::Backward<T> call{problem(x, lam, chunk, directions),
+                                 strided<const T>(x),
+                                 strided<const T>(gates),
+                                 strided<const T>(lam),
+                                 strided<const T>(u),
+                                 strided<const T>(grad),
+                                 strided<T>(grad_x),
+                                 strided<T>(grad_gates),
+                                 strided<T>(grad_lam),
+                                 strided<T>(grad_out)};
+    const Tensor memory = scratch(x, gspn::backward_scratch(call, device.memory));
+    const char* error = gspn::run_backward(call, device.memory, static_cast<float*>(memory.data_ptr()), device.stream);
+    TORCH_CHECK(error == nullptr, "gspn_dit's CUDA kernel: ", error);
+  });
+  return {grad_x, grad_gates, grad_lam, grad_out};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(gspn_dit_cuda, m) {
+  m.def("propagate(Tensor x, Tensor gates, Tensor lam, Tensor? out, int chunk, int[] directions) -> Tensor", propagate);
+  m.def("propagate_backward(Tensor grad, Tensor x, Tensor gates, Tensor lam, Tensor? out, int chunk, int[] directions)"
+        " -> (Tensor, Tensor, Tensor, Tensor)", propagate_backward);
+#if defined(GSPN_EMULATED_CUDA)
+  m.def("set_shared_memory(int bytes) -> ()", [](int64_t bytes) { emulated_shared_memory() = bytes; });
+#endif
+}

@@ -1,0 +1,202 @@
+// Maps too large to hold on chip: one block walks the lines of one direction for a few channels, and only the line before
+// is on chip. Directions run one after another, their sum kept in float32 in device memory.
+//
+// A thread takes kItems (position, channel) pairs of a line, blockDim.x apart, and reads what it needs of the next line
+// while it is at this one. There is one barrier a line.
+#pragma once
+
+#include "cuda_line.h"
+
+namespace gspn {
+
+// The largest blocks of walk_forward: shared gates take a thread for every position, own gates more registers.
+constexpr int kSharedThreads = 1024, kOwnThreads = 512;
+
+// Where the sum over directions is: read from `before` unless this is the first, written to `partial` unless it is the
+// last; float32, laid out as the result is.
+struct Accumulation {
+  const float* before;
+  float* partial;
+};
+
+// What a thread reads ahead for one of its items: of the line after the one it is at.
+template <typename T, bool kShared>
+struct Item {
+  T x;
+  float before;
+  RawGates<T> gates;  // unless they are shared
+};
+
+// One direction forward. kShared: a group's gates are prepared once for all channels of the slab, which needs a thread
+// for every position. kItems = 0: any number of items, and nothing is read ahead.
+template <typename T, bool kShared, int kItems>
+__global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
+    walk_forward(const __grid_constant__ Forward<T> call, const WalkPlan plan, const Accumulation sum, float* history) {
+  const Problem& p = call.problem;
+  const LineScan scan(p, plan, blockIdx.x);
+  const int threads = blockDim.x, width = scan.positions * plan.slab, tid = threadIdx.x;
+  const int group_size = int(p.channels / p.groups);
+  const LineGates gates(shared_memory(), kShared ? scan.positions : 0);
+  float* const lines = reinterpret_cast<float*>(shared_memory() + (kShared ? LineGates::bytes(scan.positions) : 0));
+  const auto read = [&](int item, int n) {
+    const int position = item / plan.slab, c = item % plan.slab, line = scan.line(n);
+    Item<T, kShared> result{};
+    if (item >= width || c >= scan.channels) return result;
+    result.x = *scan.at(call.x, line, position, c);
+    if (sum.before) result.before = sum.before[scan.offset(call.y, line, position, c)];
+    if constexpr (!kShared) result.gates.read(call, scan, plan.k, line, position, (scan.channel + c) / group_size);
+    return result;
+  };
+
+  RawGates<T> ahead{};  // of position `tid`, two lines ahead of the one that the block is at
+  const bool prepares = kShared && tid < scan.positions;
+  const auto prepare = [&](int n) {  // the gates of line n, from `ahead`, which moves on
+    if (!prepares || n >= scan.length) return;
+    const Weights<float> w = n ? ahead.weights(scan, tid) : Weights<float>{0.f, 0.f, 0.f};
+    gates.weights[n % 2 * scan.positions + tid] = make_float4(w.minus, w.centre, w.plus, load(ahead.lam));
+    gates.out[n % 2 * scan.positions + tid] = call.out.data ? load(ahead.out) : 1.f;
+    if (n + 1 < scan.length) ahead.read(call, scan, plan.k, scan.line(n + 1), tid, scan.group);
+  };
+  const auto advance_item = [&](int item, int n, const Item<T, kShared>& from) {
+    const int position = item / plan.slab, c = item % plan.slab;
+    const float* const before = lines + (n + 1) % 2 * width;
+    float* const h = lines + n % 2 * width;
+    if (item >= width) return;
+    if (c >= scan.channels) {
+      h[item] = 0.f;
+      return;
+    }
+    Weights<float> w{0.f, 0.f, 0.f};
+    float lam, out;
+    if constexpr (kShared) {
+      const float4 g = gates.weights[n % 2 * scan.positions + position];
+      w = {g.x, g.y, g.z};
+      lam = g.w;
+      out = gates.out[n % 2 * scan.positions + position];
+    } else {
+      if (n) w = from.gates.weights(scan, position);
+      lam = load(from.gates.lam);
+      out = call.out.data ? load(from.gates.out) : 1.f;
+    }
+    float value = lam * load(from.x);
+    if (n) {
+      value = advance(w, position > 0 ? before[item - plan.slab] : 0.f, before[item],
+                      position + 1 < scan.positions ? before[item + plan.slab] : 0.f, value);
+    }
+    h[item] = value;
+    const int64_t at = scan.offset(call.y, scan.line(n), position, c);
+    const float y = out * value + from.before;
+    if (history) history[at] = value;
+    else if (sum.partial) sum.partial[at] = y;
+    else store(call.y.data[at], y);
+  };
+
+  constexpr int kAhead = kItems ? kItems : 1;
+  Item<T, kShared> items[kAhead];
+  if (prepares) ahead.read(call, scan, plan.k, scan.line(0), tid, scan.group);
+  prepare(0);
+  if constexpr (kItems > 0) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) items[i] = read(tid + i * threads, 0);
+  }
+  for (int n = 0; n < scan.length; ++n) {
+    __syncthreads();
+    if constexpr (kItems > 0) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        const Item<T, kShared> item = items[i];
+        if (n + 1 < scan.length) items[i] = read(tid + i * threads, n + 1);
+        advance_item(tid + i * threads, n, item);
+      }
+    } else {
+      for (int item = tid; item < width; item += threads) advance_item(item, n, read(item, n));
+    }
+    prepare(n + 1);
+  }
+}
+
+// One direction back, from the last line read to the first, with `history` holding its h, laid out as dx is. A thread's dh goes into three
+// products with its weights, which the neighbours on the line before take up.
+//
+// kShared: channels of a group share gates; the slab's sums over channels are kept, for gate_gradients() to finish.
+template <typename T, bool kShared>
+__global__ void __launch_bounds__(512)
+    walk_backward(const __grid_constant__ Backward<T> call, const WalkPlan plan, const Accumulation sum,
+                  const float* history, const PartialSums partial) {
+  const LineScan scan(call.problem, plan, blockIdx.x);
+  const int threads = blockDim.x, width = scan.positions * plan.slab, tid = threadIdx.x, k = plan.k;
+  float* const products = reinterpret_cast<float*>(shared_memory());  // two lines of (minus, centre, plus)
+  const int64_t sites = call.problem.height * call.problem.width;
+
+  for (int n = scan.length - 1; n >= 0; --n) {
+    __syncthreads();
+    const int line = scan.line(n), line_before = n ? scan.line(n - 1) : 0;
+    const float* const after = products + (n + 1) % 2 * 3 * width;
+    float* const handed = products + n % 2 * 3 * width;
+    // all lanes of a warp together: they add up their sums
+    for (int item = tid; item < (width + kWarp - 1) / kWarp * kWarp; item += threads) {
+      const int position = item / plan.slab, c = item % plan.slab;
+      const bool real = item < width && c < scan.channels;
+      float sums[kNumSums] = {};
+      if (real) {
+        const int64_t row = scan.row(line, position), column = scan.column(line, position);
+        const auto h_at = [&](int l, int q) { return history[scan.offset(call.grad_x, l, q, c)]; };
+        RawGates<T> raw;
+        raw.read(call, scan, k, line, position, kShared ? scan.group : scan.channel + c);
+        const float dy = load(*scan.at(call.grad_y, line, position, c)), x = load(*scan.at(call.x, line, position, c));
+        float d = (call.out.data ? load(raw.out) : 1.f) * dy;
+        if (n + 1 < scan.length) {
+          d += after[width + item];
+          if (position > 0) d += after[2 * width + item - plan.slab];
+          if (position + 1 < scan.positions) d += after[item + plan.slab];
+        }
+        Weights<float> w{0.f, 0.f, 0.f};
+        if (n) {
+          w = raw.weights(scan, position);
+          sums[kSumMinus] = position > 0 ? d * h_at(line_before, position - 1) : 0.f;
+          sums[kSumCentre] = d * h_at(line_before, position);
+          sums[kSumPlus] = position + 1 < scan.positions ? d * h_at(line_before, position + 1) : 0.f;
+        }
+        sums[kSumLam] = d * x;
+        sums[kSumOut] = dy * h_at(line, position);
+        handed[item] = w.minus * d;
+        handed[width + item] = w.centre * d;
+        handed[2 * width + item] = w.plus * d;
+        const int64_t at = scan.offset(call.grad_x, line, position, c);
+        const float dx = load(raw.lam) * d + (sum.before ? sum.before[at] : 0.f);
+        if (sum.partial) sum.partial[at] = dx;
+        else store(call.grad_x.data[at], dx);
+        if constexpr (!kShared) {
+          Weights<float> grad{0.f, 0.f, 0.f};
+          if (n) {
+            grad = normalise_backward(load(raw.minus), load(raw.centre), load(raw.plus), w,
+                                      Weights<float>{sums[kSumMinus], sums[kSumCentre], sums[kSumPlus]});
+          }
+          const int64_t g = scan.channel + c;
+          T* to = gate_at(call.grad_gates, 5, scan.batch, row, column, k, g);
+          store(to[0], grad.minus);
+          store(to[call.grad_gates.stride[4]], grad.centre);
+          store(to[2 * call.grad_gates.stride[4]], grad.plus);
+          store(*gate_at(call.grad_lam, 4, scan.batch, row, column, k, g), sums[kSumLam]);
+          if (call.grad_out.data) store(*gate_at(call.grad_out, 4, scan.batch, row, column, k, g), sums[kSumOut]);
+        }
+      } else if (item < width) {
+        handed[item] = handed[width + item] = handed[2 * width + item] = 0.f;
+      }
+      if constexpr (kShared) {  // over the slab's channels, which are neighbouring lanes
+        for (int lanes = plan.slab / 2; lanes >= 1; lanes /= 2)
+#pragma unroll
+          for (int s = 0; s < kNumSums; ++s) sums[s] += __shfl_xor_sync(kAllLanes, sums[s], lanes);
+        if (real && c == 0) {
+          const int64_t rows = call.problem.groups * partial.group_rows;
+          float* to = partial.data + (((scan.batch * call.problem.num_directions + k) * rows + scan.slab_index) * sites +
+                                      scan.row(line, position) * call.problem.width + scan.column(line, position)) * kNumSums;
+#pragma unroll
+          for (int s = 0; s < kNumSums; ++s) to[s] = sums[s];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace gspn

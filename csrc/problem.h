@@ -1,0 +1,51 @@
+// One call of `propagate`, as the bindings hand it to the kernels: sizes, and pointers with strides in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace gspn {
+
+struct Problem {
+  int64_t batch, height, width, channels, groups;
+  int64_t chunk;  // 0: global
+  int num_directions;
+  int directions[4];  // gspn::Direction
+};
+
+// A tensor's data with the strides of its axes, in the order of `propagate`'s documentation.
+template <typename T>
+struct Strided {
+  T* data;
+  int64_t stride[6];
+};
+
+// The element types of a call: float, double, or one of these as its 16 bits.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct Forward {
+  using Element = T;
+  static constexpr bool kNeedsLogits = false;
+  Problem problem;
+  Strided<const T> x;      // (B, H, W, C)
+  Strided<const T> gates;  // (B, H, W, K, 3, G)
+  Strided<const T> lam;    // (B, H, W, K, G)
+  Strided<const T> out;    // (B, H, W, K, G), or null data for 1
+  Strided<T> y;            // (B, H, W, C)
+};
+
+template <typename T>
+struct Backward {
+  using Element = T;
+  static constexpr bool kNeedsLogits = true;
+  Problem problem;
+  Strided<const T> x, gates, lam, out, grad_y;
+  Strided<T> grad_x, grad_gates, grad_lam, grad_out;  // grad_out: null data where out is
+};
+
+}  // namespace gspn

@@ -1,0 +1,364 @@
+// Which kernel runs a call, and its launches.
+//
+// A map whose lines have up to 32 sites is held on chip (cuda_map_*.h), if two blocks of it fit on a multiprocessor, or
+// one does: x is then read once and y written once. Forward, a larger map is cut into tiles of 32 × 32 sites, after a pass
+// that leaves h at their edges (cuda_edges.h). The rest (backward on larger maps, lines of more than 512 sites, a single
+// direction of a large map, channels that do not lie side by side) is walked line by line, one direction after another
+// (cuda_walk.h).
+#include "propagate_cuda.h"
+
+#include "cuda_edges.h"
+#include "cuda_map_backward.h"
+#include "cuda_walk.h"
+
+namespace gspn {
+namespace {
+
+constexpr int kLongestLine = 32;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Channels that a block's slab must not mix: a group's where gates are shared.
+int domain(const Problem& p) { return int(p.groups == p.channels ? p.channels : p.channels / p.groups); }
+bool shares_gates(const Problem& p) { return p.groups < p.channels; }
+
+// Whether n channels of a tensor, starting at a multiple of n, can be read in one access.
+template <typename T>
+bool vectorises(const Strided<T>& t, int num_axes, int channel_axis, int n) {
+  if (t.data == nullptr) return true;
+  bool fits = t.stride[channel_axis] == 1 && reinterpret_cast<uintptr_t>(t.data) % (n * sizeof(T)) == 0;
+  for (int axis = 0; axis < num_axes; ++axis)
+    if (axis != channel_axis) fits = fits && t.stride[axis] % n == 0;
+  return fits;
+}
+template <typename T>
+bool contiguous(const Strided<T>& t, const Problem& p) {
+  return t.stride[3] == 1 && t.stride[2] == p.channels && t.stride[1] == p.width * p.channels &&
+         t.stride[0] == p.height * p.width * p.channels;
+}
+// Whether every channel's own gates can be read n channels at a time.
+template <typename T>
+bool gates_vectorise(const Strided<T>& gates, const Strided<T>& lam, const Strided<T>& out, int n) {
+  return vectorises(gates, 6, 5, n) && vectorises(lam, 5, 4, n) && vectorises(out, 5, 4, n);
+}
+
+// A map kernel's plan: `parts` is 0 if the map does not fit, or a layout stands in the way.
+struct MapChoice {
+  MapPlan plan{};
+  int line = 0;  // 16 or 32
+  size_t shared_bytes = 0;
+  int64_t blocks = 0, tiles = 0;
+  explicit operator bool() const { return plan.parts > 0; }
+};
+
+// `warp_channels` of a line of 16; bytes(line, height, width, parts) is a block's shared memory.
+template <typename Bytes>
+MapChoice choose_map(const Problem& p, const SharedMemory& memory, int warp_channels, int max_parts, Bytes bytes) {
+  MapChoice choice;
+  const int64_t longest = p.height > p.width ? p.height : p.width;
+  choice.line = longest <= 16 ? 16 : 32;
+  if (choice.line == 32) warp_channels /= 2;
+  const int tile = longest < kLongestLine ? int(longest) : kLongestLine;
+  const int height = p.height < tile ? int(p.height) : tile, width = p.width < tile ? int(p.width) : tile;
+  constexpr int64_t kReserved = 1024;  // of a block, by the system
+  for (const int blocks_at_once : {2, 1}) {  // one block reads while another scans
+    for (int parts = max_parts; parts >= 1; parts /= 2) {
+      const size_t size = bytes(choice.line, height, width, parts);
+      const bool fits = int64_t(size) <= memory.of_a_block &&
+                        blocks_at_once * (int64_t(size) + kReserved) <= memory.of_a_multiprocessor;
+      const bool idle = parts > 1 && (parts / 2) * warp_channels >= domain(p);  // half of the block would do
+      if (!fits || idle) continue;
+      choice.plan.parts = parts;
+      choice.plan.domain = domain(p);
+      choice.plan.domain_slabs = int(divide_up(domain(p), parts * warp_channels));
+      choice.plan.tile = tile;
+      choice.shared_bytes = size;
+      choice.tiles = divide_up(p.height, tile) * divide_up(p.width, tile);
+      choice.blocks = p.batch * (p.channels / domain(p)) * choice.plan.domain_slabs * choice.tiles;
+      return choice;
+    }
+  }
+  return choice;
+}
+
+size_t edge_bytes(const Problem& p) {
+  const int longest = int(p.height > p.width ? p.height : p.width);
+  return (shares_gates(p) ? LineGates::bytes(longest) : 0) + LineEnds::bytes(int(divide_up(longest, EdgeLanes::kLine)));
+}
+
+template <typename T>
+MapChoice choose_map(const Forward<T>& call, const SharedMemory& memory) {
+  constexpr int kN = Lanes<16, 4>::kLaneChannels;
+  const Problem& p = call.problem;
+  const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
+  if (!contiguous(call.y, p) || (!shares_gates(p) && !(aligned && gates_vectorise(call.gates, call.lam, call.out, kN))))
+    return {};
+  MapChoice choice = choose_map(p, memory, Lanes<16, 4>::kWarpChannels, 2, [&](int line, int height, int width, int parts) {
+    return line == 16 ? map_forward_bytes<16>(height, width, parts, sizeof(T))
+                      : map_forward_bytes<32>(height, width, parts, sizeof(T));
+  });
+  choice.plan.vector_x = aligned && vectorises(call.x, 4, 3, kN);
+  choice.plan.vector_y = aligned;
+  const int64_t longest = p.height > p.width ? p.height : p.width;
+  const bool edges_fit = longest <= kEdgeThreads && int64_t(edge_bytes(p)) <= memory.of_a_block &&
+                         kLongestLine * p.width * p.channels < INT32_MAX;
+  if (choice.tiles > 1 && !(choice.plan.vector_x && edges_fit && p.num_directions > 1)) return {};
+  return choice;
+}
+
+template <typename T>
+MapChoice choose_map(const Backward<T>& call, const SharedMemory& memory) {
+  constexpr int kN = Lanes<16, 2>::kLaneChannels;
+  const Problem& p = call.problem;
+  const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
+  if (!contiguous(call.grad_x, p) || p.height > kLongestLine || p.width > kLongestLine) return {};
+  if (!shares_gates(p) && !(aligned && gates_vectorise(call.gates, call.lam, call.out, kN) &&
+                            gates_vectorise(call.grad_gates, call.grad_lam, call.grad_out, kN)))
+    return {};
+  MapChoice choice = choose_map(p, memory, Lanes<16, 2>::kWarpChannels, 4, [&](int line, int height, int width, int parts) {
+    return line == 16 ? map_backward_bytes<16>(height, width, parts, sizeof(T))
+                      : map_backward_bytes<32>(height, width, parts, sizeof(T));
+  });
+  choice.plan.vector_x = aligned && vectorises(call.x, 4, 3, kN);
+  choice.plan.vector_grad = aligned && vectorises(call.grad_y, 4, 3, kN);
+  choice.plan.vector_y = aligned;
+  return choice;
+}
+
+// How a direction is walked.
+struct WalkChoice {
+  WalkPlan plan;
+  int threads;
+  size_t shared_bytes;
+  int64_t blocks;
+};
+
+// kItems of walk_forward: what a thread reads ahead. Lines so long that this does not cover them are read as they come.
+constexpr int kSharedItems = 4, kOwnItems = 4;
+
+template <typename T>
+WalkPlan plan_walk(const Problem& p, const Strided<const T>& x, int k, int64_t widest_line) {
+  const int direction = p.directions[k];
+  const int64_t longest = p.height > p.width ? p.height : p.width;  // one slab for all directions
+  int slab = 32;
+  while (slab > 1 && (slab / 2 >= domain(p) || slab * longest > widest_line)) slab /= 2;
+  const bool sites_side_by_side = x.stride[3] != 1 && x.stride[lines_are_rows(direction) ? 2 : 1] == 1;
+  if (sites_side_by_side && !shares_gates(p)) slab = 1;
+  return {slab, domain(p), int(divide_up(domain(p), slab)), k, direction};
+}
+
+int64_t walk_blocks(const Problem& p, const WalkPlan& plan) {
+  const int64_t lines = lines_are_rows(plan.direction) ? p.height : p.width;
+  const int64_t chunks = p.chunk && p.chunk < lines ? divide_up(lines, p.chunk) : 1;
+  return p.batch * (p.channels / plan.domain) * plan.domain_slabs * chunks;
+}
+
+int64_t positions_of(const Problem& p, const WalkPlan& plan) {
+  return lines_are_rows(plan.direction) ? p.width : p.height;
+}
+
+int round_to_warps(int64_t threads) { return int(divide_up(threads, kWarp) * kWarp); }
+
+const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+const char* kTooLong = "a line is too long for the shared memory of this device; use backend=\"reference\"";
+
+template <typename T>
+const char* launch_walk_forward(const Forward<T>& call, int k, const SharedMemory& memory, const Accumulation& sum,
+                                float* history, cudaStream_t stream) {
+  const Problem& p = call.problem;
+  const int64_t positions = lines_are_rows(p.directions[k]) ? p.width : p.height;
+  const bool shared = shares_gates(p) && positions <= kSharedThreads;
+  const int items = shared ? kSharedItems : kOwnItems, most = shared ? kSharedThreads : kOwnThreads;
+  const WalkPlan plan = plan_walk(p, call.x, k, int64_t(items) * most);
+  const int64_t width = positions * plan.slab;
+  int64_t threads = divide_up(width, items);
+  if (shared && threads < positions) threads = positions;
+  const bool ahead = threads <= most;
+  if (!ahead) threads = most;
+  const size_t bytes = 2 * width * sizeof(float) + (shared ? LineGates::bytes(int(positions)) : 0);
+  if (int64_t(bytes) > memory.of_a_block) return kTooLong;
+  const int64_t blocks = walk_blocks(p, plan);
+  const int block = round_to_warps(threads);
+  if (shared)
+    return describe(launch(walk_forward<T, true, kSharedItems>, blocks, block, bytes, stream, call, plan, sum, history));
+  if (ahead)
+    return describe(launch(walk_forward<T, false, kOwnItems>, blocks, block, bytes, stream, call, plan, sum, history));
+  return describe(launch(walk_forward<T, false, 0>, blocks, block, bytes, stream, call, plan, sum, history));
+}
+
+// Elements that a tensor laid out as this one spans (results are dense).
+int64_t elements(const Problem& p) { return p.batch * p.height * p.width * p.channels; }
+
+// The widest line (in sites times channels) whose three products fit on chip twice.
+int64_t widest_backward(const SharedMemory& memory) { return memory.of_a_block / int64_t(6 * sizeof(float)); }
+
+template <typename T>
+WalkPlan plan_walk_backward(const Backward<T>& call, int k, const SharedMemory& memory) {
+  const int64_t widest = widest_backward(memory);
+  return plan_walk(call.problem, call.x, k, widest < 8192 ? widest : 8192);
+}
+
+template <typename T>
+const char* launch_walk_backward(const Backward<T>& call, int k, const SharedMemory& memory, const Accumulation& sum,
+                                 const float* history, const PartialSums& partial, cudaStream_t stream) {
+  const Problem& p = call.problem;
+  const WalkPlan plan = plan_walk_backward(call, k, memory);
+  const int64_t width = positions_of(p, plan) * plan.slab;
+  const size_t bytes = 6 * width * sizeof(float);
+  if (int64_t(bytes) > memory.of_a_block) return kTooLong;
+  const int64_t blocks = walk_blocks(p, plan);
+  const int threads = round_to_warps(width < 512 ? width : 512);
+  return describe(shares_gates(p)
+                      ? launch(walk_backward<T, true>, blocks, threads, bytes, stream, call, plan, sum, history, partial)
+                      : launch(walk_backward<T, false>, blocks, threads, bytes, stream, call, plan, sum, history, partial));
+}
+
+// Rows of partial sums of one group: as many as blocks or warps share its channels.
+template <typename T>
+int64_t group_rows(const Backward<T>& call, const SharedMemory& memory, const MapChoice& map) {
+  if (!shares_gates(call.problem)) return 0;
+  if (map) return int64_t(map.plan.domain_slabs) * map.plan.parts;
+  return plan_walk_backward(call, 0, memory).domain_slabs;
+}
+int64_t partial_elements(const Problem& p, int64_t rows) {
+  return p.batch * p.num_directions * p.groups * rows * p.height * p.width * kNumSums;
+}
+
+// The edges of a map's tiles in scratch: of every direction, its lines' and then its sides'.
+struct EdgeLayout {
+  int64_t line[4], side[4], elements = 0;
+
+  EdgeLayout(const Problem& p, int tile) {
+    for (int k = 0; k < p.num_directions; ++k) {
+      const bool rows = lines_are_rows(p.directions[k]);
+      const int64_t lines = rows ? p.height : p.width, positions = rows ? p.width : p.height;
+      line[k] = elements;
+      elements += p.batch * divide_up(lines, tile) * positions * p.channels;
+      side[k] = elements;
+      elements += p.batch * lines * 2 * divide_up(positions, tile) * p.channels;
+    }
+  }
+};
+
+template <typename T>
+const char* launch_edges(const Forward<T>& call, const Edges& edges, cudaStream_t stream) {
+  const Problem& p = call.problem;
+  constexpr int kSlab = EdgeLanes::kWarpChannels;
+  for (const bool rows : {true, false}) {  // all directions at once where rows and columns are as many
+    EdgePlan plan{{kSlab, domain(p), int(divide_up(domain(p), kSlab)), 0, 0}, 0, {}};
+    const bool square = p.height == p.width;
+    if (square && !rows) break;
+    for (int k = 0; k < p.num_directions; ++k)
+      if (square || lines_are_rows(p.directions[k]) == rows) plan.k[plan.directions++] = k;
+    if (plan.directions == 0) continue;
+    plan.slabs.direction = p.directions[plan.k[0]];
+    const int64_t positions = rows ? p.width : p.height, warps = divide_up(positions, EdgeLanes::kLine);
+    const size_t bytes = (shares_gates(p) ? LineGates::bytes(int(positions)) : 0) + LineEnds::bytes(int(warps));
+    const int64_t blocks = walk_blocks(p, plan.slabs) * plan.directions;
+    const char* error = describe(
+        shares_gates(p) ? launch(edge_scan<T, true>, blocks, int(warps) * kWarp, bytes, stream, call, plan, edges)
+                        : launch(edge_scan<T, false>, blocks, int(warps) * kWarp, bytes, stream, call, plan, edges));
+    if (error) return error;
+  }
+  return nullptr;
+}
+
+// float32 sums can be kept in the result itself.
+template <typename T>
+float* sum_in_place(T*, float* scratch) {
+  return scratch;
+}
+float* sum_in_place(float* result, float*) { return result; }
+
+}  // namespace
+
+template <typename T>
+int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
+  const MapChoice map = choose_map(call, memory);
+  if (map) return map.tiles > 1 ? EdgeLayout(call.problem, map.plan.tile).elements : 0;
+  return call.problem.num_directions > 1 && sizeof(T) < sizeof(float) ? elements(call.problem) : 0;
+}
+
+template <typename T>
+const char* run_forward(const Forward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  const Problem& p = call.problem;
+  if (const MapChoice map = choose_map(call, memory)) {
+    Edges edges{};
+    const auto run = [&](auto kernel) {
+      return describe(launch(kernel, map.blocks, 2 * kWarp * map.plan.parts, map.shared_bytes, stream, call, map.plan, edges));
+    };
+    const bool shared = shares_gates(p);
+    if (map.tiles > 1) {
+      const EdgeLayout layout(p, map.plan.tile);
+      for (int k = 0; k < p.num_directions; ++k) {
+        edges.line[k] = scratch + layout.line[k];
+        edges.side[k] = scratch + layout.side[k];
+      }
+      if (const char* error = launch_edges(call, edges, stream)) return error;
+      return shared ? run(map_forward<T, true, 32, true>) : run(map_forward<T, false, 32, true>);
+    }
+    if (map.line == 16) return shared ? run(map_forward<T, true, 16, false>) : run(map_forward<T, false, 16, false>);
+    return shared ? run(map_forward<T, true, 32, false>) : run(map_forward<T, false, 32, false>);
+  }
+  float* const partial = sum_in_place(call.y.data, scratch);
+  for (int k = 0; k < p.num_directions; ++k) {
+    const Accumulation sum{k > 0 ? partial : nullptr, k + 1 < p.num_directions ? partial : nullptr};
+    if (const char* error = launch_walk_forward(call, k, memory, sum, nullptr, stream)) return error;
+  }
+  return nullptr;
+}
+
+template <typename T>
+int64_t backward_scratch(const Backward<T>& call, const SharedMemory& memory) {
+  const Problem& p = call.problem;
+  const MapChoice map = choose_map(call, memory);
+  const int64_t sums = partial_elements(p, group_rows(call, memory, map));
+  if (map) return sums;
+  const bool needs_dx = p.num_directions > 1 && sizeof(T) < sizeof(float);
+  return sums + elements(p) * (needs_dx ? 2 : 1);  // h, and dx while it is summed
+}
+
+template <typename T>
+const char* run_backward(const Backward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  const Problem& p = call.problem;
+  const MapChoice map = choose_map(call, memory);
+  const PartialSums partial{scratch, group_rows(call, memory, map)};
+  if (map) {
+    const int threads = 2 * kWarp * map.plan.parts;
+    const auto run = [&](auto kernel) {
+      return describe(launch(kernel, map.blocks, threads, map.shared_bytes, stream, call, map.plan, partial));
+    };
+    const char* error = shares_gates(p)
+                            ? (map.line == 16 ? run(map_backward<T, true, 16>) : run(map_backward<T, true, 32>))
+                            : (map.line == 16 ? run(map_backward<T, false, 16>) : run(map_backward<T, false, 32>));
+    if (error) return error;
+  } else {
+    float* const history = scratch + partial_elements(p, partial.group_rows);
+    float* const dx = sum_in_place(call.grad_x.data, history + elements(p));
+    // h of one direction: laid out as dx is
+    const Forward<T> again{p, call.x, call.gates, call.lam, call.out, call.grad_x};
+    for (int k = 0; k < p.num_directions; ++k) {
+      const Accumulation sum{k > 0 ? dx : nullptr, k + 1 < p.num_directions ? dx : nullptr};
+      if (const char* error = launch_walk_forward(again, k, memory, {nullptr, nullptr}, history, stream)) return error;
+      if (const char* error = launch_walk_backward(call, k, memory, sum, history, partial, stream)) return error;
+    }
+  }
+  if (!shares_gates(p)) return nullptr;
+  const int64_t count = p.batch * p.num_directions * p.groups * p.height * p.width;
+  const int64_t blocks = divide_up(count, 256) < (1 << 20) ? divide_up(count, 256) : 1 << 20;
+  return describe(launch(gate_gradients<T>, blocks, 256, 0, stream, call, partial));
+}
+
+#define GSPN_INSTANTIATE(T)                                                                              \
+  template int64_t forward_scratch<T>(const Forward<T>&, const SharedMemory&);                           \
+  template const char* run_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);            \
+  template int64_t backward_scratch<T>(const Backward<T>&, const SharedMemory&);                         \
+  template const char* run_backward<T>(const Backward<T>&, const SharedMemory&, float*, void*);
+GSPN_INSTANTIATE(float)
+GSPN_INSTANTIATE(BFloat16)
+GSPN_INSTANTIATE(Float16)
+
+}  // namespace gspn

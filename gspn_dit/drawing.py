@@ -1,0 +1,125 @@
+"""Many images into one folder, by any number of processes, in as many runs as it takes.
+
+    settings.json      what the images are a function of; written first
+    labels.csv         file,label of every image there will be
+    000000.png …       image i, whole or not there
+
+Image i depends on the settings and i alone, so a folder is the same however it was shared out or cut short.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from tqdm import tqdm
+
+from gspn_dit.diffusion import image_generator
+from gspn_dit.errors import InputError
+from gspn_dit.files import begin_or_continue, replacing
+from gspn_dit.pictures import save_image
+from gspn_dit.pipeline import GSPNDiTPipeline
+
+SETTINGS_FILE = "settings.json"
+
+
+def image_file(i: int) -> str:
+    """The name of image i."""
+    return f"{i:06d}.png"
+
+
+def begin(folder: Path, settings: dict[str, Any], labels: Sequence[int]) -> list[int]:
+    """Begin a folder of images, or continue it, and return which are still to be drawn; one process does this.
+
+    Raises:
+        InputError: If the folder was begun with other settings, or holds images that none of this began.
+    """
+    found = finished_images(folder)
+    if found and not (folder / SETTINGS_FILE).exists():
+        raise InputError(
+            f"out={str(folder)!r}: holds {len(found)} images without the {SETTINGS_FILE} that says what of; "
+            "empty it or name another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    begin_or_continue(folder / SETTINGS_FILE, settings, "out", ignored=("model",))
+    for torn in folder.glob(".*.png.tmp"):
+        torn.unlink()
+    with replacing(folder / "labels.csv") as temporary, open(temporary, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "label"])
+        table.writerows([image_file(i), label] for i, label in enumerate(labels))
+    return [i for i in range(len(labels)) if i not in found]
+
+
+def finished_images(folder: Path) -> set[int]:
+    """The numbers of the images that are in a folder."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return {int(name.removesuffix(".png")) for name in names if re.fullmatch(r"[0-9]{6,}\.png", name)}
+
+
+def draw_missing(
+    pipe: GSPNDiTPipeline,
+    folder: Path,
+    labels: Sequence[int],
+    missing: Sequence[int],
+    processes: PartialState,
+    *,
+    seed: int,
+    batch_size: int,
+    **options: Any,
+) -> None:
+    """Draw this process's share of the missing images, and wait for the others'.
+
+    The main process shows how far all of them are: it counts the folder's images now and then.
+
+    Args:
+        pipe: On this process's device.
+        folder: Of :func:`begin`, as is `missing`.
+        labels: Class id of every image, missing or not.
+        missing: Numbers of the images to draw.
+        processes: All that share them.
+        seed: Image i is a function of (seed, i).
+        batch_size: Images at a time.
+        options: Of the pipeline's call.
+    """
+    batch_size = min(batch_size, math.ceil(len(missing) / processes.num_processes) or 1)
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+    shown = processes.is_main_process
+    pipe.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None if shown else True)
+    done = len(labels) - len(missing)
+    with tqdm(total=len(labels), initial=done, desc="sampling", unit="image", smoothing=0, disable=not shown) as bar:
+        next_look = 0.0
+        for batch in batches[processes.process_index :: processes.num_processes]:
+            images = pipe(
+                [labels[i] for i in batch],
+                generator=[image_generator(seed, i) for i in batch],
+                output_type="uint8",
+                **options,
+            ).images.cpu()
+            for i, image in zip(batch, images, strict=True):
+                save_image(image, folder / image_file(i))
+            if shown and (now := time.monotonic()) >= next_look:
+                bar.update(len(finished_images(folder)) - bar.n)
+                next_look = now + 100 * (time.monotonic() - now)  # at most a hundredth of the time goes into this
+        processes.wait_for_everyone()
+        bar.update(len(labels) - bar.n)
+
+
+def weights_sha256(*modules: nn.Module) -> str:
+    """SHA-256 of modules' parameters and buffers, with their names, in hexadecimal: what tells two models apart."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,51 @@
+"""The CUDA kernels compiled for the CPU, every CUDA thread a fiber: their logic is tested without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+
+from gspn_dit.ops.build import CSRC
+
+EMULATION = Path(__file__).parent / "cuda_emulation"
+SHARED_MEMORY = 227 * 1024  # of a Hopper block; less of it sends even small maps to the kernels for large ones
+
+
+@functools.cache
+def emulated_kernels():
+    """torch.ops.gspn_dit_cuda, taking CPU tensors; compiled once for a state of the sources."""
+    from torch.utils import cpp_extension
+
+    sources = [CSRC / "propagate_cuda.cu", CSRC / "binding_cuda.cpp"]
+    flags = [
+        "-O2",
+        "-std=c++20",
+        "-fPIC",
+        "-shared",
+        "-DGSPN_EMULATED_CUDA",
+        "-fsanitize=alignment,bounds",
+        "-fsanitize-undefined-trap-on-error",
+    ]  # a misaligned vector would fail on a GPU too
+    key = hashlib.sha256(f"{torch.__version__} {flags}".encode())
+    for path in sorted([*CSRC.glob("*"), *EMULATION.glob("*")]):
+        key.update(path.read_bytes())
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    library = root / f"gspn_dit_emulated_cuda_{key.hexdigest()[:16]}.so"
+    if not library.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        half_built = library.with_suffix(f".{os.getpid()}")
+        torch_lib = Path(torch.__file__).parent / "lib"
+        subprocess.run(
+            [os.environ.get("CXX", "c++"), *flags, f"-I{CSRC}", f"-I{EMULATION}",
+             *(f"-I{folder}" for folder in cpp_extension.include_paths()), "-x", "c++", *map(str, sources),
+             f"-L{torch_lib}", "-lc10", "-ltorch_cpu", "-ltorch", "-o", str(half_built)],
+            check=True,
+        )  # fmt: skip
+        half_built.replace(library)
+    torch.ops.load_library(library)
+    return torch.ops.gspn_dit_cuda
