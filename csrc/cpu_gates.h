@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu_map.h"
+#include "cpu_scan.h"
 
 namespace gspn {
 
@@ -20,16 +21,22 @@ struct Gates {
 
 // Weights of n sites or channels that have the same neighbours; where weights and logits share memory, in place.
 template <typename A>
-void normalise_range(const Gates<A>& gates, int64_t n, A has_minus, A has_plus) {
+void normalise_range(const Gates<A>& gates, int64_t n, bool has_minus, bool has_plus) {
   const A *minus = gates.field[kLogitMinus], *centre = gates.field[kLogitCentre], *plus = gates.field[kLogitPlus];
   A *w_minus = gates.field[kWeightMinus], *w_centre = gates.field[kWeightCentre], *w_plus = gates.field[kWeightPlus];
+  const auto run = [&](auto with_minus, auto with_plus) {  // known to the compiler, so that the loop has no branches
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const Weights<A> w = normalise(minus[i], centre[i], plus[i], has_minus, has_plus);
-    w_minus[i] = w.minus;
-    w_centre[i] = w.centre;
-    w_plus[i] = w.plus;
-  }
+    for (int64_t i = 0; i < n; ++i) {
+      const Weights<A> w = normalise(minus[i], centre[i], plus[i], with_minus.value, with_plus.value);
+      w_minus[i] = w.minus;
+      w_centre[i] = w.centre;
+      w_plus[i] = w.plus;
+    }
+  };
+  if (has_minus && has_plus) run(std::true_type(), std::true_type());
+  else if (has_minus) run(std::true_type(), std::false_type());
+  else if (has_plus) run(std::false_type(), std::true_type());
+  else run(std::false_type(), std::false_type());
 }
 
 // Where a gate tensor holds direction k of a site's gates from `channel`'s group on.
@@ -50,38 +57,48 @@ class GroupGates {
       : problem_(call.problem), sites_(call.problem.height * call.problem.width) {
     data_ = scratch.get(problem_.num_directions * kStored * sites_);
     const int64_t group = channel / (problem_.channels / problem_.groups);
-    for (int64_t i = 0; i < problem_.height; i += kBlock)
-      for (int k = 0; k < problem_.num_directions; ++k) {
-        const Gates<A> map = fields(k);
-        for (int n = 0; n < 3; ++n)
-          read_rows(map.field[kLogitMinus + n], call.gates, gates_at(call.gates, 5, b, i, 0, k, group) + n * call.gates.stride[4], k, i);
-        read_rows(map.field[kLam], call.lam, gates_at(call.lam, 4, b, i, 0, k, group), k, i);
-        if (call.out.data) read_rows(map.field[kOut], call.out, gates_at(call.out, 4, b, i, 0, k, group), k, i);
-      }
+    for (int64_t i = 0; i < problem_.height; i += kTileRows)
+      for (int64_t j = 0; j < problem_.width; j += kTileColumns)
+        for (int k = 0; k < problem_.num_directions; ++k) {
+          const Gates<A> map = fields(k);
+          for (int n = 0; n < 3; ++n)
+            read_tile(map.field[kLogitMinus + n], call.gates,
+                      gates_at(call.gates, 5, b, i, j, k, group) + n * call.gates.stride[4], k, i, j);
+          read_tile(map.field[kLam], call.lam, gates_at(call.lam, 4, b, i, j, k, group), k, i, j);
+          if (call.out.data) read_tile(map.field[kOut], call.out, gates_at(call.out, 4, b, i, j, k, group), k, i, j);
+        }
     for (int k = 0; k < problem_.num_directions; ++k) {
       const Scan scan(problem_, problem_.directions[k]);
       if (!call.out.data) std::fill_n(fields(k).field[kOut], sites_, A(1));
       for (int64_t i = 0; i < scan.lines; ++i) {
         const Gates<A> line = fields(k) + i * scan.positions;
         const int64_t last = scan.positions - 1;
-        normalise_range(line, 1, A(0), A(last > 0));
-        normalise_range(line + 1, last - 1, A(1), A(1));
-        if (last > 0) normalise_range(line + last, 1, A(1), A(0));
+        normalise_range(line, 1, false, last > 0);
+        normalise_range(line + 1, last - 1, true, true);
+        if (last > 0) normalise_range(line + last, 1, true, false);
       }
     }
   }
 
-  // The gates at position 0 of a line; those at the others follow.
+  // The gates of a line: as the backward pass takes them, those at the other positions following those at 0, and as a
+  // forward scan does.
   Gates<A> line(const Scan& scan, int k, int64_t line) const { return fields(k) + line * scan.positions; }
+
+  template <bool kWhole>
+  SharedLine<A> along(const Call&, const Scan& scan, int k, int64_t number, int64_t, int64_t) const {
+    const Gates<A> gates = line(scan, k, number);
+    A* const* field = gates.field;
+    return {field[kLam], field[kOut], field[kWeightMinus], field[kWeightCentre], field[kWeightPlus]};
+  }
 
   static Gates<A> site(const Gates<A>& line, const Call&, const Scan&, int, int64_t, int64_t position, bool) {
     return line + position;
   }
 
  private:
-  // Rows are read in blocks that stay in the cache while each field of them is picked out, and whose columns fill whole
-  // cache lines of a field that is laid out by columns.
-  static constexpr int64_t kBlock = 16;
+  // The map is read in tiles that stay in the nearest cache while each field is picked out, and whose columns fill pieces
+  // of cache lines of a field that is laid out by columns.
+  static constexpr int64_t kTileRows = 8, kTileColumns = 32;
   // Only the backward pass asks for the logits again: else the weights take their place.
   static constexpr int kStored = Call::kNeedsLogits ? kNumFields : kLogitMinus;
 
@@ -92,14 +109,14 @@ class GroupGates {
     return map;
   }
 
-  void read_rows(A* to, const Strided<const T>& t, const T* from, int k, int64_t first_row) const {
-    const int64_t rows = std::min(kBlock, problem_.height - first_row);
+  void read_tile(A* to, const Strided<const T>& t, const T* from, int k, int64_t i, int64_t j) const {
+    const int64_t rows = std::min(kTileRows, problem_.height - i), columns = std::min(kTileColumns, problem_.width - j);
     if (lines_are_rows(problem_.directions[k]))
-      for (int64_t i = 0; i < rows; ++i)
-        gather(to + (first_row + i) * problem_.width, from + i * t.stride[1], t.stride[2], problem_.width);
+      for (int64_t r = 0; r < rows; ++r)
+        gather(to + (i + r) * problem_.width + j, from + r * t.stride[1], t.stride[2], columns);
     else
-      for (int64_t j = 0; j < problem_.width; ++j)
-        gather(to + j * problem_.height + first_row, from + j * t.stride[2], t.stride[1], rows);
+      for (int64_t c = 0; c < columns; ++c)
+        gather(to + (j + c) * problem_.height + i, from + c * t.stride[2], t.stride[1], rows);
   }
 
   const Problem& problem_;
@@ -124,6 +141,20 @@ class ChannelGates {
   }
 
   Gates<A> line(const Scan&, int, int64_t) const { return buffer_; }
+
+  // The gates of a line for a forward scan, of `channels` channels from `channel` on.
+  template <bool kWhole>
+  OwnLine<T, A, kWhole> along(const Call& call, const Scan& scan, int k, int64_t line, int64_t channel,
+                              int64_t channels) const {
+    const int64_t row = scan.row(line, 0), column = scan.column(line, 0), neighbour = call.gates.stride[4];
+    const auto walk = [&](const Strided<const T>& t, int axis, int64_t offset) -> typename OwnLine<T, A, kWhole>::Walk {
+      if (!t.data) return {};
+      const T* first = gates_at(t, axis, b_, row, column, k, channel) + offset;
+      return {first, scan.rows ? t.stride[2] : t.stride[1], t.stride[axis]};
+    };
+    const auto logits = [&](int n) { return walk(call.gates, 5, n * neighbour); };
+    return {walk(call.lam, 4, 0), walk(call.out, 4, 0), {logits(0), logits(1), logits(2)}, channels};
+  }
 
   Gates<A> site(Gates<A> buffer, const Call& call, const Scan& scan, int k, int64_t line, int64_t position,
                 bool needs_logits) const {
@@ -166,7 +197,7 @@ struct GateValue<A, true> {
 template <typename A, bool shared>
 struct SiteWeights {
   const A *minus, *centre, *plus;
-  const A has_minus, has_plus;
+  const bool has_minus, has_plus;
   SiteWeights(const Gates<A>& site, const Scan& scan, int64_t position)
       : minus(site.field[kLogitMinus]),
         centre(site.field[kLogitCentre]),

@@ -49,6 +49,12 @@ inline void scatter(T* to, int64_t stride, const A* from, int64_t n) {
   }
 }
 
+// Where a map of the shape of x holds a site's channels from `channel` on.
+template <typename T>
+T* map_at(const Strided<T>& t, int64_t b, int64_t row, int64_t column, int64_t channel) {
+  return t.data + b * t.stride[0] + row * t.stride[1] + column * t.stride[2] + channel * t.stride[3];
+}
+
 // The scan order of one direction: which axis its lines follow, and which lines start a chunk.
 struct Scan {
   bool rows, reversed;
@@ -69,14 +75,17 @@ struct Scan {
   int64_t line(int64_t c, int64_t n) const { return c * chunk + (reversed ? chunk_lines(c) - 1 - n : n); }
 };
 
-// Uninitialised memory, aligned to cache lines, that grows as asked: a thread's scratch.
+// Uninitialised memory, aligned to cache lines, that grows as asked: a thread's scratch. Large scratch is whole huge pages:
+// a walk down a column is in another small page at every site.
 template <typename A>
 class Scratch {
  public:
   A* get(int64_t size) {
     if (size > size_) {
-      data_.reset(static_cast<A*>(::operator new(size * sizeof(A), kLine)));
-      prefer_huge_pages(data_.get(), size * sizeof(A));
+      const size_t bytes = size * sizeof(A), page = bytes < kHugePage / 2 ? kLine : kHugePage;
+      const size_t whole = (bytes + page - 1) / page * page;
+      data_ = {static_cast<A*>(::operator new(whole, std::align_val_t(page))), Free{std::align_val_t(page)}};
+      prefer_huge_pages(data_.get(), whole);
       size_ = size;
     }
     return data_.get();
@@ -87,12 +96,19 @@ class Scratch {
   }
 
  private:
-  static constexpr std::align_val_t kLine{64};
+  static constexpr size_t kLine = 64;
   struct Free {
-    void operator()(A* data) const { ::operator delete(data, kLine); }
+    std::align_val_t alignment{kLine};
+    void operator()(A* data) const { ::operator delete(data, alignment); }
   };
   std::unique_ptr<A, Free> data_;
   int64_t size_ = 0;
+};
+
+// What a thread works in.
+template <typename A>
+struct Workspace {
+  Scratch<A> x, y, dx, gates, lines, history, grads;
 };
 
 // Compact copy of a slab of the map. Rows are padded by a cache line, so that walking down a column of a map whose
@@ -112,13 +128,13 @@ struct Slab {
   // One site, from or to the map; the next ones, each a cache line or a few in a page of its own, are asked for ahead.
   template <typename T>
   void read_site(const Strided<const T>& from, int64_t b, int64_t row, int64_t column, int64_t channel) const {
-    const T* site = from.data + b * from.stride[0] + row * from.stride[1] + column * from.stride[2] + channel * from.stride[3];
+    const T* site = map_at(from, b, row, column, channel);
     __builtin_prefetch(site + kAhead * from.stride[2]);
     gather(at(row, column), site, from.stride[3], channels);
   }
   template <typename T>
   void write_site(const Strided<T>& to, int64_t b, int64_t row, int64_t column, int64_t channel) const {
-    T* site = to.data + b * to.stride[0] + row * to.stride[1] + column * to.stride[2] + channel * to.stride[3];
+    T* site = map_at(to, b, row, column, channel);
     __builtin_prefetch(site + kAhead * to.stride[2], 1);
     scatter(site, to.stride[3], at(row, column), channels);
   }

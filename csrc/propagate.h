@@ -22,30 +22,45 @@ enum Direction : int { kDown = 0, kUp = 1, kRight = 2, kLeft = 3 };
 GSPN_INLINE bool lines_are_rows(int direction) { return direction == kDown || direction == kUp; }
 GSPN_INLINE bool far_end_first(int direction) { return direction == kUp || direction == kLeft; }
 
-// e^x for x <= 0. On the CPU in float32 a polynomial without branches, so that loops over channels vectorise:
-// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2. Below -87 it returns e^-87, about 1e-38.
+template <typename T>
+GSPN_INLINE T minimum(T a, T b) {
+  return a < b ? a : b;
+}
+template <typename T>
+GSPN_INLINE T maximum(T a, T b) {
+  return a > b ? a : b;
+}
+
+// p 2^n for a p about 1, where `shifted` is 1.5 * 2^23 + n: n is added to p's exponent field.
+GSPN_INLINE float times_power_of_two(float p, float shifted) {
+  int32_t bits, n;
+  std::memcpy(&bits, &p, sizeof bits);
+  std::memcpy(&n, &shifted, sizeof n);
+  bits += int32_t(uint32_t(n) << 23);  // the high bits of `shifted` fall off the left end
+  std::memcpy(&p, &bits, sizeof p);
+  return p;
+}
+
+// e^x for x <= 0, and up to 86. On the CPU in float32 a polynomial without branches, so that channels go in vectors:
+// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2. Below -86 it returns e^-86, about 4e-38.
 GSPN_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
-GSPN_INLINE float exp_nonpositive(float x) {
+template <typename T>
+GSPN_INLINE T exp_nonpositive(T x) {
 #if defined(__CUDA_ARCH__)
   return __expf(x);
 #else
-  x = x < -87.f ? -87.f : x;
-  const float shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the fraction rounds away, n stays in the low bits
-  const float n = shifted - 12582912.f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 8.29765e-3f;  // the polynomial of degree 5 with the least relative error there, 8e-8
-  p = p * r + 4.191538e-2f;
-  p = p * r + 1.6667575e-1f;
-  p = p * r + 4.9998895e-1f;
-  p = p * r + 9.9999969e-1f;
-  p = p * r + 1.00000007f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127) << 23;  // the exponent field of 2^n: the high bits of `shifted` fall off the left end
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
+  x = maximum(x, T(-86.f));
+  const T shifted = x * T(1.44269504f) + T(12582912.f);  // 1.5 * 2^23: the fraction rounds away, n stays in the low bits
+  const T n = shifted - T(12582912.f);
+  const T r = (x - n * T(0.693359375f)) + n * T(2.12194440e-4f);
+  T p = T(8.29765e-3f);  // the polynomial of degree 5 with the least relative error there, 8e-8
+  p = p * r + T(4.191538e-2f);
+  p = p * r + T(1.6667575e-1f);
+  p = p * r + T(4.9998895e-1f);
+  p = p * r + T(9.9999969e-1f);
+  p = p * r + T(1.00000007f);
+  return times_power_of_two(p, shifted);
 #endif
 }
 
@@ -54,40 +69,43 @@ struct Weights {
   T minus, centre, plus;
 };
 
-// e^(-|l| - shift), or 1 where that is more: a neighbour outside the map may exceed the largest inside.
+// How far logits reach in `normalise`: below -kLow, σ(l) is e^l to the last bit; two e^kHigh may be multiplied.
 template <typename T>
-GSPN_INLINE T decay(T l, T shift) {
-  const T exponent = (l < T(0) ? l : -l) - shift;
-  return exp_nonpositive(exponent < T(0) ? exponent : T(0));
+struct Bounds {
+  static constexpr float kLow = 20, kHigh = 42;
+};
+template <>
+struct Bounds<double> {
+  static constexpr double kLow = 40, kHigh = 340;
+};
+
+// 1 / σ(l) = 1 + e^-l, with l moved up by `shift`.
+template <typename T>
+GSPN_INLINE T inverse_sigmoid(T l, T shift) {
+  return T(1) + exp_nonpositive(minimum(shift - l, T(Bounds<T>::kHigh)));
 }
 
-// Row-stochastic weights of three logits; has_minus and has_plus are 1, or 0 where the neighbour lies outside the map.
+// Row-stochastic weights of three logits; has_minus and has_plus are 0 where the neighbour lies outside the map.
 //
-// With t = e^-|l|, σ(l) = (l < 0 ? t : 1) / (1 + t); putting the three over one denominator leaves one division. Where all
-// logits lie below -60, where 1 + t is 1, the largest is taken out of the exponents, so that nothing underflows: weights
-// are finite and sum to 1 for logits of any size.
-template <typename T>
-GSPN_INLINE Weights<T> normalise(T minus, T centre, T plus, T has_minus, T has_plus) {
-  const T zero = 0, one = 1, low = -60;
+// The three are as the products of the other two's 1 / σ: one division. Where all logits lie far below 0, σ(l) is e^l, and
+// moving them up together changes nothing but that e^-l stays finite: weights are finite and sum to 1 for logits of any
+// size.
+template <typename T, typename Has>
+GSPN_INLINE Weights<T> normalise(T minus, T centre, T plus, Has has_minus, Has has_plus) {
   T largest = centre;
-  largest = (has_minus > zero && minus > largest) ? minus : largest;
-  largest = (has_plus > zero && plus > largest) ? plus : largest;
-  const T shift = largest < low ? largest : zero;
-  const T counts = largest < low ? zero : one;
-  const T a = decay(minus, shift), b = decay(centre, shift), c = decay(plus, shift);
-  const T na = minus < zero ? a : one, nb = centre < zero ? b : one, nc = plus < zero ? c : one;
-  const T da = one + counts * a, db = one + counts * b, dc = one + counts * c;
-  const T sa = has_minus * na * (db * dc), sb = nb * (da * dc), sc = has_plus * nc * (da * db);
-  const T scale = one / (sa + sb + sc);
+  if (has_minus) largest = maximum(largest, minus);
+  if (has_plus) largest = maximum(largest, plus);
+  const T shift = minimum(largest + T(Bounds<T>::kLow), T(0));
+  const T a = inverse_sigmoid(minus, shift), b = inverse_sigmoid(centre, shift), c = inverse_sigmoid(plus, shift);
+  const T sa = has_minus ? b * c : T(0), sb = a * c, sc = has_plus ? a * b : T(0);
+  const T scale = T(1) / (sa + sb + sc);
   return {sa * scale, sb * scale, sc * scale};
 }
 
 // 1 - σ(l), the derivative of log σ(l).
 template <typename T>
 GSPN_INLINE T one_minus_sigmoid(T l) {
-  const T zero = 0, one = 1;
-  const T e = exp_nonpositive(l < zero ? l : -l);
-  return (l < zero ? one : e) / (one + e);
+  return T(1) / (T(1) + exp_nonpositive(minimum(l, T(2 * Bounds<T>::kHigh))));
 }
 
 // Gradient of the logits from that of the weights: dl_n = (1 - σ(l_n)) w_n (dw_n - Σ_m w_m dw_m).

@@ -5,6 +5,8 @@
 
 namespace gspn {
 
+constexpr uintptr_t kHugePage = 1 << 21;  // bytes: x86-64's, and most others'
+
 // Ask for huge pages under fresh memory: a large result costs fewer page faults to fill, and fewer misses to walk.
 void prefer_huge_pages(void* data, int64_t bytes);
 

@@ -1,0 +1,171 @@
+// The gradient of one slab: h again, line by line and kept for a chunk, then the same lines backwards.
+#pragma once
+
+#include "cpu_gates.h"
+
+namespace gspn {
+
+// A line of h with a zero position at either end, and where its position 0 is.
+template <typename A>
+A* padded_line(A* start, int64_t positions, int64_t width) {
+  std::fill_n(start, width, A(0));
+  std::fill_n(start + (positions + 1) * width, width, A(0));
+  return start + width;
+}
+
+// h of one line again, from the line before (null at the start of a chunk). `h` and `before` point at position 0 of lines
+// with a zero position at each end.
+template <int kWidth, typename SlabGates, typename Call, typename A>
+void rescan_line(const SlabGates& gates, const Call& call, const Scan& scan, int k, int64_t line, const Slab<A>& x,
+                 const A* before, A* h) {
+  const int64_t width = kWidth ? kWidth : x.channels;
+  const Gates<A> line_gates = gates.line(scan, k, line);
+  for (int64_t j = 0; j < scan.positions; ++j) {
+    const A* __restrict value = x.at(scan.row(line, j), scan.column(line, j));
+    A* __restrict now = h + j * width;
+    const Gates<A> site = gates.site(line_gates, call, scan, k, line, j, before);
+    const GateValue<A, SlabGates::shared> lam{site.field[kLam]};
+    if (before) {
+      const A *centre = before + j * width, *minus = centre - width, *plus = centre + width;
+      const SiteWeights<A, SlabGates::shared> weights(site, scan, j);
+#pragma omp simd
+      for (int64_t c = 0; c < width; ++c)
+        now[c] = advance(weights[c], minus[c], centre[c], plus[c], lam[c] * value[c]);
+    } else {
+#pragma omp simd
+      for (int64_t c = 0; c < width; ++c) now[c] = lam[c] * value[c];
+    }
+  }
+}
+
+// Write the gates' gradients of `sites` positions of a line: the weights' through the normalisation, λ's and u's as they
+// are. `grads` holds the weights' gradients under the weights; per_site values each.
+template <typename T, typename A>
+void write_gate_grads(const Backward<T>& call, const Gates<A>& gates, const Gates<A>& grads, const Scan& scan, int k,
+                      int64_t b, int64_t group, int64_t line, int64_t position, int64_t sites, int64_t per_site,
+                      bool has_before) {
+  const A *const *l = gates.field + kLogitMinus, *const *w = gates.field + kWeightMinus;
+  A* const* g = grads.field + kWeightMinus;
+  if (!has_before) {  // no weights there, nor anything read in their place
+    for (int n = 0; n < 3; ++n) std::fill_n(g[n], sites * per_site, A(0));
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < sites * per_site; ++i) {
+      const Weights<A> grad = normalise_backward(l[0][i], l[1][i], l[2][i], Weights<A>{w[0][i], w[1][i], w[2][i]},
+                                                 Weights<A>{g[0][i], g[1][i], g[2][i]});
+      g[0][i] = grad.minus;
+      g[1][i] = grad.centre;
+      g[2][i] = grad.plus;
+    }
+  }
+  const auto put = [&](const Strided<T>& t, int64_t offset, int axis, const A* from) {
+    for (int64_t s = 0; s < sites; ++s)
+      scatter(gates_at(t, axis, b, scan.row(line, position + s), scan.column(line, position + s), k, group) + offset,
+              t.stride[axis], from + s * per_site, per_site);
+  };
+  for (int n = 0; n < 3; ++n) put(call.grad_gates, n * call.grad_gates.stride[4], 5, g[n]);
+  put(call.grad_lam, 0, 4, grads.field[kLam]);
+  if (call.grad_out.data) put(call.grad_out, 0, 4, grads.field[kOut]);
+}
+
+// The reverse of a scan's line. The gradient of h here, dh, is u dy plus what the line after handed back in `carry`; it adds
+// to dx, hands on to the line before, and writes the gates' gradients (sums over the slab's channels where those share
+// gates; `grads` is room for them, along a line then, else at one site).
+template <int kWidth, typename SlabGates, typename T, typename A>
+void unscan_line(const SlabGates& gates, const Backward<T>& call, const Scan& scan, int k, int64_t b, int64_t group,
+                 int64_t line, const Slab<A>& x, const Slab<A>& dy, const Slab<A>& dx, const A* before, const A* h,
+                 const A* carry, A* carry_before, A* dh, const Gates<A>& grads) {
+  constexpr bool shared = SlabGates::shared;
+  const int64_t width = kWidth ? kWidth : x.channels;
+  const Gates<A> line_gates = gates.line(scan, k, line);
+  if (before) std::fill(carry_before - width, carry_before + (scan.positions + 1) * width, A(0));
+  for (int64_t j = 0; j < scan.positions; ++j) {
+    const int64_t row = scan.row(line, j), column = scan.column(line, j);
+    const A *__restrict value = x.at(row, column), *__restrict gy = dy.at(row, column);
+    A* __restrict gx = dx.at(row, column);
+    const A *hj = h + j * width, *carried = carry + j * width;
+    const Gates<A> site = gates.site(line_gates, call, scan, k, line, j, before);
+    const auto gate = [&](Field f) { return GateValue<A, shared>{site.field[f]}; };
+    const Gates<A> grad = shared ? grads + j : grads;
+    const auto lam = gate(kLam), out = gate(kOut);
+    A *g_lam = grad.field[kLam], *g_out = grad.field[kOut];
+    A s_lam = 0, s_out = 0;
+#pragma omp simd reduction(+ : s_lam, s_out)
+    for (int64_t c = 0; c < width; ++c) {
+      const A d = out[c] * gy[c] + carried[c];
+      dh[c] = d;
+      gx[c] += lam[c] * d;
+      if constexpr (shared) {
+        s_lam += d * value[c];
+        s_out += gy[c] * hj[c];
+      } else {
+        g_lam[c] = d * value[c];
+        g_out[c] = gy[c] * hj[c];
+      }
+    }
+    if constexpr (shared) *g_lam = s_lam, *g_out = s_out;
+
+    A *g_minus = grad.field[kWeightMinus], *g_centre = grad.field[kWeightCentre], *g_plus = grad.field[kWeightPlus];
+    if (before) {
+      const A *centre = before + j * width, *minus = centre - width, *plus = centre + width;
+      A *to = carry_before + j * width, *to_minus = to - width, *to_plus = to + width;
+      if constexpr (!shared) normalise_range(site, width, j > 0, j + 1 < scan.positions);
+      const auto w_minus = gate(kWeightMinus), w_centre = gate(kWeightCentre), w_plus = gate(kWeightPlus);
+      A s_minus = 0, s_centre = 0, s_plus = 0;
+#pragma omp simd reduction(+ : s_minus, s_centre, s_plus)
+      for (int64_t c = 0; c < width; ++c) {
+        const A d = dh[c];
+        to_minus[c] += w_minus[c] * d;
+        to[c] += w_centre[c] * d;
+        to_plus[c] += w_plus[c] * d;
+        if constexpr (shared) {
+          s_minus += d * minus[c];
+          s_centre += d * centre[c];
+          s_plus += d * plus[c];
+        } else {
+          g_minus[c] = d * minus[c];
+          g_centre[c] = d * centre[c];
+          g_plus[c] = d * plus[c];
+        }
+      }
+      if constexpr (shared) *g_minus = s_minus, *g_centre = s_centre, *g_plus = s_plus;
+    }
+    if constexpr (!shared) write_gate_grads(call, site, grad, scan, k, b, group, line, j, 1, width, before);
+  }
+  if constexpr (shared) write_gate_grads(call, line_gates, grads, scan, k, b, group, line, 0, scan.positions, 1, before);
+}
+
+template <int kWidth, typename SlabGates, typename T, typename A>
+void backward_slab(const Backward<T>& call, const SlabGates& gates, Workspace<A>& work, int64_t b, int64_t channel,
+                   int64_t width) {
+  const Problem& p = call.problem;
+  const int64_t group = channel / (p.channels / p.groups);
+  Slab<A> x(work.x, p, width), dy(work.y, p, width), dx(work.dx, p, width);
+  x.read(call.x, b, channel);
+  dy.read(call.grad_y, b, channel);
+  std::fill_n(dx.data, dx.height * dx.row_stride, A(0));
+  for (int k = 0; k < p.num_directions; ++k) {
+    const Scan scan(p, p.directions[k]);
+    const int64_t line_size = (scan.positions + 2) * width, grad_size = SlabGates::shared ? scan.positions : width;
+    A *history = work.history.get(scan.chunk * line_size), *lines = work.lines.get(2 * line_size + width);
+    A* grads_data = work.grads.get(kLogitMinus * grad_size);
+    Gates<A> grads{};
+    for (int f = 0; f < kLogitMinus; ++f) grads.field[f] = grads_data + f * grad_size;
+    const auto h = [&](int64_t n) { return history + n * line_size + width; };
+    for (int64_t n = 0; n < scan.chunk; ++n) padded_line(history + n * line_size, scan.positions, width);
+    for (int64_t c = 0; c < scan.num_chunks(); ++c) {
+      for (int64_t n = 0; n < scan.chunk_lines(c); ++n)  // h again, kept for the whole chunk
+        rescan_line<kWidth>(gates, call, scan, k, scan.line(c, n), x, n ? h(n - 1) : (const A*)nullptr, h(n));
+      A *carry = lines + width, *carry_before = carry + line_size, *dh = lines + 2 * line_size;
+      std::fill_n(lines, line_size, A(0));  // nothing comes back from beyond the chunk's last line
+      for (int64_t n = scan.chunk_lines(c) - 1; n >= 0; --n) {
+        unscan_line<kWidth>(gates, call, scan, k, b, group, scan.line(c, n), x, dy, dx, n ? h(n - 1) : nullptr, h(n), carry,
+                            carry_before, dh, grads);
+        std::swap(carry, carry_before);
+      }
+    }
+  }
+  dx.write(call.grad_x, b, channel);
+}
+
+}  // namespace gspn
