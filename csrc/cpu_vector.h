@@ -100,8 +100,8 @@ struct Vector {
   friend GSPN_INLINE Vector operator/(Vector a, Vector b) { return a.lanes / b.lanes; }
 
   // What the maths of propagate.h asks of a number, for vectors of them.
-  friend GSPN_INLINE Vector minimum(Vector a, Vector b) { return a.lanes < b.lanes ? a.lanes : b.lanes; }
-  friend GSPN_INLINE Vector maximum(Vector a, Vector b) { return a.lanes > b.lanes ? a.lanes : b.lanes; }
+  friend GSPN_INLINE Vector minimum(Vector a, Vector bound) { return bound.lanes < a.lanes ? bound.lanes : a.lanes; }
+  friend GSPN_INLINE Vector maximum(Vector a, Vector bound) { return bound.lanes > a.lanes ? bound.lanes : a.lanes; }
   friend GSPN_INLINE Vector times_power_of_two(Vector p, Vector shifted) {
     using Bits = typename Register<A>::Bits;
     return (Lanes)((Bits)p.lanes + ((Bits)shifted.lanes << 23));

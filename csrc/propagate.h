@@ -22,13 +22,14 @@ enum Direction : int { kDown = 0, kUp = 1, kRight = 2, kLeft = 3 };
 GSPN_INLINE bool lines_are_rows(int direction) { return direction == kDown || direction == kUp; }
 GSPN_INLINE bool far_end_first(int direction) { return direction == kUp || direction == kLeft; }
 
+// Of a NaN and a bound, the NaN: a run that diverges must show it.
 template <typename T>
-GSPN_INLINE T minimum(T a, T b) {
-  return a < b ? a : b;
+GSPN_INLINE T minimum(T a, T bound) {
+  return bound < a ? bound : a;
 }
 template <typename T>
-GSPN_INLINE T maximum(T a, T b) {
-  return a > b ? a : b;
+GSPN_INLINE T maximum(T a, T bound) {
+  return bound > a ? bound : a;
 }
 
 // p 2^n for a p about 1, where `shifted` is 1.5 * 2^23 + n: n is added to p's exponent field.

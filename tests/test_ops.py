@@ -100,6 +100,15 @@ def test_chunk_of_the_map_is_global_and_chunk_of_one_is_pointwise(backend):
     torch.testing.assert_close(propagate(x, gates, lam, out, chunk=1, backend=backend), pointwise)
 
 
+def test_a_logit_that_is_not_a_number_shows(backend):
+    x, gates, lam, out = operands(1, 6, 5, 8, 1, 8, dtype=torch.float32)
+    gates[0, 3, 2, 0, 1, 4] = torch.nan
+    y = propagate(x, gates, lam, out, directions=["down"], backend=backend)
+    want = propagate_reference(x, gates, lam, out, None, ["down"])
+    assert torch.equal(y.isnan(), want.isnan())
+    assert y.isnan().sum() == 1 + 3 + 5  # the site, and what lies in its reach below
+
+
 SHAPES = [
     # B, H, W, C, K, G, chunk
     (2, 3, 5, 4, 4, 2, None),
