@@ -84,6 +84,9 @@ class TrainingConfig:
         warmup_steps: Steps over which the learning rate rises linearly from 0.
         max_grad_norm: Clip the gradient's global norm to this; 0 leaves it.
         ema_decay: Decay of the averaged weights that sampling uses.
+        posthoc_ema_every: Steps between snapshots of the power-function averages, from which
+            `python -m gspn_dit.training.posthoc_ema` makes an average of any width; 0 for none.
+        posthoc_ema_sigma_rels: Those averages' relative widths.
         mixed_precision: `no`, `bf16` or `fp16`.
         gradient_checkpointing: Recompute blocks in the backward pass to save memory.
         compile: Run the model through torch.compile.
@@ -105,6 +108,8 @@ class TrainingConfig:
     warmup_steps: int = 0
     max_grad_norm: float = 0.0
     ema_decay: float = 0.9999
+    posthoc_ema_every: int = 0
+    posthoc_ema_sigma_rels: list[float] = field(default_factory=lambda: [0.05, 0.10])
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -118,11 +123,19 @@ class TrainingConfig:
         for key in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every",
                     "keep_checkpoints"):  # fmt: skip
             require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "1 or more")
-        for key in ("warmup_steps", "sample_every", "max_grad_norm", "weight_decay"):
+        for key in ("warmup_steps", "sample_every", "posthoc_ema_every", "max_grad_norm", "weight_decay"):
             require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "0 or more")
         require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "a positive number")
         for key in ("ema_decay", "adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, key) < 1, f"training.{key}", getattr(self, key), "a number in [0, 1)")
+        given = self.posthoc_ema_sigma_rels
+        distinct = given and len(set(given)) == len(given) and all(0 < sigma <= 0.28 for sigma in given)
+        require(distinct, "training.posthoc_ema_sigma_rels", given, "different numbers above 0, at most 0.28")
+
+    @property
+    def sigma_rels(self) -> list[float]:
+        """Relative widths of the power-function averages to keep: none if there are to be no snapshots."""
+        return self.posthoc_ema_sigma_rels if self.posthoc_ema_every else []
 
 
 @dataclass
@@ -152,6 +165,40 @@ class SamplingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """A quick score of the averaged weights now and then, into evaluation.csv and the trackers.
+
+    It costs num_samples · sampling.num_inference_steps forwards, spread over the processes. It compares steps and runs
+    of this configuration with each other; scores for a paper are fid/evaluate.py's, on 50,000 images.
+
+    Args:
+        every: Steps between evaluations; 0 for none.
+        num_samples: Images drawn, their classes in turn.
+        reference: What they are compared with: a folder, an npz of images or of mu and sigma, or a named dataset.
+        features: `inception`, or `digits` for the packaged digits classifier.
+        weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        batch_size: Images at a time in each process.
+    """
+
+    every: int = 0
+    num_samples: int = 2000
+    reference: str | None = None
+    features: Literal["inception", "digits"] = "inception"
+    weights: str | None = None
+    guidance_scale: float = 1.0
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "evaluation.every", self.every, "0 or more")
+        require(self.num_samples >= 2, "evaluation.num_samples", self.num_samples, "2 or more")
+        require(self.guidance_scale >= 1, "evaluation.guidance_scale", self.guidance_scale, "1 (none) or more")
+        require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "1 or more")
+        given = self.reference is not None or not self.every
+        require(given, "evaluation.reference", self.reference, "images or statistics to compare with")
+
+
+@dataclass
 class Config:
     """One run: everything that `train_dit.py` needs, written beside its checkpoints as config.yaml.
 
@@ -164,6 +211,7 @@ class Config:
         diffusion: What is learned.
         training: How it learns.
         sampling: How it is sampled.
+        evaluation: How it is scored on the way.
     """
 
     output_dir: str = "runs/default"
@@ -174,6 +222,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it as YAML, atomically."""

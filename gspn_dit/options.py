@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -92,8 +93,9 @@ def command(
 
 
 def fail(error: InputError, prog: str) -> None:
-    """Print the error as one line and exit with status 2."""
-    print(f"{prog}: error: {error}", file=sys.stderr)
+    """Print the error as one line, of a machine's processes the first alone, and exit with status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{prog}: error: {error}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -13,22 +13,24 @@ import psutil
 ROOT = Path(__file__).parents[1]
 
 
-def launch(processes: int, *arguments: object, **options: object) -> subprocess.Popen:
+def launch(
+    processes: int, *arguments: object, launcher: Sequence[object] | None = None, **options: object
+) -> subprocess.Popen:
     """Start a script, or `-m` a module, with its arguments on that many processes, one thread each.
 
     `--multi_gpu` is accelerate's launcher of several processes, on the CPU too: with `--cpu` it starts one, whatever
     `--num_processes` says.
     """
-    launcher = "--multi_gpu" if processes > 1 else "--cpu"
+    launcher = launcher or ["--multi_gpu" if processes > 1 else "--cpu"]
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", launcher, "--num_processes", processes),
+        *(sys.executable, "-m", "accelerate.commands.launch", *launcher, "--num_processes", processes),
         *("--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0),
         *arguments,
     ]
     return subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -37,10 +39,13 @@ def launch(processes: int, *arguments: object, **options: object) -> subprocess.
     )
 
 
-def finish(process: subprocess.Popen) -> str:
-    """Wait for it to end well; what it printed."""
-    printed, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, printed
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    """Wait for it to end with that status; what it printed."""
+    try:
+        printed, _ = process.communicate(timeout=240)
+    finally:
+        process.terminate()  # which takes its processes along, if it hangs
+    assert process.returncode == status, printed
     return printed
 
 

@@ -1,8 +1,6 @@
-"""Training as users start it: real processes, real components, tiny models."""
+"""Training as users start it, in one process: real components, tiny models."""
 
-import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from made_training import TRAIN, config, losses, options, rows
 from PIL import Image
 from test_training_stream import make_store
 
@@ -23,37 +22,6 @@ from gspn_dit.training.checkpoints import list_checkpoints
 from gspn_dit.training.loop import NonFiniteLoss, train
 
 ROOT = Path(__file__).parents[1]
-TRAIN = str(ROOT / "train_dit.py")
-
-
-def options(run, source, *changes):
-    """A tiny run on 4×4 latents: a step is a few milliseconds. Later `--key value` pairs win."""
-    given = [
-        "--output_dir", run, "--data.source", source, "--data.vae", "digits", "--data.image_size", "32",
-        "--data.horizontal_flip", "false", "--data.num_workers", "0", "--model.name", "gspn-dit-ti-1",
-        "--model.overrides", "{width: 32, depth: 3, num_groups: 2, global_layers: 1, chunk: 2}",
-        "--training.max_steps", "8", "--training.batch_size", "4", "--training.learning_rate", "1e-3",
-        "--training.log_every", "1", "--training.sample_every", "0", "--training.checkpoint_every", "4",
-        "--training.trackers", "[]", "--diffusion.objective", "flow", "--sampling.num_inference_steps", "2",
-        "--sampling.num_images", "4", *changes,
-    ]  # fmt: skip
-    return [str(value) for value in given]
-
-
-def config(run, source, *changes):
-    from gspn_dit.config import parse
-
-    return parse(Config, options(run, source, *changes), exit_on_error=False)
-
-
-def rows(run):
-    with open(Path(run) / "metrics.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def losses(run):
-    """Step and exact loss of every line of metrics.csv."""
-    return [(int(row["step"]), row["loss"]) for row in rows(run)]
 
 
 @pytest.fixture(autouse=True)
@@ -104,19 +72,6 @@ def test_the_mean_loss_between_lines_survives_a_resume(tmp_path, store):
     (tmp_path / "cut" / "metrics.csv").open("a").write("11,0.5")  # and a line that a crash cut short
     train(config(tmp_path / "cut", store, *every_five, 10, "--resume", "auto"))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_two_processes_learn_as_one(tmp_path, store):
-    run = [*options(tmp_path / "two", store, "--training.gradient_accumulation_steps", 2)]
-    subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", TRAIN, *run],
-        check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT,
-    )  # fmt: skip
-    train(config(tmp_path / "one", store))
-    one, two = ([float(loss) for _, loss in losses(tmp_path / name)] for name in ("one", "two"))
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=0)
 
 
 def test_accumulation_does_not_change_the_losses(tmp_path, store):

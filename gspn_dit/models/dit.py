@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
@@ -32,6 +33,8 @@ class DiT(LatentModel):
     Raises:
         InputError: Sizes that do not divide; at the call, misshapen input.
     """
+
+    _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]  # what FSDP shards and gathers as one
 
     @register_to_config
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ class GSPN(LatentModel):
     Raises:
         InputError: Sizes that do not divide, an even depth; at the call, misshapen input.
     """
+
+    _no_split_modules: ClassVar[list[str]] = ["GSPNBlock"]  # what FSDP shards and gathers as one
 
     @register_to_config
     def __init__(

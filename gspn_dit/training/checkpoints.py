@@ -1,75 +1,262 @@
-"""Checkpoints of a run: written whole or not at all, the newest few kept.
+"""Checkpoints of a run: written whole or not at all, checked before they are used, the newest few kept.
 
 runs/NAME/checkpoints/step-0001000/
-    model.safetensors, optimizer.bin, random_states_*.pkl   accelerate's state
-    ema/                                                     the averaged model, as from_pretrained reads it
-    config.yaml, class_names.json                            what sampling needs to know
-    metadata.json                                            step, images in the data, loss since the last log line
+    model.safetensors            the weights, float32, by parameter name
+    optimizer.safetensors        AdamW's state: `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`
+    ema/                         the averaged model, as from_pretrained reads it
+    power-ema-0.05.safetensors … the post-hoc EMA's running averages, if it is on
+    config.yaml, class_names.json   what sampling needs to know
+    metadata.json                step, images in the data, loss since the last log line, every file's size and SHA-256
+
+Every tensor is whole, however many processes trained and whether or not FSDP split the model over them, so that a run
+continues on any number of processes, with or without FSDP. No random state is kept: all there is to draw is a function
+of (seed, step) and the process.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from safetensors.torch import load_model
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError
+from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.runs import list_checkpoints
-from gspn_dit.training.ema import EMA
+from gspn_dit.training.ema import Average
+from gspn_dit.training.sharding import fill, like, whole
+
+EMA_WEIGHTS = "ema/diffusion_pytorch_model.safetensors"
+
+
+class CheckpointNotWritten(RuntimeError):
+    """The disk did not take a checkpoint; the message names the reason and the last good checkpoint."""
+
+
+class DiskWork:
+    """What the main process writes while the others send it their parts; if it fails, all of them hear of it.
+
+    Args:
+        is_main: Whether this is the main process.
+
+    Attributes:
+        problem: What failed first, on the main process.
+    """
+
+    def __init__(self, is_main: bool) -> None:
+        self.is_main = is_main
+        self.problem: str | None = None
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Do it on the main process, unless something failed before."""
+        if self.is_main and self.problem is None:
+            try:
+                work()
+            except (OSError, SafetensorError) as error:
+                self.problem = " ".join(str(error).split())
+
+    def settle(self, what: str, run: str | os.PathLike) -> None:
+        """Raise :class:`CheckpointNotWritten` on every process if something failed; all of them call this."""
+        (problem,) = broadcast_object_list([self.problem])
+        if problem is not None:
+            remedy = "Make room, then continue with --resume auto"
+            raise CheckpointNotWritten(f"{what} could not be written ({problem}); {last_good(run)}. {remedy}")
+
+
+@dataclass
+class TrainingState:
+    """All that training changes.
+
+    Args:
+        model: The model that is trained, without DDP's wrapper; FSDP may have split its parameters.
+        optimizer: Its AdamW.
+        ema: The average that sampling uses.
+        power_emas: The post-hoc EMA's averages, by relative width σ_rel.
+        model_config: The model's config.json, from before FSDP gave it a class of its own.
+    """
+
+    model: LatentModel
+    optimizer: torch.optim.Optimizer
+    ema: Average
+    power_emas: dict[float, Average]
+    model_config: str
+
+    def files(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """What each file of a checkpoint holds, the optimiser's apart."""
+        yield "model.safetensors", dict(self.model.named_parameters())
+        yield EMA_WEIGHTS, self.ema.tensors
+        for sigma_rel, average in self.power_emas.items():
+            yield f"power-ema-{sigma_rel:g}.safetensors", average.tensors
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """AdamW's state by `<parameter>.<name>`; none before the first step."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
 
 
 def save_checkpoint(
-    accelerator: Accelerator, config: Config, ema: EMA, class_names: list[str], metadata: dict[str, Any]
+    accelerator: Accelerator,
+    config: Config,
+    state: TrainingState,
+    class_names: list[str],
+    metadata: dict[str, Any],
 ) -> Path:
     """Write a checkpoint under a temporary name, rename it, and remove all but the newest; every process calls this.
 
     Args:
         metadata: Its `step` names the folder; all of it comes back from :func:`load_checkpoint`.
+
+    Raises:
+        CheckpointNotWritten: On every process, if the disk does not take it. What was written of it is gone again, and
+            the checkpoints there were are as they were.
     """
     folder = Path(config.output_dir) / "checkpoints"
     checkpoint = folder / f"step-{metadata['step']:07d}"
     temporary = folder / f".{checkpoint.name}.tmp"
-    if accelerator.is_main_process:
+    if accelerator.scaler is not None:
+        metadata = metadata | {"scaler": accelerator.scaler.state_dict()}
+    writing = DiskWork(accelerator.is_main_process)
+
+    def begin() -> None:
         for leftover in folder.glob(".step-*"):
             shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(temporary)
-    if accelerator.is_main_process:
-        ema.model.save_pretrained(temporary / "ema")
+        (temporary / "ema").mkdir(parents=True)
+
+    def finish() -> None:
+        (temporary / "ema" / "config.json").write_text(state.model_config)
         config.save(temporary / "config.yaml")
         (temporary / "class_names.json").write_text(json.dumps(class_names))
-        (temporary / "metadata.json").write_text(json.dumps(metadata))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+        (temporary / "metadata.json").write_text(json.dumps(metadata | {"files": _sums(temporary)}))
         _flush(temporary)
         shutil.rmtree(checkpoint, ignore_errors=True)
         temporary.rename(checkpoint)
         for old in list_checkpoints(config.output_dir)[: -config.training.keep_checkpoints]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+            hidden = old.rename(folder / f".{old.name}.old")  # a removal that is cut short leaves no half checkpoint
+            shutil.rmtree(hidden)
+
+    writing.attempt(begin)
+    for name, tensors in [*state.files(), ("optimizer.safetensors", state.optimizer_tensors())]:
+        pieces = collect(tensors, keep=accelerator.is_main_process)
+        writing.attempt(lambda name=name, pieces=pieces: save_file(pieces, temporary / name, {"format": "pt"}))
+        del pieces
+    writing.attempt(finish)
+    if writing.problem is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
+    writing.settle(f"the checkpoint of step {metadata['step']}", config.output_dir)
     return checkpoint
 
 
-def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
-    """Raise :class:`InputError` unless a configuration and its data continue the run that a checkpoint is of."""
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> dict[str, Any]:
+    """Bring weights, optimiser and averages back; returns the checkpoint's metadata. Every process calls this."""
+    for name, tensors in state.files():
+        with safe_open(checkpoint / name, framework="pt") as file:
+            for key, tensor in tensors.items():
+                fill(tensor, file.get_tensor(key))
+    parameters = dict(state.model.named_parameters())
+    with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (it is no dictionary)
+            name, _, kind = key.rpartition(".")
+            parameter, value = parameters[name], file.get_tensor(key)
+            # AdamW's count of steps is one number, on the CPU; the rest is shaped as the parameter.
+            state.optimizer.state[parameter][kind] = like(value, parameter.detach()) if value.ndim else value
+    metadata = json.loads((checkpoint / "metadata.json").read_text())
+    if accelerator.scaler is not None and "scaler" in metadata:
+        accelerator.scaler.load_state_dict(metadata["scaler"])
+    return metadata
+
+
+def collect(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The tensors whole, on the CPU, for the process that keeps them; every process calls this."""
+    collected = {}
+    for key, tensor in tensors.items():
+        piece = whole(tensor)
+        if keep:
+            collected[key] = piece.cpu().contiguous()
+    return collected
+
+
+def find_checkpoint(config: Config, source: Dataset) -> Path | None:
+    """The newest checkpoint of the run that is whole; None if it has none at all.
+
+    One that is damaged is said to be, and set aside as `damaged-step-…`.
+
+    Raises:
+        InputError: If the configuration or its data does not continue the run, or every checkpoint is damaged.
+    """
+    run = Path(config.output_dir)
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        return None
     if config.resume == "no":
         raise InputError(
             f"output_dir={config.output_dir!r}: holds a run already; --resume auto continues it, or name another folder"
         )
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(checkpoints):
+        if (problem := damage(checkpoint)) is None:
+            break
+        damaged[checkpoint] = problem
+    else:
+        raise InputError(
+            f"output_dir={config.output_dir!r}: no checkpoint of its {len(checkpoints)} is whole "
+            f"({checkpoints[-1].name}: {damaged[checkpoints[-1]]}); restore one, or remove them to begin again"
+        )
+    check_resumable(checkpoint, config, source)
+    for path, problem in damaged.items():
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        print(f"{path} is damaged ({problem}): set aside as {aside.name}, continuing from {checkpoint.name}")
+    return checkpoint
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None if they are as they were written."""
+    try:
+        files = json.loads((checkpoint / "metadata.json").read_text())["files"]
+        sizes = {name: (checkpoint / name).stat().st_size for name in files}
+        for name, written in files.items():
+            if sizes[name] != written["bytes"]:
+                return f"{name} has {sizes[name]:,} of {written['bytes']:,} bytes"
+        for name, found in _sums(checkpoint).items():
+            if name in files and found["sha256"] != files[name]["sha256"]:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
+    """Raise :class:`InputError` unless a configuration and its data continue the run that a checkpoint is of."""
     saved = Config.load(checkpoint / "config.yaml")
     for key in ("seed", "model.name", "model.overrides", "diffusion.objective", "data.source", "data.image_size",
                 "data.vae", "training.batch_size"):  # fmt: skip
         before, now = _value(saved, key), _value(config, key)
         if before != now:
             raise InputError(f"{key}={now!r}: the run in {config.output_dir} has {before!r}; set it back")
+    missing = [sigma for sigma in config.training.sigma_rels if sigma not in saved.training.sigma_rels]
+    if missing:
+        raise InputError(
+            f"training.posthoc_ema_sigma_rels: the run in {config.output_dir} has not averaged at {missing[0]:g} from "
+            f"its start, it has {saved.training.sigma_rels}; set them back (training.posthoc_ema_every=0 is none)"
+        )
     num_images = json.loads((checkpoint / "metadata.json").read_text())["num_images"]
     class_names = json.loads((checkpoint / "class_names.json").read_text())
     if (num_images, class_names) != (len(source), source.class_names):
@@ -79,11 +266,10 @@ def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
         )
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMA) -> dict[str, Any]:
-    """Bring the accelerator's objects, the average and the random states back; returns the checkpoint's metadata."""
-    accelerator.load_state(checkpoint)
-    load_model(ema.model, checkpoint / "ema" / "diffusion_pytorch_model.safetensors", device=str(accelerator.device))
-    return json.loads((checkpoint / "metadata.json").read_text())
+def last_good(run: str | os.PathLike) -> str:
+    """What there is to go back to, in words."""
+    checkpoints = list_checkpoints(run)
+    return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
 
 
 def _value(config: Config, key: str) -> Any:
@@ -91,6 +277,22 @@ def _value(config: Config, key: str) -> Any:
     for name in key.split("."):
         value = getattr(value, name)
     return value
+
+
+def _sums(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a checkpoint but its metadata, by name."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "metadata.json")
+    with ThreadPoolExecutor() as hashers:
+        sums = hashers.map(_sha256, paths)
+        return {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": found}
+            for path, found in zip(paths, sums, strict=True)
+        }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(folder: Path) -> None:

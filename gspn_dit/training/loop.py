@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
-from contextlib import nullcontext
+import warnings
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, ModelMixin
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from gspn_dit.config import Config, TrainingConfig
-from gspn_dit.data import LatentStore, downsampling, encode_moments, load_vae, sample_posterior
+from gspn_dit.data import encode_moments, sample_posterior
 from gspn_dit.data.vae import LatentScaling
-from gspn_dit.diffusion import create_objective, create_scheduler, image_generator
-from gspn_dit.diffusion.sampling import check_steps
-from gspn_dit.errors import InputError, renamed
-from gspn_dit.models import create_model
-from gspn_dit.pictures import save_grid
+from gspn_dit.errors import InputError
 from gspn_dit.pipeline import GSPNDiTPipeline
-from gspn_dit.runs import checkpoint_step, list_checkpoints
-from gspn_dit.training.checkpoints import check_resumable, load_checkpoint, save_checkpoint
-from gspn_dit.training.ema import EMA
+from gspn_dit.training.checkpoints import (
+    CheckpointNotWritten,
+    TrainingState,
+    find_checkpoint,
+    last_good,
+    load_checkpoint,
+    save_checkpoint,
+)
+from gspn_dit.training.ema import Average, exponential, power_function
+from gspn_dit.training.evaluation import EVALUATION, create_pipeline, draw_samples
+from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, save_snapshot
+from gspn_dit.training.processes import EveryonesError, StopRequest, claimed, heed_only_the_parent, on_main, together
 from gspn_dit.training.record import Record
-from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
+from gspn_dit.training.setup import Parts, check_options, open_parts
+from gspn_dit.training.sharding import whole
 
 
 class NonFiniteLoss(RuntimeError):
@@ -40,182 +48,191 @@ class NonFiniteLoss(RuntimeError):
 
 def main(config: Config) -> None:
     """Train a class-conditional latent diffusion transformer, on its own or under `accelerate launch`."""
+    first = os.environ.get("RANK", "0") == "0"
     try:
         train(config)
-    except NonFiniteLoss as error:
-        if PartialState().is_main_process:
+    except (NonFiniteLoss, CheckpointNotWritten) as error:  # of all processes together: one of them says so
+        if first:
             print(f"train_dit.py: stopped: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except EveryonesError:
+        if first:
+            raise
+        raise SystemExit(2) from None
+    except InputError as error:  # this process's own, in the middle of training
+        print(f"train_dit.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def train(config: Config) -> None:
-    """Train a model from its first step or its newest checkpoint to `training.max_steps`.
+    """Train a model from its first step or its newest whole checkpoint to `training.max_steps`.
 
-    The run's folder gets config.yaml, metrics.csv, loss.png, samples/, checkpoints/ and the trackers' logs.
+    The run's folder gets config.yaml, metrics.csv, loss.png, samples/, checkpoints/ and the trackers' logs. At SIGTERM
+    the step is finished, a checkpoint written, and the function returns.
 
     Raises:
         InputError: If the configuration asks for what cannot be, before any step.
         NonFiniteLoss: At the first step whose loss or gradient is not finite; that step is not taken.
+        CheckpointNotWritten: If the disk did not take a checkpoint.
     """
-    options = config.training
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # the processes meet
+    together(lambda: check_options(config))
     run = Path(config.output_dir)
-    check_options(config)
-    objective = create_objective(config.diffusion.objective, time_sampling=config.diffusion.time_sampling)
-    with renamed(source="data.source", image_size="data.image_size", vae="data.vae"):
-        source = open_source(config.data, config.seed)
-    checkpoints = list_checkpoints(run)
-    if checkpoints:
-        check_resumable(checkpoints[-1], config, source)
+    # A view of DDP's buckets for gradients saves a copy of them.
     accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        log_with=options.trackers or None,
+        mixed_precision=config.training.mixed_precision,
+        log_with=config.training.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "logs")),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    steps = StepSampler(
-        checkpoint_step(checkpoints[-1]) if checkpoints else 0,
-        options.max_steps,
-        batch_size=options.batch_size,
-        accumulation=options.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
-    with renamed(vae="data.vae"):
-        vae, scaling, latent_shape = open_latents(config, source, accelerator.device)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        parts = together(lambda: open_parts(config, accelerator))
 
-    set_seed(config.seed)
-    model = create_model(
-        config.model.name,
-        sample_size=latent_shape[1:],
-        in_channels=latent_shape[0],
-        out_channels=objective.out_channels(latent_shape[0]),
-        num_classes=len(source.class_names),
-        **config.model.overrides,
-    ).to(accelerator.device)
-    ema = EMA(model, options.ema_decay)
-    null_class, weights = model.null_class, sum(p.numel() for p in model.parameters())
+        def claim() -> Path | None:
+            stack.enter_context(claimed(run))
+            return find_checkpoint(config, parts.source)
+
+        checkpoint = on_main(claim, accelerator.is_main_process)
+        _train(config, accelerator, parts, checkpoint, stop)
+    accelerator.end_training()
+
+
+def _train(config: Config, accelerator: Accelerator, parts: Parts, checkpoint: Path | None, stop: StopRequest) -> None:
+    options, run, class_names = config.training, Path(config.output_dir), parts.source.class_names
     if options.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        parts.model.enable_gradient_checkpointing()
     if options.compile:
-        model.compile()
+        parts.model.compile()
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
+        [p for p in parts.model.parameters() if p.requires_grad],
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.weight_decay,
     )
-    model, optimizer = accelerator.prepare(model, optimizer)
-    set_seed(config.seed, device_specific=True)  # what a model draws itself (stochastic depth) differs by process
-
-    done = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
-    if checkpoints:
-        done = load_checkpoint(accelerator, checkpoints[-1], ema)
-    step, loss_sum, loss_count = done["step"], done["loss_sum"], done["loss_count"]
-    stream = TrainingStream(
-        source,
-        latent_shape=latent_shape,
-        null_class=null_class,
-        class_dropout=config.diffusion.class_dropout,
-        horizontal_flip=config.data.horizontal_flip,
-        seed=config.seed,
+    # FSDP2 warns that nobody may change the model's output in place; nobody does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    model_config = parts.model.to_json_string()
+    model, optimizer = accelerator.prepare(parts.model, optimizer)
+    state = TrainingState(
+        parts.model,
+        optimizer,
+        Average(parts.model, exponential(options.ema_decay)),
+        {sigma: Average(parts.model, power_function(gamma_of(sigma))) for sigma in options.sigma_rels},
+        model_config,
     )
+    done = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
+    if checkpoint:
+        done = load_checkpoint(accelerator, checkpoint, state)
+    step, loss_sum, loss_count = done["step"], done["loss_sum"], done["loss_count"]
+    parts.steps.first = step
     batches = DataLoader(
-        stream,
-        batch_sampler=steps,
+        parts.stream,
+        batch_sampler=parts.steps,
         num_workers=config.data.num_workers,
         persistent_workers=config.data.num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=heed_only_the_parent,
         generator=torch.Generator(),  # its own: a loader draws a seed, and the model's random state must not feel that
     )
 
     accelerator.init_trackers("gspn-dit")
-    record = None
+    record = scores = None
     if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
         config.save(run / "config.yaml")
-        (run / "class_names.json").write_text(json.dumps(source.class_names))
-        record = Record(run, step)
-        where = f"step {step}, {checkpoints[-1]}" if checkpoints else "step 0"
+        (run / "class_names.json").write_text(json.dumps(class_names))
+        record = Record(run / "metrics.csv", step)
+        if parts.evaluator:
+            scores = Record(run / EVALUATION, step, parts.evaluator.columns)
+        drop_snapshots(run, step)
+        where = f"step {step}, {checkpoint}" if checkpoint else "step 0"
+        weights = sum(p.numel() for p in parts.model.parameters())
         print(
-            f"{config.model.name}: {weights / 1e6:.1f} M parameters; {len(source):,} images of "
-            f"{len(source.class_names)} classes; {accelerator.num_processes} × {accelerator.device.type}; from {where}"
+            f"{config.model.name}: {weights / 1e6:.1f} M parameters; {len(parts.source):,} images of "
+            f"{len(class_names)} classes; {accelerator.num_processes} × {accelerator.device.type}; from {where}"
         )
 
-    bar = tqdm(
-        total=options.max_steps, initial=step, desc=run.name, unit="step", disable=not accelerator.is_main_process
-    )
     model.train()
     logged_step, logged_time = step, time.perf_counter()
     micro_batches = iter(batches)
-    while step < options.max_steps:
-        step += 1
-        learning_rate = learning_rate_at(step, options)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        losses = []
-        for micro in range(options.gradient_accumulation_steps):
-            batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(micro_batches).items()}
-            latents = clean_latents(batch, vae, scaling)
-            last = micro + 1 == options.gradient_accumulation_steps
-            with nullcontext() if last else accelerator.no_sync(model):  # gradients meet once a step
-                with accelerator.autocast():
-                    times = objective.times(batch["u"])
-                    loss = objective.loss(model, latents, batch["class_label"], times, batch["noise"]).mean()
-                accelerator.backward(loss / options.gradient_accumulation_steps)
-            losses.append(loss.detach())
-        loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
-        # fp16's loss scaling expects gradients that overflow now and then, and skips those steps itself
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or options.mixed_precision == "fp16"):
-            raise NonFiniteLoss(_non_finite(loss, grad_norm, step, run))
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(accelerator.unwrap_model(model), step)
+    stopping = False
+    with tqdm(
+        total=options.max_steps, initial=step, desc=run.name, unit="step", disable=not accelerator.is_main_process
+    ) as bar:
+        while step < options.max_steps and not stopping:
+            step += 1
+            learning_rate = learning_rate_at(step, options)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))  # for what a model draws itself
+            losses, finite = [], True
+            for micro in range(options.gradient_accumulation_steps):
+                batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(micro_batches).items()}
+                latents = clean_latents(batch, parts.vae, parts.scaling)
+                last = micro + 1 == options.gradient_accumulation_steps
+                with nullcontext() if last else accelerator.no_sync(model):  # gradients meet once a step
+                    with accelerator.autocast():
+                        times = parts.objective.times(batch["u"])
+                        loss = parts.objective.loss(model, latents, batch["class_label"], times, batch["noise"]).mean()
+                    accelerator.backward(loss / options.gradient_accumulation_steps)
+                losses.append(loss.detach())
+                finite = latents.isfinite().all() & finite
+            # One exchange a step: the loss, whether its data were numbers, and whether any process is asked to stop.
+            told = torch.stack([torch.stack(losses).mean(), finite.float(), loss.new_tensor(float(stop.requested))])
+            loss, finite, stopping = accelerator.reduce(told, "mean").tolist()
+            grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
+            # fp16's loss scaling expects gradients that overflow now and then, and skips those steps itself
+            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or options.mixed_precision == "fp16"):
+                raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
+            optimizer.step()
+            optimizer.zero_grad()
+            for average in (state.ema, *state.power_emas.values()):
+                average.update(parts.model, step)
 
-        loss_sum, loss_count = loss_sum + loss, loss_count + 1
-        bar.update()
-        speed = options.batch_size * (step - logged_step) / (time.perf_counter() - logged_time)
-        bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {learning_rate:.1e}, grad {grad_norm:.2f}, {speed:.0f} images/s", refresh=False
-        )
-        if step % options.log_every == 0 or step == options.max_steps:
-            metrics = {
-                "loss": loss_sum / loss_count,
-                "learning_rate": learning_rate,
-                "grad_norm": grad_norm,
-                "images_per_second": speed,
-            }
-            accelerator.log(metrics, step=step)
-            if record:
-                record.append({"step": step, **metrics})
-            logged_step, logged_time, loss_sum, loss_count = step, time.perf_counter(), 0.0, 0
-        pause = time.perf_counter()
-        if step % options.checkpoint_every == 0 or step == options.max_steps:
-            state = {"step": step, "loss_sum": loss_sum, "loss_count": loss_count, "num_images": len(source)}
-            save_checkpoint(accelerator, config, ema, source.class_names, state)
-        if options.sample_every and (step % options.sample_every == 0 or step == options.max_steps):
-            if record:
-                record.draw()
-                draw_samples(ema.model, vae, config, source.class_names, run / "samples" / f"step-{step:07d}.png")
-            accelerator.wait_for_everyone()
-        logged_time += time.perf_counter() - pause  # images/s is of training alone
-    bar.close()
-    accelerator.end_training()
-    if record:
-        print(f"loss curve  {record.draw()}\ncheckpoint  {list_checkpoints(run)[-1]}")
-
-
-def check_options(config: Config) -> None:
-    """Raise :class:`InputError` for what only a later part of the run would stumble over."""
-    scheduler = create_scheduler(config.diffusion.objective, config.sampling.sampler)
-    check_steps(scheduler, config.sampling.num_inference_steps)
-    if taken := sorted({"sample_size", "in_channels", "out_channels", "num_classes"} & config.model.overrides.keys()):
-        raise InputError(f"model.overrides.{taken[0]}: the data and the objective set it; leave it out")
-    if config.training.mixed_precision == "fp16" and torch.accelerator.current_accelerator() is None:
-        raise InputError("training.mixed_precision='fp16': needs an accelerator; on the CPU use 'bf16' or 'no'")
-    trackers = [tracker.value for tracker in get_available_trackers()]
-    for name in config.training.trackers:
-        if name not in trackers:
-            raise InputError(f"training.trackers: {name!r} is not installed here; there are {', '.join(trackers)}")
+            loss_sum, loss_count = loss_sum + loss, loss_count + 1
+            bar.update()
+            speed = options.batch_size * (step - logged_step) / (time.perf_counter() - logged_time)
+            bar.set_postfix_str(
+                f"loss {loss:.4f}, lr {learning_rate:.1e}, grad {grad_norm:.2f}, {speed:.0f} images/s", refresh=False
+            )
+            if step % options.log_every == 0 or step == options.max_steps:
+                metrics = {
+                    "loss": loss_sum / loss_count,
+                    "learning_rate": learning_rate,
+                    "grad_norm": grad_norm,
+                    "images_per_second": speed,
+                }
+                accelerator.log(metrics, step=step)
+                if record:
+                    record.append({"step": step, **metrics})
+                logged_step, logged_time, loss_sum, loss_count = step, time.perf_counter(), 0.0, 0
+            pause = time.perf_counter()
+            if _due(step, options.posthoc_ema_every, options):
+                save_snapshot(accelerator, run, state, step)
+            if stopping or _due(step, options.checkpoint_every, options):
+                metadata = {
+                    "step": step,
+                    "loss_sum": loss_sum,
+                    "loss_count": loss_count,
+                    "num_images": len(parts.source),
+                }
+                checkpoint = save_checkpoint(accelerator, config, state, class_names, metadata)
+            drawn, scored = _due(step, options.sample_every, options), _due(step, config.evaluation.every, options)
+            if (drawn or scored) and not stopping:
+                pipeline = averaged_pipeline(config, parts, state.ema, class_names)
+                if drawn and record:
+                    record.draw()
+                    draw_samples(pipeline, config, run / "samples" / f"step-{step:07d}.png")
+                accelerator.wait_for_everyone()
+                if scored and (row := parts.evaluator.score(pipeline, step, stop)):
+                    scores.append(row)
+                    accelerator.log({f"evaluation/{name}": row[name] for name in row if name != "step"}, step=step)
+                del pipeline
+            logged_time += time.perf_counter() - pause  # images/s is of training alone
+    if record and stopping:
+        print(f"SIGTERM: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
+    elif record:
+        print(f"loss curve  {record.draw()}\ncheckpoint  {checkpoint}")
 
 
 def learning_rate_at(step: int, options: TrainingConfig) -> float:
@@ -228,18 +245,9 @@ def learning_rate_at(step: int, options: TrainingConfig) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def open_latents(
-    config: Config, source: LatentStore | torch.utils.data.Dataset, device: torch.device
-) -> tuple[AutoencoderKL | None, LatentScaling, tuple[int, int, int]]:
-    """The VAE (None where there is nothing to encode or to draw), the latents' scaling and their shape (C, h, w)."""
-    if isinstance(source, LatentStore):
-        vae = load_vae(config.data.vae).to(device) if config.training.sample_every else None
-        return vae, source, (source.latent_channels, *source.latent_size)
-    vae = load_vae(config.data.vae).to(device)
-    side, rest = divmod(config.data.image_size, downsampling(vae))
-    if rest:
-        raise InputError(f"data.image_size={config.data.image_size}: this VAE wants a multiple of {downsampling(vae)}")
-    return vae, vae.config, (vae.config.latent_channels, side, side)
+def step_seed(seed: int, step: int, process: int) -> int:
+    """The seed of what a model draws itself (stochastic depth) in one step of one process."""
+    return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
 
 
 def clean_latents(batch: dict[str, Tensor], vae: AutoencoderKL | None, scaling: LatentScaling) -> Tensor:
@@ -248,27 +256,26 @@ def clean_latents(batch: dict[str, Tensor], vae: AutoencoderKL | None, scaling: 
     return sample_posterior(scaling, moments, batch["posterior_noise"])
 
 
-def draw_samples(model: ModelMixin, vae: AutoencoderKL, config: Config, class_names: list[str], path: Path) -> None:
-    """A grid of samples, the classes spread over it; the same noise each time, so that grids of a run compare."""
-    sampling = config.sampling
-    pipeline = GSPNDiTPipeline(model, vae, create_scheduler(config.diffusion.objective, sampling.sampler), class_names)
-    pipeline.set_progress_bar_config(disable=True)
-    count = sampling.num_images
-    labels = [i * len(class_names) // count if count < len(class_names) else i % len(class_names) for i in range(count)]
-    images = pipeline(
-        labels,
-        guidance_scale=sampling.guidance_scale,
-        guidance_interval=sampling.guidance_interval,
-        num_inference_steps=sampling.num_inference_steps,
-        generator=[image_generator(config.seed, i) for i in range(count)],
-        output_type="uint8",
-    ).images
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(images, path)
+def averaged_pipeline(config: Config, parts: Parts, ema: Average, class_names: list[str]) -> GSPNDiTPipeline:
+    """The pipeline of the averaged weights, which it shares memory with unless FSDP has split them.
+
+    Every process calls this: what is split comes together on all of them.
+    """
+    with torch.device("meta"):
+        model = parts.build().eval()
+    model.load_state_dict({name: whole(tensor) for name, tensor in ema.tensors.items()}, assign=True)
+    return create_pipeline(model.requires_grad_(False), parts.vae, config, class_names)
 
 
-def _non_finite(loss: float, grad_norm: float, step: int, run: Path) -> str:
+def _due(step: int, every: int, options: TrainingConfig) -> bool:
+    """Whether something done every so many steps (0 is never), and at the last, is to be done now."""
+    return bool(every) and (step % every == 0 or step == options.max_steps)
+
+
+def _non_finite(loss: float, grad_norm: float, finite: bool, step: int, config: Config) -> str:
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {grad_norm}"
-    checkpoints = list_checkpoints(run)
-    good = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-    return f"{what} at step {step}, which was not taken; {good}. A lower training.learning_rate or clipping may help"
+    remedy = "A lower training.learning_rate or clipping may help"
+    if not finite:
+        what += f", as are latents of its batch from data.source={config.data.source!r},"
+        remedy = "Check the data: for a store, `python -m gspn_dit.data.encode --verify STORE`"
+    return f"{what} at step {step}, which was not taken; {last_good(config.output_dir)}. {remedy}"

@@ -1,9 +1,10 @@
-"""A run's record: metrics.csv, and the curves drawn from it."""
+"""A run's record: metrics.csv and evaluation.csv, and the curve drawn from the first."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from gspn_dit.files import replacing
@@ -12,18 +13,19 @@ COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "images_per_second")
 
 
 class Record:
-    """metrics.csv of a run, one line every `log_every` steps.
+    """A table of a run that grows by a line now and then.
 
     Args:
-        folder: The run's folder.
+        path: The CSV file.
         step: Lines after this step, left by a run that was cut, are dropped.
+        columns: Its columns; `step` is the first.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / "metrics.csv"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+    def __init__(self, path: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
+        self.path, self.columns = path, columns
+        kept = [row for row in read_metrics(self.path, columns) if row["step"] <= step]
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
         with replacing(self.path) as temporary:
@@ -32,7 +34,7 @@ class Record:
     def append(self, row: dict[str, float]) -> None:
         """Add a line; it is on its way to the disk when this returns."""
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
     def draw(self) -> Path:
         """Draw the loss against the step as loss.png, and return its path."""
@@ -41,16 +43,16 @@ class Record:
         return path
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.csv, without a last one that was cut short; none if there is no such file."""
+def read_metrics(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, float]]:
+    """The lines of such a file, without a last one that was cut short; none if there is no such file."""
     if not path.is_file():
         return []
     rows = []
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             try:
-                values = {name: float(row[name]) for name in COLUMNS}
-            except (TypeError, ValueError):
+                values = {name: float(row[name]) for name in columns}
+            except (KeyError, TypeError, ValueError):
                 continue
             rows.append(values | {"step": int(values["step"])})
     return rows

@@ -117,19 +117,21 @@ class StepSampler(Sampler):
     """The stream positions of this process's micro-batches, for steps [first, last): step s is positions [sB, sB + B).
 
     Args:
-        first: Step to begin with.
         last: Step to end before.
         batch_size: B, over all processes and accumulation steps.
         accumulation: Micro-batches a step.
         rank: This process.
         processes: How many there are.
 
+    Attributes:
+        first: Step to begin with, 0 unless it is set.
+
     Raises:
         InputError: If the batch does not split evenly.
     """
 
-    def __init__(self, first: int, last: int, *, batch_size: int, accumulation: int, rank: int, processes: int) -> None:
-        self.steps = range(first, last)
+    def __init__(self, last: int, *, batch_size: int, accumulation: int, rank: int, processes: int) -> None:
+        self.first, self.last = 0, last
         self.batch_size, self.accumulation, self.rank, self.processes = batch_size, accumulation, rank, processes
         self.micro_batch, rest = divmod(batch_size, accumulation * processes)
         if rest:
@@ -139,10 +141,10 @@ class StepSampler(Sampler):
             )
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
+        for step in range(self.first, self.last):
             for micro in range(self.accumulation):
                 start = step * self.batch_size + (micro * self.processes + self.rank) * self.micro_batch
                 yield list(range(start, start + self.micro_batch))
 
     def __len__(self) -> int:
-        return len(self.steps) * self.accumulation
+        return max(0, self.last - self.first) * self.accumulation

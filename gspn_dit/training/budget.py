@@ -1,0 +1,180 @@
+"""`python -m gspn_dit.training.budget`: what a training will need, computed from counted parameters and operations.
+
+Nothing here is measured. The tables of docs/cluster.md are this command's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from gspn_dit.models import create_model
+from gspn_dit.models.counting import count_macs, count_parameters
+from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.models.presets import find_preset
+from gspn_dit.options import command, require
+
+# Bytes a parameter: float32 weights, their gradients, AdamW's two moments, the averaged weights.
+STATE_BYTES = 4 + 4 + 8 + 4
+AUTOCAST_BYTES = 2  # autocast keeps a bfloat16 copy of the weights through a step
+USABLE = 0.9  # of a GPU's memory: the rest is CUDA's, NCCL's and fragments
+
+
+@dataclass
+class Options:
+    """What to reckon with.
+
+    Args:
+        names: Models.
+        image_size: Pixels, 8 times the latents' side.
+        batch_size: Images a step over all GPUs.
+        gpus: Numbers of GPUs.
+        memory_gb: A GPU's memory, in 10^9 bytes.
+        peak_tflops: A GPU's dense bfloat16 peak; 989 is an H100 SXM's, 312 an A100's.
+        utilisation: Share of the peak that training is assumed to reach.
+        node_gpus: GPUs that a machine has.
+        node_gb_s: What a GPU sends to others of its machine, in 10^9 bytes a second; 450 is NVLink 4's.
+        network_gb_s: What a GPU sends to other machines; 50 is a 400 Gb/s adapter for each GPU.
+        steps: Steps of the whole training.
+    """
+
+    names: list[str] = field(
+        default_factory=lambda: ["dit-xl-2", "gspn-xl-2", "gspn-dit-xl-2", "gspn-dit-l-2", "gspn-dit-b-2"]
+    )
+    image_size: int = 256
+    batch_size: int = 256
+    gpus: list[int] = field(default_factory=lambda: [1, 8, 64])
+    memory_gb: float = 80.0
+    peak_tflops: float = 989.0
+    utilisation: float = 0.4
+    node_gpus: int = 8
+    node_gb_s: float = 450.0
+    network_gb_s: float = 50.0
+    steps: int = 400_000
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= 16 and self.image_size % 16 == 0, "image_size", self.image_size, "a multiple of 16")
+        for number in self.gpus:
+            require(number >= 1 and self.batch_size % number == 0, "gpus", number, f"a divisor of {self.batch_size}")
+        for key in ("batch_size", "memory_gb", "peak_tflops", "node_gpus", "node_gb_s", "network_gb_s", "steps"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "more than 0")
+        require(0 < self.utilisation <= 1, "utilisation", self.utilisation, "a share up to 1")
+
+
+@dataclass
+class Cost:
+    """A model's cost at one size: parameters, multiply-accumulates of a forward, and bytes kept for the backward pass.
+
+    Args:
+        parameters: How many.
+        macs: Of one image.
+        activations: Bytes an image in bfloat16 autocast.
+        checkpointed: The same with gradient checkpointing: the blocks' inputs, and one block at a time.
+    """
+
+    parameters: int
+    macs: int
+    activations: float
+    checkpointed: float
+
+
+def count_cost(name: str, image_size: int) -> Cost:
+    """Count a model; nothing is computed."""
+    side = image_size // 8
+    with torch.device("meta"):
+        model = create_model(name, sample_size=side)
+    kept = activation_bytes(lambda: create_model(name, sample_size=side), side)
+    inputs = activation_bytes(lambda: _checkpointing(create_model(name, sample_size=side)), side)
+    return Cost(count_parameters(model), count_macs(model, (side, side)), kept, inputs + kept / len(model.blocks))
+
+
+def activation_bytes(build: Callable[[], LatentModel], side: int) -> float:
+    """Bytes that one more image of latents side × side makes the backward pass keep, by the CPU's autocast rules.
+
+    A GPU's autocast runs norms in float32 and keeps somewhat more.
+    """
+    with FakeTensorMode():
+        model = build()
+        one, two = (_saved_bytes(model, batch, side) for batch in (1, 2))
+    return two - one
+
+
+def main(options: Options) -> None:
+    """Print what training needs: memory of a GPU, steps a second to expect, hours; computed, not measured."""
+    for name in options.names:
+        find_preset(name)
+    costs = {name: count_cost(name, options.image_size) for name in options.names}
+    print(
+        f"Computed, not measured: {options.image_size} pixels a side, {options.batch_size} images a step, "
+        f"GPUs of {options.memory_gb:g} GB,\n{options.utilisation:.0%} of {options.peak_tflops:g} TFLOP/s reached; "
+        f"{options.node_gpus} GPUs a machine, each sending {options.node_gb_s:g} GB/s in it and "
+        f"{options.network_gb_s:g} GB/s out of it.\n"
+    )
+    print("| model | parameters | GMACs an image | state GB | over 8 GPUs (FSDP) | over 64 | "
+          "GB an image | with checkpointing |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|")
+    for name, cost in costs.items():
+        state = cost.parameters * STATE_BYTES / 1e9
+        print(f"| {name} | {cost.parameters / 1e6:.1f} M | {cost.macs / 1e9:.1f} | {state:.1f} | {state / 8:.2f} | "
+              f"{state / 64:.2f} | {cost.activations / 1e9:.2f} | {cost.checkpointed / 1e9:.3f} |")  # fmt: skip
+    print(f"\n| model | GPUs | images a pass × accumulation | GB a GPU | steps/s | bound by | hours to "
+          f"{options.steps:,} steps |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|")
+    for name, cost in costs.items():
+        for gpus in options.gpus:
+            print(plan(name, cost, gpus, options))
+
+
+def plan(name: str, cost: Cost, gpus: int, options: Options) -> str:
+    """A line of the second table: the largest pass that fits, without checkpointing if that fits at all."""
+    each = options.batch_size // gpus
+    fixed = cost.parameters * (STATE_BYTES + AUTOCAST_BYTES)
+    room = options.memory_gb * 1e9 * USABLE - fixed
+    passes = [n for n in range(1, each + 1) if each % n == 0]
+    checkpointing = room < cost.activations
+    image = cost.checkpointed if checkpointing else cost.activations
+    fitting = [n for n in passes if n * image <= room]
+    if not fitting:
+        return f"| {name} | {gpus} | FSDP: the state alone does not fit | {fixed / 1e9:.1f} | – | – | – |"
+    images = fitting[-1]
+    # A backward pass is two forward passes; checkpointing adds a third. A multiply-accumulate is two operations.
+    operations = 2 * cost.macs * options.batch_size * (4 if checkpointing else 3)
+    computing = operations / (gpus * options.peak_tflops * 1e12 * options.utilisation)
+    # Every GPU sends and receives each float32 gradient twice, less its own share, while the backward pass runs.
+    link = options.node_gb_s if gpus <= options.node_gpus else options.network_gb_s
+    exchanging = 2 * (gpus - 1) / gpus * 4 * cost.parameters / (link * 1e9)
+    speed, bound = 1 / max(computing, exchanging), "exchange" if exchanging > computing else "compute"
+    return (
+        f"| {name} | {gpus} | {images} × {each // images}{' with checkpointing' if checkpointing else ''} | "
+        f"{(fixed + images * image) / 1e9:.1f} | {speed:.2f} | {bound} | {options.steps / speed / 3600:.1f} |"
+    )
+
+
+def _checkpointing(model: LatentModel) -> LatentModel:
+    model.enable_gradient_checkpointing()
+    return model
+
+
+def _saved_bytes(model: LatentModel, batch: int, side: int) -> int:
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage
+        return tensor
+
+    labels = torch.zeros(batch, dtype=torch.long)
+    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(batch, model.in_channels, side, side), torch.zeros(batch), labels)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+if __name__ == "__main__":
+    command(main, Options, prog="python -m gspn_dit.training.budget")

@@ -1,0 +1,145 @@
+"""What a run shows of itself on the way: sample grids, and a quick Fréchet distance."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import AutoencoderKL, ModelMixin
+from torch import Tensor
+
+from gspn_dit.config import Config
+from gspn_dit.diffusion import create_scheduler, image_generator
+from gspn_dit.errors import renamed
+from gspn_dit.fid.evaluate import evaluate
+from gspn_dit.fid.extractors import create_extractor
+from gspn_dit.fid.images import ImageSet, ReferenceStatistics, open_reference
+from gspn_dit.pictures import save_grid
+from gspn_dit.pipeline import GSPNDiTPipeline
+from gspn_dit.training.processes import StopRequest
+
+EVALUATION = "evaluation.csv"
+
+T = TypeVar("T")
+
+
+def create_pipeline(model: ModelMixin, vae: AutoencoderKL, config: Config, class_names: list[str]) -> GSPNDiTPipeline:
+    """The pipeline of a model in training, silent, with the run's sampler and sampling defaults."""
+    sampling = config.sampling
+    pipeline = GSPNDiTPipeline(
+        model,
+        vae,
+        create_scheduler(config.diffusion.objective, sampling.sampler),
+        class_names,
+        guidance_scale=sampling.guidance_scale,
+        guidance_interval=list(sampling.guidance_interval),
+        num_inference_steps=sampling.num_inference_steps,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_samples(pipeline: GSPNDiTPipeline, config: Config, path: Path) -> None:
+    """A grid of samples, the classes spread over it; the same noise each time, so that grids of a run compare."""
+    count, classes = config.sampling.num_images, pipeline.transformer.config.num_classes
+    labels = [i * classes // count if count < classes else i % classes for i in range(count)]
+    generators = [image_generator(config.seed, i) for i in range(count)]
+    images = pipeline(labels, generator=generators, output_type="uint8").images
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(images, path)
+
+
+class Evaluator:
+    """The quick score of a run's samples; every process draws its share, the main one scores them.
+
+    Args:
+        config: The run's; its features and reference are opened here.
+        accelerator: The run's.
+
+    Raises:
+        InputError: If the features or the reference cannot be had.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        if accelerator.is_main_process:
+            options, size = config.evaluation, config.data.image_size
+            with renamed(weights="evaluation.weights", reference="evaluation.reference"):
+                self.extractor = create_extractor(options.features, options.weights, device=accelerator.device)
+                self.reference = open_reference(options.reference, (size, size))
+            if isinstance(self.reference, ReferenceStatistics):
+                # Its images are for precision and recall, which are not asked for here.
+                self.reference = dataclasses.replace(self.reference, images=None)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of evaluation.csv, on the main process."""
+        accuracy = ["class_accuracy"] if self.extractor.num_classes is not None else []
+        return ["step", self.extractor.frechet_key, "inception_score", *accuracy, "num_samples"]
+
+    def score(self, pipeline: GSPNDiTPipeline, step: int, stop: StopRequest) -> dict[str, float] | None:
+        """The columns' values on the main process; None on the others, or where it failed, which is warned of.
+
+        Training goes on after any failure: nothing here is worth a run.
+        """
+        images, problem = self._attempt(lambda: self._draw(pipeline, stop))
+        problems = gather_object([problem])
+        row = None
+        if not any(problems):
+            images = self._together(images)
+            if self.accelerator.is_main_process:
+                row, problem = self._attempt(lambda: self._score(images, pipeline, step))
+                problems = [problem]
+        if self.accelerator.is_main_process and any(problems):
+            reason = next(filter(None, problems))
+            print(f"train_dit.py: warning: no evaluation at step {step} ({reason}); training goes on", file=sys.stderr)
+        return row
+
+    def _draw(self, pipeline: GSPNDiTPipeline, stop: StopRequest) -> Tensor:
+        """This process's images, uint8 (n, 3, H, W): i = rank, rank + processes, …; as many for each."""
+        options, processes = self.config.evaluation, self.accelerator.num_processes
+        each = -(-options.num_samples // processes)
+        mine = [min(self.accelerator.process_index + k * processes, options.num_samples - 1) for k in range(each)]
+        images = []
+        for start in range(0, each, options.batch_size):
+            if stop.requested:
+                raise InterruptedError("asked to stop")
+            batch = mine[start : start + options.batch_size]
+            with self.accelerator.autocast():
+                drawn = pipeline(
+                    [i % pipeline.transformer.config.num_classes for i in batch],
+                    guidance_scale=options.guidance_scale,
+                    generator=[image_generator(self.config.seed, i) for i in batch],
+                    output_type="uint8",
+                )
+            images.append(drawn.images.cpu())
+        return torch.cat(images)
+
+    def _together(self, images: Tensor) -> Tensor:
+        """All processes' images in order, on the CPU."""
+        parts = [
+            self.accelerator.gather(part.to(self.accelerator.device)).cpu().unflatten(0, (-1, len(part)))
+            for part in images.split(self.config.evaluation.batch_size)
+        ]  # (processes, n, 3, H, W) each
+        return torch.cat(parts, dim=1).transpose(0, 1).flatten(0, 1)[: self.config.evaluation.num_samples]
+
+    def _score(self, images: Tensor, pipeline: GSPNDiTPipeline, step: int) -> dict[str, float]:
+        labels = [i % pipeline.transformer.config.num_classes for i in range(len(images))]
+        if self.extractor.num_classes != pipeline.transformer.config.num_classes:
+            labels = None
+        samples = ImageSet(f"samples at step {step}", len(images), tuple(images.shape[2:]), lambda i: images[i], labels)
+        figures = evaluate(samples, self.reference, self.extractor)
+        return {"step": step} | {name: float(figures.get(name, "nan")) for name in self.columns[1:]}
+
+    @staticmethod
+    def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
+        try:
+            return work(), None
+        except Exception as error:
+            return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

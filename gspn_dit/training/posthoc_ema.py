@@ -1,0 +1,191 @@
+"""Post-hoc EMA (EDM2, arXiv 2312.02696, section 3 and appendix C): the average's width is chosen after training.
+
+Training keeps running averages in which the weights at step τ count as τ^γ, for two values of γ, and leaves a snapshot
+of each every `training.posthoc_ema_every` steps. Any average of that family, at any step, is then close to a linear
+combination of the snapshots:
+
+    python -m gspn_dit.training.posthoc_ema --run runs/NAME --sigma-rel 0.07 --out runs/NAME-0.07
+    python sample.py --model runs/NAME-0.07
+
+A profile is p_γ,t(τ) = (γ+1) τ^γ / t^(γ+1) on 0 ≤ τ ≤ t (equation 1). Its width relative to t is its standard deviation
+σ_rel = √(γ+1) / ((γ+2) √(γ+3)) (section 3.1), which names it.
+
+    RUN/posthoc-ema/config.json                                 the model's
+    RUN/posthoc-ema/step-0010000-sigma-0.05.safetensors …       an average at a step, float16
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from gspn_dit.errors import InputError
+from gspn_dit.files import replacing
+from gspn_dit.options import command, require
+from gspn_dit.training.checkpoints import EMA_WEIGHTS, DiskWork, TrainingState, collect
+
+FOLDER = "posthoc-ema"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An average on the disk: of step `step`, of relative width `sigma_rel`."""
+
+    path: Path
+    step: int
+    sigma_rel: float
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent γ of a relative width: the largest root of γ³ + 7γ² + (16 - σ⁻²)γ + 12 - σ⁻².
+
+    That is σ_rel² (γ+2)² (γ+3) = γ+1 multiplied out (appendix C.1). It is positive for σ_rel < 1/√12, the width of a
+    plain mean.
+    """
+    inverse = sigma_rel**-2
+    return float(max(np.roots([1, 7, 16 - inverse, 12 - inverse]).real))
+
+
+def inner_products(gammas_a: np.ndarray, steps_a: np.ndarray, gammas_b: np.ndarray, steps_b: np.ndarray) -> np.ndarray:
+    """∫ p_a p_b dτ for every profile a and every profile b, float64 (len a, len b) (appendix C.2).
+
+    Both are powers up to min(t_a, t_b), so the integral is (γ_a+1)(γ_b+1) / (γ_a+γ_b+1) · min^(γ_a+γ_b+1) /
+    (t_a^(γ_a+1) t_b^(γ_b+1)). With r = t_a/t_b the powers are those of a ratio below 1 and nothing overflows.
+    """
+    ga, gb = np.asarray(gammas_a, float)[:, None], np.asarray(gammas_b, float)[None]
+    ta, tb = np.asarray(steps_a, float)[:, None], np.asarray(steps_b, float)[None]
+    ratio = np.where(ta < tb, (ta / tb) ** gb, (tb / ta) ** ga)
+    return (ga + 1) * (gb + 1) / (ga + gb + 1) * ratio / np.maximum(ta, tb)
+
+
+def coefficients(snapshots: list[Snapshot], sigma_rel: float, step: int) -> tuple[np.ndarray, float]:
+    """The weights of snapshots whose combined profile is nearest to p_γ,step in least squares (appendix C.2).
+
+    Returns:
+        One weight a snapshot, float64, and the distance that remains relative to the length of p_γ,step.
+    """
+    gammas = np.array([gamma_of(snapshot.sigma_rel) for snapshot in snapshots])
+    steps = np.array([snapshot.step for snapshot in snapshots], float)
+    gamma, at = np.array([gamma_of(sigma_rel)]), np.array([step], float)
+    gram, wanted = inner_products(gammas, steps, gammas, steps), inner_products(gammas, steps, gamma, at)[:, 0]
+    weights = np.linalg.lstsq(gram, wanted, rcond=None)[0]
+    length = inner_products(gamma, at, gamma, at).item()
+    rest = length - 2 * weights @ wanted + weights @ gram @ weights
+    return weights, math.sqrt(max(0.0, rest) / length)
+
+
+def save_snapshot(accelerator: Accelerator, run: Path, state: TrainingState, step: int) -> None:
+    """Write the running averages of a step; every process calls this. Raises as a checkpoint does."""
+    folder, writing = run / FOLDER, DiskWork(accelerator.is_main_process)
+    writing.attempt(lambda: _write_config(folder, state.model_config))
+    for sigma_rel, average in state.power_emas.items():
+        path = folder / f"step-{step:07d}-sigma-{sigma_rel:g}.safetensors"
+        tensors = collect(average.tensors, keep=accelerator.is_main_process)
+        writing.attempt(lambda path=path, tensors=tensors: _write(path, tensors))
+    writing.settle(f"the post-hoc EMA's snapshot of step {step}", run)
+
+
+def _write_config(folder: Path, model_config: str) -> None:
+    folder.mkdir(exist_ok=True)
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(model_config)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with replacing(path) as temporary:
+        save_file({name: tensor.half() for name, tensor in tensors.items()}, temporary)
+
+
+def list_snapshots(run: Path) -> list[Snapshot]:
+    """A run's snapshots, oldest first."""
+    found = []
+    for path in (run / FOLDER).glob("step-*.safetensors"):
+        if named := re.fullmatch(r"step-([0-9]+)-sigma-([0-9.e-]+)", path.stem):
+            found.append(Snapshot(path, int(named[1]), float(named[2])))
+    return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.sigma_rel))
+
+
+def drop_snapshots(run: Path, step: int) -> None:
+    """Remove the snapshots after a step, left by a run that was cut."""
+    for snapshot in list_snapshots(run):
+        if snapshot.step > step:
+            snapshot.path.unlink()
+
+
+def reconstruct(snapshots: list[Snapshot], weights: np.ndarray) -> dict[str, torch.Tensor]:
+    """Σ weight · snapshot, float32, one parameter at a time."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(snapshot.path, framework="pt")) for snapshot in snapshots]
+        return {
+            name: sum(w * file.get_tensor(name).double() for w, file in zip(weights, files, strict=True)).float()
+            for name in files[0].keys()  # noqa: SIM118 (it is no dictionary)
+        }
+
+
+@dataclass
+class Options:
+    """Which average to make.
+
+    Args:
+        run: The run, trained with `training.posthoc_ema_every` above 0.
+        sigma_rel: The average's width relative to its step: 0.05 is a sharp one, 0.2 a wide one.
+        out: The folder to write, which sample.py and export take as a model; it must not exist yet.
+        step: Up to which step; the newest snapshot's if not given.
+    """
+
+    run: str
+    sigma_rel: float
+    out: str
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        require(0 < self.sigma_rel <= 0.28, "sigma_rel", self.sigma_rel, "a number above 0, at most 0.28")
+
+
+def main(options: Options) -> None:
+    """Make the averaged weights of any width from a run's snapshots, as a checkpoint folder to sample from."""
+    run, out = Path(options.run), Path(options.out)
+    if out.exists():
+        raise InputError(f"out={options.out!r}: exists already; remove it or name another folder")
+    there = list_snapshots(run)
+    if not there:
+        raise InputError(f"run={options.run!r}: has no snapshots in {FOLDER}/; train with --training.posthoc-ema-every")
+    step = there[-1].step if options.step is None else options.step
+    snapshots = [snapshot for snapshot in there if snapshot.step <= step]
+    if not snapshots or snapshots[-1].step != step:
+        steps = sorted({snapshot.step for snapshot in there})
+        near = min(steps, key=lambda each: abs(each - step))
+        raise InputError(f"step={step}: no snapshot of that step; the nearest is {near}, the newest {steps[-1]}")
+    weights, rest = coefficients(snapshots, options.sigma_rel, step)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        folder = Path(temporary) / out.name
+        (folder / EMA_WEIGHTS).parent.mkdir(parents=True)
+        try:
+            tensors = reconstruct(snapshots, weights)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"run={options.run!r}: a snapshot cannot be read ({error}); remove it") from error
+        save_file(tensors, folder / EMA_WEIGHTS, {"format": "pt"})
+        shutil.copy(run / FOLDER / "config.json", folder / "ema")
+        for name in ("config.yaml", "class_names.json"):
+            shutil.copy(run / name, folder)
+        folder.rename(out)
+    print(
+        f"{out}: step {step}, sigma_rel {options.sigma_rel:g} (γ = {gamma_of(options.sigma_rel):.3f}) from "
+        f"{len(snapshots)} snapshots; {rest:.2%} of the profile is out of their reach"
+    )
+
+
+if __name__ == "__main__":
+    command(main, Options, prog="python -m gspn_dit.training.posthoc_ema")

@@ -1,0 +1,118 @@
+"""What a run is made of, opened and checked before any step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL
+
+from gspn_dit.config import Config
+from gspn_dit.data import ImageDataset, LatentStore, downsampling, load_vae
+from gspn_dit.data.vae import LatentScaling
+from gspn_dit.diffusion import DDPM, Flow, create_objective, create_scheduler
+from gspn_dit.diffusion.sampling import check_steps
+from gspn_dit.errors import InputError, renamed
+from gspn_dit.models import create_model
+from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.training.evaluation import Evaluator
+from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
+
+
+@dataclass
+class Parts:
+    """What a run is made of.
+
+    Args:
+        source: Images or a latent store.
+        stream: The samples it gives, in order.
+        steps: Which of them this process takes at each step.
+        vae: The autoencoder, or None where there is nothing to encode or to draw.
+        scaling: The latents' scaling.
+        objective: What is learned.
+        build: Makes another network of the same kind, on the default device.
+        model: The network, freshly initialised, on the device.
+        evaluator: The quick score, or None for none.
+    """
+
+    source: ImageDataset | LatentStore
+    stream: TrainingStream
+    steps: StepSampler
+    vae: AutoencoderKL | None
+    scaling: LatentScaling
+    objective: DDPM | Flow
+    build: Callable[[], LatentModel]
+    model: LatentModel
+    evaluator: Evaluator | None
+
+
+def open_parts(config: Config, accelerator: Accelerator) -> Parts:
+    """Open everything a configuration names. Raises :class:`InputError` for what cannot be."""
+    options = config.training
+    objective = create_objective(config.diffusion.objective, time_sampling=config.diffusion.time_sampling)
+    with renamed(source="data.source", image_size="data.image_size", vae="data.vae"):
+        source = open_source(config.data, config.seed)
+    steps = StepSampler(
+        options.max_steps,
+        batch_size=options.batch_size,
+        accumulation=options.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    with renamed(vae="data.vae"):
+        vae, scaling, latent_shape = open_latents(config, source, accelerator.device)
+    set_seed(config.seed)
+    build = partial(
+        create_model,
+        config.model.name,
+        sample_size=latent_shape[1:],
+        in_channels=latent_shape[0],
+        out_channels=objective.out_channels(latent_shape[0]),
+        num_classes=len(source.class_names),
+        **config.model.overrides,
+    )
+    model = build().to(accelerator.device)
+    stream = TrainingStream(
+        source,
+        latent_shape=latent_shape,
+        null_class=model.null_class,
+        class_dropout=config.diffusion.class_dropout,
+        horizontal_flip=config.data.horizontal_flip,
+        seed=config.seed,
+    )
+    evaluator = Evaluator(config, accelerator) if config.evaluation.every else None
+    return Parts(source, stream, steps, vae, scaling, objective, build, model, evaluator)
+
+
+def check_options(config: Config) -> None:
+    """Raise :class:`InputError` for what only a later part of the run would stumble over."""
+    scheduler = create_scheduler(config.diffusion.objective, config.sampling.sampler)
+    check_steps(scheduler, config.sampling.num_inference_steps)
+    if taken := sorted({"sample_size", "in_channels", "out_channels", "num_classes"} & config.model.overrides.keys()):
+        raise InputError(f"model.overrides.{taken[0]}: the data and the objective set it; leave it out")
+    if config.training.mixed_precision == "fp16" and torch.accelerator.current_accelerator() is None:
+        raise InputError("training.mixed_precision='fp16': needs an accelerator; on the CPU use 'bf16' or 'no'")
+    trackers = [tracker.value for tracker in get_available_trackers()]
+    for name in config.training.trackers:
+        if name not in trackers:
+            raise InputError(f"training.trackers: {name!r} is not installed here; there are {', '.join(trackers)}")
+
+
+def open_latents(
+    config: Config, source: LatentStore | ImageDataset, device: torch.device
+) -> tuple[AutoencoderKL | None, LatentScaling, tuple[int, int, int]]:
+    """The VAE (None where there is nothing to encode or to draw), the latents' scaling and their shape (C, h, w)."""
+    if isinstance(source, LatentStore):
+        drawn = config.training.sample_every or config.evaluation.every
+        vae = load_vae(config.data.vae).to(device) if drawn else None
+        return vae, source, (source.latent_channels, *source.latent_size)
+    vae = load_vae(config.data.vae).to(device)
+    side, rest = divmod(config.data.image_size, downsampling(vae))
+    if rest:
+        raise InputError(f"data.image_size={config.data.image_size}: this VAE wants a multiple of {downsampling(vae)}")
+    return vae, vae.config, (vae.config.latent_channels, side, side)

@@ -1,0 +1,72 @@
+"""Training in a child process to which something bad happens. The children are forked from one warm process."""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from gspn_dit.config import Config
+from gspn_dit.options import parse
+from gspn_dit.training import checkpoints, loop
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["gspn_dit.training.loop"])
+
+
+def start(argv, log, fault=None, *arguments):
+    """A process, leader of its own group, that trains after a fault was prepared in it; it writes to the log."""
+    process = _context.Process(target=_train, args=(argv, str(log), fault, *arguments))
+    process.start()
+    return process
+
+
+def finished(process):
+    """Its exit status, -9 if it was killed."""
+    process.join(60)
+    status = process.exitcode
+    process.kill()
+    return status
+
+
+def killed_at(call):
+    """SIGKILL while a checkpoint is written: at the n-th file, or in the removal of an old one."""
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if call == "removal":
+        shutil.rmtree = die
+        return
+    save, calls = checkpoints.save_file, []
+
+    def save_file(tensors, path, *rest):
+        save(tensors, path, *rest)
+        calls.append(path)
+        if len(calls) == call:
+            os.truncate(path, os.path.getsize(path) // 2)  # what has reached the disk of it
+            die()
+
+    checkpoints.save_file = save_file
+
+
+def limited_to(bytes_a_file):
+    """A disk that takes no more."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, bytes_a_file))
+
+
+def _train(argv, log, fault, *arguments):
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    if fault is not None:
+        fault(*arguments)
+    loop.main(parse(Config, argv))
+
+
+def text(log):
+    return Path(log).read_text()

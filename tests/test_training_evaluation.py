@@ -1,0 +1,74 @@
+"""The quick score during training: in the record and the trackers, resumable, and never the end of a run."""
+
+import csv
+import shutil
+
+import pytest
+from accelerate.state import AcceleratorState
+from made_training import config, losses
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gspn_dit.errors import InputError
+from gspn_dit.fid.evaluate import evaluate
+from gspn_dit.runs import list_checkpoints
+from gspn_dit.training import evaluation
+from gspn_dit.training.loop import train
+
+SCORED = ["--evaluation.every", 2, "--evaluation.num_samples", 12, "--evaluation.reference", "digits:test",
+          "--evaluation.features", "digits", "--evaluation.batch_size", 5, "--training.checkpoint_every", 2,
+          "--training.max_steps", 4]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """A process has one accelerator for life; here several runs share a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def scores(run):
+    with open(run / "evaluation.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_scores_go_to_the_record_and_the_trackers_and_survive_a_resume(tmp_path):
+    run = tmp_path / "run"
+    train(config(run, "digits", *SCORED, "--training.trackers", "[tensorboard]"))
+    assert [row["step"] for row in scores(run)] == ["2", "4"]
+    assert set(scores(run)[0]) == {"step", "fd", "inception_score", "class_accuracy", "num_samples"}
+    assert float(scores(run)[0]["fd"]) != float(scores(run)[1]["fd"])
+    events = EventAccumulator(str(next((run / "logs").rglob("events*")).parent)).Reload()
+    assert [event.step for event in events.Scalars("evaluation/fd")] == [2, 4]
+
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut)
+    shutil.rmtree(list_checkpoints(cut)[-1])
+    train(config(cut, "digits", *SCORED, "--resume", "auto"))
+    assert scores(cut) == scores(run) and losses(cut) == losses(run)
+
+
+def test_a_failing_evaluation_warns_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    def once(*arguments):
+        monkeypatch.setattr(evaluation, "evaluate", evaluate)
+        raise MemoryError("no room\nfor features")
+
+    monkeypatch.setattr(evaluation, "evaluate", once)
+    train(config(tmp_path / "run", "digits", *SCORED))
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "warning: no evaluation" in line]
+    assert "step 2 (MemoryError: no room for features); training goes on" in said
+    assert [row["step"] for row in scores(tmp_path / "run")] == ["4"]
+    train(config(tmp_path / "plain", "digits", "--training.max_steps", 4))
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")  # nor does it touch the training
+    assert not (tmp_path / "plain" / "evaluation.csv").exists()  # off by default
+
+
+def test_what_cannot_be_evaluated_stops_at_start(tmp_path):
+    for changes, named in (
+        (["--evaluation.reference", tmp_path / "nowhere"], r"^evaluation\.reference="),
+        (["--evaluation.weights", tmp_path / "nowhere"], r"^evaluation\.weights="),
+    ):
+        with pytest.raises(InputError, match=named):
+            train(config(tmp_path / "run", "digits", *SCORED, *changes))
+    with pytest.raises(InputError, match=r"^evaluation\.reference=None"):
+        config(tmp_path / "run", "digits", "--evaluation.every", 2)
+    assert not (tmp_path / "run").exists()

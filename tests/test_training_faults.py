@@ -1,0 +1,200 @@
+"""docs/reliability.md, row by row: what happens to a run, what its owner sees, and what is lost."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from made_faults import finished, killed_at, limited_to, start, text
+from made_training import ROOT, config, losses, options, rows
+from safetensors.torch import load_file
+from test_training_stream import make_store
+
+from gspn_dit.config import Config
+from gspn_dit.errors import InputError
+from gspn_dit.options import parse
+from gspn_dit.runs import checkpoint_step, list_checkpoints
+from gspn_dit.training.checkpoints import _sums
+from gspn_dit.training.loop import NonFiniteLoss, train
+
+RESUME = ["--training.max_steps", 12, "--resume", "auto"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """A process has one accelerator for life; here several runs share a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("data") / "store")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, store):
+    """The run to which nothing happened: 12 steps, checkpoints at 4, 8 and 12."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(config(run, store, *RESUME))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return run
+
+
+@pytest.fixture
+def run(tmp_path, whole):
+    """That run, after step 8."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(list_checkpoints(run)[-1])
+    return run
+
+
+def bytes_of(checkpoint):
+    return {path.name: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("call", [1, 3, "removal"])
+def test_sigkill_during_a_checkpoint_write(tmp_path, run, store, whole, call):
+    before = {path: bytes_of(path) for path in list_checkpoints(run)}
+    keep = ["--training.keep_checkpoints", 2]
+    assert finished(start(options(run, store, *RESUME, *keep), tmp_path / "log", killed_at, call)) == -signal.SIGKILL
+    left = list(run.glob("checkpoints/.step-*"))
+    assert len(left) == 1, "it was killed in the middle"
+    newest = list_checkpoints(run)[-1]
+    if call != "removal":
+        assert {path: bytes_of(path) for path in list_checkpoints(run)} == before
+    train(config(run, store, *RESUME, *keep, "--training.max_steps", 16))
+    assert losses(run)[:12] == losses(whole), f"continued from {newest}"
+    assert [path.name for path in list_checkpoints(run)] == ["step-0000012", "step-0000016"]
+    assert not list(run.glob("checkpoints/.*"))
+
+
+def test_disk_full_during_a_checkpoint(tmp_path, run, store, whole):
+    before = {path: bytes_of(path) for path in list_checkpoints(run)}
+    log = tmp_path / "log"
+    assert finished(start(options(run, store, *RESUME), log, limited_to, 100_000)) == 1
+    (said,) = [line for line in text(log).splitlines() if line.startswith("train_dit.py: stopped")]
+    assert re.search(r"step 12 could not be written \(.*File too large.*step-0000008.*Make room", said), said
+    assert "Traceback" not in text(log)
+    assert {path: bytes_of(path) for path in list_checkpoints(run)} == before
+    assert not list(run.glob("checkpoints/.*")), "the space is given back"
+    train(config(run, store, *RESUME))
+    assert losses(run) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("model.safetensors", "truncated"),
+        ("optimizer.safetensors", "flipped"),
+        ("metadata.json", "truncated"),
+        ("ema/diffusion_pytorch_model.safetensors", "missing"),
+    ],
+)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, store, whole, capsys, name, how):
+    newest = list_checkpoints(run)[-1]
+    content = bytearray((newest / name).read_bytes())
+    content[-100] ^= 1
+    if how == "missing":
+        (newest / name).unlink()
+    else:
+        (newest / name).write_bytes(content if how == "flipped" else content[: len(content) // 2])
+    train(config(run, store, *RESUME))
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if " is damaged (" in line]
+    assert str(newest) in said and "continuing from step-0000004" in said
+    assert name in said or name == "metadata.json"
+    assert (newest.parent / "damaged-step-0000008").is_dir()
+    assert losses(run) == losses(whole)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(run, store):
+    for checkpoint in list_checkpoints(run):
+        (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"output_dir=.*no checkpoint of its 2 is whole .*model\.safetensors"):
+        train(config(run, store, *RESUME))
+    assert len(list_checkpoints(run)) == 2
+
+
+def test_a_nan_batch(tmp_path):
+    poisoned = make_store(tmp_path / "store", not_a_number=7)
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan, as are latents of its batch.*step \d.*--verify"):
+        train(config(tmp_path / "run", poisoned, *RESUME, "--training.checkpoint_every", 1))
+    taken = [step for step, _ in losses(tmp_path / "run")]
+    assert checkpoint_step(list_checkpoints(tmp_path / "run")[-1]) == taken[-1] < 6  # it is seen in the first epoch
+    weights = load_file(list_checkpoints(tmp_path / "run")[-1] / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_a_config_from_a_newer_version(tmp_path, run, store, capsys):
+    newer = tmp_path / "newer.yaml"
+    newer.write_text((ROOT / "configs" / "digits.yaml").read_text() + "evaluation: {sharpness: 3}\n")
+    with pytest.raises(SystemExit, match="2"):
+        parse(Config, ["--config", str(newer)], prog="train_dit.py")
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "newer.yaml" in said and "evaluation.sharpness" in said
+    # and a run that was begun by a newer version
+    saved = list_checkpoints(run)[-1] / "config.yaml"
+    text = saved.read_text()
+    saved.write_text(text + "sharpness: 3\n")
+    rewrite_sums(list_checkpoints(run)[-1])
+    with pytest.raises(InputError, match=r"step-0000008/config\.yaml: sharpness: no such option"):
+        train(config(run, store, *RESUME))
+    assert len(list_checkpoints(run)) == 2
+
+
+def test_two_runs_in_one_folder(tmp_path, store):
+    run, endless = tmp_path / "run", ["--training.max_steps", 100_000, "--training.log_every", 5]
+    first = start(options(run, store, *endless), tmp_path / "log")
+    wait_for(run)
+    with pytest.raises(InputError, match=rf"^output_dir=.*run': process {first.pid} on .* is training in it"):
+        train(config(run, store, *endless, "--resume", "auto"))
+    first.kill()
+    first.join()
+    before = len(rows(run))
+    again = start(options(run, store, *endless, "--resume", "auto"), tmp_path / "log")  # a lock dies with its process
+    wait_for(run, 2)
+    os.kill(again.pid, signal.SIGTERM)
+    assert finished(again) == 0, text(tmp_path / "log")
+    assert before > 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_a_checkpoint_and_ends_the_run_well(tmp_path, store, workers):
+    run, log = tmp_path / "run", tmp_path / "log"
+    changes = ["--training.max_steps", 60, "--training.checkpoint_every", 1000, "--data.num_workers", workers]
+    process = start(options(run, store, *changes), log)
+    wait_for(run, 3)
+    os.killpg(process.pid, signal.SIGTERM)  # to its data workers too, as a scheduler may
+    sent = time.monotonic()
+    assert finished(process) == 0, text(log)
+    assert time.monotonic() - sent < 30
+    (checkpoint,) = list_checkpoints(run)
+    assert f"SIGTERM: stopped after step {checkpoint_step(checkpoint)}, saved as {checkpoint}" in text(log)
+    train(config(run, store, *changes, "--resume", "auto"))
+    train(config(tmp_path / "whole", store, *changes))
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path, store):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^output_dir=.*file/run.*Not a directory"):
+        train(config(tmp_path / "file" / "run", store))
+
+
+def rewrite_sums(checkpoint):
+    path = checkpoint / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": _sums(checkpoint)}))
+
+
+def wait_for(run, lines=1):
+    """Until metrics.csv has that many lines."""
+    deadline = time.monotonic() + 60
+    while not ((run / "metrics.csv").is_file() and len(rows(run)) >= lines):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
