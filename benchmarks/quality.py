@@ -14,6 +14,7 @@ and is safe to stop at any moment: run it again and it goes on, on the CPU to th
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ from gspn_dit.models.counting import count_macs, count_parameters
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.options import command, require
 from gspn_dit.pictures import save_grid
-from gspn_dit.training.ema import EMA
+from gspn_dit.training.ema import Average, exponential
 from gspn_dit.training.stream import StepSampler, TrainingStream
 
 TIMES = [(i + 0.5) / 10 for i in range(10)]  # of the held-out loss
@@ -163,7 +164,7 @@ class Cell:
         self.precision = torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16")
         torch.manual_seed(seed)
         self.model = make_model(spec, task, options).to(device)
-        self.ema = EMA(self.model, options.ema_decay)
+        self.average = Average(self.model, exponential(options.ema_decay))
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad], lr=options.learning_rate, weight_decay=0.0
         )
@@ -173,14 +174,14 @@ class Cell:
         self.checkpoint = folder / "checkpoint.pt"
         if self.checkpoint.exists():
             self._load()
-        if options.compile:
-            self.model.compile()
 
     def train(self, deadline: Deadline) -> None:
         """Train to the last step, or to the first that ends after the deadline."""
         begun = saved = time.monotonic()
         before = self.seconds
         self.model.train()
+        if self.options.compile:
+            self.model.compile()
         # losses stay on the device until they are saved: reading one would wait for the step
         for batch in self._batches():
             self.losses.append(self._train_step(batch))
@@ -198,6 +199,8 @@ class Cell:
 
     def evaluate(self) -> None:
         """Write the averaged model's figures, result.json, and a grid of samples."""
+        self.averaged = copy.deepcopy(self.model).eval()
+        self.averaged.load_state_dict(self.average.tensors)
         samples, labels = self._draw()
         save_grid(self.task.images(samples[:GRID]), self.folder / "samples.png")
         with torch.device("meta"):
@@ -221,9 +224,8 @@ class Cell:
         task, options = self.task, self.options
         stream = TrainingStream(task.train, latent_shape=task.latent_shape, null_class=self.model.null_class,
                                 class_dropout=0.1, horizontal_flip=task.horizontal_flip, seed=self.seed)  # fmt: skip
-        steps = StepSampler(
-            self.step, options.steps, batch_size=options.batch_size, accumulation=1, rank=0, processes=1
-        )
+        steps = StepSampler(options.steps, batch_size=options.batch_size, accumulation=1, rank=0, processes=1)
+        steps.first = self.step
         return iter(DataLoader(stream, batch_sampler=steps, num_workers=options.num_workers,
                                pin_memory=self.device.type == "cuda", generator=torch.Generator()))  # fmt: skip
 
@@ -243,7 +245,7 @@ class Cell:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.model, step)
+        self.average.update(self.model, step)
         return loss.detach()
 
     @torch.no_grad()
@@ -262,7 +264,7 @@ class Cell:
             for i, t in enumerate(TIMES):
                 with self.precision:
                     times = torch.full((len(chosen),), t, device=self.device)
-                    losses = self.objective.loss(self.ema.model, latents, labels, times, noise)
+                    losses = self.objective.loss(self.averaged, latents, labels, times, noise)
                 totals[i] += losses.double().sum().cpu()
         return (totals / count).tolist()
 
@@ -276,14 +278,14 @@ class Cell:
                 [torch.randn(self.task.latent_shape, generator=image_generator(0, start + i)) for i in range(len(some))]
             )
             with self.precision:
-                latents = denoise(self.ema.model, create_scheduler("flow"), noise.to(self.device), some.to(self.device),
+                latents = denoise(self.averaged, create_scheduler("flow"), noise.to(self.device), some.to(self.device),
                                   num_inference_steps=self.options.inference_steps)  # fmt: skip
             drawn.append(latents.cpu())
         return torch.cat(drawn), labels
 
     def _save(self) -> None:
         state = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "model": self.model.state_dict(),
-                 "ema": self.ema.model.state_dict(), "optimizer": self.optimizer.state_dict()}  # fmt: skip
+                 "average": self.average.tensors, "optimizer": self.optimizer.state_dict()}  # fmt: skip
         with replacing(self.checkpoint) as temporary:
             torch.save(state, temporary)
 
@@ -291,7 +293,7 @@ class Cell:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
         self.model.load_state_dict(state["model"])
-        self.ema.model.load_state_dict(state["ema"])
+        self.average.tensors = state["average"]
         self.optimizer.load_state_dict(state["optimizer"])
 
 
