@@ -8,7 +8,7 @@ from torch import nn
 
 from gspn_dit.models import create_model
 from gspn_dit.models.gspn import GSPNCore
-from gspn_dit.models.gspn_dit import GSPNMixer
+from gspn_dit.models.mixers import GSPNMixer
 from gspn_dit.ops import propagate
 
 HEIGHT, WIDTH, CHANNELS = 9, 7, 16

@@ -6,17 +6,13 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
 from gspn_dit.models.latent_model import LatentModel, require_count
-from gspn_dit.models.layers import DepthwiseConv, FeedForward, chunk_by_layer, linear, modulate
-from gspn_dit.ops import propagate
-from gspn_dit.ops.reference import DIRECTIONS
-
-NUM_DIRECTIONS = len(DIRECTIONS)
+from gspn_dit.models.layers import FeedForward, chunk_by_layer, linear, modulate
+from gspn_dit.models.mixers import MIXERS
 
 
 class GSPNDiT(LatentModel):
@@ -35,6 +31,8 @@ class GSPNDiT(LatentModel):
             sequential steps and divides the token map of every image whose side is a multiple of 64 pixels (8× VAE,
             patch 2); in a small trial with two global layers it lost nothing against scans that are all global.
         global_layers: How many of the last blocks are global, or the indices of those that are.
+        mixer: What sites meet in: `gspn`, the scans; or for comparison, inside the same block, softmax `attention`,
+            `linear` attention or a depthwise `conv` (:mod:`gspn_dit.models.mixers`), which have no use for a chunk.
         sample_size, patch_size, in_channels, out_channels, num_classes: As :class:`LatentModel`.
 
     Raises:
@@ -53,6 +51,7 @@ class GSPNDiT(LatentModel):
         conv_kernel: int = 3,
         chunk: int | None = 4,
         global_layers: int | Sequence[int] = 2,
+        mixer: str = "gspn",
         sample_size: int | Sequence[int] = 32,
         patch_size: int = 2,
         in_channels: int = 4,
@@ -64,11 +63,13 @@ class GSPNDiT(LatentModel):
         require_count("num_groups", num_groups)
         if width % num_groups:
             raise InputError(f"num_groups={num_groups}: give a divisor of width={width}")
+        if mixer not in MIXERS:
+            raise InputError(f"mixer={mixer!r}: give one of {', '.join(MIXERS)}")
         super().__init__(width=width, sample_size=sample_size, patch_size=patch_size, in_channels=in_channels,
                          out_channels=out_channels, num_classes=num_classes)  # fmt: skip
         self.modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
         self.blocks = nn.ModuleList(
-            GSPNDiTBlock(width, num_groups, mlp_ratio, conv_kernel, layer_chunk)
+            GSPNDiTBlock(width, mlp_ratio, MIXERS[mixer](width, num_groups, conv_kernel, layer_chunk))
             for layer_chunk in chunk_by_layer(chunk, global_layers, depth)
         )
         self.final_layer = SharedFinalLayer(width, self.patch_values)
@@ -88,10 +89,10 @@ class GSPNDiTBlock(nn.Module):
     DiT has a 6C² matrix in every block. Modulation and offsets start at zero: the block is the identity.
     """
 
-    def __init__(self, width: int, num_groups: int, mlp_ratio: float, conv_kernel: int, chunk: int | None) -> None:
+    def __init__(self, width: int, mlp_ratio: float, mixer: nn.Module) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mixer = GSPNMixer(width, num_groups, conv_kernel, chunk)
+        self.mixer = mixer
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = FeedForward(width, mlp_ratio)
         self.modulation_offset = nn.Parameter(torch.zeros(6, width))
@@ -100,44 +101,6 @@ class GSPNDiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.modulation_offset).unbind(-2)
         x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1))
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
-
-
-class GSPNMixer(nn.Module):
-    """Scans a projected, locally convolved map in four directions: (B, H, W, C) to (B, H, W, C).
-
-        v = conv(W_v x);  y = proj(norm(Σ_k h_k(v)) ⊙ SiLU(W_g x))
-
-    h_k is the scan of v in direction k. A head of rank C // 16 reads v, which has seen its neighbourhood, and gives
-    every group 12 gate logits and 4 λ. The logits start near 0, so a line starts as the plain mean of the three
-    neighbours before it; λ is the head's output itself and starts at 1/4, so that a site's own value counts once in
-    the sum of the four scans. A scan adds up as many lines as it has run, at a pace each group learns: the norm over
-    each group (RMS, arXiv 1910.07467) takes that scale out. It has no weight, which `proj` would only repeat.
-    """
-
-    def __init__(self, width: int, num_groups: int, conv_kernel: int, chunk: int | None) -> None:
-        super().__init__()
-        self.num_groups, self.chunk = num_groups, chunk
-        self.value = linear(width, width)
-        self.gate = linear(width, width)
-        self.conv = DepthwiseConv(width, conv_kernel)
-        rank = max(width // 16, 1)
-        self.head = nn.Sequential(linear(width, rank, bias=False), linear(rank, num_groups * NUM_DIRECTIONS * 4))
-        nn.init.normal_(self.head[1].weight, std=0.02)
-        with torch.no_grad():
-            self.head[1].bias.view(num_groups, NUM_DIRECTIONS * 4)[:, NUM_DIRECTIONS * 3 :] = 0.25
-        self.proj = linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value = self.conv(self.value(x))
-        y = propagate(value, *self.gates_and_lam(value), chunk=self.chunk)
-        y = F.rms_norm(y.unflatten(-1, (self.num_groups, -1)), (y.shape[-1] // self.num_groups,), eps=1e-6)
-        return self.proj(y.flatten(-2).to(value.dtype) * F.silu(self.gate(x)))
-
-    def gates_and_lam(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate logits (B, H, W, 4, 3, G) and λ (B, H, W, 4, G): views of one map, a group's 16 numbers side by side."""
-        head = self.head(value).to(value.dtype).unflatten(-1, (self.num_groups, -1))  # (B, H, W, G, 16)
-        gates, lam = head.split((NUM_DIRECTIONS * 3, NUM_DIRECTIONS), dim=-1)
-        return gates.unflatten(-1, (NUM_DIRECTIONS, 3)).permute(0, 1, 2, 4, 5, 3), lam.permute(0, 1, 2, 4, 3)
 
 
 class SharedFinalLayer(nn.Module):

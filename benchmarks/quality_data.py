@@ -1,0 +1,138 @@
+"""What `benchmarks.quality` trains on: data sets, how they become latents, and how samples of them are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from benchmarks.reach_task import FarEnds, agreement
+from gspn_dit.data import decode, encode_moments, load_vae, open_images, sample_posterior
+from gspn_dit.fid.extractors import create_extractor
+from gspn_dit.fid.metrics import ClassAccuracy, frechet_distance
+from gspn_dit.fid.moments import Moments, Statistics
+
+BATCH_SIZE = 250
+
+
+class Task:
+    """A data set as the models see it. `train[i]` and `held_out[i]` are (values, label).
+
+    Attributes:
+        latent_shape: (C, h, w) of what the models denoise.
+        patch_size: Side of a token.
+        num_classes: Classes.
+        horizontal_flip: Whether training mirrors half of the images.
+        figures: What :meth:`judge` gives: name, how many decimals matter, whether more is better.
+    """
+
+    latent_shape: tuple[int, int, int]
+    patch_size: int
+    num_classes: int
+    horizontal_flip = False
+    figures: tuple[tuple[str, int, bool], ...] = ()
+    train: Sequence[tuple[Tensor, int]]
+    held_out: Sequence[tuple[Tensor, int]]
+
+    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of about unit scale; the noise of that shape is for a VAE's posterior."""
+        raise NotImplementedError
+
+    def images(self, latents: Tensor) -> Tensor:
+        """Images uint8 (B, 3, H, W) of latents."""
+        return ((latents.cpu().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+
+    def judge(self, latents: Tensor, labels: Tensor) -> dict[str, float]:
+        """The figures of samples (B, C, h, w) that were asked for by labels (B,)."""
+        return {}
+
+
+class DigitsTask(Task):
+    """4,500 digits in the packaged VAE's latents, 8×8 tokens; 500 held out."""
+
+    latent_shape, patch_size, num_classes = (4, 8, 8), 1, 10
+    figures = (("FD", 1, False), ("class_accuracy", 3, True))
+
+    def __init__(self) -> None:
+        self.vae = load_vae("digits")
+
+    @cached_property
+    def train(self) -> Sequence[tuple[Tensor, int]]:
+        return self._encoded("train")
+
+    @cached_property
+    def held_out(self) -> Sequence[tuple[Tensor, int]]:
+        return self._encoded("test")
+
+    @cached_property
+    def extractor(self) -> Callable[[Tensor], dict[str, Tensor]]:
+        return create_extractor("digits")
+
+    @cached_property
+    def reference(self) -> Statistics:
+        """Of the training images, as FID's usually are."""
+        moments = Moments(64)
+        for images in open_images("digits", 32).images.split(BATCH_SIZE):
+            moments.update(None, self.extractor(images)["64"])
+        return moments.statistics()
+
+    def _encoded(self, split: str) -> Sequence[tuple[Tensor, int]]:
+        digits = open_images("digits", 32, split=split)
+        moments = [encode_moments(self.vae, images) for images in digits.images.split(BATCH_SIZE)]
+        return list(zip(torch.cat(moments), digits.labels.tolist(), strict=True))
+
+    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
+        return sample_posterior(self.vae.config, values, noise)
+
+    def images(self, latents: Tensor) -> Tensor:
+        return torch.cat([decode(self.vae, batch).cpu() for batch in latents.cpu().split(BATCH_SIZE)])
+
+    def judge(self, latents: Tensor, labels: Tensor) -> dict[str, float]:
+        moments, accuracy = Moments(64), ClassAccuracy(labels)
+        images = self.images(latents)
+        for indices in torch.arange(len(labels)).split(BATCH_SIZE):
+            layers = self.extractor(images[indices])
+            moments.update(indices, layers["64"])
+            accuracy.update(indices, layers["logits"])
+        distance = frechet_distance(moments.statistics(), self.reference)
+        return {"FD": distance, "class_accuracy": accuracy.score()}
+
+
+class PhotosTask(Task):
+    """Crops of 16 photographs in pixels, 64×64, as 32×32 tokens of 2×2; held out are other crops of the same."""
+
+    latent_shape, patch_size, num_classes = (3, 64, 64), 2, 16
+    horizontal_flip = True
+
+    def __init__(self) -> None:
+        self.train, self.held_out = (open_images("photos", 64, split=split) for split in ("train", "test"))
+
+    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
+        return values.float() / 127.5 - 1
+
+
+class ReachTask(Task):
+    """Images whose far ends must agree (:mod:`benchmarks.reach_task`), a token a pixel."""
+
+    patch_size, num_classes = 1, 1
+    figures = (("agreement", 3, True), ("all_agree", 3, True))
+
+    def __init__(self, side: int) -> None:
+        self.latent_shape = (1, side, side)
+        self.train, self.held_out = FarEnds(side, "train", 100_000), FarEnds(side, "test", 2_000)
+
+    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
+        return values
+
+    def judge(self, latents: Tensor, labels: Tensor) -> dict[str, float]:
+        return agreement(latents)
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "digits": DigitsTask,
+    "photos": PhotosTask,
+    "reach-32": lambda: ReachTask(32),
+    "reach-64": lambda: ReachTask(64),
+}

@@ -1,0 +1,148 @@
+"""What sites of a map meet in, inside a block of gspn-dit: line scans, or what they are measured against."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gspn_dit.models.layers import DepthwiseConv, linear
+from gspn_dit.ops import propagate
+from gspn_dit.ops.reference import DIRECTIONS
+
+NUM_DIRECTIONS = len(DIRECTIONS)
+
+
+class Mixer(nn.Module):
+    """What all mixers have in common, (B, H, W, C) to (B, H, W, C):
+
+        v = conv(W_v x);  y = proj(norm(mix(v)) ⊙ SiLU(W_g x))
+
+    They differ in `mix` alone, so that a comparison of two is one of what sites meet in, not of the convolution, the
+    gate or the norm around it. The norm is over each group (RMS, arXiv 1910.07467); it has no weight, which `proj`
+    would only repeat.
+
+    Args:
+        width: Channels C.
+        num_groups: Groups of channels that are normalised together; they share gates in scans, and are attention's
+            heads.
+        conv_kernel: Side of the depthwise filter on the value.
+        chunk: Lines that a scan runs over; the other mixers have no lines.
+    """
+
+    def __init__(self, width: int, num_groups: int, conv_kernel: int, chunk: int | None) -> None:
+        super().__init__()
+        self.num_groups, self.chunk = num_groups, chunk
+        self.value = linear(width, width)
+        self.gate = linear(width, width)
+        self.conv = DepthwiseConv(width, conv_kernel)
+        self.make_mix(width)
+        self.proj = linear(width, width)
+
+    def make_mix(self, width: int) -> None:
+        """Make the layers that :meth:`mix` needs."""
+        raise NotImplementedError
+
+    def mix(self, value: Tensor) -> Tensor:
+        """Let the sites of the value (B, H, W, C) meet; the same shape."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.conv(self.value(x))
+        y = self.mix(value)
+        y = F.rms_norm(y.unflatten(-1, (self.num_groups, -1)), (y.shape[-1] // self.num_groups,), eps=1e-6)
+        return self.proj(y.flatten(-2).to(value.dtype) * F.silu(self.gate(x)))
+
+
+class GSPNMixer(Mixer):
+    """Scans in four directions: mix(v) = Σ_k h_k(v), the mixer of gspn-dit (arXiv 2501.12381).
+
+    h_k is the scan of v in direction k. A head of rank C // 16 reads v, which has seen its neighbourhood, and gives
+    every group 12 gate logits and 4 λ. The logits start near 0, so a line starts as the plain mean of the three
+    neighbours before it; λ is the head's output itself and starts at 1/4, so that a site's own value counts once in
+    the sum of the four scans. A scan adds up as many lines as it has run, at a pace each group learns: the norm that
+    follows takes that scale out.
+    """
+
+    def make_mix(self, width: int) -> None:
+        rank = max(width // 16, 1)
+        outputs = self.num_groups * NUM_DIRECTIONS * 4
+        self.head = nn.Sequential(linear(width, rank, bias=False), linear(rank, outputs))
+        nn.init.normal_(self.head[1].weight, std=0.02)
+        with torch.no_grad():
+            self.head[1].bias.view(self.num_groups, NUM_DIRECTIONS * 4)[:, NUM_DIRECTIONS * 3 :] = 0.25
+
+    def mix(self, value: Tensor) -> Tensor:
+        return propagate(value, *self.gates_and_lam(value), chunk=self.chunk)
+
+    def gates_and_lam(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate logits (B, H, W, 4, 3, G) and λ (B, H, W, 4, G): views of one map, a group's 16 numbers side by side."""
+        head = self.head(value).to(value.dtype).unflatten(-1, (self.num_groups, -1))  # (B, H, W, G, 16)
+        gates, lam = head.split((NUM_DIRECTIONS * 3, NUM_DIRECTIONS), dim=-1)
+        return gates.unflatten(-1, (NUM_DIRECTIONS, 3)).permute(0, 1, 2, 4, 5, 3), lam.permute(0, 1, 2, 4, 3)
+
+
+class AttentionMixer(Mixer):
+    """Softmax attention over all sites, a head a group: quadratic in the number of sites.
+
+    Queries and keys are linear in v. There are no positions but what the convolution's zero padding tells. They are
+    2C² parameters that scans do without: the strong form of the comparison.
+    """
+
+    def make_mix(self, width: int) -> None:
+        self.query_key = linear(width, 2 * width)
+
+    def mix(self, value: Tensor) -> Tensor:
+        query, key = self.query_key(value).chunk(2, dim=-1)
+        y = self.attend(*(self.heads(part) for part in (query, key, value)))  # (B, G, N, C/G)
+        return y.transpose(1, 2).reshape(value.shape)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) as heads of sites, (B, G, N, C/G)."""
+        return x.flatten(1, 2).unflatten(-1, (self.num_groups, -1)).transpose(1, 2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """softmax(QKᵀ / √D) V, all (B, G, N, D)."""
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+class LinearAttentionMixer(AttentionMixer):
+    """ReLU linear attention over all sites, as SANA's (arXiv 2410.10629, section 2.2): linear in the number of sites.
+
+    The sums over sites, and the quotient of two of them, are in float32 whatever the dtype.
+    """
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """φ(Q)(φ(K)ᵀV) / φ(Q)(φ(K)ᵀ1) with φ = ReLU, all (B, G, N, D); 0 at a site whose query meets no key."""
+        with without_autocast(query.device):
+            query, key, value = query.float().relu(), key.float().relu(), value.float()
+            # Means over sites, not sums: ε weighs the same on every map.
+            summary = key.transpose(-1, -2) @ (value / key.shape[-2])  # (B, G, D, D)
+            weight = query @ key.mean(-2).unsqueeze(-1)  # (B, G, N, 1)
+            return query @ summary / (weight + 1e-6)
+
+
+class ConvMixer(Mixer):
+    """A second depthwise convolution, 7 × 7, where the scans would be: three sites to each side and no further."""
+
+    def make_mix(self, width: int) -> None:
+        self.wide_conv = DepthwiseConv(width, 7)
+
+    def mix(self, value: Tensor) -> Tensor:
+        return self.wide_conv(value)
+
+
+MIXERS: dict[str, type[Mixer]] = {
+    "gspn": GSPNMixer,
+    "attention": AttentionMixer,
+    "linear": LinearAttentionMixer,
+    "conv": ConvMixer,
+}
+
+
+def without_autocast(device: torch.device) -> torch.autocast | nullcontext:
+    """A block whose products stay in their operands' dtype; on a device without autocast, any block."""
+    available = torch.amp.autocast_mode.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()

@@ -1,0 +1,135 @@
+"""gspn-dit's other mixers: what they compute, whom they reach, and that the default is what it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from gspn_dit.errors import InputError
+from gspn_dit.models import GSPNDiT, create_model
+from gspn_dit.models.counting import count_macs, count_parameters
+from gspn_dit.models.mixers import MIXERS, LinearAttentionMixer
+from gspn_dit.weights import packaged
+
+SIZE = {"width": 32, "depth": 3, "num_groups": 2, "sample_size": 8, "num_classes": 10}
+mixers = pytest.mark.parametrize("mixer", MIXERS)
+
+
+def small(mixer: str, **overrides) -> GSPNDiT:
+    """A small model with this mixer in which nothing is zero any more, in eval mode."""
+    torch.manual_seed(0)
+    model = create_model("gspn-dit-ti-2", **SIZE, mixer=mixer, **overrides)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.5)
+    return model.eval()
+
+
+def inputs(height: int = 8, width: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(2, 4, height, width), torch.tensor([100.0, 800.0]), torch.tensor([3, 10])
+
+
+def on_meta(mixer: str) -> GSPNDiT:
+    with torch.device("meta"):
+        return create_model("gspn-dit-s-2", mixer=mixer)
+
+
+@mixers
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 10), (2, 2)])
+def test_any_size_divisible_by_the_patch(mixer, height, width):
+    y = small(mixer)(*inputs(height, width))
+    assert y.shape == (2, 8, height, width)
+    assert y.isfinite().all()
+
+
+@mixers
+def test_save_and_load_is_bit_equal(mixer, tmp_path):
+    model = small(mixer)
+    model.save_pretrained(tmp_path)
+    loaded = GSPNDiT.from_pretrained(tmp_path)
+    assert loaded.config.mixer == mixer
+    assert torch.equal(loaded(*inputs()), model(*inputs()))
+
+
+def test_a_config_from_before_there_was_a_choice_is_of_scans():
+    config = packaged("digits") / "transformer"
+    assert "mixer" not in json.loads((config / "config.json").read_text())
+    assert GSPNDiT.from_pretrained(config).config.mixer == "gspn"
+
+
+@mixers
+def test_bf16_autocast_is_close_to_float32_and_trains(mixer):
+    model = small(mixer).train()
+    exact = model(*inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(*inputs())
+    assert (rounded.float() - exact).norm() <= 0.05 * exact.norm()
+    rounded.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@mixers
+def test_compiles_as_one_graph(mixer):
+    torch._dynamo.reset()
+    model = small(mixer)
+    torch.testing.assert_close(
+        torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs()), model(*inputs()), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("mixer", "reach"), [("attention", 20), ("linear", 20), ("conv", 4)])
+def test_attention_reaches_the_whole_map_and_convolution_its_window(mixer, reach):
+    layer = small(mixer).blocks[0].mixer
+    x = torch.randn(1, 21, 17, 32, requires_grad=True)
+    layer(x)[0, 0, 0].sum().backward()
+    reached = x.grad[0].abs().sum(-1) > 0
+    rows, columns = (torch.arange(length) <= reach for length in reached.shape)
+    assert torch.equal(reached, rows[:, None] & columns)
+
+
+def test_linear_attention_is_the_quadratic_form_with_relu_products_for_weights():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 20, 8).unbind(0)  # (B, G, N, D)
+    weights = query.relu() @ key.relu().transpose(-1, -2)  # (B, G, N, N)
+    expected = weights / weights.sum(-1, keepdim=True) @ value
+    attend = LinearAttentionMixer(24, 3, 3, None).attend
+    torch.testing.assert_close(attend(query, key, value), expected, atol=1e-4, rtol=1e-4)
+    assert attend(-query.abs(), key, value).count_nonzero() == 0  # a query that meets no key: 0, not NaN
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_attention_of_a_large_map_keeps_its_sums_in_float32(dtype):
+    """40,000 sites with equal keys: the result is the values' mean, where sums of that many in half precision stall."""
+    query, key, value = torch.ones(3, 1, 1, 40_000, 4, dtype=dtype).unbind(0)
+    with torch.autocast("cpu", dtype=dtype):
+        y = LinearAttentionMixer(4, 1, 3, None).attend(query * 300, key * 300, value)
+    torch.testing.assert_close(y, torch.ones_like(y), atol=1e-3, rtol=0)
+
+
+def test_cost_grows_with_the_sites_and_for_softmax_attention_with_their_square():
+    for mixer in MIXERS:
+        model = on_meta(mixer)
+        small_map, large_map = (count_macs(model, (side, side)) for side in (32, 128))
+        assert (large_map > 30 * small_map) == (mixer == "attention")
+
+
+def test_mixers_differ_in_their_own_layers_alone():
+    """Queries and keys are 2C² + 2C a block, the filter 50C; every other parameter has its name and shape in all."""
+    models = {mixer: on_meta(mixer) for mixer in MIXERS}
+    shapes = {mixer: {k: v.shape for k, v in model.state_dict().items()} for mixer, model in models.items()}
+    own = {"gspn": "head", "attention": "query_key", "linear": "query_key", "conv": "wide_conv"}
+    shared = [{k: v for k, v in shapes[m].items() if f".{own[m]}." not in k} for m in MIXERS]
+    assert all(other == shared[0] for other in shared)
+    rest = sum(shape.numel() for shape in shared[0].values())
+    extra = {mixer: count_parameters(model) - rest for mixer, model in models.items()}
+    attention = 12 * (2 * 384**2 + 2 * 384)
+    scans = 12 * (384 * 24 + (24 + 1) * 6 * 16)
+    assert extra == {"gspn": scans, "attention": attention, "linear": attention, "conv": 12 * 50 * 384}
+
+
+def test_an_unknown_mixer_is_refused_by_name():
+    with pytest.raises(InputError, match="mixer='mamba': give one of gspn, attention, linear, conv"):
+        create_model("gspn-dit-s-2", mixer="mamba")

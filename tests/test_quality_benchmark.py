@@ -1,0 +1,117 @@
+"""benchmarks/quality.py: the task that needs reach, models at matched sizes, and runs that may be cut anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.quality import Options, main, make_model
+from benchmarks.quality_data import TASKS, ReachTask
+from benchmarks.reach_task import FarEnds, agreement, ends
+from gspn_dit.errors import InputError
+from gspn_dit.models import DiT
+from gspn_dit.options import parse
+
+TINY = {"data": ["reach-32"], "models": ["dit", "gspn-dit+mixer=linear"], "seeds": 1, "width": 16, "depth": 2,
+        "steps": 3, "batch_size": 2, "held_out": 3, "samples": 3, "inference_steps": 2, "device": "cpu"}  # fmt: skip
+
+
+def results(out: Path) -> dict[str, dict]:
+    """Every finished result of a folder, without what differs between two equal runs."""
+    found = {str(path.relative_to(out)): json.loads(path.read_text()) for path in out.rglob("result.json")}
+    return {name: {k: v for k, v in run.items() if k != "training_seconds"} for name, run in found.items()}
+
+
+def test_far_ends_agree_in_the_data_and_half_of_the_time_where_nothing_is_carried():
+    images = torch.stack([FarEnds(32, "test", 400)[i][0] for i in range(400)])
+    assert agreement(images) == {"agreement": 1.0, "all_agree": 1.0}
+    left, right = ends(images)
+    assert 0.4 < (left[:, :, 0, 0] > 0).float().mean() < 0.6
+    assert images.count_nonzero() == left.numel() + right.numel()  # nothing between them
+    others = images.roll(1, 0)
+    mixed = torch.cat([images[..., :16], others[..., 16:]], dim=-1)
+    assert 0.42 < agreement(mixed)["agreement"] < 0.58
+    assert agreement(mixed)["all_agree"] < 0.15
+    assert agreement(images.rot90(2, (-2, -1))) == {"agreement": 1.0, "all_agree": 1.0}
+
+
+def test_far_ends_are_the_same_each_time_and_held_out_ones_are_others():
+    first, again, other = FarEnds(32, "train", 64), FarEnds(32, "train", 64), FarEnds(32, "test", 64)
+    assert all(torch.equal(first[i][0], again[i][0]) for i in range(64))
+    assert any(not torch.equal(first[i][0], other[i][0]) for i in range(64))
+
+
+def test_models_have_the_same_width_and_depth_and_take_options():
+    options = Options(width=128, depth=4)
+    task = ReachTask(32)
+    with torch.device("meta"):
+        made = {spec: make_model(spec, task, options) for spec in (*options.models, "gspn-dit+chunk=8")}
+    assert {model.config.width for model in made.values()} == {128}
+    assert {spec: len(model.blocks) for spec, model in made.items()} == dict.fromkeys(made, 4) | {"gspn": 5}
+    assert isinstance(made["dit"], DiT)
+    assert made["gspn-dit+mixer=conv"].config.mixer == "conv"
+    assert made["gspn-dit+chunk=8"].config.chunk == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ["sit"]}, "models='sit': wanted dit, gspn or gspn-dit"),
+        ({"models": ["gspn-dit+linear"]}, "wanted option=value after the plus, not 'linear'"),
+        ({"models": ["dit", "gspn-dit+mixer=mamba"]}, "mixer='mamba'"),
+        ({"models": ["gspn-dit+reach=8"]}, "no option 'reach'"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is(options, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        main(Options(**TINY | options | {"out": str(tmp_path / "out")}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_a_preset_can_be_changed_and_unknown_data_are_refused():
+    options = parse(Options, ["--preset", "gpu", "--steps", "7"], exit_on_error=False)
+    assert (options.steps, options.width, options.mixed_precision) == (7, 384, "bf16")
+    with pytest.raises(InputError, match=r"data='imagenet': wanted data sets out of digits, photos, reach-32"):
+        parse(Options, ["--data", "[digits,imagenet]"], exit_on_error=False)
+
+
+@pytest.mark.parametrize("name", ["digits", "photos"])
+def test_latents_of_real_images_are_about_unit_scale_and_decode_to_images(name):
+    task = TASKS[name]()
+    values, labels = zip(*(task.held_out[i] for i in range(0, 48, 3)), strict=True)
+    noise = torch.randn(len(values), *task.latent_shape)
+    latents = task.clean(torch.stack(values), noise)
+    assert latents.shape[1:] == task.latent_shape
+    assert 0.3 < latents.std() < 1.5
+    assert max(labels) < task.num_classes
+    assert task.images(latents).dtype == torch.uint8
+    assert task.images(latents).shape[1] == 3
+
+
+@pytest.mark.slow
+def test_a_run_cut_after_every_step_gives_the_figures_of_an_unbroken_one(tmp_path, capsys):
+    main(Options(**TINY, out=str(tmp_path / "whole")))
+    assert "all is done" in capsys.readouterr().out
+    for calls in range(1, 20):
+        main(Options(**TINY, out=str(tmp_path / "cut"), time_budget=1e-9))
+        said = capsys.readouterr().out
+        if calls == 4:  # three steps, and the evaluation
+            assert set(results(tmp_path / "cut")) == {"reach-32/dit/seed-0/result.json"}
+            assert "| dit |" in said and "| gspn-dit" not in said
+        if "all is done" in said:
+            break
+    assert calls == 9  # two cells of four calls each, and one that finds nothing to do
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+    for out in (tmp_path / "cut", tmp_path / "whole"):
+        assert {path.name for path in out.iterdir()} == {
+            "settings.json", "reach-32", "report.md", "losses.png", "samples-reach-32.png"
+        }  # fmt: skip
+        assert not list(out.rglob("checkpoint.pt"))
+    with pytest.raises(InputError, match=r"steps=4: .*begun with steps=3"):
+        main(Options(**TINY | {"steps": 4}, out=str(tmp_path / "cut")))
+    run = next(iter(results(tmp_path / "whole").values()))
+    assert len(run["losses"]) == 3 and len(run["held_out_loss"]) == 10
+    assert run["figures"].keys() == {"agreement", "all_agree"}
