@@ -4,31 +4,19 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "binding.h"
 #include "propagate_cpu.h"
 
 namespace {
 
 using at::Tensor;
-
-template <typename T>
-gspn::Strided<T> strided(const Tensor& tensor) {
-  gspn::Strided<T> result{};
-  if (!tensor.defined() || tensor.numel() == 0) return result;
-  result.data = static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) result.stride[axis] = tensor.stride(axis);
-  return result;
-}
+using gspn::problem;
+using gspn::strided;
 
 Tensor fresh(const Tensor& like) {
   Tensor result = at::empty_like(like);
   gspn::prefer_huge_pages(result.data_ptr(), int64_t(result.nbytes()));
   return result;
-}
-
-gspn::Problem problem(const Tensor& x, const Tensor& lam, int64_t chunk, at::IntArrayRef directions) {
-  gspn::Problem p{x.size(0), x.size(1), x.size(2), x.size(3), lam.size(4), chunk, int(directions.size()), {}};
-  for (size_t k = 0; k < directions.size(); ++k) p.directions[k] = int(directions[k]);
-  return p;
 }
 
 template <typename T>

@@ -12,11 +12,14 @@
 #include <cuda_runtime.h>
 #endif
 
+#include "binding.h"
 #include "propagate_cuda.h"
 
 namespace {
 
 using at::Tensor;
+using gspn::problem;
+using gspn::strided;
 
 #if !defined(GSPN_EMULATED_CUDA)
 
@@ -38,21 +41,6 @@ struct Device {
 Tensor fresh(const Tensor& like) { return at::empty_like(like); }
 
 #endif
-
-template <typename T>
-gspn::Strided<T> strided(const Tensor& tensor) {
-  gspn::Strided<T> result{};
-  if (!tensor.defined() || tensor.numel() == 0) return result;
-  result.data = static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) result.stride[axis] = tensor.stride(axis);
-  return result;
-}
-
-gspn::Problem problem(const Tensor& x, const Tensor& lam, int64_t chunk, at::IntArrayRef directions) {
-  gspn::Problem p{x.size(0), x.size(1), x.size(2), x.size(3), lam.size(4), chunk, int(directions.size()), {}};
-  for (size_t k = 0; k < directions.size(); ++k) p.directions[k] = int(directions[k]);
-  return p;
-}
 
 // Calls `run` with a value of the element type that tensors of x's dtype hold.
 template <typename Run>
