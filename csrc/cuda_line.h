@@ -6,10 +6,12 @@
 namespace gspn {
 
 struct WalkPlan {
-  int slab;          // channels of a block, a power of two up to 32
+  int slab_bits;     // a block's slab is 2^slab_bits channels wide, up to 32
   int domain;        // a slab never crosses a multiple of this many channels: C / G, or C where G = C
   int domain_slabs;  // slabs in a domain
   int k, direction;  // the scan
+
+  GSPN_INLINE int slab() const { return 1 << slab_bits; }
 };
 
 // The line scan of one block.
@@ -31,8 +33,8 @@ struct LineScan {
     first = c * chunk;
     length = min(chunk, lines - first);
     group = slab_index / plan.domain_slabs;
-    channel = group * plan.domain + slab_index % plan.domain_slabs * plan.slab;
-    channels = min(plan.slab, (group + 1) * plan.domain - channel);
+    channel = group * plan.domain + slab_index % plan.domain_slabs * plan.slab();
+    channels = min(plan.slab(), (group + 1) * plan.domain - channel);
   }
   GSPN_DEVICE int line(int n) const { return reversed ? first + length - 1 - n : first + n; }  // the n-th that is read
   GSPN_DEVICE int64_t row(int line, int position) const { return rows ? line : position; }

@@ -34,12 +34,12 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
     walk_forward(const __grid_constant__ Forward<T> call, const WalkPlan plan, const Accumulation sum, float* history) {
   const Problem& p = call.problem;
   const LineScan scan(p, plan, blockIdx.x);
-  const int threads = blockDim.x, width = scan.positions * plan.slab, tid = threadIdx.x;
+  const int threads = blockDim.x, width = scan.positions * plan.slab(), tid = threadIdx.x;
   const int group_size = int(p.channels / p.groups);
   const LineGates gates(shared_memory(), kShared ? scan.positions : 0);
   float* const lines = reinterpret_cast<float*>(shared_memory() + (kShared ? LineGates::bytes(scan.positions) : 0));
   const auto read = [&](int item, int n) {
-    const int position = item / plan.slab, c = item % plan.slab, line = scan.line(n);
+    const int position = item >> plan.slab_bits, c = item & (plan.slab() - 1), line = scan.line(n);
     Item<T, kShared> result{};
     if (item >= width || c >= scan.channels) return result;
     result.x = *scan.at(call.x, line, position, c);
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
     if (n + 1 < scan.length) ahead.read(call, scan, plan.k, scan.line(n + 1), tid, scan.group);
   };
   const auto advance_item = [&](int item, int n, const Item<T, kShared>& from) {
-    const int position = item / plan.slab, c = item % plan.slab;
+    const int position = item >> plan.slab_bits, c = item & (plan.slab() - 1);
     const float* const before = lines + (n + 1) % 2 * width;
     float* const h = lines + n % 2 * width;
     if (item >= width) return;
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
     }
     float value = lam * load(from.x);
     if (n) {
-      value = advance(w, position > 0 ? before[item - plan.slab] : 0.f, before[item],
-                      position + 1 < scan.positions ? before[item + plan.slab] : 0.f, value);
+      value = advance(w, position > 0 ? before[item - plan.slab()] : 0.f, before[item],
+                      position + 1 < scan.positions ? before[item + plan.slab()] : 0.f, value);
     }
     h[item] = value;
     const int64_t at = scan.offset(call.y, scan.line(n), position, c);
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(512)
     walk_backward(const __grid_constant__ Backward<T> call, const WalkPlan plan, const Accumulation sum,
                   const float* history, const PartialSums partial) {
   const LineScan scan(call.problem, plan, blockIdx.x);
-  const int threads = blockDim.x, width = scan.positions * plan.slab, tid = threadIdx.x, k = plan.k;
+  const int threads = blockDim.x, width = scan.positions * plan.slab(), tid = threadIdx.x, k = plan.k;
   float* const products = reinterpret_cast<float*>(shared_memory());  // two lines of (minus, centre, plus)
   const int64_t sites = call.problem.height * call.problem.width;
 
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(512)
     float* const handed = products + n % 2 * 3 * width;
     // all lanes of a warp together: they add up their sums
     for (int item = tid; item < (width + kWarp - 1) / kWarp * kWarp; item += threads) {
-      const int position = item / plan.slab, c = item % plan.slab;
+      const int position = item >> plan.slab_bits, c = item & (plan.slab() - 1);
       const bool real = item < width && c < scan.channels;
       float sums[kNumSums] = {};
       if (real) {
@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(512)
         float d = (call.out.data ? load(raw.out) : 1.f) * dy;
         if (n + 1 < scan.length) {
           d += after[width + item];
-          if (position > 0) d += after[2 * width + item - plan.slab];
-          if (position + 1 < scan.positions) d += after[item + plan.slab];
+          if (position > 0) d += after[2 * width + item - plan.slab()];
+          if (position + 1 < scan.positions) d += after[item + plan.slab()];
         }
         Weights<float> w{0.f, 0.f, 0.f};
         if (n) {
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(512)
         handed[item] = handed[width + item] = handed[2 * width + item] = 0.f;
       }
       if constexpr (kShared) {  // over the slab's channels, which are neighbouring lanes
-        for (int lanes = plan.slab / 2; lanes >= 1; lanes /= 2)
+        for (int lanes = plan.slab() / 2; lanes >= 1; lanes /= 2)
 #pragma unroll
           for (int s = 0; s < kNumSums; ++s) sums[s] += __shfl_xor_sync(kAllLanes, sums[s], lanes);
         if (real && c == 0) {

@@ -144,11 +144,11 @@ template <typename T>
 WalkPlan plan_walk(const Problem& p, const Strided<const T>& x, int k, int64_t widest_line) {
   const int direction = p.directions[k];
   const int64_t longest = p.height > p.width ? p.height : p.width;  // one slab for all directions
-  int slab = 32;
-  while (slab > 1 && (slab / 2 >= domain(p) || slab * longest > widest_line)) slab /= 2;
+  int bits = 5;
+  while (bits > 0 && ((1 << bits) / 2 >= domain(p) || (longest << bits) > widest_line)) --bits;
   const bool sites_side_by_side = x.stride[3] != 1 && x.stride[lines_are_rows(direction) ? 2 : 1] == 1;
-  if (sites_side_by_side && !shares_gates(p)) slab = 1;
-  return {slab, domain(p), int(divide_up(domain(p), slab)), k, direction};
+  if (sites_side_by_side && !shares_gates(p)) bits = 0;
+  return {bits, domain(p), int(divide_up(domain(p), 1 << bits)), k, direction};
 }
 
 int64_t walk_blocks(const Problem& p, const WalkPlan& plan) {
@@ -175,7 +175,7 @@ const char* launch_walk_forward(const Forward<T>& call, int k, const SharedMemor
   const bool shared = shares_gates(p) && positions <= kSharedThreads;
   const int items = shared ? kSharedItems : kOwnItems, most = shared ? kSharedThreads : kOwnThreads;
   const WalkPlan plan = plan_walk(p, call.x, k, int64_t(items) * most);
-  const int64_t width = positions * plan.slab;
+  const int64_t width = positions * plan.slab();
   int64_t threads = divide_up(width, items);
   if (shared && threads < positions) threads = positions;
   const bool ahead = threads <= most;
@@ -208,7 +208,7 @@ const char* launch_walk_backward(const Backward<T>& call, int k, const SharedMem
                                  const float* history, const PartialSums& partial, cudaStream_t stream) {
   const Problem& p = call.problem;
   const WalkPlan plan = plan_walk_backward(call, k, memory);
-  const int64_t width = positions_of(p, plan) * plan.slab;
+  const int64_t width = positions_of(p, plan) * plan.slab();
   const size_t bytes = 6 * width * sizeof(float);
   if (int64_t(bytes) > memory.of_a_block) return kTooLong;
   const int64_t blocks = walk_blocks(p, plan);
@@ -248,9 +248,10 @@ struct EdgeLayout {
 template <typename T>
 const char* launch_edges(const Forward<T>& call, const Edges& edges, cudaStream_t stream) {
   const Problem& p = call.problem;
-  constexpr int kSlab = EdgeLanes::kWarpChannels;
+  constexpr int kSlabBits = 4, kSlab = 1 << kSlabBits;
+  static_assert(kSlab == EdgeLanes::kWarpChannels, "a block of edge_scan scans a warp's channels");
   for (const bool rows : {true, false}) {  // all directions at once where rows and columns are as many
-    EdgePlan plan{{kSlab, domain(p), int(divide_up(domain(p), kSlab)), 0, 0}, 0, {}};
+    EdgePlan plan{{kSlabBits, domain(p), int(divide_up(domain(p), kSlab)), 0, 0}, 0, {}};
     const bool square = p.height == p.width;
     if (square && !rows) break;
     for (int k = 0; k < p.num_directions; ++k)
