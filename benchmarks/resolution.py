@@ -250,7 +250,7 @@ def plot(results: Results, path: Path) -> None:
             for side, value, row in zip(sides, values, rows, strict=True):
                 axis.plot(side, value, "o", color=colour, markerfacecolor=colour if row["whole"] else "white")
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log" if axis.dataLim.maxy > 0 else "linear")  # nothing drawn yet has no logarithm
+        axis.set_yscale("log" if axis.dataLim.y1 > 0 else "linear")  # nothing drawn yet has no logarithm
         axis.set_xticks(results.options.pixels, [str(pixels) for pixels in results.options.pixels])
         axis.grid(alpha=0.3)
         axis.set_title("forward" if step == "forward" else "training step")
