@@ -1,0 +1,299 @@
+"""Time and memory of whole denoisers by image size: GSPN-DiT against DiT and against linear attention of equal width.
+
+`python -m benchmarks.resolution [--device cuda] [--time-budget SECONDS] [--out PREFIX]` measures a forward and a
+training step of every model at every size, each in a process of its own, and writes PREFIX.json, PREFIX.md and
+PREFIX.png after every measurement. What PREFIX.json already holds is kept: the same command goes on where the last
+one stopped; delete the file to measure anew. Every model gets its best settings: on the CPU, the fastest of float32 or
+bfloat16, eager or torch.compile, at TRIAL_PIXELS; on a GPU, bfloat16 and torch.compile, with torch's flash attention
+for DiT.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.operator import machine
+from benchmarks.resolution_case import LONGEST_WHOLE, Case
+from gspn_dit.files import replacing, write_json
+from gspn_dit.options import command, require
+
+STEPS = ("forward", "training")
+TRIAL_PIXELS = 256
+SETTINGS = {"cpu": tuple(product(("float32", "bfloat16"), (False, True))), "cuda": (("bfloat16", True),)}
+PIXELS = {"cpu": [128, 256, 512, 1024, 2048], "cuda": [256, 512, 1024, 2048, 4096, 8192, 16384]}
+# A batch has the pixels of one image of this side, and at least one image: enough tokens to keep the machine busy.
+BATCH_PIXELS = {"cpu": 512, "cuda": 2048}
+COLOURS = {"DiT": "tab:red", "linear attention": "tab:orange", "GSPN-DiT": "tab:blue"}
+
+
+@dataclass
+class Options:
+    """Args:
+    device: cpu or cuda.
+    size: Size of the models: s, b, l or xl; by default s on the CPU and xl on a GPU.
+    pixels: Sides of the images, multiples of 64.
+    threads: Threads of the CPU.
+    repeats: Most timed calls of each measurement; at least 3, and none after 3 seconds.
+    time_budget: Seconds after which no measurement is begun and the one under way is given up.
+    out: Where the results go, without the .json, .md and .png.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    size: Literal["s", "b", "l", "xl"] | None = None
+    pixels: list[int] | None = None
+    threads: int = 2
+    repeats: int = 15
+    time_budget: float = 3600.0
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        self.size = self.size or ("s" if self.device == "cpu" else "xl")
+        self.pixels = self.pixels or PIXELS[self.device]
+        self.out = self.out or f"benchmarks/results/resolution-{self.device}"
+        for pixels in self.pixels:
+            require(pixels >= 64 and pixels % 64 == 0, "pixels", pixels, "multiples of 64")
+        for key in ("threads", "repeats", "time_budget"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+
+
+def models(size: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every model's name in the tables, its preset and what is changed in it."""
+    return {
+        "DiT": (f"dit-{size}-2", {}),
+        "linear attention": (f"gspn-dit-{size}-2", {"mixer": "linear"}),
+        "GSPN-DiT": (f"gspn-dit-{size}-2", {}),
+    }
+
+
+class Results:
+    """The measurements of a folder: read when it is opened, written after each."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.path = Path(f"{options.out}.json")
+        self.settings = {"machine": where(options), "size": options.size}
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            saved = json.loads(self.path.read_text())
+            for key, value in self.settings.items():
+                require(saved[key] == value, key, value, f"{saved[key]!r} as in {self.path}; or choose another --out")
+            self.rows = saved["rows"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, case: Case, measured: dict[str, Any]) -> None:
+        """Take in a measurement, and write all three files."""
+        self.rows[case.key] = {**asdict(case), **measured}
+        write_json(self.path, {**self.settings, "rows": self.rows})
+        with replacing(self.path.with_suffix(".md")) as temporary:
+            temporary.write_text(report(self) + "\n")
+        with replacing(self.path.with_suffix(".png")) as temporary:
+            plot(self, temporary)
+
+    def best(self, model: str, step: str) -> dict[str, Any] | None:
+        """The fastest of a model's trials of settings; None until all are measured."""
+        trials = [self.rows.get(trial.key) for trial in self.trials(model, step)]
+        if None in trials or not any("seconds" in row for row in trials):
+            return None
+        return min((row for row in trials if "seconds" in row), key=lambda row: row["seconds"])
+
+    def trials(self, model: str, step: str) -> list[Case]:
+        """The settings among which a model's are chosen, at the size where they are."""
+        options = self.options
+        name, overrides = models(options.size)[model]
+        pixels = TRIAL_PIXELS if TRIAL_PIXELS in options.pixels else min(options.pixels)
+        return [
+            Case(model, name, step, pixels, batch_of(options.device, pixels), dtype, compiled, options.device,
+                 options.threads, options.repeats, overrides)
+            for dtype, compiled in SETTINGS[options.device]
+        ]  # fmt: skip
+
+    def cases(self) -> Iterator[Case]:
+        """Everything to measure, in order: all trials, then size by size with what they chose."""
+        pairs = list(product(models(self.options.size), STEPS))
+        for model, step in pairs:
+            yield from self.trials(model, step)
+        for pixels in self.options.pixels:
+            for model, step in pairs:
+                yield self.chosen(model, step, pixels)
+
+    def chosen(self, model: str, step: str, pixels: int) -> Case:
+        """A model's case at a size, with its best settings; the last of its trials' while those are incomplete."""
+        best, last = self.best(model, step), self.trials(model, step)[-1]
+        if best is not None:
+            last = replace(last, dtype=best["dtype"], compiled=best["compiled"])
+        return replace(last, pixels=pixels, batch=batch_of(self.options.device, pixels))
+
+    def row(self, model: str, step: str, pixels: int) -> dict[str, Any] | None:
+        """The measurement that the tables show, if it is there."""
+        return self.rows.get(self.chosen(model, step, pixels).key)
+
+
+def where(options: Options) -> str:
+    """What the figures belong to."""
+    if options.device == "cpu":
+        torch.set_num_threads(options.threads)
+        return machine()
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+
+
+def batch_of(device: str, pixels: int) -> int:
+    """Images in a batch."""
+    return max(1, (BATCH_PIXELS[device] // pixels) ** 2)
+
+
+def report(results: Results) -> str:
+    """The tables in Markdown."""
+    names = list(models(results.options.size))
+    header = [
+        "step", "image", "batch", *(f"{name}, ms" for name in names), "times DiT's speed", "times linear attention's",
+        *(f"{name}, ns a pixel" for name in names), *(f"{name}, MB" for name in names),
+    ]  # fmt: skip
+    lines = [line(header), line(["---"] * len(header))]
+    for step, pixels in product(STEPS, results.options.pixels):
+        rows = [results.row(name, step, pixels) for name in names]
+        if not any(rows):
+            continue
+        batch = batch_of(results.options.device, pixels)
+        per_pixel = 1e9 / (batch * pixels**2)
+        lines.append(line([
+            step, f"{pixels} px", batch, *(cell(row, "seconds", 1e3) for row in rows),
+            ratio(rows[0], rows[2]), ratio(rows[1], rows[2]),
+            *(cell(row, "seconds", per_pixel) for row in rows), *(cell(row, "bytes", 1e-6) for row in rows),
+        ]))  # fmt: skip
+    lines += ["", *notes(results), "", *trial_lines(results), "", results.settings["machine"]]
+    return "\n".join(lines)
+
+
+def notes(results: Results) -> list[str]:
+    """What the table means."""
+    presets = ", ".join(
+        f"{model}: `{name}`" + "".join(f" with {key}={value!r}" for key, value in overrides.items())
+        for model, (name, overrides) in models(results.options.size).items()
+    )
+    memory = {
+        "cpu": "the most resident memory in a call, less that before it",
+        "cuda": "CUDA's max_memory_allocated in a call, less the memory allocated before it",
+    }[results.options.device]
+    return [
+        f"{presets}. Medians of 3 to {results.options.repeats} calls after two that do not count; random weights, none "
+        "of them zero, and random inputs. A training step is forward, flow loss, backward and AdamW's step.",
+        f"MB (10⁶ bytes): {memory}, so weights and the optimiser's state are not in it, gradients are.",
+        f"~ not run whole, because a call would take over {LONGEST_WHOLE:.0f} s or more memory than there is: one "
+        "block of each kind is measured, times their number, plus the ends.",
+    ]
+
+
+def trial_lines(results: Results) -> list[str]:
+    """The choice of settings."""
+    if len(SETTINGS[results.options.device]) == 1:
+        return ["Settings: bfloat16, torch.compile of every block, flash attention for DiT."]
+    words = [case.settings for case in results.trials("DiT", "forward")]
+    pixels = results.trials("DiT", "forward")[0].pixels
+    lines = [f"Settings tried at {pixels} px, ms; the fastest of each row is the one used at all sizes.", "",
+             line(["model", "step", *words]), line(["---"] * (2 + len(words)))]  # fmt: skip
+    for model, step in product(models(results.options.size), STEPS):
+        rows = [results.rows.get(trial.key) for trial in results.trials(model, step)]
+        lines.append(line([model, step, *(cell(row, "seconds", 1e3) for row in rows)]))
+    lines.append("\nIn a forward bfloat16 is the weights' type; in training it is autocast's, over float32 weights.")
+    return lines
+
+
+def line(cells: list[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def cell(row: dict[str, Any] | None, what: str, scale: float) -> str:
+    """A figure to three digits or the unit, marked where it is a sum of blocks."""
+    if row is None:
+        return "–"
+    if what not in row:
+        return row["error"]
+    value = row[what] * scale
+    return ("" if row["whole"] else "~") + (f"{value:.0f}" if value >= 100 else f"{value:.3g}")
+
+
+def ratio(other: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
+    """How many times faster ours is."""
+    if not (other and ours and "seconds" in other and "seconds" in ours):
+        return "–"
+    return f"{'' if other['whole'] and ours['whole'] else '~'}{other['seconds'] / ours['seconds']:.2f}×"
+
+
+def plot(results: Results, path: Path) -> None:
+    """Time and memory by size, log-log, hollow where a figure is a sum of blocks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, sharex=True)
+    units = {"seconds": ("ms an image", 1e3), "bytes": ("MB an image, above the weights", 1e-6)}
+    for (row_axes, (what, (unit, scale))), (i, step) in product(
+        zip(axes, units.items(), strict=True), enumerate(STEPS)
+    ):
+        axis = row_axes[i]
+        for model, colour in COLOURS.items():
+            rows = [row for pixels in results.options.pixels if (row := results.row(model, step, pixels))]
+            rows = [row for row in rows if what in row]
+            sides, values = [row["pixels"] for row in rows], [scale * row[what] / row["batch"] for row in rows]
+            axis.plot(sides, values, color=colour, label=model)
+            for side, value, row in zip(sides, values, rows, strict=True):
+                axis.plot(side, value, "o", color=colour, markerfacecolor=colour if row["whole"] else "white")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log" if axis.dataLim.y1 > 0 else "linear")  # nothing drawn yet has no logarithm
+        axis.set_xticks(results.options.pixels, [str(pixels) for pixels in results.options.pixels])
+        axis.grid(alpha=0.3)
+        axis.set_title("forward" if step == "forward" else "training step")
+        axis.set_ylabel(unit)
+    for axis in axes[1]:
+        axis.set_xlabel("side of the image, pixels")
+    axes[0][0].legend(frameon=False)
+    name = models(results.options.size)["GSPN-DiT"][0]
+    figure.suptitle(f"{name} and its peers; hollow: one block measured, times the depth\n{results.settings['machine']}")
+    figure.savefig(path, dpi=120, format="png")
+
+
+def run_case(case: Case, seconds: float) -> dict[str, Any] | None:
+    """Measure in a new process; None if that takes longer than there is time."""
+    arguments = [sys.executable, "-m", "benchmarks.resolution_case", json.dumps(asdict(case))]
+    try:
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode == -9:  # the system's way to say that memory ran out
+        return {"error": "out of memory"}
+    if done.returncode:
+        raise SystemExit(f"{case.key}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(options: Options) -> None:
+    """Measure a forward and a training step of every model at every size, and draw them."""
+    deadline = time.monotonic() + options.time_budget
+    results = Results(options)
+    for case in results.cases():
+        if case.key in results.rows:
+            continue
+        left = deadline - time.monotonic()
+        measured = run_case(case, left) if left > 0 else None
+        if measured is None:
+            print(f"{case.key}: no time left; run the same command again to go on")
+            break
+        results.add(case, measured)
+        print(f"{case.key}: {cell(results.rows[case.key], 'seconds', 1e3)} ms, "
+              f"{cell(results.rows[case.key], 'bytes', 1e-6)} MB", flush=True)  # fmt: skip
+    print(report(results))
+
+
+if __name__ == "__main__":
+    command(main, Options, prog="python -m benchmarks.resolution")

@@ -1,0 +1,203 @@
+"""One measurement of benchmarks/resolution.py, in a process of its own: a model, a size, a pass, its settings.
+
+`python -m benchmarks.resolution_case '{"model": "DiT", "name": "dit-s-2", …}'`, the fields of :class:`Case`, prints the
+measurement as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gspn_dit.diffusion import create_objective
+from gspn_dit.models import create_model
+from gspn_dit.models.latent_model import LatentModel
+
+LONGEST_WHOLE = 10.0  # seconds of a call; a model that takes longer is put together from its blocks
+FEWEST, SECONDS_OF_REPEATS = 3, 3.0  # calls timed: so many at least, and more while there are seconds left
+BYTES_A_LINE = 1024  # of /proc/self/status, which counts in kB of 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Args:
+        model: The model's name in the tables.
+        name, overrides: What `create_model` makes it of.
+        step: "forward", or "training": forward, loss, backward and AdamW's step.
+        pixels, batch: Side of the square images, and how many.
+        dtype: float32 or bfloat16: the weights of a forward, the autocast of a training step.
+        compiled: Whether the blocks go through torch.compile.
+        device, threads: cpu or cuda; threads of the CPU.
+        repeats: The most calls timed.
+    """
+
+    model: str
+    name: str
+    step: str
+    pixels: int
+    batch: int
+    dtype: str
+    compiled: bool
+    device: str = "cpu"
+    threads: int = 2
+    repeats: int = 15
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> str:
+        """The settings in words."""
+        return f"{self.dtype}, {'compiled' if self.compiled else 'eager'}"
+
+    @property
+    def key(self) -> str:
+        """The name of the measurement in the results' JSON."""
+        return f"{self.model}, {self.step}, {self.pixels} px, {self.settings}"
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Median seconds of a call and the bytes it adds to those of the weights and the optimiser.
+
+    The model with no block and with one block of each kind is measured first: their sum over the depth is the answer
+    where the whole model takes longer than LONGEST_WHOLE or more memory than there is, and is recorded beside it where
+    it does not.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(case.threads)
+    flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if case.device == "cuda" else contextlib.nullcontext()
+    with torch.device(case.device), flash:
+        model = random_model(case)
+        blocks, kinds = model.blocks, Counter(block_kind(block) for block in model.blocks)
+        one_of = {kind: next(block for block in blocks if block_kind(block) == kind) for kind in kinds}
+        parts = {}
+        for kind, part in {"": [], **{kind: [block] for kind, block in one_of.items()}}.items():
+            model.blocks = nn.ModuleList(part)
+            parts[kind] = timed(case, call_of(case, model), FEWEST)
+        model.blocks = blocks
+        ends = parts.pop("")
+        sums = {
+            what: ends[what] + sum(count * (parts[kind][what] - ends[what]) for kind, count in kinds.items())
+            for what in ("seconds", "bytes")
+        }
+        if case.step == "forward":  # a block's activations go before the next one's come
+            sums["bytes"] = max(part["bytes"] for part in parts.values())
+        if sums["seconds"] <= LONGEST_WHOLE:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                whole = timed(case, call_of(case, model), case.repeats)
+                return {
+                    **whole,
+                    "whole": True,
+                    "parts": {"ends": ends, **parts},
+                    "by_blocks": sums,
+                    "depth": len(blocks),
+                }
+    return {**sums, "whole": False, "parts": {"ends": ends, **parts}, "depth": len(blocks)}
+
+
+def random_model(case: Case) -> LatentModel:
+    """The model with nothing left at zero, where adaLN-Zero would make of every block the identity."""
+    objective = create_objective("flow")
+    model = create_model(case.name, out_channels=objective.out_channels(4), **case.overrides)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    if case.step == "forward":
+        model = model.to(getattr(torch, case.dtype)).eval().requires_grad_(False)
+    if case.compiled:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    return model
+
+
+def block_kind(block: nn.Module) -> str:
+    """What tells the blocks of a model apart in cost: the lines a scan runs over."""
+    chunk = getattr(getattr(block, "mixer", None), "chunk", None)
+    return f"chunk {chunk or 'the map'}"
+
+
+def call_of(case: Case, model: LatentModel) -> Callable[[], None]:
+    """A forward or a training step on random latents, times and labels."""
+    side = case.pixels // 8
+    latents, noise = (torch.randn(case.batch, model.in_channels, side, side) for _ in range(2))
+    times, labels = torch.rand(case.batch), torch.randint(model.null_class, (case.batch,))
+    dtype = getattr(torch, case.dtype)
+    if case.step == "forward":
+        latents, timesteps = latents.to(dtype), 1000 * times
+
+        @torch.no_grad()
+        def call() -> None:
+            model(latents, timesteps, labels)
+
+        return call
+    objective = create_objective("flow")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast(case.device, dtype, enabled=dtype != torch.float32):
+            loss: Tensor = objective.loss(model, latents, labels, times, noise).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def timed(case: Case, call: Callable[[], None], repeats: int) -> dict[str, Any]:
+    """Median, least and most seconds of a call after the first two, and the bytes that it adds at its peak."""
+    call()  # compiles
+    added = peak_bytes(case.device, call)
+    seconds: list[float] = []
+    while len(seconds) < FEWEST or (len(seconds) < repeats and sum(seconds) < SECONDS_OF_REPEATS):
+        start = time.perf_counter()
+        call()
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds), "bytes": added, "least": min(seconds), "most": max(seconds),
+            "repeats": len(seconds)}  # fmt: skip
+
+
+def peak_bytes(device: str, call: Callable[[], None]) -> int:
+    """What a call adds at its peak: to CUDA's allocated memory, or to this process's resident memory."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it counts when it is taken again
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = resident("VmRSS")
+    call()
+    return max(resident("VmHWM") - before, 0)
+
+
+def resident(line: str) -> int:
+    """Bytes of a line of /proc/self/status: VmRSS, resident now, or VmHWM, the most there was."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(text.split()[1]) for text in status if text.startswith(line)) * BYTES_A_LINE
+
+
+if __name__ == "__main__":
+    try:
+        result = measure(Case(**json.loads(sys.argv[1])))
+    except torch.OutOfMemoryError:
+        result = {"error": "out of memory"}
+    print(json.dumps(result))
