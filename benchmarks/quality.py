@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from benchmarks.operator import machine
 from benchmarks.quality_data import TASKS, Task
 from benchmarks.quality_report import write_report
+from benchmarks.variants import VARIANTS
 from gspn_dit.devices import choose_device
 from gspn_dit.diffusion import create_objective, create_scheduler, denoise, image_generator
 from gspn_dit.errors import InputError
@@ -144,9 +145,14 @@ def make_model(spec: str, task: Task, options: Options) -> LatentModel:
         if not equals:
             raise InputError(f"models={spec!r}: wanted option=value after the plus, not {word!r}")
         sizes[key] = yaml.safe_load(value)
+    variant = sizes.pop("variant", None)
+    require(variant is None or variant in VARIANTS, "models", spec, f"a variant out of {', '.join(VARIANTS)}")
     channels, *sample_size = task.latent_shape
-    return create_model(f"{family}-s-{task.patch_size}", sample_size=sample_size, in_channels=channels,
-                        out_channels=channels, num_classes=task.num_classes, **sizes)  # fmt: skip
+    model = create_model(f"{family}-s-{task.patch_size}", sample_size=sample_size, in_channels=channels,
+                         out_channels=channels, num_classes=task.num_classes, **sizes)  # fmt: skip
+    if variant:
+        VARIANTS[variant](model)
+    return model
 
 
 class Cell:
