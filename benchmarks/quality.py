@@ -145,12 +145,13 @@ def make_model(spec: str, task: Task, options: Options) -> LatentModel:
         if not equals:
             raise InputError(f"models={spec!r}: wanted option=value after the plus, not {word!r}")
         sizes[key] = yaml.safe_load(value)
-    variant = sizes.pop("variant", None)
-    require(variant is None or variant in VARIANTS, "models", spec, f"a variant out of {', '.join(VARIANTS)}")
+    variants = [variant for variant in sizes.pop("variant", "").split("&") if variant]
+    for variant in variants:
+        require(variant in VARIANTS, "models", spec, f"variants out of {', '.join(VARIANTS)}")
     channels, *sample_size = task.latent_shape
     model = create_model(f"{family}-s-{task.patch_size}", sample_size=sample_size, in_channels=channels,
                          out_channels=channels, num_classes=task.num_classes, **sizes)  # fmt: skip
-    if variant:
+    for variant in variants:
         VARIANTS[variant](model)
     return model
 

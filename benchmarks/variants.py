@@ -28,26 +28,9 @@ def each_mixer(change: Callable[[GSPNMixer, int], None]) -> Callable[[GSPNDiT], 
     return apply
 
 
-def ungated(mixer: GSPNMixer, width: int) -> None:
-    """y = proj(norm(mix(v))): no branch beside the scan, C² less."""
-    del mixer.gate
-
-    def forward(self: GSPNMixer, x: Tensor) -> Tensor:
-        value = self.conv(self.value(x))
-        y = F.rms_norm(self.mix(value).unflatten(-1, (self.num_groups, -1)), (width // self.num_groups,), eps=1e-6)
-        return self.proj(y.flatten(-2).to(value.dtype))
-
-    mixer.forward = MethodType(forward, mixer)
-
-
 def norm_free(mixer: GSPNMixer, width: int) -> None:
     """No norm after the scan."""
-
-    def forward(self: GSPNMixer, x: Tensor) -> Tensor:
-        value = self.conv(self.value(x))
-        return self.proj(self.mix(value).to(value.dtype) * F.silu(self.gate(x)))
-
-    mixer.forward = MethodType(forward, mixer)
+    mixer.norm = lambda y: y
 
 
 def lam_through(activation: Callable[[Tensor], Tensor], start: float) -> Callable[[GSPNDiT], None]:
@@ -113,8 +96,7 @@ def gates_from_input(mixer: GSPNMixer, width: int) -> None:
     def forward(self: GSPNMixer, x: Tensor) -> Tensor:
         value = self.conv(self.value(x))
         y = propagate(value, *self.gates_and_lam(x.to(value.dtype)), chunk=self.chunk)
-        y = F.rms_norm(y.unflatten(-1, (self.num_groups, -1)), (width // self.num_groups,), eps=1e-6)
-        return self.proj(y.flatten(-2).to(value.dtype) * F.silu(self.gate(x)))
+        return self.proj(self.norm(y).to(value.dtype))
 
     mixer.forward = MethodType(forward, mixer)
 
@@ -198,7 +180,6 @@ def post_norm(model: GSPNDiT) -> None:
 
 
 VARIANTS: dict[str, Callable[[GSPNDiT], None]] = {
-    "ungated": each_mixer(ungated),
     "norm-free": each_mixer(norm_free),
     "lam-sigmoid": lam_through(torch.sigmoid, -1.0986),
     "lam-softplus": lam_through(F.softplus, -1.2587),

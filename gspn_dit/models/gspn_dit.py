@@ -56,6 +56,7 @@ class GSPNDiT(LatentModel):
         global_layers: int | Sequence[int] = 2,
         mixer: str = "gspn",
         mlp: str = "gelu",
+        gated: bool = False,
         sample_size: int | Sequence[int] = 32,
         patch_size: int = 2,
         in_channels: int = 4,
@@ -73,7 +74,7 @@ class GSPNDiT(LatentModel):
                          out_channels=out_channels, num_classes=num_classes)  # fmt: skip
         self.modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
         self.blocks = nn.ModuleList(
-            GSPNDiTBlock(width, FEED_FORWARDS[mlp](width, mlp_ratio), MIXERS[mixer](width, num_groups, conv_kernel, layer_chunk))
+            GSPNDiTBlock(width, FEED_FORWARDS[mlp](width, mlp_ratio), MIXERS[mixer](width, num_groups, conv_kernel, layer_chunk, gated))
             for layer_chunk in chunk_by_layer(chunk, global_layers, depth)
         )
         self.final_layer = SharedFinalLayer(width, self.patch_values)

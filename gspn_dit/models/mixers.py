@@ -32,11 +32,11 @@ class Mixer(nn.Module):
         chunk: Lines that a scan runs over; the other mixers have no lines.
     """
 
-    def __init__(self, width: int, num_groups: int, conv_kernel: int, chunk: int | None) -> None:
+    def __init__(self, width: int, num_groups: int, conv_kernel: int, chunk: int | None, gated: bool = False) -> None:
         super().__init__()
         self.num_groups, self.chunk = num_groups, chunk
         self.value = linear(width, width)
-        self.gate = linear(width, width)
+        self.gate = linear(width, width) if gated else None
         self.conv = DepthwiseConv(width, conv_kernel)
         self.make_mix(width)
         self.proj = linear(width, width)
@@ -51,9 +51,15 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value = self.conv(self.value(x))
-        y = self.mix(value)
-        y = F.rms_norm(y.unflatten(-1, (self.num_groups, -1)), (y.shape[-1] // self.num_groups,), eps=1e-6)
-        return self.proj(y.flatten(-2).to(value.dtype) * F.silu(self.gate(x)))
+        y = self.norm(self.mix(value)).to(value.dtype)
+        if self.gate is not None:
+            y = y * F.silu(self.gate(x))
+        return self.proj(y)
+
+    def norm(self, y: Tensor) -> Tensor:
+        """Each group's channels over their root mean square."""
+        groups = y.unflatten(-1, (self.num_groups, -1))
+        return F.rms_norm(groups, groups.shape[-1:], eps=1e-6).flatten(-2)
 
 
 class GSPNMixer(Mixer):
