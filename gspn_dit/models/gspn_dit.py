@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
 from gspn_dit.models.latent_model import LatentModel, require_count
-from gspn_dit.models.layers import FeedForward, SwiGLU, chunk_by_layer, linear, modulate
+from gspn_dit.models.layers import FeedForward, chunk_by_layer, linear, modulate
 from gspn_dit.models.mixers import MIXERS
-
-
-FEED_FORWARDS = {"gelu": FeedForward, "swiglu": SwiGLU}
 
 
 class GSPNDiT(LatentModel):
@@ -50,13 +47,11 @@ class GSPNDiT(LatentModel):
         width: int = 1152,
         depth: int = 28,
         num_groups: int = 18,
-        mlp_ratio: float = 4.0,
+        mlp_ratio: float = 3.0,
         conv_kernel: int = 3,
         chunk: int | None = 4,
         global_layers: int | Sequence[int] = 2,
         mixer: str = "gspn",
-        mlp: str = "gelu",
-        gated: bool = False,
         sample_size: int | Sequence[int] = 32,
         patch_size: int = 2,
         in_channels: int = 4,
@@ -74,7 +69,7 @@ class GSPNDiT(LatentModel):
                          out_channels=out_channels, num_classes=num_classes)  # fmt: skip
         self.modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
         self.blocks = nn.ModuleList(
-            GSPNDiTBlock(width, FEED_FORWARDS[mlp](width, mlp_ratio), MIXERS[mixer](width, num_groups, conv_kernel, layer_chunk, gated))
+            GSPNDiTBlock(width, mlp_ratio, MIXERS[mixer](width, num_groups, conv_kernel, layer_chunk))
             for layer_chunk in chunk_by_layer(chunk, global_layers, depth)
         )
         self.final_layer = SharedFinalLayer(width, self.patch_values)
@@ -94,12 +89,12 @@ class GSPNDiTBlock(nn.Module):
     DiT has a 6C² matrix in every block. Modulation and offsets start at zero: the block is the identity.
     """
 
-    def __init__(self, width: int, mlp: nn.Module, mixer: nn.Module) -> None:
+    def __init__(self, width: int, mlp_ratio: float, mixer: nn.Module) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = mlp
+        self.mlp = FeedForward(width, mlp_ratio)
         self.modulation_offset = nn.Parameter(torch.zeros(6, width))
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
@@ -24,21 +23,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
-
-
-class SwiGLU(nn.Module):
-    """A feed-forward whose hidden channels are gated, W₂(SiLU(W₁x) ⊙ W₃x) (arXiv 2002.05202): 3 · mlp_ratio · C²."""
-
-    def __init__(self, width: int, mlp_ratio: float) -> None:
-        super().__init__()
-        if not isinstance(mlp_ratio, int | float) or not 1 <= width * mlp_ratio < math.inf:
-            raise InputError(f"mlp_ratio={mlp_ratio!r}: give a positive number, hidden channels over width")
-        self.fc1 = linear(width, 2 * int(width * mlp_ratio))
-        self.fc2 = linear(int(width * mlp_ratio), width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * value)
 
 
 class DepthwiseConv(nn.Conv2d):

@@ -18,11 +18,11 @@ NUM_DIRECTIONS = len(DIRECTIONS)
 class Mixer(nn.Module):
     """What all mixers have in common, (B, H, W, C) to (B, H, W, C):
 
-        v = conv(W_v x);  y = proj(norm(mix(v)) ⊙ SiLU(W_g x))
+        v = conv(W_v x);  y = proj(norm(mix(v)))
 
-    They differ in `mix` alone, so that a comparison of two is one of what sites meet in, not of the convolution, the
-    gate or the norm around it. The norm is over each group (RMS, arXiv 1910.07467); it has no weight, which `proj`
-    would only repeat.
+    They differ in `mix` alone, so that a comparison of two is one of what sites meet in, not of the convolution or the
+    norm around it. The norm is over each group (RMS, arXiv 1910.07467); it has no weight, which `proj` would only
+    repeat.
 
     Args:
         width: Channels C.
@@ -32,11 +32,10 @@ class Mixer(nn.Module):
         chunk: Lines that a scan runs over; the other mixers have no lines.
     """
 
-    def __init__(self, width: int, num_groups: int, conv_kernel: int, chunk: int | None, gated: bool = False) -> None:
+    def __init__(self, width: int, num_groups: int, conv_kernel: int, chunk: int | None) -> None:
         super().__init__()
         self.num_groups, self.chunk = num_groups, chunk
         self.value = linear(width, width)
-        self.gate = linear(width, width) if gated else None
         self.conv = DepthwiseConv(width, conv_kernel)
         self.make_mix(width)
         self.proj = linear(width, width)
@@ -51,10 +50,7 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value = self.conv(self.value(x))
-        y = self.norm(self.mix(value)).to(value.dtype)
-        if self.gate is not None:
-            y = y * F.silu(self.gate(x))
-        return self.proj(y)
+        return self.proj(self.norm(self.mix(value)).to(value.dtype))
 
     def norm(self, y: Tensor) -> Tensor:
         """Each group's channels over their root mean square."""
