@@ -201,6 +201,19 @@ def mlp_conv(model: GSPNDiT) -> None:
         block.mlp.act = nn.Sequential(DepthwiseConv(block.mlp.fc2.in_features, 3), block.mlp.act)
 
 
+class SquaredReLU(nn.Module):
+    """max(x, 0)² (Primer, arXiv 2109.08668)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu().square()
+
+
+def squared_relu(model: GSPNDiT) -> None:
+    """Squared ReLU for GELU: two cheap operations, no exponential."""
+    for block in model.blocks:
+        block.mlp.act = SquaredReLU()
+
+
 def post_norm(model: GSPNDiT) -> None:
     """A norm on what each half adds, beside the one on what it reads."""
     width = model.config.width
@@ -226,5 +239,6 @@ VARIANTS: dict[str, Callable[[GSPNDiT], None]] = {
     "block-modulation": block_modulation,
     "long-skips": long_skips,
     "mlp-conv": mlp_conv,
+    "squared-relu": squared_relu,
     "post-norm": post_norm,
 }
