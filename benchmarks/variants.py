@@ -101,6 +101,17 @@ def plus_value(mixer: GSPNMixer, width: int) -> None:
     mixer.mix = MethodType(mix, mixer)
 
 
+def beside(mixer: GSPNMixer, width: int) -> None:
+    """y = proj(norm(mix(v)) + D ⊙ v): the direct path beside the norm, so that a long line does not drown it."""
+    mixer.direct = nn.Parameter(torch.ones(width))
+
+    def forward(self: GSPNMixer, x: Tensor) -> Tensor:
+        value = self.conv(self.value(x))
+        return self.proj((self.norm(self.mix(value)) + self.direct * value).to(value.dtype))
+
+    mixer.forward = MethodType(forward, mixer)
+
+
 def gates_from_input(mixer: GSPNMixer, width: int) -> None:
     """The head reads the block's input, as attention's queries do, not the convolved value."""
 
@@ -232,6 +243,7 @@ VARIANTS: dict[str, Callable[[GSPNDiT], None]] = {
     "output-gates": each_mixer(output_gates),
     "direction-values": each_mixer(values_a_direction),
     "direct": each_mixer(plus_value),
+    "beside": each_mixer(beside),
     "gates-from-input": each_mixer(gates_from_input),
     "wide-head": each_mixer(wide_head),
     "straight": each_mixer(straight),
