@@ -112,6 +112,38 @@ def beside(mixer: GSPNMixer, width: int) -> None:
     mixer.forward = MethodType(forward, mixer)
 
 
+def decay(mixer: GSPNMixer, width: int) -> None:
+    """Lines that forget: h = f · W h₋₁ + λ x, with f learned a group and direction, half-lives of 2 to 32 lines at the start.
+
+    The operator's rows sum to 1, so f goes into its gates: λ fⁿ⁻¹ inverse at the n-th line of a chunk, u = fⁿ⁻¹. It is
+    right while fⁿ is a float32.
+    """
+    half_lives = 2.0 ** torch.linspace(1, 5, mixer.num_groups)
+    mixer.log_decay = nn.Parameter(torch.log(torch.log(torch.tensor(2.0)) / half_lives).expand(NUM_DIRECTIONS, -1).clone())
+
+    def mix(self: GSPNMixer, value: Tensor) -> Tensor:
+        gates, lam = self.gates_and_lam(value)
+        height, width = value.shape[1:3]
+        lines = torch.stack(
+            [lines_before(height, self.chunk)[:, None].expand(height, width), lines_before(height, self.chunk, True)[:, None].expand(height, width),
+             lines_before(width, self.chunk).expand(height, width), lines_before(width, self.chunk, True).expand(height, width)], -1
+        )  # fmt: skip
+        power = lines[..., None].to(value.device) * self.log_decay.exp()
+        return propagate(value, gates, lam * power.exp().to(lam.dtype), (-power).exp().to(lam.dtype).expand_as(lam), chunk=self.chunk)
+
+    mixer.mix = MethodType(mix, mixer)
+
+
+def lines_before(count: int, chunk: int | None, reverse: bool = False) -> Tensor:
+    """How many lines of its chunk a scan has read before each of `count` lines."""
+    index = torch.arange(count)
+    if chunk is None:
+        return count - 1 - index if reverse else index
+    if reverse:
+        return torch.minimum((index // chunk + 1) * chunk, torch.tensor(count)) - 1 - index
+    return index % chunk
+
+
 def gates_from_input(mixer: GSPNMixer, width: int) -> None:
     """The head reads the block's input, as attention's queries do, not the convolved value."""
 
@@ -160,6 +192,31 @@ def block_modulation(model: GSPNDiT) -> None:
     final.own = nn.Sequential(linear(width, 2 * width, zero=True), nn.Unflatten(-1, (2, width)))
     inner_final = type(final).forward
     final.forward = MethodType(lambda self, x, condition: inner_final(self, x, self.own(condition)), final)
+
+
+def low_rank_modulation(model: GSPNDiT) -> None:
+    """The shared modulation, plus in every block one of its own of rank C / 4."""
+    width = model.config.width
+    shared, rank = model.modulation, width // 4
+    model.modulation = Both(shared, nn.Sequential(nn.SiLU(), linear(width, rank)))
+    for block in model.blocks:
+        block.own = nn.Sequential(linear(rank, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
+        inner = type(block).forward
+        block.forward = MethodType(lambda self, x, both, inner=inner: inner(self, x, both[0] + self.own(both[1])), block)
+    final = model.final_layer
+    inner_final = type(final).forward
+    final.forward = MethodType(lambda self, x, both: inner_final(self, x, both[0]), final)
+
+
+class Both(nn.Module):
+    """Two layers of one input."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(x)
 
 
 def long_skips(model: GSPNDiT) -> None:
@@ -243,12 +300,14 @@ VARIANTS: dict[str, Callable[[GSPNDiT], None]] = {
     "output-gates": each_mixer(output_gates),
     "direction-values": each_mixer(values_a_direction),
     "direct": each_mixer(plus_value),
+    "decay": each_mixer(decay),
     "beside": each_mixer(beside),
     "gates-from-input": each_mixer(gates_from_input),
     "wide-head": each_mixer(wide_head),
     "straight": each_mixer(straight),
     "fan": each_mixer(fan),
     "block-modulation": block_modulation,
+    "low-rank-modulation": low_rank_modulation,
     "long-skips": long_skips,
     "mlp-conv": mlp_conv,
     "squared-relu": squared_relu,
