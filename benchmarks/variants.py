@@ -181,42 +181,17 @@ def fan(mixer: GSPNMixer, width: int) -> None:
 
 
 def block_modulation(model: GSPNDiT) -> None:
-    """DiT's 6C² of modulation in every block, in place of the shared network."""
+    """DiT's 6C² of modulation in every block beside the shared one, in place of 1.5C²."""
     width = model.config.width
-    model.modulation = nn.SiLU()
+    model.block_condition = nn.SiLU()
     for block in model.blocks:
-        block.own = nn.Sequential(linear(width, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
-        inner = type(block).forward
-        block.forward = MethodType(lambda self, x, condition, inner=inner: inner(self, x, self.own(condition)), block)
-    final = model.final_layer
-    final.own = nn.Sequential(linear(width, 2 * width, zero=True), nn.Unflatten(-1, (2, width)))
-    inner_final = type(final).forward
-    final.forward = MethodType(lambda self, x, condition: inner_final(self, x, self.own(condition)), final)
+        block.modulation[0] = linear(width, 6 * width, zero=True)
 
 
-def low_rank_modulation(model: GSPNDiT) -> None:
-    """The shared modulation, plus in every block one of its own of rank C / 4."""
-    width = model.config.width
-    shared, rank = model.modulation, width // 4
-    model.modulation = Both(shared, nn.Sequential(nn.SiLU(), linear(width, rank)))
+def shared_modulation(model: GSPNDiT) -> None:
+    """Nothing of a block's own but an offset (as PixArt-alpha's adaLN-single, arXiv 2310.00426)."""
     for block in model.blocks:
-        block.own = nn.Sequential(linear(rank, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
-        inner = type(block).forward
-        block.forward = MethodType(lambda self, x, both, inner=inner: inner(self, x, both[0] + self.own(both[1])), block)
-    final = model.final_layer
-    inner_final = type(final).forward
-    final.forward = MethodType(lambda self, x, both: inner_final(self, x, both[0]), final)
-
-
-class Both(nn.Module):
-    """Two layers of one input."""
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.first(x), self.second(x)
+        block.modulation[0].weight.requires_grad_(False)
 
 
 def long_skips(model: GSPNDiT) -> None:
@@ -230,13 +205,13 @@ def long_skips(model: GSPNDiT) -> None:
 
     def forward(self: GSPNDiT, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         x, condition = self.embed(latents, timesteps, class_labels)
-        modulation = self.modulation(condition)
+        modulation, block_condition = self.modulation(condition), self.block_condition(condition)
         kept = []
         for i, block in enumerate(self.blocks):
             mirror = i - (depth - depth // 2)
             if mirror >= 0:
                 x = self.skips[mirror](torch.cat([x, kept[depth // 2 - 1 - mirror]], -1))
-            x = self.run(block, x, modulation)
+            x = self.run(block, x, modulation, block_condition)
             if i < depth // 2:
                 kept.append(x)
         return self.unpatchify(self.final_layer(x, modulation))
@@ -258,7 +233,7 @@ class SwiGLU(nn.Module):
 
 
 def swiglu(model: GSPNDiT) -> None:
-    """SwiGLU for GELU, with two thirds of the hidden channels: as many multiplications."""
+    """SwiGLU with two thirds of the hidden channels: as many multiplications."""
     for block in model.blocks:
         block.mlp = SwiGLU(model.config.width, 2 * block.mlp.fc2.in_features // 3)
 
@@ -269,17 +244,10 @@ def mlp_conv(model: GSPNDiT) -> None:
         block.mlp.act = nn.Sequential(DepthwiseConv(block.mlp.fc2.in_features, 3), block.mlp.act)
 
 
-class SquaredReLU(nn.Module):
-    """max(x, 0)² (Primer, arXiv 2109.08668)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.relu().square()
-
-
-def squared_relu(model: GSPNDiT) -> None:
-    """Squared ReLU for GELU: two cheap operations, no exponential."""
+def gelu(model: GSPNDiT) -> None:
+    """DiT's tanh-approximated GELU for the squared ReLU."""
     for block in model.blocks:
-        block.mlp.act = SquaredReLU()
+        block.mlp.act = nn.GELU(approximate="tanh")
 
 
 def post_norm(model: GSPNDiT) -> None:
@@ -307,9 +275,9 @@ VARIANTS: dict[str, Callable[[GSPNDiT], None]] = {
     "straight": each_mixer(straight),
     "fan": each_mixer(fan),
     "block-modulation": block_modulation,
-    "low-rank-modulation": low_rank_modulation,
+    "shared-modulation": shared_modulation,
     "long-skips": long_skips,
     "mlp-conv": mlp_conv,
-    "squared-relu": squared_relu,
+    "gelu": gelu,
     "post-norm": post_norm,
 }

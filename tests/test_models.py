@@ -83,7 +83,8 @@ def test_gspn_dit_macs_are_those_of_its_layers_and_linear_in_pixels():
     width, depth, rank, groups = 384, 12, 384 // 16, 6
     mixer = 2 * width**2 + 9 * width + width * rank + rank * 16 * groups + 4 * 4 * width
     a_token = 4 * 4 * width + depth * (mixer + 6 * width**2) + width * 4 * 8
-    a_sample = 256 * width + width**2 + 6 * width**2
+    modulation = 6 * width**2 + width * (width // 4) + depth * (width // 4) * 6 * width
+    a_sample = 256 * width + width**2 + modulation
     for latent_size in ((32, 32), (64, 64), (16, 48)):
         tokens = latent_size[0] * latent_size[1] // 4
         assert count_macs(model, latent_size) == tokens * a_token + a_sample

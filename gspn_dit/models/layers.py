@@ -11,18 +11,25 @@ from gspn_dit.errors import InputError
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between them, at every site alone."""
+    """Two linear layers with an activation between them, DiT's tanh-approximated GELU by default; each site alone."""
 
-    def __init__(self, width: int, mlp_ratio: float) -> None:
+    def __init__(self, width: int, mlp_ratio: float, activation: nn.Module | None = None) -> None:
         super().__init__()
         if not isinstance(mlp_ratio, int | float) or not 1 <= width * mlp_ratio < math.inf:
             raise InputError(f"mlp_ratio={mlp_ratio!r}: give a positive number, hidden channels over width")
         self.fc1 = linear(width, int(width * mlp_ratio))
-        self.act = nn.GELU(approximate="tanh")
+        self.act = activation or nn.GELU(approximate="tanh")
         self.fc2 = linear(int(width * mlp_ratio), width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
+
+
+class SquaredReLU(nn.Module):
+    """max(x, 0)², the activation of Primer (arXiv 2109.08668)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu().square()
 
 
 class DepthwiseConv(nn.Conv2d):
