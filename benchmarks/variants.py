@@ -53,7 +53,7 @@ def lam_through(activation: Callable[[Tensor], Tensor], start: float) -> Callabl
 
         def mix(self: GSPNMixer, value: Tensor) -> Tensor:
             gates, lam = self.gates_and_lam(value)
-            return propagate(value, gates, activation(lam), chunk=self.chunk)
+            return propagate(value, gates, *self.forgetting(activation(lam)), chunk=self.chunk)
 
         mixer.mix = MethodType(mix, mixer)
 
@@ -68,8 +68,9 @@ def output_gates(mixer: GSPNMixer, width: int) -> None:
 
     def mix(self: GSPNMixer, value: Tensor) -> Tensor:
         gates, lam = self.gates_and_lam(value)
+        lam, forgetting = self.forgetting(lam)
         out = self.out_head(self.head[0](value)).to(value.dtype).unflatten(-1, (NUM_DIRECTIONS, self.num_groups))
-        return propagate(value, gates, lam, out, chunk=self.chunk)
+        return propagate(value, gates, lam, out * forgetting, chunk=self.chunk)
 
     mixer.mix = MethodType(mix, mixer)
 
@@ -80,10 +81,11 @@ def values_a_direction(mixer: GSPNMixer, width: int) -> None:
 
     def mix(self: GSPNMixer, value: Tensor) -> Tensor:
         gates, lam = self.gates_and_lam(value)
+        lam, out = self.forgetting(lam)
         names = ("down", "up", "right", "left")
         return sum(
             propagate((value * self.direction_scale[k]).to(value.dtype), gates[..., k : k + 1, :, :], lam[..., k : k + 1, :],
-                      chunk=self.chunk, directions=(names[k],))
+                      out[..., k : k + 1, :], chunk=self.chunk, directions=(names[k],))
             for k in range(NUM_DIRECTIONS)
         )  # fmt: skip
 
@@ -95,7 +97,7 @@ def plus_value(mixer: GSPNMixer, width: int) -> None:
     mixer.direct = nn.Parameter(torch.zeros(width))
 
     def mix(self: GSPNMixer, value: Tensor) -> Tensor:
-        y = propagate(value, *self.gates_and_lam(value), chunk=self.chunk)
+        y = GSPNMixer.mix(self, value)
         return y + (self.direct * value).to(y.dtype)
 
     mixer.mix = MethodType(mix, mixer)
@@ -112,36 +114,10 @@ def beside(mixer: GSPNMixer, width: int) -> None:
     mixer.forward = MethodType(forward, mixer)
 
 
-def decay(mixer: GSPNMixer, width: int) -> None:
-    """Lines that forget: h = f · W h₋₁ + λ x, with f learned a group and direction, half-lives of 2 to 32 lines at the start.
-
-    The operator's rows sum to 1, so f goes into its gates: λ fⁿ⁻¹ inverse at the n-th line of a chunk, u = fⁿ⁻¹. It is
-    right while fⁿ is a float32.
-    """
-    half_lives = 2.0 ** torch.linspace(1, 5, mixer.num_groups)
-    mixer.log_decay = nn.Parameter(torch.log(torch.log(torch.tensor(2.0)) / half_lives).expand(NUM_DIRECTIONS, -1).clone())
-
-    def mix(self: GSPNMixer, value: Tensor) -> Tensor:
-        gates, lam = self.gates_and_lam(value)
-        height, width = value.shape[1:3]
-        lines = torch.stack(
-            [lines_before(height, self.chunk)[:, None].expand(height, width), lines_before(height, self.chunk, True)[:, None].expand(height, width),
-             lines_before(width, self.chunk).expand(height, width), lines_before(width, self.chunk, True).expand(height, width)], -1
-        )  # fmt: skip
-        power = lines[..., None].to(value.device) * self.log_decay.exp()
-        return propagate(value, gates, lam * power.exp().to(lam.dtype), (-power).exp().to(lam.dtype).expand_as(lam), chunk=self.chunk)
-
-    mixer.mix = MethodType(mix, mixer)
-
-
-def lines_before(count: int, chunk: int | None, reverse: bool = False) -> Tensor:
-    """How many lines of its chunk a scan has read before each of `count` lines."""
-    index = torch.arange(count)
-    if chunk is None:
-        return count - 1 - index if reverse else index
-    if reverse:
-        return torch.minimum((index // chunk + 1) * chunk, torch.tensor(count)) - 1 - index
-    return index % chunk
+def remembering(mixer: GSPNMixer, width: int) -> None:
+    """Lines that forget nothing: f = 1."""
+    mixer.mix = MethodType(lambda self, value: propagate(value, *self.gates_and_lam(value), chunk=self.chunk), mixer)
+    del mixer.log_rate
 
 
 def gates_from_input(mixer: GSPNMixer, width: int) -> None:
@@ -149,7 +125,8 @@ def gates_from_input(mixer: GSPNMixer, width: int) -> None:
 
     def forward(self: GSPNMixer, x: Tensor) -> Tensor:
         value = self.conv(self.value(x))
-        y = propagate(value, *self.gates_and_lam(x.to(value.dtype)), chunk=self.chunk)
+        gates, lam = self.gates_and_lam(x.to(value.dtype))
+        y = propagate(value, gates, *self.forgetting(lam), chunk=self.chunk)
         return self.proj(self.norm(y).to(value.dtype))
 
     mixer.forward = MethodType(forward, mixer)
@@ -268,7 +245,7 @@ VARIANTS: dict[str, Callable[[GSPNDiT], None]] = {
     "output-gates": each_mixer(output_gates),
     "direction-values": each_mixer(values_a_direction),
     "direct": each_mixer(plus_value),
-    "decay": each_mixer(decay),
+    "remembering": each_mixer(remembering),
     "beside": each_mixer(beside),
     "gates-from-input": each_mixer(gates_from_input),
     "wide-head": each_mixer(wide_head),

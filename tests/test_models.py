@@ -169,9 +169,11 @@ def test_a_new_model_predicts_exactly_zero(name):
 def test_new_adaln_zero_blocks_are_the_identity(name):
     model = create_model(name, **SMALL[name])
     x, condition = model.embed(*inputs())
-    modulation = model.modulation(condition) if name == "gspn-dit-ti-2" else condition
+    modulation = [condition]
+    if name == "gspn-dit-ti-2":
+        modulation = [model.modulation(condition), model.block_condition(condition)]
     for block in model.blocks:
-        assert torch.equal(block(x, modulation), x)
+        assert torch.equal(block(x, *modulation), x)
 
 
 def test_unpatchify_puts_row_column_channel_of_each_token_in_place():
