@@ -27,9 +27,8 @@ class GSPNDiT(LatentModel):
         num_groups: Groups of C / num_groups channels that share gates, as attention's heads share weights.
         mlp_ratio: Hidden width of the feed-forward over C.
         conv_kernel: Side of the depthwise filter before the scan, odd.
-        chunk: Lines a local layer's scan runs over; None makes every layer global. 4 keeps a local layer to four
-            sequential steps and divides the token map of every image whose side is a multiple of 64 pixels (8× VAE,
-            patch 2); in a small trial with two global layers it lost nothing against scans that are all global.
+        chunk: Lines a local layer's scan runs over; None makes every layer global. 16 is the whole token map of a 256
+            pixel image (8× VAE, patch 2) and bounds a scan to 16 sequential steps on any larger one.
         global_layers: How many of the last blocks are global, or the indices of those that are.
         mixer: What sites meet in: `gspn`, the scans; or for comparison, inside the same block, softmax `attention`,
             `linear` attention or a depthwise `conv` (:mod:`gspn_dit.models.mixers`), which have no use for a chunk.
@@ -49,7 +48,7 @@ class GSPNDiT(LatentModel):
         num_groups: int = 18,
         mlp_ratio: float = 3.0,
         conv_kernel: int = 3,
-        chunk: int | None = 4,
+        chunk: int | None = 16,
         global_layers: int | Sequence[int] = 2,
         mixer: str = "gspn",
         sample_size: int | Sequence[int] = 32,
