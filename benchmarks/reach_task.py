@@ -1,14 +1,16 @@
 """A made task that needs reach: images whose far ends must agree, with nothing between them.
 
-An image is grey but for its first and its last column. Each pixel of the first is black or white by the toss of a coin;
-its partner, the pixel of the last column in the same row, has the same colour. Nothing else tells the colour: not the
-class, not the middle, not another row. So a network that carries nothing across the map can do no better than judge
-each end by its own noisy pixel, and paints ends that agree half of the time; one that does can judge by two.
+An image is grey but for its first and its last column, each of which is four bands of pixels. A band of the first is
+black or white by the toss of a coin; its partner, the band of the last column in the same rows, has the same colour.
+Nothing else tells the colour: not the class, not the middle, not another band. So a network that carries nothing across
+the map can do no better than judge each end by its own noisy pixels, and paints ends that agree half of the time; one
+that does can judge by both.
 
-What it asks of a mixer, all alike: to find the same row at the other edge, side - 1 sites away. A scan along rows goes
+What it asks of a mixer, all alike: to find the same rows at the other edge, side - 1 sites away. A scan along rows goes
 there if its gates have learned to keep to the row, however far. Softmax attention has to know rows from each other, by
-positions or by what the padding tells. Linear attention has as many channels as it has to hold pixels in, side at each
-end. Convolutions, and scans in chunks alone, do not get there at all.
+positions or by what the padding tells. Linear attention has as many channels as it has to hold bands in. Convolutions,
+and scans in chunks alone, do not get there at all. (A first version had a colour of its own in every row, and no model
+learned to use the far end in the few hundred steps that a CPU has for it.)
 
 Both best guesses are known in closed form, so that what a network carries is a number: :func:`reach_gained`.
 """
@@ -25,14 +27,15 @@ from torch.utils.data import Dataset
 from gspn_dit.data.images import SPLITS
 
 CONTRAST = 2.0  # ends are -2 and 2, so that the whole image has about half of unit scale
-TIMES = (0.5, 0.6, 0.7, 0.8)  # where the far end is worth most: nearer to 0 an end is plain, nearer to 1 both are lost
+BANDS = 4
+TIMES = (0.7, 0.8, 0.85, 0.9)  # where the far end is worth most: nearer to 0 an end is plain, nearer to 1 both are lost
 
 
 class FarEnds(Dataset):
     """Images float32 (1, side, side) of -2, 0 and 2, and the one label 0; `dataset[i]` depends on split and i alone.
 
     Args:
-        side: Pixels, 2 or more.
+        side: Pixels, a multiple of 4.
         split: `train` or `test`.
         count: How many there are.
     """
@@ -45,9 +48,9 @@ class FarEnds(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         draw = np.random.Generator(np.random.PCG64([SPLITS.index(self.split), index]))
-        colours = torch.from_numpy(draw.choice(np.array([-CONTRAST, CONTRAST], dtype=np.float32), self.side))
+        colours = torch.from_numpy(draw.choice(np.array([-CONTRAST, CONTRAST], dtype=np.float32), BANDS))
         image = torch.zeros(1, self.side, self.side)
-        image[..., 0] = image[..., -1] = colours
+        image[..., 0] = image[..., -1] = colours.repeat_interleave(self.side // BANDS)
         return image, 0
 
 
@@ -56,24 +59,30 @@ def ends(images: Tensor) -> Tensor:
     return images[..., 0, :, [0, -1]]
 
 
+def bands(columns: Tensor) -> Tensor:
+    """Columns (..., side, 2) cut into their bands, (..., 4, side / 4, 2)."""
+    return columns.unflatten(-2, (BANDS, -1))
+
+
 def agreement(images: Tensor) -> float:
-    """The share of rows of images (B, 1, side, side) whose two ends have one sign; 0.5 is chance."""
-    left, right = (ends(images) > 0).unbind(-1)
+    """The share of bands of images (B, 1, side, side) whose two ends have one sign; 0.5 is chance."""
+    left, right = (bands(ends(images)).mean(-2) > 0).unbind(-1)
     return (left == right).float().mean().item()
 
 
 def best_guess(noisy_ends: Tensor, t: float, reach: bool) -> Tensor:
     """The mean of the clean ends given the noisy ones, (..., side, 2): what the least squared error takes.
 
-    With x = ±c and x_t = (1-t)·x + t·ε it is c·tanh(c·(1-t)/t² · x_t), and with two pixels of one colour the sum of
-    both is in x_t's place.
+    With n pixels of x = ±c and x_t = (1-t)·x + t·ε it is c·tanh(c·(1-t)/t² · Σ x_t), over the pixels of one band, or
+    of two of one colour.
 
     Args:
         noisy_ends: x_t at the ends, (..., side, 2).
         t: Time in (0, 1).
         reach: Whether a guess may look at the other end.
     """
-    seen = noisy_ends.sum(-1, keepdim=True).expand_as(noisy_ends) if reach else noisy_ends
+    seen = bands(noisy_ends).sum((-2, -1) if reach else -2, keepdim=True)
+    seen = seen.expand_as(bands(noisy_ends)).flatten(-3, -2)
     return CONTRAST * torch.tanh(CONTRAST * (1 - t) / t**2 * seen)
 
 

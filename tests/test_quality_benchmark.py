@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.quality import Options, main, make_model
 from benchmarks.quality_data import TASKS, ReachTask
-from benchmarks.reach_task import CONTRAST, TIMES, FarEnds, agreement, best_guess, ends, reach_gained
+from benchmarks.reach_task import CONTRAST, TIMES, FarEnds, agreement, bands, best_guess, ends, reach_gained
 from gspn_dit.errors import InputError
 from gspn_dit.models import DiT
 from gspn_dit.options import parse
@@ -34,11 +34,11 @@ def far_ends(count: int) -> Tensor:
 def test_far_ends_agree_in_the_data_and_half_of_the_time_where_nothing_is_carried():
     images = far_ends(400)
     assert agreement(images) == 1.0
-    assert 0.45 < (ends(images) > 0).float().mean() < 0.55
+    assert 0.4 < (ends(images) > 0).float().mean() < 0.55
     assert images.count_nonzero() == 400 * 32 * 2  # nothing between them
     mixed = torch.cat([images[..., :16], images.roll(1, 0)[..., 16:]], dim=-1)
-    assert 0.47 < agreement(mixed) < 0.53
-    assert 0.47 < agreement(torch.cat([images[..., :16], images.roll(1, -2)[..., 16:]], dim=-1)) < 0.53
+    assert 0.45 < agreement(mixed) < 0.55
+    assert 0.45 < agreement(torch.cat([images[..., :16], images.roll(8, -2)[..., 16:]], dim=-1)) < 0.55
 
 
 def test_far_ends_are_the_same_each_time_and_held_out_ones_are_others():
@@ -54,10 +54,11 @@ def test_no_other_guess_of_an_end_is_nearer_than_the_best_one(t, reach):
     images = far_ends(4)
     noisy = ends((1 - t) * images + t * torch.randn(images.shape)).double()
     weights = [torch.exp(-((noisy - (1 - t) * colour) ** 2) / (2 * t**2)) for colour in (-CONTRAST, CONTRAST)]
+    weights = [bands(weight).prod(-2, keepdim=True) for weight in weights]
     if reach:
         weights = [weight.prod(-1, keepdim=True) for weight in weights]
     expected = CONTRAST * (weights[1] - weights[0]) / (weights[1] + weights[0])
-    torch.testing.assert_close(best_guess(noisy, t, reach), expected.expand_as(noisy))
+    torch.testing.assert_close(bands(best_guess(noisy, t, reach)), expected.expand_as(bands(noisy)))
 
 
 @pytest.mark.parametrize(("reach", "gained"), [(False, 0.0), (True, 1.0)])
