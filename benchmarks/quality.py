@@ -221,7 +221,7 @@ class Cell:
             "training_seconds": self.seconds,
             "machine": self.machine,
             "held_out_loss": self._held_out_loss(),
-            "figures": self.task.judge(samples, labels),
+            "figures": self.task.judge(samples, labels) | self._judge_network(),
             "losses": self.losses,
         }
         write_json(self.folder / "result.json", result)
@@ -274,6 +274,19 @@ class Cell:
                     losses = self.objective.loss(self.averaged, latents, labels, times, noise)
                 totals[i] += losses.double().sum().cpu()
         return (totals / count).tolist()
+
+    @torch.no_grad()
+    def _judge_network(self) -> dict[str, float]:
+        def velocity(noisy: Tensor, t: float, labels: Tensor) -> Tensor:
+            batches = zip(noisy.split(self.options.batch_size), labels.split(self.options.batch_size), strict=True)
+            with self.precision:
+                return torch.cat([
+                    self.averaged(some.to(self.device), torch.full((len(some),), 1000 * t, device=self.device),
+                                  classes.to(self.device)).float().cpu()
+                    for some, classes in batches
+                ])  # fmt: skip
+
+        return self.task.judge_network(velocity, self.options.held_out)
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Samples (N, C, h, w) on the CPU, their classes in turn; noise i is a function of i for every model."""

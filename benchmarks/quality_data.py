@@ -8,13 +8,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from benchmarks.reach_task import FarEnds, agreement
+from benchmarks.reach_task import FarEnds, agreement, reach_gained
 from gspn_dit.data import decode, encode_moments, load_vae, open_images, sample_posterior
 from gspn_dit.fid.extractors import create_extractor
 from gspn_dit.fid.metrics import ClassAccuracy, frechet_distance
 from gspn_dit.fid.moments import Moments, Statistics
 
 BATCH_SIZE = 250
+
+# Called with noisy latents (B, C, h, w) on the CPU, a time in [0, 1] and labels (B,); the network's velocity there.
+Velocity = Callable[[Tensor, float, Tensor], Tensor]
 
 
 class Task:
@@ -25,7 +28,8 @@ class Task:
         patch_size: Side of a token.
         num_classes: Classes.
         horizontal_flip: Whether training mirrors half of the images.
-        figures: What :meth:`judge` gives: name, how many decimals matter, whether more is better.
+        figures: What :meth:`judge` and :meth:`judge_network` give: name, how many decimals matter, whether more is
+            better.
     """
 
     latent_shape: tuple[int, int, int]
@@ -46,6 +50,10 @@ class Task:
 
     def judge(self, latents: Tensor, labels: Tensor) -> dict[str, float]:
         """The figures of samples (B, C, h, w) that were asked for by labels (B,)."""
+        return {}
+
+    def judge_network(self, velocity: Velocity, count: int) -> dict[str, float]:
+        """Figures of the network itself, on `count` held-out images."""
         return {}
 
 
@@ -117,7 +125,7 @@ class ReachTask(Task):
     """Images whose far ends must agree (:mod:`benchmarks.reach_task`), a token a pixel."""
 
     patch_size, num_classes = 1, 1
-    figures = (("agreement", 3, True), ("all_agree", 3, True))
+    figures = (("reach_gained", 3, True), ("agreement", 3, True))
 
     def __init__(self, side: int) -> None:
         self.latent_shape = (1, side, side)
@@ -127,7 +135,13 @@ class ReachTask(Task):
         return values
 
     def judge(self, latents: Tensor, labels: Tensor) -> dict[str, float]:
-        return agreement(latents)
+        return {"agreement": agreement(latents)}
+
+    def judge_network(self, velocity: Velocity, count: int) -> dict[str, float]:
+        images = torch.stack([self.held_out[i][0] for i in range(min(count, len(self.held_out)))])
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+        labels = torch.zeros(len(images), dtype=torch.long)
+        return {"reach_gained": reach_gained(lambda noisy, t: velocity(noisy, t, labels), images, noise)}
 
 
 TASKS: dict[str, Callable[[], Task]] = {
