@@ -27,6 +27,7 @@ from gspn_dit.data.photos import Photos
 from gspn_dit.data.vae import decode, encode_moments, load_vae, sample_posterior
 from gspn_dit.errors import InputError
 from gspn_dit.options import command, require
+from gspn_dit.training.linear_start import start_linear
 
 BATCH_SIZE = 100
 
@@ -34,7 +35,7 @@ BATCH_SIZE = 100
 class DigitShifts:
     """The 4,500 training digits, a batch drawn with a random shift of up to 2 pixels."""
 
-    block_out_channels, sample_size, autocast, initial_logvar = (8, 16, 48), IMAGE_SIZE, False, 0.0
+    block_out_channels, sample_size, autocast, linear = (8, 16, 48), IMAGE_SIZE, False, False
 
     def __init__(self) -> None:
         self.images = Digits("train").images
@@ -55,8 +56,7 @@ class PhotoCrops:
     """Square crops of the photographs at 64 or 128 pixels, half of them mirrored, from twice enlarged to the whole."""
 
     # sample_size is the side of the tiles that diffusers' tiled decoding takes.
-    # A posterior that starts narrow lets the pixels through at once; at unit variance the first minutes are lost.
-    block_out_channels, sample_size, autocast, initial_logvar = (16, 32, 64), 512, True, -5.0
+    block_out_channels, sample_size, autocast, linear = (16, 32, 64), 512, True, True
 
     def __init__(self) -> None:
         self.photographs = Photos().photographs
@@ -105,10 +105,11 @@ class Options:
     Args:
         data: What it is for: `digits` or `photos`.
         out: Folder to write, in diffusers' layout; it must not exist yet.
-        start: Folder of a VAE of the same data to go on from; None starts from random weights.
+        start: Folder of a VAE of the same data to go on from; None starts afresh.
         steps: Optimiser steps; None takes 3,500 for the digits and 2,700 for the photos.
         batch_size: Images a step.
         learning_rate: Peak of AdamW's rate, which falls to 0 along a cosine.
+        warmup_steps: Steps over which the rate rises first.
         kl_weight: Weight of the posterior's KL divergence per latent value, against the error per pixel.
         latent_noise: Standard deviation of the noise, in units of the latents', that the decoder learns to see through.
         seed: Seed of the weights and every draw.
@@ -120,6 +121,7 @@ class Options:
     steps: int | None = None
     batch_size: int = 32
     learning_rate: float = 2e-3
+    warmup_steps: int = 0
     kl_weight: float = 1e-3
     latent_noise: float = 0.1
     seed: int = 0
@@ -129,7 +131,7 @@ class Options:
             self.steps = STEPS[self.data]
         for key in ("steps", "batch_size"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        for key in ("kl_weight", "latent_noise"):
+        for key in ("warmup_steps", "kl_weight", "latent_noise"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
 
@@ -160,7 +162,7 @@ def main(options: Options) -> None:
 
 
 def new_vae(source: DigitShifts | PhotoCrops) -> AutoencoderKL:
-    """A VAE of random weights for a data set."""
+    """A VAE for a data set that has learned nothing yet."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -171,8 +173,8 @@ def new_vae(source: DigitShifts | PhotoCrops) -> AutoencoderKL:
         mid_block_add_attention=False,
         sample_size=source.sample_size,
     )
-    with torch.no_grad():
-        vae.quant_conv.bias[vae.config.latent_channels :] += source.initial_logvar
+    if source.linear:
+        start_linear(vae)
     return vae
 
 
@@ -180,6 +182,9 @@ def train(vae: AutoencoderKL, source: DigitShifts | PhotoCrops, options: Options
     """Fit the VAE to batches of the source."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+    if options.warmup_steps:
+        rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / options.warmup_steps, total_iters=options.warmup_steps)
+        schedule = torch.optim.lr_scheduler.ChainedScheduler([rise, schedule])
     bar = trange(options.steps, desc=f"{options.data} VAE", unit="step")
     for _ in bar:
         pixels = source.batch(options.batch_size) / 127.5 - 1
