@@ -24,7 +24,7 @@ from tqdm import trange
 
 from gspn_dit.data.digits import IMAGE_SIZE, Digits
 from gspn_dit.data.photos import Photos
-from gspn_dit.data.vae import decode, encode_moments, load_vae, sample_posterior
+from gspn_dit.data.vae import decode, encode_moments, sample_posterior
 from gspn_dit.errors import InputError
 from gspn_dit.options import command, require
 from gspn_dit.training.linear_start import start_linear
@@ -105,7 +105,6 @@ class Options:
     Args:
         data: What it is for: `digits` or `photos`.
         out: Folder to write, in diffusers' layout; it must not exist yet.
-        start: Folder of a VAE of the same data to go on from; None starts afresh.
         steps: Optimiser steps; None takes 3,500 for the digits and 2,700 for the photos.
         batch_size: Images a step.
         learning_rate: Peak of AdamW's rate, which falls to 0 along a cosine.
@@ -117,7 +116,6 @@ class Options:
 
     data: Literal["digits", "photos"]
     out: str
-    start: str | None = None
     steps: int | None = None
     batch_size: int = 32
     learning_rate: float = 2e-3
@@ -147,7 +145,7 @@ def main(options: Options) -> None:
         raise InputError(f"out={options.out!r} exists already: choose another folder, or remove it first")
     torch.manual_seed(options.seed)
     source = SOURCES[options.data]()
-    vae = load_vae(options.start).train().requires_grad_(True) if options.start else new_vae(source)
+    vae = new_vae(source)
     train(vae, source, options)
     vae.eval().requires_grad_(False)
     vae.register_to_config(scaling_factor=scaling_factor(vae, source.images))
