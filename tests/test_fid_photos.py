@@ -15,6 +15,9 @@ from gspn_dit.weights import packaged
 
 WEIGHTS = packaged("photos_classifier.safetensors")
 COUNT = 320
+pytestmark = pytest.mark.skipif(
+    not WEIGHTS.exists(), reason="no weights: `python -m gspn_dit.fid.classifier --data photos` makes them"
+)
 
 
 @pytest.fixture(scope="module")
