@@ -57,45 +57,32 @@ class Task:
         return {}
 
 
-class DigitsTask(Task):
-    """4,500 digits in the packaged VAE's latents, 8×8 tokens; 500 held out."""
+class ClassifiedTask(Task):
+    """Real images, whose samples the packaged classifier of the data set judges: its features and its classes.
 
-    latent_shape, patch_size, num_classes = (4, 8, 8), 1, 10
+    Attributes:
+        data: The data set.
+        image_size: Side of its images in pixels.
+        references: How many training images the Fréchet distance is to, None for all.
+    """
+
     figures = (("FD", 1, False), ("class_accuracy", 3, True))
-
-    def __init__(self) -> None:
-        self.vae = load_vae("digits")
-
-    @cached_property
-    def train(self) -> Sequence[tuple[Tensor, int]]:
-        return self._encoded("train")
-
-    @cached_property
-    def held_out(self) -> Sequence[tuple[Tensor, int]]:
-        return self._encoded("test")
+    data: str
+    image_size: int
+    references: int | None = None
 
     @cached_property
     def extractor(self) -> Callable[[Tensor], dict[str, Tensor]]:
-        return create_extractor("digits")
+        return create_extractor(self.data)
 
     @cached_property
     def reference(self) -> Statistics:
         """Of the training images, as FID's usually are."""
-        moments = Moments(64)
-        for images in open_images("digits", 32).images.split(BATCH_SIZE):
-            moments.update(None, self.extractor(images)["64"])
+        moments, images = Moments(64), open_images(self.data, self.image_size)
+        for indices in torch.arange(self.references or len(images)).split(BATCH_SIZE):
+            batch = torch.stack([images[i][0] for i in indices.tolist()])
+            moments.update(indices, self.extractor(batch)["64"])
         return moments.statistics()
-
-    def _encoded(self, split: str) -> Sequence[tuple[Tensor, int]]:
-        digits = open_images("digits", 32, split=split)
-        moments = [encode_moments(self.vae, images) for images in digits.images.split(BATCH_SIZE)]
-        return list(zip(torch.cat(moments), digits.labels.tolist(), strict=True))
-
-    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
-        return sample_posterior(self.vae.config, values, noise)
-
-    def images(self, latents: Tensor) -> Tensor:
-        return torch.cat([decode(self.vae, batch).cpu() for batch in latents.cpu().split(BATCH_SIZE)])
 
     def judge(self, latents: Tensor, labels: Tensor) -> dict[str, float]:
         moments, accuracy = Moments(64), ClassAccuracy(labels)
@@ -108,9 +95,39 @@ class DigitsTask(Task):
         return {"FD": distance, "class_accuracy": accuracy.score()}
 
 
-class PhotosTask(Task):
+class DigitsTask(ClassifiedTask):
+    """4,500 digits in the packaged VAE's latents, 8×8 tokens; 500 held out."""
+
+    data, image_size = "digits", 32
+    latent_shape, patch_size, num_classes = (4, 8, 8), 1, 10
+
+    def __init__(self) -> None:
+        self.vae = load_vae("digits")
+
+    @cached_property
+    def train(self) -> Sequence[tuple[Tensor, int]]:
+        return self._encoded("train")
+
+    @cached_property
+    def held_out(self) -> Sequence[tuple[Tensor, int]]:
+        return self._encoded("test")
+
+    def _encoded(self, split: str) -> Sequence[tuple[Tensor, int]]:
+        digits = open_images("digits", 32, split=split)
+        moments = [encode_moments(self.vae, images) for images in digits.images.split(BATCH_SIZE)]
+        return list(zip(torch.cat(moments), digits.labels.tolist(), strict=True))
+
+    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
+        return sample_posterior(self.vae.config, values, noise)
+
+    def images(self, latents: Tensor) -> Tensor:
+        return torch.cat([decode(self.vae, batch).cpu() for batch in latents.cpu().split(BATCH_SIZE)])
+
+
+class PhotosTask(ClassifiedTask):
     """Crops of 16 photographs in pixels, 64×64, as 32×32 tokens of 2×2; held out are other crops of the same."""
 
+    data, image_size, references = "photos", 64, 4000
     latent_shape, patch_size, num_classes = (3, 64, 64), 2, 16
     horizontal_flip = True
 

@@ -34,7 +34,7 @@ class Options:
 
     Args:
         data: `digits`, `photos`, or a folder of `class/*.jpg`.
-        vae: `digits`, a hub name or a local folder of a diffusers AutoencoderKL.
+        vae: `digits`, `photos`, a hub name or a local folder of a diffusers AutoencoderKL.
         image_size: Side of the square images in pixels.
         out: The store's folder; a run that was interrupted continues there.
         split: Of digits and photos; a folder is one split.

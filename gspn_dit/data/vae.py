@@ -15,6 +15,8 @@ from torch import Tensor
 from gspn_dit.errors import InputError
 from gspn_dit.weights import packaged
 
+NAMED = ("digits", "photos")
+
 
 class LatentScaling(Protocol):
     """What brings latents to unit variance: `vae.config`, or a :class:`~gspn_dit.data.latents.LatentStore`."""
@@ -27,29 +29,31 @@ def load_vae(name_or_folder: str | os.PathLike) -> AutoencoderKL:
     """An AutoencoderKL in float32, in eval mode, without gradients.
 
     Args:
-        name_or_folder: `digits` (the packaged one), a local diffusers folder, or a hub name.
+        name_or_folder: `digits` or `photos` (the packaged ones), a local diffusers folder, or a hub name.
 
     Raises:
         InputError: If there is no such VAE, it cannot be fetched, or the folder holds something else.
     """
-    source = packaged("digits") / "vae" if str(name_or_folder) == "digits" else Path(name_or_folder)
+    name = str(name_or_folder)
+    source = packaged(name) / "vae" if name in NAMED else Path(name_or_folder)
     remedy = (
-        "give `digits`, a folder with an AutoencoderKL's config.json and weights, or a hub name that can be reached"
+        "give `digits`, `photos`, a folder with an AutoencoderKL's config.json and weights, or a hub name that can be "
+        "reached"
     )
     if source.is_dir():
         _check_folder(source, remedy)
-    elif source.is_absolute() or len(source.parts) > 2 or str(name_or_folder).startswith("."):
-        raise InputError(f"vae={str(name_or_folder)!r}: no such folder; {remedy}")
+    elif source.is_absolute() or len(source.parts) > 2 or name.startswith("."):
+        raise InputError(f"vae={name!r}: no such folder; {remedy}")
     try:
         vae = AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"vae={str(name_or_folder)!r}: {reason}; {remedy}") from error
+        raise InputError(f"vae={name!r}: {reason}; {remedy}") from error
     return vae.eval().requires_grad_(False)
 
 
 def downsampling(vae: AutoencoderKL) -> int:
-    """How many pixels a side one latent stands for: 8 for Stable Diffusion's VAEs, 4 for the digits'."""
+    """How many pixels a side one latent stands for: 8 for Stable Diffusion's VAEs, 4 for the packaged ones."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 

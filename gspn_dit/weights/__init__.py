@@ -1,4 +1,4 @@
-"""Small trained models that come with the package: the digits VAE, classifier and diffusion model."""
+"""Small trained models that come with the package: VAEs and classifiers of digits and photos, diffusion models."""
 
 from pathlib import Path
 
