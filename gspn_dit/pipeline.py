@@ -25,7 +25,7 @@ from torch import Tensor
 from gspn_dit import models
 from gspn_dit.config import Config
 from gspn_dit.data import decode, load_vae
-from gspn_dit.data.tiling import tiled_decoding
+from gspn_dit.data.tiling import decode_in_tiles
 from gspn_dit.data.vae import downsampling
 from gspn_dit.diffusion import create_scheduler, denoise
 from gspn_dit.diffusion.sampling import Generators
@@ -239,8 +239,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
         """Decoded images, a few at a time: the VAE's activations are far larger than the transformer's."""
         pixels = latents.shape[2] * latents.shape[3] * downsampling(self.vae) ** 2
         slices = latents.split(max(1, _PIXELS_A_DECODE // pixels))
-        with tiled_decoding(self.vae, *latents.shape[2:]) if pixels > _PIXELS_A_DECODE else nullcontext():
-            images = torch.cat([decode(self.vae, each) for each in slices])
+        decoded = decode_in_tiles if pixels > _PIXELS_A_DECODE else decode
+        images = torch.cat([decoded(self.vae, each) for each in slices])
         if output_type == "uint8":
             return images
         if output_type == "pt":
