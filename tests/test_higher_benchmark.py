@@ -67,11 +67,7 @@ def test_rows_resume_and_other_settings_are_refused(options, monkeypatch):
 
 def test_the_plot_is_drawn_of_any_rows(options, tmp_path):
     results = higher.Results(options)
-    for rows in (
-        {},
-        {"held out": {"num_images": 4, "fd": 1.0}},
-        {"ours 64px shift": {"fd_crops": 3.0, "seconds": 1.0}},
-    ):
+    for rows in ({"held out": {"num_images": 4, "fd": 1.0}}, {"ours 64px shift": {"fd_crops": 3.0, "seconds": 1.0}}):
         results.rows |= rows
         higher.plot(results, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
