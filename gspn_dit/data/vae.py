@@ -89,8 +89,8 @@ def sample_posterior(scaling: LatentScaling, moments: Tensor, noise: Tensor) -> 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images uint8 (B, 3, H, W) of normalised latents (B, C, h, w): undoes :func:`sample_posterior` and decodes."""
     latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    pixels = vae.decode(latents).sample
-    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    pixels = vae.decode(latents).sample.float()
+    return pixels.add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)  # in place: a large image is large
 
 
 def _check_folder(folder: Path, remedy: str) -> None:
