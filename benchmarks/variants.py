@@ -1,4 +1,4 @@
-"""What `benchmarks.quality` can change in a gspn-dit beyond its options: `gspn-dit+variant=NAME`, each a function of the model.
+"""What `benchmarks.quality` can change in a gspn-dit beyond its options: `gspn-dit+variant=NAME`, functions of a model.
 
 A choice that lost, or that nobody should have to make, is tried here and is no option of the model.
 """
@@ -16,6 +16,7 @@ from gspn_dit.models import GSPNDiT
 from gspn_dit.models.layers import DepthwiseConv, linear
 from gspn_dit.models.mixers import NUM_DIRECTIONS, GSPNMixer
 from gspn_dit.ops import propagate
+from gspn_dit.ops.reference import DIRECTIONS
 
 
 def each_mixer(change: Callable[[GSPNMixer, int], None]) -> Callable[[GSPNDiT], None]:
@@ -82,10 +83,10 @@ def values_a_direction(mixer: GSPNMixer, width: int) -> None:
     def mix(self: GSPNMixer, value: Tensor) -> Tensor:
         gates, lam = self.gates_and_lam(value)
         lam, out = self.forgetting(lam)
-        names = ("down", "up", "right", "left")
+        values = [(value * scale).to(value.dtype) for scale in self.direction_scale]
         return sum(
-            propagate((value * self.direction_scale[k]).to(value.dtype), gates[..., k : k + 1, :, :], lam[..., k : k + 1, :],
-                      out[..., k : k + 1, :], chunk=self.chunk, directions=(names[k],))
+            propagate(values[k], gates[..., [k], :, :], lam[..., [k], :], out[..., [k], :], chunk=self.chunk,
+                      directions=(DIRECTIONS[k],))
             for k in range(NUM_DIRECTIONS)
         )  # fmt: skip
 

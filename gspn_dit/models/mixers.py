@@ -65,12 +65,12 @@ class GSPNMixer(Mixer):
         mix(v) = Σ_k h_k,   h_k[i] = f_k W_k h_k[i-1] + λ_k ⊙ v[i]
 
     A head of rank C // 16 reads v, which has seen its neighbourhood, and gives every group 12 gate logits and 4 λ. The
-    logits start near 0, so a line starts as the plain mean of the three neighbours before it; λ is the head's output
-    itself and starts at 1/4, so that a site's own value counts once in the sum of the four scans.
+    logits start near 0, so a line starts as the mean of the three neighbours before it; λ is the head's output itself
+    and starts at 1/4, so that a site's own value counts once in the sum of the four scans.
 
-    f = exp(-rate), one number a group and direction, starts with half-lives of 2 to 32 lines spread over the groups. W's
-    rows sum to 1: without f a scan would go on adding up all the lines it has run, and far ones drown near ones. The
-    norm that follows takes the scale out.
+    f = exp(-rate), one number a group and direction, starts with half-lives of 2 to 32 lines spread over the groups.
+    W's rows sum to 1: without f a scan would go on adding up all the lines it has run, and far ones drown near ones.
+    The norm that follows takes the scale out.
     """
 
     MOST = 40.0  # of rate × lines: e⁴⁰ and e⁻⁴⁰ leave float32 and bfloat16 room for the values they scale
@@ -100,8 +100,8 @@ class GSPNMixer(Mixer):
     def forgotten(self, height: int, width: int, dtype: torch.dtype) -> Tensor:
         """-log fⁿ: rate × lines of the chunk read before each site, float32 (H, W, 4, G).
 
-        fⁿ has to stay a number of the dtype: where a chunk has so many lines that it would not, the rate is lowered, and
-        half-lives are at least 1/58 of a chunk (1/9 in float16).
+        fⁿ has to stay a number of the dtype: where a chunk has so many lines that it would not, the rate is lowered,
+        and half-lives are at least 1/58 of a chunk (1/9 in float16).
         """
         rate = self.log_rate.float().exp()
         most = 6.0 if dtype == torch.float16 else self.MOST
