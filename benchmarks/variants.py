@@ -83,10 +83,10 @@ def values_a_direction(mixer: GSPNMixer, width: int) -> None:
     def mix(self: GSPNMixer, value: Tensor) -> Tensor:
         gates, lam = self.gates_and_lam(value)
         lam, out = self.forgetting(lam)
-        values = [(value * scale).to(value.dtype) for scale in self.direction_scale]
+        names, values = tuple(DIRECTIONS), [(value * scale).to(value.dtype) for scale in self.direction_scale]
         return sum(
             propagate(values[k], gates[..., [k], :, :], lam[..., [k], :], out[..., [k], :], chunk=self.chunk,
-                      directions=(DIRECTIONS[k],))
+                      directions=(names[k],))
             for k in range(NUM_DIRECTIONS)
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.quality import Options, main, make_model
 from benchmarks.quality_data import TASKS, ReachTask
 from benchmarks.reach_task import CONTRAST, TIMES, FarEnds, agreement, bands, best_guess, ends, reach_gained
+from benchmarks.variants import VARIANTS
 from gspn_dit.errors import InputError
 from gspn_dit.models import DiT
 from gspn_dit.options import parse
@@ -85,6 +86,23 @@ def test_models_have_the_same_width_and_depth_and_take_options():
     assert isinstance(made["dit"], DiT)
     assert made["gspn-dit+mixer=conv"].config.mixer == "conv"
     assert made["gspn-dit+chunk=8"].config.chunk == 8
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_another_model_that_trains(variant):
+    task, options = ReachTask(32), Options(width=32, depth=2, models=["gspn-dit"])
+    inputs = (torch.randn(1, 1, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
+    outputs = []
+    for spec in ("gspn-dit", f"gspn-dit+variant={variant}"):
+        torch.manual_seed(0)
+        model = make_model(spec, task, options)
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+        outputs.append(model(*inputs))
+        outputs[-1].square().sum().backward()
+    assert outputs[0].shape == outputs[1].shape and not torch.allclose(*outputs)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(
