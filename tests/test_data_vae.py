@@ -73,12 +73,12 @@ def test_photos_vae_reconstructs_held_out_crops_from_unit_latents(photos):
     assert downsampling(vae) == 4
     moments = encode_moments(vae, photos)
     assert moments.shape == (16, 8, 16, 16)
-    assert small_vae.psnr(small_vae.reconstruction_error(vae, photos)) > 21
+    assert small_vae.psnr(small_vae.reconstruction_error(vae, photos)) > 25
     generator = torch.Generator().manual_seed(0)
     latents = sample_posterior(vae.config, moments, torch.randn(16, 4, 16, 16, generator=generator))
     assert latents.std().item() == pytest.approx(1, abs=0.1)
     noisy = decode(vae, latents + 0.2 * torch.randn(latents.shape, generator=generator))
-    assert small_vae.psnr(error(noisy, photos)) > 20
+    assert small_vae.psnr(error(noisy, photos)) > 22
 
 
 def test_photos_vae_takes_any_size_and_tiles(photos):

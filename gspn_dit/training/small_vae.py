@@ -90,7 +90,10 @@ class PhotoCrops:
 
 
 SOURCES = {"digits": DigitShifts, "photos": PhotoCrops}
-STEPS = {"digits": 3500, "photos": 2700}
+RECIPES = {
+    "digits": {"steps": 3500, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 0},
+    "photos": {"steps": 3600, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 100},
+}
 
 
 def _stacked(images: Photos, count: int) -> Tensor:
@@ -100,12 +103,12 @@ def _stacked(images: Photos, count: int) -> Tensor:
 
 @dataclass
 class Options:
-    """How a packaged VAE is trained.
+    """How a packaged VAE is trained; what is null comes from the recipe of its data.
 
     Args:
         data: What it is for: `digits` or `photos`.
         out: Folder to write, in diffusers' layout; it must not exist yet.
-        steps: Optimiser steps; None takes 3,500 for the digits and 2,700 for the photos.
+        steps: Optimiser steps.
         batch_size: Images a step.
         learning_rate: Peak of AdamW's rate, which falls to 0 along a cosine.
         warmup_steps: Steps over which the rate rises first.
@@ -117,16 +120,17 @@ class Options:
     data: Literal["digits", "photos"]
     out: str
     steps: int | None = None
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    warmup_steps: int = 0
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    warmup_steps: int | None = None
     kl_weight: float = 1e-3
     latent_noise: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps is None:
-            self.steps = STEPS[self.data]
+        for key, value in RECIPES[self.data].items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
         for key in ("steps", "batch_size"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         for key in ("warmup_steps", "kl_weight", "latent_noise"):
