@@ -33,7 +33,7 @@ from gspn_dit.diffusion.schedulers import own_shift, shifted
 from gspn_dit.errors import InputError
 from gspn_dit.models.chunks import scaled_chunks
 from gspn_dit.runs import list_checkpoints
-from gspn_dit.weights import packaged
+from gspn_dit.weights import NAMED, packaged
 
 _PIXELS_A_DECODE = 2**20  # together; an image of more is decoded in tiles
 _OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
@@ -250,13 +250,13 @@ class GSPNDiTPipeline(DiffusionPipeline):
 
 
 def load_pipeline(path: str | os.PathLike) -> GSPNDiTPipeline:
-    """The pipeline of a run (its newest checkpoint), of one checkpoint, of an exported folder, or `digits`.
+    """The pipeline of a run (its newest checkpoint), of one checkpoint, of an exported folder, `digits` or `photos`.
 
     A run's or checkpoint's comes with the averaged weights, and with the run's sampler, guidance and steps as defaults.
 
     Raises :class:`InputError` if there is none of these, or its files cannot be read.
     """
-    folder = packaged("digits") if str(path) == "digits" else Path(path)
+    folder = packaged(str(path)) if str(path) in NAMED else Path(path)
     try:
         if (folder / "model_index.json").is_file():
             return GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
@@ -273,7 +273,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path | None:
 
     A run in training goes on writing checkpoints: who loads twice finds it once. Raises :class:`InputError`.
     """
-    folder = packaged("digits") if str(path) == "digits" else Path(path)
+    folder = packaged(str(path)) if str(path) in NAMED else Path(path)
     try:
         return None if (folder / "model_index.json").is_file() else _newest_checkpoint(folder).resolve()
     except InputError as error:

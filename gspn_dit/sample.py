@@ -37,7 +37,7 @@ class SampleOptions:
     """What to draw, from what, and where to.
 
     Args:
-        model: A run, a checkpoint folder, an exported folder, or `digits`.
+        model: A run, a checkpoint folder, an exported folder, `digits` or `photos`.
         class_labels: Class ids or names between commas; all classes if not given.
         labels: `balanced` takes these classes in turn, `random` draws each image's by the seed.
         num_images: How many images.

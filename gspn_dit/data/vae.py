@@ -13,9 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gspn_dit.errors import InputError
-from gspn_dit.weights import packaged
-
-NAMED = ("digits", "photos")
+from gspn_dit.weights import NAMED, packaged
 
 
 class LatentScaling(Protocol):

@@ -4,6 +4,8 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 
+NAMED = ("digits", "photos")  # what has a VAE, a classifier and a diffusion model here
+
 
 def packaged(name: str) -> Path:
     """Path of a packaged weights file or folder, for example `digits` or `digits_classifier.safetensors`."""
