@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# benchmarks/gpu.sh OUT: on a CUDA machine, everything that needs one: builds the kernels, tests them, checks them with
-# compute-sanitizer where there is one, and measures them. Results are written to OUT as they come.
+# benchmarks/gpu.sh OUT [kernels|models]: on a CUDA machine, everything that needs one, in two parts of under ten minutes.
+# kernels: builds them, tests them, checks them with compute-sanitizer where there is one, and measures them.
+# models: speed by image size, then quality; run it again with the same OUT and both go on where they stopped.
+# Results are written to OUT as they come.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:?usage: benchmarks/gpu.sh OUT}
+out=${1:?usage: benchmarks/gpu.sh OUT [kernels|models]}
+part=${2:-kernels}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
@@ -21,6 +24,11 @@ step() { # step NAME SECONDS COMMAND...: its output to OUT/NAME.txt and, the end
 }
 
 step build 120 "$python" -m gspn_dit.ops
+if [ "$part" = models ]; then
+  step resolution 280 "$python" -m benchmarks.resolution --device cuda --time-budget 260 --out "$out/resolution-cuda"
+  step quality 280 "$python" -m benchmarks.quality --preset gpu --time-budget 240 --out "$out/quality-cuda"
+  exit $failed
+fi
 step tests 150 "$python" -m pytest -q -x tests/test_cuda.py -k "gpu or graph or elements or spills"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

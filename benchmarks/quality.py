@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from benchmarks.operator import machine
 from benchmarks.quality_data import TASKS, Task
 from benchmarks.quality_report import write_report
+from benchmarks.variants import VARIANTS
 from gspn_dit.devices import choose_device
 from gspn_dit.diffusion import create_objective, create_scheduler, denoise, image_generator
 from gspn_dit.errors import InputError
@@ -144,9 +145,15 @@ def make_model(spec: str, task: Task, options: Options) -> LatentModel:
         if not equals:
             raise InputError(f"models={spec!r}: wanted option=value after the plus, not {word!r}")
         sizes[key] = yaml.safe_load(value)
+    variants = [variant for variant in sizes.pop("variant", "").split("&") if variant]
+    for variant in variants:
+        require(variant in VARIANTS, "models", spec, f"variants out of {', '.join(VARIANTS)}")
     channels, *sample_size = task.latent_shape
-    return create_model(f"{family}-s-{task.patch_size}", sample_size=sample_size, in_channels=channels,
-                        out_channels=channels, num_classes=task.num_classes, **sizes)  # fmt: skip
+    model = create_model(f"{family}-s-{task.patch_size}", sample_size=sample_size, in_channels=channels,
+                         out_channels=channels, num_classes=task.num_classes, **sizes)  # fmt: skip
+    for variant in variants:
+        VARIANTS[variant](model)
+    return model
 
 
 class Cell:
@@ -214,7 +221,7 @@ class Cell:
             "training_seconds": self.seconds,
             "machine": self.machine,
             "held_out_loss": self._held_out_loss(),
-            "figures": self.task.judge(samples, labels),
+            "figures": self.task.judge(samples, labels) | self._judge_network(),
             "losses": self.losses,
         }
         write_json(self.folder / "result.json", result)
@@ -267,6 +274,19 @@ class Cell:
                     losses = self.objective.loss(self.averaged, latents, labels, times, noise)
                 totals[i] += losses.double().sum().cpu()
         return (totals / count).tolist()
+
+    @torch.no_grad()
+    def _judge_network(self) -> dict[str, float]:
+        def velocity(noisy: Tensor, t: float, labels: Tensor) -> Tensor:
+            batches = zip(noisy.split(self.options.batch_size), labels.split(self.options.batch_size), strict=True)
+            with self.precision:
+                return torch.cat([
+                    self.averaged(some.to(self.device), torch.full((len(some),), 1000 * t, device=self.device),
+                                  classes.to(self.device)).float().cpu()
+                    for some, classes in batches
+                ])  # fmt: skip
+
+        return self.task.judge_network(velocity, self.options.held_out)
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Samples (N, C, h, w) on the CPU, their classes in turn; noise i is a function of i for every model."""

@@ -8,13 +8,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from benchmarks.reach_task import FarEnds, agreement
+from benchmarks.reach_task import FarEnds, agreement, reach_gained
 from gspn_dit.data import decode, encode_moments, load_vae, open_images, sample_posterior
 from gspn_dit.fid.extractors import create_extractor
 from gspn_dit.fid.metrics import ClassAccuracy, frechet_distance
 from gspn_dit.fid.moments import Moments, Statistics
 
 BATCH_SIZE = 250
+
+# Called with noisy latents (B, C, h, w) on the CPU, a time in [0, 1] and labels (B,); the network's velocity there.
+Velocity = Callable[[Tensor, float, Tensor], Tensor]
 
 
 class Task:
@@ -25,7 +28,8 @@ class Task:
         patch_size: Side of a token.
         num_classes: Classes.
         horizontal_flip: Whether training mirrors half of the images.
-        figures: What :meth:`judge` gives: name, how many decimals matter, whether more is better.
+        figures: What :meth:`judge` and :meth:`judge_network` give: name, how many decimals matter, whether more is
+            better.
     """
 
     latent_shape: tuple[int, int, int]
@@ -48,46 +52,37 @@ class Task:
         """The figures of samples (B, C, h, w) that were asked for by labels (B,)."""
         return {}
 
+    def judge_network(self, velocity: Velocity, count: int) -> dict[str, float]:
+        """Figures of the network itself, on `count` held-out images."""
+        return {}
 
-class DigitsTask(Task):
-    """4,500 digits in the packaged VAE's latents, 8×8 tokens; 500 held out."""
 
-    latent_shape, patch_size, num_classes = (4, 8, 8), 1, 10
+class ClassifiedTask(Task):
+    """Real images, whose samples the packaged classifier of the data set judges: its features and its classes.
+
+    Attributes:
+        data: The data set.
+        image_size: Side of its images in pixels.
+        references: How many training images the Fréchet distance is to, None for all.
+    """
+
     figures = (("FD", 1, False), ("class_accuracy", 3, True))
-
-    def __init__(self) -> None:
-        self.vae = load_vae("digits")
-
-    @cached_property
-    def train(self) -> Sequence[tuple[Tensor, int]]:
-        return self._encoded("train")
-
-    @cached_property
-    def held_out(self) -> Sequence[tuple[Tensor, int]]:
-        return self._encoded("test")
+    data: str
+    image_size: int
+    references: int | None = None
 
     @cached_property
     def extractor(self) -> Callable[[Tensor], dict[str, Tensor]]:
-        return create_extractor("digits")
+        return create_extractor(self.data)
 
     @cached_property
     def reference(self) -> Statistics:
         """Of the training images, as FID's usually are."""
-        moments = Moments(64)
-        for images in open_images("digits", 32).images.split(BATCH_SIZE):
-            moments.update(None, self.extractor(images)["64"])
+        moments, images = Moments(64), open_images(self.data, self.image_size)
+        for indices in torch.arange(self.references or len(images)).split(BATCH_SIZE):
+            batch = torch.stack([images[i][0] for i in indices.tolist()])
+            moments.update(indices, self.extractor(batch)["64"])
         return moments.statistics()
-
-    def _encoded(self, split: str) -> Sequence[tuple[Tensor, int]]:
-        digits = open_images("digits", 32, split=split)
-        moments = [encode_moments(self.vae, images) for images in digits.images.split(BATCH_SIZE)]
-        return list(zip(torch.cat(moments), digits.labels.tolist(), strict=True))
-
-    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
-        return sample_posterior(self.vae.config, values, noise)
-
-    def images(self, latents: Tensor) -> Tensor:
-        return torch.cat([decode(self.vae, batch).cpu() for batch in latents.cpu().split(BATCH_SIZE)])
 
     def judge(self, latents: Tensor, labels: Tensor) -> dict[str, float]:
         moments, accuracy = Moments(64), ClassAccuracy(labels)
@@ -100,9 +95,39 @@ class DigitsTask(Task):
         return {"FD": distance, "class_accuracy": accuracy.score()}
 
 
-class PhotosTask(Task):
+class DigitsTask(ClassifiedTask):
+    """4,500 digits in the packaged VAE's latents, 8×8 tokens; 500 held out."""
+
+    data, image_size = "digits", 32
+    latent_shape, patch_size, num_classes = (4, 8, 8), 1, 10
+
+    def __init__(self) -> None:
+        self.vae = load_vae("digits")
+
+    @cached_property
+    def train(self) -> Sequence[tuple[Tensor, int]]:
+        return self._encoded("train")
+
+    @cached_property
+    def held_out(self) -> Sequence[tuple[Tensor, int]]:
+        return self._encoded("test")
+
+    def _encoded(self, split: str) -> Sequence[tuple[Tensor, int]]:
+        digits = open_images("digits", 32, split=split)
+        moments = [encode_moments(self.vae, images) for images in digits.images.split(BATCH_SIZE)]
+        return list(zip(torch.cat(moments), digits.labels.tolist(), strict=True))
+
+    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
+        return sample_posterior(self.vae.config, values, noise)
+
+    def images(self, latents: Tensor) -> Tensor:
+        return torch.cat([decode(self.vae, batch).cpu() for batch in latents.cpu().split(BATCH_SIZE)])
+
+
+class PhotosTask(ClassifiedTask):
     """Crops of 16 photographs in pixels, 64×64, as 32×32 tokens of 2×2; held out are other crops of the same."""
 
+    data, image_size, references = "photos", 64, 4000
     latent_shape, patch_size, num_classes = (3, 64, 64), 2, 16
     horizontal_flip = True
 
@@ -117,7 +142,7 @@ class ReachTask(Task):
     """Images whose far ends must agree (:mod:`benchmarks.reach_task`), a token a pixel."""
 
     patch_size, num_classes = 1, 1
-    figures = (("agreement", 3, True), ("all_agree", 3, True))
+    figures = (("reach_gained", 3, True), ("agreement", 3, True))
 
     def __init__(self, side: int) -> None:
         self.latent_shape = (1, side, side)
@@ -127,7 +152,13 @@ class ReachTask(Task):
         return values
 
     def judge(self, latents: Tensor, labels: Tensor) -> dict[str, float]:
-        return agreement(latents)
+        return {"agreement": agreement(latents)}
+
+    def judge_network(self, velocity: Velocity, count: int) -> dict[str, float]:
+        images = torch.stack([self.held_out[i][0] for i in range(min(count, len(self.held_out)))])
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+        labels = torch.zeros(len(images), dtype=torch.long)
+        return {"reach_gained": reach_gained(lambda noisy, t: velocity(noisy, t, labels), images, noise)}
 
 
 TASKS: dict[str, Callable[[], Task]] = {

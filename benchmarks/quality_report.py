@@ -35,7 +35,7 @@ def write_report(
         draw_losses(curves, out / "losses.png")
     lines.append("Mean ± standard deviation over the seeds; the held-out loss is the mean squared error of the flow's")
     lines.append("velocity, of the averaged weights, with the same noise and times for every model. Samples without")
-    lines.append("guidance. FD and accuracy are the packaged digits classifier's; photos have no FD here.")
+    lines.append("guidance. FD and accuracy are the packaged classifiers' of digits and of photos.")
     machines = {run["machine"] for results in curves.values() for runs in results.values() for run in runs}
     lines += ["", ", ".join(f"{key} {value}" for key, value in settings.items()), *sorted(machines)]
     report = "\n".join(lines) + "\n"

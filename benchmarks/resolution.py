@@ -29,7 +29,8 @@ from gspn_dit.options import command, require
 
 STEPS = ("forward", "training")
 TRIAL_PIXELS = 256
-SETTINGS = {"cpu": tuple(product(("float32", "bfloat16"), (False, True))), "cuda": (("bfloat16", True),)}
+DTYPES = {"cpu": ["bfloat16", "float32"], "cuda": ["bfloat16"]}
+COMPILED = {"cpu": (False, True), "cuda": (True,)}
 PIXELS = {"cpu": [128, 256, 512, 1024, 2048], "cuda": [256, 512, 1024, 2048, 4096, 8192, 16384]}
 # A batch has the pixels of one image of this side, and at least one image: enough tokens to keep the machine busy.
 BATCH_PIXELS = {"cpu": 512, "cuda": 2048}
@@ -42,6 +43,7 @@ class Options:
     device: cpu or cuda.
     size: Size of the models: s, b, l or xl; by default s on the CPU and xl on a GPU.
     pixels: Sides of the images, multiples of 64.
+    dtypes: float32, bfloat16 or both, out of which every model gets its faster one; by default both on the CPU.
     threads: Threads of the CPU.
     repeats: Most timed calls of each measurement; at least 3, and none after 3 seconds.
     time_budget: Seconds after which no measurement is begun and the one under way is given up.
@@ -51,6 +53,7 @@ class Options:
     device: Literal["cpu", "cuda"] = "cpu"
     size: Literal["s", "b", "l", "xl"] | None = None
     pixels: list[int] | None = None
+    dtypes: list[Literal["float32", "bfloat16"]] | None = None
     threads: int = 2
     repeats: int = 15
     time_budget: float = 3600.0
@@ -59,6 +62,7 @@ class Options:
     def __post_init__(self) -> None:
         self.size = self.size or ("s" if self.device == "cpu" else "xl")
         self.pixels = self.pixels or PIXELS[self.device]
+        self.dtypes = self.dtypes or DTYPES[self.device]
         self.out = self.out or f"benchmarks/results/resolution-{self.device}"
         for pixels in self.pixels:
             require(pixels >= 64 and pixels % 64 == 0, "pixels", pixels, "multiples of 64")
@@ -114,7 +118,7 @@ class Results:
         return [
             Case(model, name, step, pixels, batch_of(options.device, pixels), dtype, compiled, options.device,
                  options.threads, options.repeats, overrides)
-            for dtype, compiled in SETTINGS[options.device]
+            for dtype, compiled in product(options.dtypes, COMPILED[options.device])
         ]  # fmt: skip
 
     def cases(self) -> Iterator[Case]:
@@ -195,7 +199,7 @@ def notes(results: Results) -> list[str]:
 
 def trial_lines(results: Results) -> list[str]:
     """The choice of settings."""
-    if len(SETTINGS[results.options.device]) == 1:
+    if len(results.trials("DiT", "forward")) == 1:
         return ["Settings: bfloat16, torch.compile of every block, flash attention for DiT."]
     words = [case.settings for case in results.trials("DiT", "forward")]
     pixels = results.trials("DiT", "forward")[0].pixels

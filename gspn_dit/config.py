@@ -33,7 +33,7 @@ class DataConfig:
 
     Args:
         source: `digits`, `photos`, a folder of `class/*.jpg`, or a store made by `python -m gspn_dit.data.encode`.
-        vae: `digits`, a hub name or a local folder of a diffusers AutoencoderKL.
+        vae: `digits`, `photos`, a hub name or a local folder of a diffusers AutoencoderKL.
         image_size: Side of the square images in pixels.
         horizontal_flip: Mirror half of the images, at random.
         num_workers: Processes that read data, per training process; 0 reads in the training process itself.
@@ -175,7 +175,7 @@ class EvaluationConfig:
         every: Steps between evaluations; 0 for none.
         num_samples: Images drawn, their classes in turn.
         reference: What they are compared with: a folder, an npz of images or of mu and sigma, or a named dataset.
-        features: `inception`, or `digits` for the packaged digits classifier.
+        features: `inception`, or `digits` or `photos` for the packaged classifier of those.
         weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
         guidance_scale: Classifier-free guidance; 1 is none.
         batch_size: Images at a time in each process.
@@ -184,7 +184,7 @@ class EvaluationConfig:
     every: int = 0
     num_samples: int = 2000
     reference: str | None = None
-    features: Literal["inception", "digits"] = "inception"
+    features: Literal["inception", "digits", "photos"] = "inception"
     weights: str | None = None
     guidance_scale: float = 1.0
     batch_size: int = 32

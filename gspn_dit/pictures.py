@@ -38,7 +38,9 @@ def save_grid(images: Tensor, path: str | os.PathLike) -> None:
     Images under 64 pixels a side are shown enlarged, pixel by pixel.
     """
     scale = max(1, math.ceil(_SMALLEST / min(images.shape[2:])))
-    images = interpolate(images.cpu().float(), scale_factor=scale, mode="nearest").to(torch.uint8)
+    images = images.cpu()
+    if scale > 1:
+        images = interpolate(images.float(), scale_factor=scale, mode="nearest").to(torch.uint8)
     columns = math.ceil(math.sqrt(len(images)))
     save_image(make_grid(images, nrow=columns, padding=_MARGIN, pad_value=_PAPER), path)
 

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import operator
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
 from gspn_dit import models
 from gspn_dit.config import Config
 from gspn_dit.data import decode, load_vae
+from gspn_dit.data.tiling import decode_in_tiles
 from gspn_dit.data.vae import downsampling
 from gspn_dit.diffusion import create_scheduler, denoise
 from gspn_dit.diffusion.sampling import Generators
+from gspn_dit.diffusion.schedulers import own_shift, shifted
 from gspn_dit.errors import InputError
+from gspn_dit.models.chunks import scaled_chunks
 from gspn_dit.runs import list_checkpoints
-from gspn_dit.weights import packaged
+from gspn_dit.weights import NAMED, packaged
 
-_PIXELS_A_DECODE = 2**20
+_PIXELS_A_DECODE = 2**20  # together; an image of more is decoded in tiles
 _OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 
 
@@ -97,6 +104,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
         width: int | None = None,
         generator: Generators = None,
         guidance_interval: tuple[float, float] | None = None,
+        shift: float | Literal["auto"] | None = None,
+        chunk_scale: float | Literal["auto"] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict] | None = None,
@@ -112,6 +121,10 @@ class GSPNDiTPipeline(DiffusionPipeline):
             generator: One for all, or a list of one an image
                 (`[image_generator(seed, i) for i in …]`, on the CPU, makes an image independent of its batch).
             guidance_interval: Share of the noise levels at which guidance acts, 0 clean and 1 pure noise.
+            shift: Of a flow model's noise levels σ, which become s·σ / (1 + (s - 1)·σ); `auto` multiplies the
+                scheduler's own by :meth:`side_ratio`, as Stable Diffusion 3 does; None leaves it.
+            chunk_scale: How many times as long as in training the chunks of local scans are; `auto` takes
+                :meth:`side_ratio`; None leaves them.
             output_type: `pil`; `np` float (B, H, W, 3) or `pt` float (B, 3, H, W), in [0, 1]; `uint8` (B, 3, H, W),
                 the bytes of the others; `latent`.
             return_dict: Give an `ImagePipelineOutput`; else a tuple.
@@ -128,6 +141,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
         shape = (len(labels), self.transformer.config.in_channels, *self.latent_size(height, width))
+        shift, chunk_scale = self.size_switches(height, width, shift, chunk_scale)
         device = self._execution_device
 
         def callback(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
@@ -135,18 +149,19 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 return None
             return (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents")
 
-        latents = denoise(
-            self.transformer,
-            self.scheduler,
-            randn_tensor(shape, generator=generator, device=device, dtype=torch.float32),
-            torch.tensor(labels, device=device),
-            guidance_scale=self.config.guidance_scale if guidance_scale is None else guidance_scale,
-            guidance_interval=tuple(guidance_interval or self.config.guidance_interval),
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            callback=callback,
-            progress=self.progress_bar,
-        )
+        with self._chunks(chunk_scale):
+            latents = denoise(
+                self.transformer,
+                self.scheduler if shift is None else shifted(self.scheduler, shift),
+                randn_tensor(shape, generator=generator, device=device, dtype=torch.float32),
+                torch.tensor(labels, device=device),
+                guidance_scale=self.config.guidance_scale if guidance_scale is None else guidance_scale,
+                guidance_interval=tuple(guidance_interval or self.config.guidance_interval),
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                callback=callback,
+                progress=self.progress_bar,
+            )
         images = latents if output_type == "latent" else self._pictures(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -192,27 +207,56 @@ class GSPNDiTPipeline(DiffusionPipeline):
             size.append(default if pixels is None else pixels // factor)
         return size[0], size[1]
 
+    def side_ratio(self, height: int | None = None, width: int | None = None) -> float:
+        """√(pixels / pixels of the trained size): how many times as long a side is, for a square."""
+        return math.sqrt(math.prod(self.latent_size(height, width)) / math.prod(self.latent_size()))
+
+    def size_switches(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        shift: float | Literal["auto"] | None = None,
+        chunk_scale: float | Literal["auto"] | None = None,
+    ) -> tuple[float | None, float | None]:
+        """The shift and the chunk scale of a call, with numbers for `auto`.
+
+        Raises :class:`InputError` if the model's objective has no shift or its layers no chunks, or for a bad number.
+        """
+        ratio = self.side_ratio(height, width)
+        if shift == "auto":
+            shift = own_shift(self.scheduler) * ratio
+        if chunk_scale == "auto":
+            chunk_scale = ratio
+        if shift is not None:
+            shifted(self.scheduler, shift)
+        with self._chunks(chunk_scale):  # raises what the call would
+            return shift, chunk_scale
+
+    def _chunks(self, scale: float | None) -> AbstractContextManager[None]:
+        return nullcontext() if scale is None else scaled_chunks(self.transformer, scale)
+
     def _pictures(self, latents: Tensor, output_type: str) -> Any:
         """Decoded images, a few at a time: the VAE's activations are far larger than the transformer's."""
         pixels = latents.shape[2] * latents.shape[3] * downsampling(self.vae) ** 2
         slices = latents.split(max(1, _PIXELS_A_DECODE // pixels))
-        images = torch.cat([decode(self.vae, each) for each in slices])
+        decoded = decode_in_tiles if pixels > _PIXELS_A_DECODE else decode
+        images = torch.cat([decoded(self.vae, each) for each in slices])
         if output_type == "uint8":
             return images
         if output_type == "pt":
-            return images.float() / 255
-        images = images.permute(0, 2, 3, 1).cpu().float().numpy() / 255
-        return images if output_type == "np" else self.numpy_to_pil(images)
+            return images.float().div_(255)
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
+        return images / np.float32(255) if output_type == "np" else [Image.fromarray(image) for image in images]
 
 
 def load_pipeline(path: str | os.PathLike) -> GSPNDiTPipeline:
-    """The pipeline of a run (its newest checkpoint), of one checkpoint, of an exported folder, or `digits`.
+    """The pipeline of a run (its newest checkpoint), of one checkpoint, of an exported folder, `digits` or `photos`.
 
     A run's or checkpoint's comes with the averaged weights, and with the run's sampler, guidance and steps as defaults.
 
     Raises :class:`InputError` if there is none of these, or its files cannot be read.
     """
-    folder = packaged("digits") if str(path) == "digits" else Path(path)
+    folder = packaged(str(path)) if str(path) in NAMED else Path(path)
     try:
         if (folder / "model_index.json").is_file():
             return GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
@@ -229,7 +273,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path | None:
 
     A run in training goes on writing checkpoints: who loads twice finds it once. Raises :class:`InputError`.
     """
-    folder = packaged("digits") if str(path) == "digits" else Path(path)
+    folder = packaged(str(path)) if str(path) in NAMED else Path(path)
     try:
         return None if (folder / "model_index.json").is_file() else _newest_checkpoint(folder).resolve()
     except InputError as error:

@@ -29,13 +29,15 @@ from gspn_dit.options import require
 from gspn_dit.pictures import load_image, save_grid, save_npz
 from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline
 
+BATCH_SIZE = 16
+
 
 @dataclass
 class SampleOptions:
     """What to draw, from what, and where to.
 
     Args:
-        model: A run, a checkpoint folder, an exported folder, or `digits`.
+        model: A run, a checkpoint folder, an exported folder, `digits` or `photos`.
         class_labels: Class ids or names between commas; all classes if not given.
         labels: `balanced` takes these classes in turn, `random` draws each image's by the seed.
         num_images: How many images.
@@ -43,8 +45,13 @@ class SampleOptions:
         guidance_interval: Share of the noise levels at which guidance acts, 0 clean and 1 pure noise.
         num_inference_steps: Denoising steps; the model's own default if not given.
         sampler: `ddpm`, `ddim` or `dpm++` for a ddpm model; `euler` or `heun` for a flow model.
+        shift: Of a flow model's noise levels at another size than trained: a number above 1 keeps more of the steps
+            noisy, `auto` takes √(pixels / trained pixels).
+        chunk_scale: How many times as long as in training the chunks of local scans are; `auto` takes the side over
+            the trained side.
         seed: Image i is a function of (seed, i), whatever the batch size and the number of processes.
-        batch_size: Images at a time, in each process.
+        batch_size: Images at a time, in each process; if not given, 16 or the fewer that have the pixels of 16 images
+            of the trained size.
         height: Pixels; the trained size if not given.
         width: Pixels; the trained size if not given.
         out: A `.png` for one grid, or a folder for single PNGs and labels.csv; `samples.png` unless there is `npz`.
@@ -61,8 +68,10 @@ class SampleOptions:
     guidance_interval: tuple[float, float] | None = None
     num_inference_steps: int | None = None
     sampler: str | None = None
+    shift: float | Literal["auto"] | None = None
+    chunk_scale: float | Literal["auto"] | None = None
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int | None = None
     height: int | None = None
     width: int | None = None
     out: str | None = None
@@ -70,8 +79,9 @@ class SampleOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for key in ("num_images", "batch_size"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(self.num_images >= 1, "num_images", self.num_images, "1 or more")
+        if self.batch_size is not None:
+            require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         if self.num_inference_steps is not None:
             require(self.num_inference_steps >= 1, "num_inference_steps", self.num_inference_steps, "1 or more")
@@ -133,7 +143,7 @@ def main(options: SampleOptions) -> None:
         missing,
         processes,
         seed=options.seed,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or batch_of(pipe, choices),
         **choices,
     )
     if processes.is_main_process:
@@ -168,7 +178,13 @@ def resolve(pipe: GSPNDiTPipeline, options: SampleOptions) -> dict[str, Any]:
         "width": width,
     }
     check_steps(pipe.scheduler, choices["num_inference_steps"])
-    return choices
+    shift, chunk_scale = pipe.size_switches(height, width, options.shift, options.chunk_scale)
+    return choices | {"shift": shift, "chunk_scale": chunk_scale}
+
+
+def batch_of(pipe: GSPNDiTPipeline, choices: dict[str, Any]) -> int:
+    """Images at a time where nobody said how many: as many pixels at any size from the trained one up."""
+    return max(1, min(BATCH_SIZE, int(BATCH_SIZE / pipe.side_ratio(choices["height"], choices["width"]) ** 2)))
 
 
 def describe(pipe: GSPNDiTPipeline, options: SampleOptions, choices: dict[str, Any]) -> dict[str, Any]:

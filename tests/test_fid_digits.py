@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from gspn_dit.data import open_images
 from gspn_dit.errors import InputError
-from gspn_dit.fid.digits_classifier import DigitsClassifier, accuracy, train
+from gspn_dit.fid.classifier import DigitsClassifier, accuracy, train
 from gspn_dit.fid.evaluate import Options, evaluate, main
 from gspn_dit.fid.extractors import create_extractor
 from gspn_dit.fid.images import open_samples
@@ -54,11 +54,11 @@ def test_it_forgives_what_generated_digits_differ_in(held_out, shift):
 @pytest.mark.slow
 def test_training_learns_and_is_the_same_for_the_same_seed(held_out):
     images, labels = digits("train", 900)
-    first = train(images, labels, seed=1, epochs=5)
+    first = train(DigitsClassifier, images, labels, seed=1, epochs=5)
     assert accuracy(first, *held_out) > 0.6
     torch.manual_seed(123)  # the state of the caller's generator is not its business
-    again, other = (train(images[:128], labels[:128], seed=seed, epochs=1) for seed in (1, 2))
-    once_more = train(images[:128], labels[:128], seed=1, epochs=1)
+    again, other = (train(DigitsClassifier, images[:128], labels[:128], seed=seed, epochs=1) for seed in (1, 2))
+    once_more = train(DigitsClassifier, images[:128], labels[:128], seed=1, epochs=1)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), once_more.parameters(), strict=True))
     assert not torch.equal(again.classify.weight, other.classify.weight)
 

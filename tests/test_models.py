@@ -81,9 +81,10 @@ def test_dit_gmacs_are_as_published(size, gmacs):
 def test_gspn_dit_macs_are_those_of_its_layers_and_linear_in_pixels():
     model = on_meta("gspn-dit-s-2")
     width, depth, rank, groups = 384, 12, 384 // 16, 6
-    mixer = 3 * width**2 + 9 * width + width * rank + rank * 16 * groups + 4 * 4 * width
-    a_token = 4 * 4 * width + depth * (mixer + 8 * width**2) + width * 4 * 8
-    a_sample = 256 * width + width**2 + 6 * width**2
+    mixer = 2 * width**2 + 9 * width + width * rank + rank * 16 * groups + 5 * 4 * width
+    a_token = 4 * 4 * width + depth * (mixer + 6 * width**2) + width * 4 * 8
+    modulation = 6 * width**2 + width * (width // 4) + depth * (width // 4) * 6 * width
+    a_sample = 256 * width + width**2 + modulation
     for latent_size in ((32, 32), (64, 64), (16, 48)):
         tokens = latent_size[0] * latent_size[1] // 4
         assert count_macs(model, latent_size) == tokens * a_token + a_sample
@@ -168,9 +169,11 @@ def test_a_new_model_predicts_exactly_zero(name):
 def test_new_adaln_zero_blocks_are_the_identity(name):
     model = create_model(name, **SMALL[name])
     x, condition = model.embed(*inputs())
-    modulation = model.modulation(condition) if name == "gspn-dit-ti-2" else condition
+    modulation = [condition]
+    if name == "gspn-dit-ti-2":
+        modulation = [model.modulation(condition), model.block_condition(condition)]
     for block in model.blocks:
-        assert torch.equal(block(x, modulation), x)
+        assert torch.equal(block(x, *modulation), x)
 
 
 def test_unpatchify_puts_row_column_channel_of_each_token_in_place():

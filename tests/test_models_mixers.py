@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 
 import pytest
 import torch
@@ -11,8 +11,7 @@ from torch import nn
 from gspn_dit.errors import InputError
 from gspn_dit.models import GSPNDiT, create_model
 from gspn_dit.models.counting import count_macs, count_parameters
-from gspn_dit.models.mixers import MIXERS, LinearAttentionMixer
-from gspn_dit.weights import packaged
+from gspn_dit.models.mixers import MIXERS, GSPNMixer, LinearAttentionMixer
 
 SIZE = {"width": 32, "depth": 3, "num_groups": 2, "sample_size": 8, "num_classes": 10}
 mixers = pytest.mark.parametrize("mixer", MIXERS)
@@ -55,9 +54,8 @@ def test_save_and_load_is_bit_equal(mixer, tmp_path):
 
 
 def test_a_config_from_before_there_was_a_choice_is_of_scans():
-    config = packaged("digits") / "transformer"
-    assert "mixer" not in json.loads((config / "config.json").read_text())
-    assert GSPNDiT.from_pretrained(config).config.mixer == "gspn"
+    config = {key: value for key, value in small("conv").config.items() if key != "mixer"}
+    assert GSPNDiT.from_config(config).config.mixer == "gspn"
 
 
 @mixers
@@ -121,13 +119,57 @@ def test_mixers_differ_in_their_own_layers_alone():
     models = {mixer: on_meta(mixer) for mixer in MIXERS}
     shapes = {mixer: {k: v.shape for k, v in model.state_dict().items()} for mixer, model in models.items()}
     own = {"gspn": "head", "attention": "query_key", "linear": "query_key", "conv": "wide_conv"}
-    shared = [{k: v for k, v in shapes[m].items() if f".{own[m]}." not in k} for m in MIXERS]
+    shared = [{k: v for k, v in shapes[m].items() if f".{own[m]}." not in k and "log_rate" not in k} for m in MIXERS]
     assert all(other == shared[0] for other in shared)
     rest = sum(shape.numel() for shape in shared[0].values())
     extra = {mixer: count_parameters(model) - rest for mixer, model in models.items()}
     attention = 12 * (2 * 384**2 + 2 * 384)
-    scans = 12 * (384 * 24 + (24 + 1) * 6 * 16)
+    scans = 12 * (384 * 24 + (24 + 1) * 6 * 16 + 4 * 6)
     assert extra == {"gspn": scans, "attention": attention, "linear": attention, "conv": 12 * 50 * 384}
+
+
+def straight_scans(chunk: int | None, rate: float | None = None) -> GSPNMixer:
+    """A mixer of two groups whose lines are straight, with λ = 1 everywhere."""
+    mixer = GSPNMixer(8, 2, 1, chunk)
+    with torch.no_grad():
+        mixer.head[1].weight.zero_()
+        mixer.head[1].bias.copy_(torch.tensor([-1e4, 1e4, -1e4] * 4 + [1.0] * 4).repeat(2))
+        if rate is not None:
+            mixer.log_rate.fill_(rate).log_()
+    return mixer
+
+
+@pytest.mark.parametrize("chunk", [None, 4, 5])
+def test_scans_forget_at_the_rate_of_their_group_and_direction(chunk):
+    """One site of value 1: every scan hands it straight on, less by f at each line, to the end of its chunk."""
+    mixer, (row, column) = straight_scans(chunk), (6, 2)
+    torch.manual_seed(0)
+    nn.init.normal_(mixer.log_rate, mean=-1.0)
+    value = torch.zeros(1, 9, 7, 8)
+    value[0, row, column] = 1
+    y = mixer.mix(value)[0, :, :, ::4]  # a channel a group
+    down, up, right, left = torch.exp(-mixer.log_rate.exp())
+    expected = torch.zeros(9, 7, 2)
+    for other in range(9):
+        if chunk is None or other // chunk == row // chunk:
+            expected[other, column] += (down if other >= row else up) ** abs(other - row)
+    for other in range(7):
+        if chunk is None or other // chunk == column // chunk:
+            expected[row, other] += (right if other >= column else left) ** abs(other - column)
+    expected[row, column] = 4  # the site itself, by all four
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize(("dtype", "least_half_life"), [(torch.bfloat16, 1 / 58), (torch.float16, 1 / 9)])
+def test_lines_too_long_for_a_quick_decay_forget_more_slowly_and_stay_finite(dtype, least_half_life):
+    mixer = straight_scans(None, rate=1e6).to(dtype)
+    value = torch.randn(1, 400, 3, 8).to(dtype).requires_grad_()
+    y = mixer.mix(value)
+    y.float().square().sum().backward()
+    assert y.isfinite().all() and value.grad.isfinite().all() and mixer.log_rate.grad.isfinite().all()
+    with torch.no_grad():
+        power = mixer.forgotten(400, 3, dtype)
+    assert math.log(2) / (power[1, 0, 0, 0] - power[0, 0, 0, 0]) == pytest.approx(least_half_life * 400, rel=0.05)
 
 
 def test_an_unknown_mixer_is_refused_by_name():

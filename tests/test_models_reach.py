@@ -68,7 +68,7 @@ def test_chunks_are_fixed_to_the_map():
         # a block of gspn: 7 × 7 and 3 × 3 filters, and one line of a chunk of 2
         ("gspn-ti-1", {"width": 16, "depth": 3}, 3 * (3 + 1 + 1)),
         # a block of gspn-dit: a 3 × 3 filter, and up to three lines of a chunk of 4
-        ("gspn-dit-ti-1", {"width": 16, "depth": 3, "num_groups": 1}, 3 * (1 + 3)),
+        ("gspn-dit-ti-1", {"width": 16, "depth": 3, "num_groups": 1, "chunk": 4}, 3 * (1 + 3)),
     ],
 )
 def test_a_model_is_local_until_its_last_two_layers(name, layers, local_reach):
@@ -89,7 +89,7 @@ def test_a_model_is_local_until_its_last_two_layers(name, layers, local_reach):
 
 def test_layers_can_be_made_global_by_index_and_are_the_last_two_by_default():
     chunks = [block.mixer.chunk for block in create_model("gspn-dit-ti-2").blocks]
-    assert chunks == [4, 4, 4, 4, None, None]
+    assert chunks == [16, 16, 16, 16, None, None]
     chunks = [block.core.chunk for block in create_model("gspn-ti-2", global_layers=[0, -2]).blocks]
     assert chunks == [None, 2, 2, 2, 2, None, 2]
     assert {block.core.chunk for block in create_model("gspn-ti-2", chunk=None).blocks} == {None}
@@ -124,6 +124,7 @@ def turned_gspn(core: GSPNCore, chunk: int | None) -> GSPNCore:
 def turned_gspn_dit(mixer: GSPNMixer, chunk: int | None) -> GSPNMixer:
     turned = scan_layer("gspn-dit", chunk)
     turned.load_state_dict(mixer.state_dict())
+    turned.log_rate.copy_(turn_directions(mixer.log_rate))
     for name in ("weight", "bias"):
         before = getattr(mixer.head[1], name)
         by_group = before.view(2, 16, -1).movedim(1, 0)  # (16, G, …): 4 × 3 logits, 4 λ

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.quality import Options, main, make_model
 from benchmarks.quality_data import TASKS, ReachTask
-from benchmarks.reach_task import FarEnds, agreement, ends
+from benchmarks.reach_task import CONTRAST, TIMES, FarEnds, agreement, bands, best_guess, ends, reach_gained
+from benchmarks.variants import VARIANTS
 from gspn_dit.errors import InputError
 from gspn_dit.models import DiT
 from gspn_dit.options import parse
@@ -25,23 +27,53 @@ def results(out: Path) -> dict[str, dict]:
     return {name: {k: v for k, v in run.items() if k != "training_seconds"} for name, run in found.items()}
 
 
+def far_ends(count: int) -> Tensor:
+    """The first held-out images of the task that needs reach, (count, 1, 32, 32)."""
+    return torch.stack([FarEnds(32, "test", count)[i][0] for i in range(count)])
+
+
 def test_far_ends_agree_in_the_data_and_half_of_the_time_where_nothing_is_carried():
-    images = torch.stack([FarEnds(32, "test", 400)[i][0] for i in range(400)])
-    assert agreement(images) == {"agreement": 1.0, "all_agree": 1.0}
-    left, right = ends(images)
-    assert 0.4 < (left[:, :, 0, 0] > 0).float().mean() < 0.6
-    assert images.count_nonzero() == left.numel() + right.numel()  # nothing between them
-    others = images.roll(1, 0)
-    mixed = torch.cat([images[..., :16], others[..., 16:]], dim=-1)
-    assert 0.42 < agreement(mixed)["agreement"] < 0.58
-    assert agreement(mixed)["all_agree"] < 0.15
-    assert agreement(images.rot90(2, (-2, -1))) == {"agreement": 1.0, "all_agree": 1.0}
+    images = far_ends(400)
+    assert agreement(images) == 1.0
+    assert 0.4 < (ends(images) > 0).float().mean() < 0.55
+    assert images.count_nonzero() == 400 * 32 * 2  # nothing between them
+    mixed = torch.cat([images[..., :16], images.roll(1, 0)[..., 16:]], dim=-1)
+    assert 0.45 < agreement(mixed) < 0.55
+    assert 0.45 < agreement(torch.cat([images[..., :16], images.roll(8, -2)[..., 16:]], dim=-1)) < 0.55
 
 
 def test_far_ends_are_the_same_each_time_and_held_out_ones_are_others():
-    first, again, other = FarEnds(32, "train", 64), FarEnds(32, "train", 64), FarEnds(32, "test", 64)
-    assert all(torch.equal(first[i][0], again[i][0]) for i in range(64))
-    assert any(not torch.equal(first[i][0], other[i][0]) for i in range(64))
+    first, again, other = FarEnds(32, "train", 8), FarEnds(32, "train", 8), FarEnds(32, "test", 8)
+    assert all(torch.equal(first[i][0], again[i][0]) for i in range(8))
+    assert not any(torch.equal(first[i][0], other[i][0]) for i in range(8))
+
+
+@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize("reach", [False, True])
+def test_no_other_guess_of_an_end_is_nearer_than_the_best_one(t, reach):
+    """The posterior mean by brute force: the noise's density at each of the two colours."""
+    images = far_ends(4)
+    noisy = ends((1 - t) * images + t * torch.randn(images.shape)).double()
+    weights = [torch.exp(-((noisy - (1 - t) * colour) ** 2) / (2 * t**2)) for colour in (-CONTRAST, CONTRAST)]
+    weights = [bands(weight).prod(-2, keepdim=True) for weight in weights]
+    if reach:
+        weights = [weight.prod(-1, keepdim=True) for weight in weights]
+    expected = CONTRAST * (weights[1] - weights[0]) / (weights[1] + weights[0])
+    torch.testing.assert_close(bands(best_guess(noisy, t, reach)), expected.expand_as(bands(noisy)))
+
+
+@pytest.mark.parametrize(("reach", "gained"), [(False, 0.0), (True, 1.0)])
+def test_the_best_guess_from_one_end_gains_no_reach_and_that_from_both_gains_all(reach, gained):
+    images = far_ends(32)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+
+    def velocity(noisy: Tensor, t: float) -> Tensor:
+        guess = torch.zeros_like(noisy)
+        guess[..., 0, :, [0, -1]] = best_guess(ends(noisy), t, reach)
+        return (noisy - guess) / t
+
+    assert reach_gained(velocity, images, noise) == pytest.approx(gained, abs=1e-4)
+    assert reach_gained(lambda noisy, t: noisy / t, images, noise) < 0  # a guess that is grey
 
 
 def test_models_have_the_same_width_and_depth_and_take_options():
@@ -54,6 +86,23 @@ def test_models_have_the_same_width_and_depth_and_take_options():
     assert isinstance(made["dit"], DiT)
     assert made["gspn-dit+mixer=conv"].config.mixer == "conv"
     assert made["gspn-dit+chunk=8"].config.chunk == 8
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_another_model_that_trains(variant):
+    task, options = ReachTask(32), Options(width=32, depth=2, models=["gspn-dit"])
+    inputs = (torch.randn(1, 1, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
+    outputs = []
+    for spec in ("gspn-dit", f"gspn-dit+variant={variant}"):
+        torch.manual_seed(0)
+        model = make_model(spec, task, options)
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+        outputs.append(model(*inputs))
+        outputs[-1].square().sum().backward()
+    assert outputs[0].shape == outputs[1].shape and not torch.allclose(*outputs)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(
@@ -114,4 +163,4 @@ def test_a_run_cut_after_every_step_gives_the_figures_of_an_unbroken_one(tmp_pat
         main(Options(**TINY | {"steps": 4}, out=str(tmp_path / "cut")))
     run = next(iter(results(tmp_path / "whole").values()))
     assert len(run["losses"]) == 3 and len(run["held_out_loss"]) == 10
-    assert run["figures"].keys() == {"agreement", "all_agree"}
+    assert run["figures"].keys() == {"agreement", "reach_gained"}

@@ -14,6 +14,7 @@ from PIL import Image
 
 from gspn_dit.options import command
 from gspn_dit.pictures import save_npz
+from gspn_dit.pipeline import GSPNDiTPipeline
 from gspn_dit.sample import SampleOptions, main
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
@@ -93,6 +94,22 @@ def test_more_images_start_with_the_same_ones(run, tmp_path):
     assert np.abs(two - five[:2]).max() <= 1
 
 
+def test_as_many_pixels_at_a_time_at_any_size(run, tmp_path, monkeypatch):
+    batches, call = [], GSPNDiTPipeline.__call__
+
+    def counted(pipe, labels, **options):
+        batches.append(len(labels))
+        return call(pipe, labels, **options)
+
+    monkeypatch.setattr(GSPNDiTPipeline, "__call__", counted)
+    for size, expected in (("8", [16, 1]), ("16", [16, 1]), ("32", [4, 4, 4, 4, 1]), ("80", [1, 1])):
+        batches.clear()
+        count = str(sum(expected))
+        sample("--model", str(run), "--num-images", count, "--npz", str(tmp_path / f"{size}.npz"), "--height", size,
+               "--width", size, "--num-inference-steps", "1", "--shift", "auto", "--chunk-scale", "auto")  # fmt: skip
+        assert batches == expected
+
+
 def test_other_size_and_seed(run, tmp_path):
     options = ("--model", str(run), "--num-images", "1")
     for name, *more in [("wide", "--width", "24"), ("seed0",), ("seed1", "--seed", "1"), ("again", "--seed", "0")]:
@@ -112,6 +129,10 @@ def test_other_size_and_seed(run, tmp_path):
         ("--sampler ddim", "sampler='ddim': the flow objective is sampled with euler, heun"),
         ("--num-inference-steps 5000", "num_inference_steps=5000"),
         ("--num-images 0", "num_images=0"),
+        ("--batch-size 0", "batch_size=0"),
+        ("--shift slow", "shift='slow': wanted a number or auto or null"),
+        ("--shift 0", "shift=0.0: wanted a positive number, or auto"),
+        ("--chunk-scale -2", "chunk_scale=-2.0: wanted a positive number, or auto"),
         ("--seed -1", "seed=-1"),
         ("--guidance-scale 0.5", "guidance_scale=0.5"),
         ("--guidance-interval [0.8,0.2]", "guidance_interval"),
@@ -203,6 +224,8 @@ def test_two_processes_go_on_where_one_was_and_make_the_npz(run, tmp_path, unbro
         ("--num-inference-steps 4", "num_inference_steps=4"),
         ("--sampler heun", "sampler='FlowMatchHeunDiscreteScheduler'"),
         ("--width 24", "width=24"),
+        ("--shift 2", "shift=2.0: {} was begun with shift=None"),
+        ("--chunk-scale auto", "chunk_scale=1.0"),
         ("--class-labels 2", "class_labels='2'"),
         ("--labels random", "labels='random'"),
         ("--model other", "model_weights="),

@@ -26,6 +26,7 @@ from gspn_dit.devices import join_processes
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.files import begin_or_continue
 from gspn_dit.options import command, require
+from gspn_dit.weights import NAMED
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Options:
 
     Args:
         data: `digits`, `photos`, or a folder of `class/*.jpg`.
-        vae: `digits`, a hub name or a local folder of a diffusers AutoencoderKL.
+        vae: `digits`, `photos`, a hub name or a local folder of a diffusers AutoencoderKL.
         image_size: Side of the square images in pixels.
         out: The store's folder; a run that was interrupted continues there.
         split: Of digits and photos; a folder is one split.
@@ -175,7 +176,7 @@ def half(moments: list[Tensor]) -> Tensor:
 
 def stable_name(name: str) -> str:
     """A local folder by its absolute path, so that the store can be read from anywhere; any other name as it is."""
-    return os.path.abspath(name) if name not in ("digits", "photos") and os.path.isdir(name) else name
+    return os.path.abspath(name) if name not in NAMED and os.path.isdir(name) else name
 
 
 class _Loadable(Dataset):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gspn_dit.errors import InputError
-from gspn_dit.weights import packaged
+from gspn_dit.weights import NAMED, packaged
 
 
 class LatentScaling(Protocol):
@@ -27,29 +27,31 @@ def load_vae(name_or_folder: str | os.PathLike) -> AutoencoderKL:
     """An AutoencoderKL in float32, in eval mode, without gradients.
 
     Args:
-        name_or_folder: `digits` (the packaged one), a local diffusers folder, or a hub name.
+        name_or_folder: `digits` or `photos` (the packaged ones), a local diffusers folder, or a hub name.
 
     Raises:
         InputError: If there is no such VAE, it cannot be fetched, or the folder holds something else.
     """
-    source = packaged("digits") / "vae" if str(name_or_folder) == "digits" else Path(name_or_folder)
+    name = str(name_or_folder)
+    source = packaged(name) / "vae" if name in NAMED else Path(name_or_folder)
     remedy = (
-        "give `digits`, a folder with an AutoencoderKL's config.json and weights, or a hub name that can be reached"
+        "give `digits`, `photos`, a folder with an AutoencoderKL's config.json and weights, or a hub name that can be "
+        "reached"
     )
     if source.is_dir():
         _check_folder(source, remedy)
-    elif source.is_absolute() or len(source.parts) > 2 or str(name_or_folder).startswith("."):
-        raise InputError(f"vae={str(name_or_folder)!r}: no such folder; {remedy}")
+    elif source.is_absolute() or len(source.parts) > 2 or name.startswith("."):
+        raise InputError(f"vae={name!r}: no such folder; {remedy}")
     try:
         vae = AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"vae={str(name_or_folder)!r}: {reason}; {remedy}") from error
+        raise InputError(f"vae={name!r}: {reason}; {remedy}") from error
     return vae.eval().requires_grad_(False)
 
 
 def downsampling(vae: AutoencoderKL) -> int:
-    """How many pixels a side one latent stands for: 8 for Stable Diffusion's VAEs, 4 for the digits'."""
+    """How many pixels a side one latent stands for: 8 for Stable Diffusion's VAEs, 4 for the packaged ones."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
@@ -85,8 +87,8 @@ def sample_posterior(scaling: LatentScaling, moments: Tensor, noise: Tensor) -> 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images uint8 (B, 3, H, W) of normalised latents (B, C, h, w): undoes :func:`sample_posterior` and decodes."""
     latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    pixels = vae.decode(latents).sample
-    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    pixels = vae.decode(latents).sample.float()
+    return pixels.add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)  # in place: a large image is large
 
 
 def _check_folder(folder: Path, remedy: str) -> None:

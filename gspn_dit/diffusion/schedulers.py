@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -57,3 +59,38 @@ def objective_of(scheduler: SchedulerMixin) -> str:
     # The flow-matching schedulers know no prediction type; the others name theirs.
     prediction = scheduler.config.get("prediction_type", "flow_prediction")
     return "flow" if prediction == "flow_prediction" else "ddpm"
+
+
+def own_shift(scheduler: SchedulerMixin) -> float:
+    """The noise shift that a scheduler's config has; 1 is none."""
+    return float(scheduler.config.get(_shift_option(scheduler) or "", 1.0))
+
+
+def shifted(scheduler: SchedulerMixin, shift: float) -> SchedulerMixin:
+    """A copy of a flow scheduler whose noise levels are σ' = s·σ / (1 + (s - 1)·σ), with s in place of its own shift.
+
+    Noise hides a large image less than a small one, whose pixels each stand for several of its own: s = √(m/n) at m
+    pixels puts as much uncertainty into a step as training had at n (Esser et al., arXiv 2403.03206, section 5.3.2).
+
+    Raises :class:`InputError` for a shift that is not positive, or a scheduler of the ddpm objective or without shift.
+    """
+    if not 0 < shift < math.inf:
+        raise InputError(f"shift={shift!r}: wanted a positive number, or auto")
+    kind, option = type(scheduler), _shift_option(scheduler)
+    if objective_of(scheduler) != "flow":
+        raise InputError(
+            f"shift={shift!r}: {kind.__name__} samples the ddpm objective, whose noise levels are fixed by its chain; "
+            "only flow models have a shift, leave it out"
+        )
+    if option is None:
+        raise InputError(f"shift={shift!r}: {kind.__name__} has no shift; {' and '.join(SAMPLERS['flow'])} do")
+    still = {"use_dynamic_shifting": False} if "use_dynamic_shifting" in scheduler.config else {}
+    copy = kind.from_config(scheduler.config, **{option: float(shift)}, **still)
+    if option == "shift":  # whose least level diffusers shifts when it makes the scheduler, and again with the others
+        copy.sigma_min = kind.from_config(scheduler.config, shift=1.0, **still).sigma_min
+    return copy
+
+
+def _shift_option(scheduler: SchedulerMixin) -> str | None:
+    """What a scheduler's config calls the shift of its flow's noise levels."""
+    return next((name for name in ("shift", "flow_shift") if name in scheduler.config), None)

@@ -2,6 +2,6 @@
 
 `images` and `npz` open what is scored, `extractors` turns images into features, `features` passes a set's features, in
 shares over `processes`, to what accumulates them: `moments` (FID, sFID), `metrics` (Inception Score, class accuracy)
-and `neighbours` (precision, recall). `evaluate` and `reference` are the commands, and `digits_classifier` the model
-(and its training) behind the digits' figures.
+and `neighbours` (precision, recall). `evaluate` and `reference` are the commands, and `classifier` the models
+(and their training) behind the digits' and photos' figures.
 """

@@ -39,7 +39,7 @@ class Options:
         samples: Folder of images (labels.csv beside them: file,label), or an npz of uint8 NHWC arr_0 (and labels).
         reference: What to compare with: a folder, an npz of images, an ADM reference npz (mu, sigma, mu_s, sigma_s and
             arr_0; `python fid/reference.py` makes one), or `digits`, `photos`, `digits:test`, `photos:test`.
-        features: `inception`, or `digits` for the packaged digits classifier.
+        features: `inception`, or `digits` or `photos` for the packaged classifier of those.
         out: The JSON file to write.
         weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
         device: `auto` takes the accelerator if there is one, and each process of `accelerate launch` its own.
@@ -59,7 +59,7 @@ class Options:
 def main(options: Options) -> None:
     """Score images against a reference as ADM's suite does: FID, sFID, Inception Score, precision and recall.
 
-    Also class accuracy for digits. Under `accelerate launch`, the processes share the work.
+    Also class accuracy for digits and photos. Under `accelerate launch`, the processes share the work.
     """
     out = Path(options.out)
     make_folder_of(out)

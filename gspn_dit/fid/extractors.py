@@ -21,11 +21,10 @@ from torch_fidelity import feature_extractor_inceptionv3 as published
 from torch_fidelity.utils import create_feature_extractor
 
 from gspn_dit.errors import InputError
-from gspn_dit.fid import digits_classifier
-from gspn_dit.fid.digits_classifier import DigitsClassifier
+from gspn_dit.fid.classifier import Classifier, DigitsClassifier, PhotosClassifier
 from gspn_dit.weights import packaged
 
-FeatureName = Literal["inception", "digits"]
+FeatureName = Literal["inception", "digits", "photos"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Extractor:
     """A feature extractor, and which of its outputs mean what.
 
     Args:
-        name: `inception` or `digits`.
+        name: `inception`, `digits` or `photos`.
         network: Takes uint8 (B, 3, H, W), gives a tuple of float32 (B, width), one for each layer asked for.
         weights: The file its weights came from.
         frechet_key: What a Fréchet distance of these features is called: `fid` for Inception's, `fd` for others.
@@ -79,8 +78,9 @@ def create_extractor(name: FeatureName, weights: str | None = None, *, device: t
     """The extractor of that name, in eval mode on the device.
 
     Args:
-        name: `inception`, torch-fidelity's InceptionV3 of the published FID; or `digits`, the digits classifier.
-        weights: File of its weights. None takes the packaged ones for `digits`, and for `inception` torch-fidelity's
+        name: `inception`, torch-fidelity's InceptionV3 of the published FID; or `digits` or `photos`, the classifier
+            of that data set.
+        weights: File of its weights. None takes a classifier's packaged ones, and for `inception` torch-fidelity's
             published file from torch.hub's cache, downloading it if it is not there.
 
     Raises:
@@ -88,10 +88,11 @@ def create_extractor(name: FeatureName, weights: str | None = None, *, device: t
     """
     if weights is not None and not Path(weights).is_file():
         raise InputError(f"weights={weights}: no such file")
-    if name == "digits":
-        file = Path(weights) if weights else packaged("digits_classifier.safetensors")
-        network = _create(DigitsFeatures, file, device)
-        only = {"image_size": digits_classifier.IMAGE_SIZE, "num_classes": digits_classifier.NUM_CLASSES}
+    if name in CLASSIFIER_FEATURES:
+        features = CLASSIFIER_FEATURES[name]
+        file = Path(weights) if weights else packaged(f"{name}_classifier.safetensors")
+        network = _create(features, file, device)
+        only = {"image_size": features.only_size, "num_classes": features.kind.num_classes}
         return Extractor(name, network, file, "fd", *network.features_list, **only)
     file = Path(weights) if weights else published_inception_weights()
     network = _create(InceptionFeatures, file, device, InceptionFeatures.SPATIAL)
@@ -148,12 +149,20 @@ class InceptionFeatures(FeatureExtractorInceptionV3):
         self.spatial = first.flatten(1).to(torch.float32)
 
 
-class DigitsFeatures(FeatureExtractorBase):
-    """The digits classifier as a torch-fidelity extractor: layers `64` (penultimate) and `logits`."""
+class ClassifierFeatures(FeatureExtractorBase):
+    """A packaged classifier as a torch-fidelity extractor: layers `64` (penultimate) and `logits`.
+
+    Attributes:
+        kind: The classifier.
+        only_size: The only side of images it takes, or None for any.
+    """
+
+    kind: type[Classifier]
+    only_size: int | None = None
 
     def __init__(self, name: str, features_list: Sequence[str], feature_extractor_weights_path: str, **_) -> None:
         super().__init__(name, features_list)
-        self.classifier = DigitsClassifier.load(feature_extractor_weights_path)
+        self.classifier = self.kind.load(feature_extractor_weights_path)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         features = self.classifier.features(images)
@@ -172,12 +181,29 @@ class DigitsFeatures(FeatureExtractorBase):
     def can_be_compiled() -> bool:
         return True
 
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        return torch.zeros(1, 3, digits_classifier.IMAGE_SIZE, digits_classifier.IMAGE_SIZE, dtype=torch.uint8)
+    @classmethod
+    def get_dummy_input_for_compile(cls) -> Tensor:
+        return torch.zeros(1, 3, cls.kind.image_size, cls.kind.image_size, dtype=torch.uint8)
 
 
-REGISTERED = {InceptionFeatures: "gspn-dit-inception", DigitsFeatures: "gspn-dit-digits"}
+class DigitsFeatures(ClassifierFeatures):
+    """Of the digits classifier."""
+
+    kind, only_size = DigitsClassifier, DigitsClassifier.image_size
+
+
+class PhotosFeatures(ClassifierFeatures):
+    """Of the photos classifier, which resizes images of any size to 64×64 pixels."""
+
+    kind = PhotosClassifier
+
+
+CLASSIFIER_FEATURES = {"digits": DigitsFeatures, "photos": PhotosFeatures}
+REGISTERED = {
+    InceptionFeatures: "gspn-dit-inception",
+    DigitsFeatures: "gspn-dit-digits",
+    PhotosFeatures: "gspn-dit-photos",
+}
 for _extractor, _name in REGISTERED.items():
     register_feature_extractor(_name, _extractor)
 

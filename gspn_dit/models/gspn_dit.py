@@ -1,4 +1,4 @@
-"""GSPN-DiT: a DiT whose attention is a GSPN scan with grouped gates, and whose modulation is shared by its blocks."""
+"""GSPN-DiT: a DiT whose attention is a GSPN scan with grouped gates, and whose modulation is mostly shared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
 from gspn_dit.models.latent_model import LatentModel, require_count
-from gspn_dit.models.layers import FeedForward, chunk_by_layer, linear, modulate
+from gspn_dit.models.layers import FeedForward, SquaredReLU, chunk_by_layer, linear, modulate
 from gspn_dit.models.mixers import MIXERS
 
 
@@ -27,9 +27,8 @@ class GSPNDiT(LatentModel):
         num_groups: Groups of C / num_groups channels that share gates, as attention's heads share weights.
         mlp_ratio: Hidden width of the feed-forward over C.
         conv_kernel: Side of the depthwise filter before the scan, odd.
-        chunk: Lines a local layer's scan runs over; None makes every layer global. 4 keeps a local layer to four
-            sequential steps and divides the token map of every image whose side is a multiple of 64 pixels (8× VAE,
-            patch 2); in a small trial with two global layers it lost nothing against scans that are all global.
+        chunk: Lines a local layer's scan runs over; None makes every layer global. 16 is the whole token map of a 256
+            pixel image (8× VAE, patch 2) and bounds a scan to 16 sequential steps on any larger one.
         global_layers: How many of the last blocks are global, or the indices of those that are.
         mixer: What sites meet in: `gspn`, the scans; or for comparison, inside the same block, softmax `attention`,
             `linear` attention or a depthwise `conv` (:mod:`gspn_dit.models.mixers`), which have no use for a chunk.
@@ -47,9 +46,9 @@ class GSPNDiT(LatentModel):
         width: int = 1152,
         depth: int = 28,
         num_groups: int = 18,
-        mlp_ratio: float = 4.0,
+        mlp_ratio: float = 3.0,
         conv_kernel: int = 3,
-        chunk: int | None = 4,
+        chunk: int | None = 16,
         global_layers: int | Sequence[int] = 2,
         mixer: str = "gspn",
         sample_size: int | Sequence[int] = 32,
@@ -67,9 +66,11 @@ class GSPNDiT(LatentModel):
             raise InputError(f"mixer={mixer!r}: give one of {', '.join(MIXERS)}")
         super().__init__(width=width, sample_size=sample_size, patch_size=patch_size, in_channels=in_channels,
                          out_channels=out_channels, num_classes=num_classes)  # fmt: skip
+        rank = max(width // 4, 1)
         self.modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
+        self.block_condition = nn.Sequential(nn.SiLU(), linear(width, rank))
         self.blocks = nn.ModuleList(
-            GSPNDiTBlock(width, mlp_ratio, MIXERS[mixer](width, num_groups, conv_kernel, layer_chunk))
+            GSPNDiTBlock(width, rank, mlp_ratio, MIXERS[mixer](width, num_groups, conv_kernel, layer_chunk))
             for layer_chunk in chunk_by_layer(chunk, global_layers, depth)
         )
         self.final_layer = SharedFinalLayer(width, self.patch_values)
@@ -77,28 +78,30 @@ class GSPNDiT(LatentModel):
     def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         x, condition = self.embed(latents, timesteps, class_labels)
         modulation = self.modulation(condition)  # (B, 1, 1, 6, C)
+        block_condition = self.block_condition(condition)  # (B, 1, 1, C // 4)
         for block in self.blocks:
-            x = self.run(block, x, modulation)
+            x = self.run(block, x, modulation, block_condition)
         return self.unpatchify(self.final_layer(x, modulation))
 
 
 class GSPNDiTBlock(nn.Module):
     """x += g₁ · mixer(adaLN(x)); x += g₂ · mlp(adaLN(x)).
 
-    Shift, scale and gate of both halves are the model's one modulation of the condition plus this block's offset, where
-    DiT has a 6C² matrix in every block. Modulation and offsets start at zero: the block is the identity.
+    Shift, scale and gate of both halves are the model's one modulation of the condition, plus this block's own of rank
+    C / 4: 1.5C² parameters, where DiT has 6C² in every block. Both start at zero: the block is the identity.
     """
 
-    def __init__(self, width: int, mlp_ratio: float, mixer: nn.Module) -> None:
+    def __init__(self, width: int, rank: int, mlp_ratio: float, mixer: nn.Module) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = FeedForward(width, mlp_ratio)
-        self.modulation_offset = nn.Parameter(torch.zeros(6, width))
+        self.mlp = FeedForward(width, mlp_ratio, SquaredReLU())
+        self.modulation = nn.Sequential(linear(rank, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.modulation_offset).unbind(-2)
+    def forward(self, x: Tensor, modulation: Tensor, block_condition: Tensor) -> Tensor:
+        modulation = modulation + self.modulation(block_condition)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(-2)
         x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1))
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 

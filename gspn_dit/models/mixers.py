@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -18,11 +19,11 @@ NUM_DIRECTIONS = len(DIRECTIONS)
 class Mixer(nn.Module):
     """What all mixers have in common, (B, H, W, C) to (B, H, W, C):
 
-        v = conv(W_v x);  y = proj(norm(mix(v)) ⊙ SiLU(W_g x))
+        v = conv(W_v x);  y = proj(norm(mix(v)))
 
-    They differ in `mix` alone, so that a comparison of two is one of what sites meet in, not of the convolution, the
-    gate or the norm around it. The norm is over each group (RMS, arXiv 1910.07467); it has no weight, which `proj`
-    would only repeat.
+    They differ in `mix` alone, so that a comparison of two is one of what sites meet in, not of the convolution or the
+    norm around it. The norm is over each group (RMS, arXiv 1910.07467); it has no weight, which `proj` would only
+    repeat.
 
     Args:
         width: Channels C.
@@ -36,7 +37,6 @@ class Mixer(nn.Module):
         super().__init__()
         self.num_groups, self.chunk = num_groups, chunk
         self.value = linear(width, width)
-        self.gate = linear(width, width)
         self.conv = DepthwiseConv(width, conv_kernel)
         self.make_mix(width)
         self.proj = linear(width, width)
@@ -51,20 +51,29 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value = self.conv(self.value(x))
-        y = self.mix(value)
-        y = F.rms_norm(y.unflatten(-1, (self.num_groups, -1)), (y.shape[-1] // self.num_groups,), eps=1e-6)
-        return self.proj(y.flatten(-2).to(value.dtype) * F.silu(self.gate(x)))
+        return self.proj(self.norm(self.mix(value)).to(value.dtype))
+
+    def norm(self, y: Tensor) -> Tensor:
+        """Each group's channels over their root mean square."""
+        groups = y.unflatten(-1, (self.num_groups, -1))
+        return F.rms_norm(groups, groups.shape[-1:], eps=1e-6).flatten(-2)
 
 
 class GSPNMixer(Mixer):
-    """Scans in four directions: mix(v) = Σ_k h_k(v), the mixer of gspn-dit (arXiv 2501.12381).
+    """Scans in four directions that forget at a learned pace, the mixer of gspn-dit (arXiv 2501.12381):
 
-    h_k is the scan of v in direction k. A head of rank C // 16 reads v, which has seen its neighbourhood, and gives
-    every group 12 gate logits and 4 λ. The logits start near 0, so a line starts as the plain mean of the three
-    neighbours before it; λ is the head's output itself and starts at 1/4, so that a site's own value counts once in
-    the sum of the four scans. A scan adds up as many lines as it has run, at a pace each group learns: the norm that
-    follows takes that scale out.
+        mix(v) = Σ_k h_k,   h_k[i] = f_k W_k h_k[i-1] + λ_k ⊙ v[i]
+
+    A head of rank C // 16 reads v, which has seen its neighbourhood, and gives every group 12 gate logits and 4 λ. The
+    logits start near 0, so a line starts as the mean of the three neighbours before it; λ is the head's output itself
+    and starts at 1/4, so that a site's own value counts once in the sum of the four scans.
+
+    f = exp(-rate), one number a group and direction, starts with half-lives of 2 to 32 lines spread over the groups.
+    W's rows sum to 1: without f a scan would go on adding up all the lines it has run, and far ones drown near ones.
+    The norm that follows takes the scale out.
     """
+
+    MOST = 40.0  # of rate × lines: e⁴⁰ and e⁻⁴⁰ leave float32 and bfloat16 room for the values they scale
 
     def make_mix(self, width: int) -> None:
         rank = max(width // 16, 1)
@@ -73,9 +82,38 @@ class GSPNMixer(Mixer):
         nn.init.normal_(self.head[1].weight, std=0.02)
         with torch.no_grad():
             self.head[1].bias.view(self.num_groups, NUM_DIRECTIONS * 4)[:, NUM_DIRECTIONS * 3 :] = 0.25
+        half_lives = 2 ** torch.linspace(1, 5, self.num_groups)
+        self.log_rate = nn.Parameter((math.log(2) / half_lives).log().repeat(NUM_DIRECTIONS, 1))
 
     def mix(self, value: Tensor) -> Tensor:
-        return propagate(value, *self.gates_and_lam(value), chunk=self.chunk)
+        gates, lam = self.gates_and_lam(value)
+        return propagate(value, gates, *self.forgetting(lam), chunk=self.chunk)
+
+    def forgetting(self, lam: Tensor) -> tuple[Tensor, Tensor]:
+        """λ / fⁿ and u = fⁿ, (B, H, W, 4, G), at sites with n lines of their chunk before them.
+
+        The operator has no f, but these two give fᵐ to a line that is m lines old.
+        """
+        power = self.forgotten(*lam.shape[1:3], lam.dtype)
+        return lam * power.exp().to(lam.dtype), (-power).exp().to(lam.dtype).expand_as(lam)
+
+    def forgotten(self, height: int, width: int, dtype: torch.dtype) -> Tensor:
+        """-log fⁿ: rate × lines of the chunk read before each site, float32 (H, W, 4, G).
+
+        fⁿ has to stay a number of the dtype: where a chunk has so many lines that it would not, the rate is lowered,
+        and half-lives are at least 1/58 of a chunk (1/9 in float16).
+        """
+        rate = self.log_rate.float().exp()
+        most = 6.0 if dtype == torch.float16 else self.MOST
+        powers = []
+        for count, across, rates in ((height, width, rate[:2]), (width, height, rate[2:])):
+            chunk = min(self.chunk or count, count)
+            rates = rates.clamp(max=most / chunk)
+            index = torch.arange(count, device=rate.device)
+            before, after = index % chunk, (index // chunk + 1).mul(chunk).clamp(max=count) - 1 - index
+            power = torch.stack([before, after], -1).unsqueeze(-1) * rates  # (count, 2, G)
+            powers.append(power.expand(across, *power.shape))
+        return torch.cat([powers[0].transpose(0, 1), powers[1]], dim=2)
 
     def gates_and_lam(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Gate logits (B, H, W, 4, 3, G) and λ (B, H, W, 4, G): views of one map, a group's 16 numbers side by side."""

@@ -14,8 +14,7 @@ from gspn_dit.models.latent_model import LatentModel
 
 FAMILIES: dict[str, type[LatentModel]] = {"dit": DiT, "gspn": GSPN, "gspn-dit": GSPNDiT}
 
-# `ti` is for small images: the digits. A feed-forward of 3.5 there keeps gspn-dit within 65.6% of DiT's parameters,
-# where the label and timestep tables, which both have, weigh most.
+# `ti` is for small images: the digits.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "dit": {
         "ti": {"width": 192, "depth": 6, "num_heads": 3},
@@ -32,7 +31,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "xl": {"width": 1500, "depth": 57},
     },
     "gspn-dit": {
-        "ti": {"width": 192, "depth": 6, "num_groups": 3, "mlp_ratio": 3.5},
+        "ti": {"width": 192, "depth": 6, "num_groups": 3},
         "s": {"width": 384, "depth": 12, "num_groups": 6},
         "b": {"width": 768, "depth": 12, "num_groups": 12},
         "l": {"width": 1024, "depth": 24, "num_groups": 16},

@@ -1,8 +1,10 @@
-"""Small trained models that come with the package: the digits VAE, classifier and diffusion model."""
+"""Small trained models that come with the package: VAEs and classifiers of digits and photos, diffusion models."""
 
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
+
+NAMED = ("digits", "photos")  # what has a VAE, a classifier and a diffusion model here
 
 
 def packaged(name: str) -> Path:

@@ -1,0 +1,261 @@
+"""What `benchmarks.quality` can change in a gspn-dit beyond its options: `gspn-dit+variant=NAME`, functions of a model.
+
+A choice that lost, or that nobody should have to make, is tried here and is no option of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gspn_dit.models import GSPNDiT
+from gspn_dit.models.layers import DepthwiseConv, linear
+from gspn_dit.models.mixers import NUM_DIRECTIONS, GSPNMixer
+from gspn_dit.ops import propagate
+from gspn_dit.ops.reference import DIRECTIONS
+
+
+def each_mixer(change: Callable[[GSPNMixer, int], None]) -> Callable[[GSPNDiT], None]:
+    """A variant that changes every block's mixer, given with the width."""
+
+    def apply(model: GSPNDiT) -> None:
+        for block in model.blocks:
+            change(block.mixer, model.config.width)
+
+    return apply
+
+
+def gated(mixer: GSPNMixer, width: int) -> None:
+    """A branch beside the scan, y = proj(norm(mix(v)) ⊙ SiLU(W_g x)): C² more."""
+    mixer.gate = linear(width, width)
+
+    def forward(self: GSPNMixer, x: Tensor) -> Tensor:
+        value = self.conv(self.value(x))
+        return self.proj(self.norm(self.mix(value)).to(value.dtype) * F.silu(self.gate(x)))
+
+    mixer.forward = MethodType(forward, mixer)
+
+
+def norm_free(mixer: GSPNMixer, width: int) -> None:
+    """No norm after the scan."""
+    mixer.norm = lambda y: y
+
+
+def lam_through(activation: Callable[[Tensor], Tensor], start: float) -> Callable[[GSPNDiT], None]:
+    """λ through an activation, which gives 1/4 at the start."""
+
+    def change(mixer: GSPNMixer, width: int) -> None:
+        with torch.no_grad():
+            mixer.head[1].bias.view(mixer.num_groups, NUM_DIRECTIONS * 4)[:, NUM_DIRECTIONS * 3 :] = start
+
+        def mix(self: GSPNMixer, value: Tensor) -> Tensor:
+            gates, lam = self.gates_and_lam(value)
+            return propagate(value, gates, *self.forgetting(activation(lam)), chunk=self.chunk)
+
+        mixer.mix = MethodType(mix, mixer)
+
+    return each_mixer(change)
+
+
+def output_gates(mixer: GSPNMixer, width: int) -> None:
+    """Gates u of every group and direction at every site, where the directions are summed: 1 at the start."""
+    mixer.out_head = linear(mixer.head[0].out_features, mixer.num_groups * NUM_DIRECTIONS)
+    nn.init.normal_(mixer.out_head.weight, std=0.02)
+    nn.init.ones_(mixer.out_head.bias)
+
+    def mix(self: GSPNMixer, value: Tensor) -> Tensor:
+        gates, lam = self.gates_and_lam(value)
+        lam, forgetting = self.forgetting(lam)
+        out = self.out_head(self.head[0](value)).to(value.dtype).unflatten(-1, (NUM_DIRECTIONS, self.num_groups))
+        return propagate(value, gates, lam, out * forgetting, chunk=self.chunk)
+
+    mixer.mix = MethodType(mix, mixer)
+
+
+def values_a_direction(mixer: GSPNMixer, width: int) -> None:
+    """A value of its own for each direction: a learned factor a channel and direction on the shared one."""
+    mixer.direction_scale = nn.Parameter(1 + 0.1 * torch.randn(NUM_DIRECTIONS, width))
+
+    def mix(self: GSPNMixer, value: Tensor) -> Tensor:
+        gates, lam = self.gates_and_lam(value)
+        lam, out = self.forgetting(lam)
+        names, values = tuple(DIRECTIONS), [(value * scale).to(value.dtype) for scale in self.direction_scale]
+        return sum(
+            propagate(values[k], gates[..., [k], :, :], lam[..., [k], :], out[..., [k], :], chunk=self.chunk,
+                      directions=(names[k],))
+            for k in range(NUM_DIRECTIONS)
+        )  # fmt: skip
+
+    mixer.mix = MethodType(mix, mixer)
+
+
+def plus_value(mixer: GSPNMixer, width: int) -> None:
+    """mix(v) = Σ h_k(v) + D ⊙ v, the paper's direct path, with D learned a channel, 0 at the start."""
+    mixer.direct = nn.Parameter(torch.zeros(width))
+
+    def mix(self: GSPNMixer, value: Tensor) -> Tensor:
+        y = GSPNMixer.mix(self, value)
+        return y + (self.direct * value).to(y.dtype)
+
+    mixer.mix = MethodType(mix, mixer)
+
+
+def beside(mixer: GSPNMixer, width: int) -> None:
+    """y = proj(norm(mix(v)) + D ⊙ v): the direct path beside the norm, so that a long line does not drown it."""
+    mixer.direct = nn.Parameter(torch.ones(width))
+
+    def forward(self: GSPNMixer, x: Tensor) -> Tensor:
+        value = self.conv(self.value(x))
+        return self.proj((self.norm(self.mix(value)) + self.direct * value).to(value.dtype))
+
+    mixer.forward = MethodType(forward, mixer)
+
+
+def remembering(mixer: GSPNMixer, width: int) -> None:
+    """Lines that forget nothing: f = 1."""
+    mixer.mix = MethodType(lambda self, value: propagate(value, *self.gates_and_lam(value), chunk=self.chunk), mixer)
+    del mixer.log_rate
+
+
+def gates_from_input(mixer: GSPNMixer, width: int) -> None:
+    """The head reads the block's input, as attention's queries do, not the convolved value."""
+
+    def forward(self: GSPNMixer, x: Tensor) -> Tensor:
+        value = self.conv(self.value(x))
+        gates, lam = self.gates_and_lam(x.to(value.dtype))
+        y = propagate(value, gates, *self.forgetting(lam), chunk=self.chunk)
+        return self.proj(self.norm(y).to(value.dtype))
+
+    mixer.forward = MethodType(forward, mixer)
+
+
+def wide_head(mixer: GSPNMixer, width: int) -> None:
+    """A head of rank C / 4, four times the default's."""
+    mixer.head = nn.Sequential(linear(width, width // 4, bias=False), linear(width // 4, mixer.head[1].out_features))
+    nn.init.normal_(mixer.head[1].weight, std=0.02)
+    with torch.no_grad():
+        mixer.head[1].bias.view(mixer.num_groups, -1)[:, NUM_DIRECTIONS * 3 :] = 0.25
+
+
+def straight(mixer: GSPNMixer, width: int) -> None:
+    """Lines that start nearly straight, 91% from the neighbour ahead, not as a mean of three."""
+    with torch.no_grad():
+        logits = mixer.head[1].bias.view(mixer.num_groups, NUM_DIRECTIONS * 4)[:, : NUM_DIRECTIONS * 3]
+        logits.view(mixer.num_groups, NUM_DIRECTIONS, 3)[..., [0, 2]] = -3.0
+
+
+def fan(mixer: GSPNMixer, width: int) -> None:
+    """Lines that start at three angles: group g leans to neighbour g mod 3."""
+    with torch.no_grad():
+        logits = mixer.head[1].bias.view(mixer.num_groups, NUM_DIRECTIONS * 4)[:, : NUM_DIRECTIONS * 3]
+        logits = logits.view(mixer.num_groups, NUM_DIRECTIONS, 3)
+        logits.fill_(-3.0)
+        for group in range(mixer.num_groups):
+            logits[group, :, (group + 1) % 3] = 0.0
+
+
+def block_modulation(model: GSPNDiT) -> None:
+    """DiT's 6C² of modulation in every block beside the shared one, in place of 1.5C²."""
+    width = model.config.width
+    model.block_condition = nn.SiLU()
+    for block in model.blocks:
+        block.modulation[0] = linear(width, 6 * width, zero=True)
+
+
+def shared_modulation(model: GSPNDiT) -> None:
+    """Nothing of a block's own but an offset (as PixArt-alpha's adaLN-single, arXiv 2310.00426)."""
+    for block in model.blocks:
+        block.modulation[0].weight.requires_grad_(False)
+
+
+def long_skips(model: GSPNDiT) -> None:
+    """U-ViT's and the GSPN paper's: block depth-1-i takes Linear(2C→C) of its input and block i's output."""
+    width, depth = model.config.width, model.config.depth
+    model.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth // 2))
+    for skip in model.skips:  # starts as the identity on the straight path
+        nn.init.zeros_(skip.bias)
+        with torch.no_grad():
+            skip.weight.copy_(torch.cat([torch.eye(width), torch.zeros(width, width)], 1))
+
+    def forward(self: GSPNDiT, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        x, condition = self.embed(latents, timesteps, class_labels)
+        modulation, block_condition = self.modulation(condition), self.block_condition(condition)
+        kept = []
+        for i, block in enumerate(self.blocks):
+            mirror = i - (depth - depth // 2)
+            if mirror >= 0:
+                x = self.skips[mirror](torch.cat([x, kept[depth // 2 - 1 - mirror]], -1))
+            x = self.run(block, x, modulation, block_condition)
+            if i < depth // 2:
+                kept.append(x)
+        return self.unpatchify(self.final_layer(x, modulation))
+
+    model.forward = MethodType(forward, model)
+
+
+class SwiGLU(nn.Module):
+    """A feed-forward with gated hidden channels, W₂(SiLU(W₁x) ⊙ W₃x) (arXiv 2002.05202): 3C times the hidden width."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = linear(width, 2 * hidden)
+        self.fc2 = linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+def swiglu(model: GSPNDiT) -> None:
+    """SwiGLU with two thirds of the hidden channels: as many multiplications."""
+    for block in model.blocks:
+        block.mlp = SwiGLU(model.config.width, 2 * block.mlp.fc2.in_features // 3)
+
+
+def mlp_conv(model: GSPNDiT) -> None:
+    """A depthwise 3×3 convolution on the feed-forward's hidden map (SANA's Mix-FFN, arXiv 2410.10629)."""
+    for block in model.blocks:
+        block.mlp.act = nn.Sequential(DepthwiseConv(block.mlp.fc2.in_features, 3), block.mlp.act)
+
+
+def gelu(model: GSPNDiT) -> None:
+    """DiT's tanh-approximated GELU for the squared ReLU."""
+    for block in model.blocks:
+        block.mlp.act = nn.GELU(approximate="tanh")
+
+
+def post_norm(model: GSPNDiT) -> None:
+    """A norm on what each half adds, beside the one on what it reads."""
+    width = model.config.width
+    for block in model.blocks:
+        block.mixer.proj = nn.Sequential(block.mixer.proj, nn.RMSNorm(width, eps=1e-6))
+        block.mlp.fc2 = nn.Sequential(block.mlp.fc2, nn.RMSNorm(width, eps=1e-6))
+
+
+VARIANTS: dict[str, Callable[[GSPNDiT], None]] = {
+    "gated": each_mixer(gated),
+    "swiglu": swiglu,
+    "norm-free": each_mixer(norm_free),
+    "lam-sigmoid": lam_through(torch.sigmoid, -1.0986),
+    "lam-softplus": lam_through(F.softplus, -1.2587),
+    "lam-constant": lam_through(lambda lam: torch.full_like(lam, 0.25), 0.25),
+    "output-gates": each_mixer(output_gates),
+    "direction-values": each_mixer(values_a_direction),
+    "direct": each_mixer(plus_value),
+    "remembering": each_mixer(remembering),
+    "beside": each_mixer(beside),
+    "gates-from-input": each_mixer(gates_from_input),
+    "wide-head": each_mixer(wide_head),
+    "straight": each_mixer(straight),
+    "fan": each_mixer(fan),
+    "block-modulation": block_modulation,
+    "shared-modulation": shared_modulation,
+    "long-skips": long_skips,
+    "mlp-conv": mlp_conv,
+    "gelu": gelu,
+    "post-norm": post_norm,
+}
