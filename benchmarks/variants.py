@@ -142,7 +142,7 @@ def wide_head(mixer: GSPNMixer, width: int) -> None:
 
 
 def straight(mixer: GSPNMixer, width: int) -> None:
-    """Lines that start nearly straight, 91% from the neighbour ahead, not as a mean of three."""
+    """Lines that start nearly straight, 84% from the neighbour ahead, not as a mean of three."""
     with torch.no_grad():
         logits = mixer.head[1].bias.view(mixer.num_groups, NUM_DIRECTIONS * 4)[:, : NUM_DIRECTIONS * 3]
         logits.view(mixer.num_groups, NUM_DIRECTIONS, 3)[..., [0, 2]] = -3.0
