@@ -7,6 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the n
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from test_training_stream import make_store
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +17,16 @@ def as_many_threads_as_before():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """A process has one accelerator for life; with this, several runs share a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A small store of made latents."""
+    return make_store(tmp_path_factory.mktemp("data") / "store")

@@ -22,19 +22,7 @@ from gspn_dit.training.checkpoints import list_checkpoints
 from gspn_dit.training.loop import NonFiniteLoss, train
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """A process has one accelerator for life; here several runs share a process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "store"
-    return make_store(folder)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.mark.slow

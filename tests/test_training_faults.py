@@ -22,19 +22,8 @@ from gspn_dit.runs import checkpoint_step, list_checkpoints
 from gspn_dit.training.checkpoints import _sums
 from gspn_dit.training.loop import NonFiniteLoss, train
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 RESUME = ["--training.max_steps", 12, "--resume", "auto"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """A process has one accelerator for life; here several runs share a process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("data") / "store")
 
 
 @pytest.fixture(scope="module")

@@ -13,28 +13,16 @@ from launched import finish, kill_one_process, launch
 from made_training import ROOT, TRAIN, TRAIN_MANY, config, losses, options, rows
 from safetensors.torch import load_file
 from test_training_evaluation import SCORED, scores
-from test_training_stream import make_store
 
 from gspn_dit.pipeline import load_pipeline
 from gspn_dit.runs import checkpoint_step, list_checkpoints
 from gspn_dit.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 FSDP = ("--config_file", str(ROOT / "configs" / "accelerate" / "fsdp.yaml"))
 EVERYTHING = ["--training.mixed_precision", "bf16", "--training.gradient_checkpointing", "true",
               "--training.compile", "true" if shutil.which("c++") else "false"]  # fmt: skip
 AVERAGES = ["--training.posthoc_ema_every", 4]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """A process has one accelerator for life; here several runs share a process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("data") / "store")
 
 
 @pytest.fixture(scope="module")
