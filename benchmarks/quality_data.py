@@ -145,7 +145,7 @@ class ReachTask(Task):
     figures = (("reach_gained", 3, True), ("agreement", 3, True))
 
     def __init__(self, side: int) -> None:
-        self.latent_shape = (1, side, side)
+        self.latent_shape = (3, side, side)
         self.train, self.held_out = FarEnds(side, "train", 100_000), FarEnds(side, "test", 2_000)
 
     def clean(self, values: Tensor, noise: Tensor) -> Tensor:

@@ -1,16 +1,15 @@
 """A made task that needs reach: images whose far ends must agree, with nothing between them.
 
-An image is grey but for its first and its last column, each of which is four bands of pixels. A band of the first is
-black or white by the toss of a coin; its partner, the band of the last column in the same rows, has the same colour.
-Nothing else tells the colour: not the class, not the middle, not another band. So a network that carries nothing across
-the map can do no better than judge each end by its own noisy pixels, and paints ends that agree half of the time; one
-that does can judge by both.
+An image is grey but for its first and its last four columns. There every row has a colour of its own, three numbers
+from a normal distribution, the same at both ends. Nothing else tells the colour: not the class, not the middle, not
+another row. So a network that carries nothing across the map can do no better than judge each end by its own noisy
+pixels, and paints ends that have nothing to do with each other; one that does can judge by twice as many.
 
-What it asks of a mixer, all alike: to find the same rows at the other edge, side - 1 sites away. A scan along rows goes
-there if its gates have learned to keep to the row, however far. Softmax attention has to know rows from each other, by
-positions or by what the padding tells. Linear attention has as many channels as it has to hold bands in. Convolutions,
-and scans in chunks alone, do not get there at all. (A first version had a colour of its own in every row, and no model
-learned to use the far end in the few hundred steps that a CPU has for it.)
+What it asks of a mixer, all alike: to find the same row at the other edge, side - 7 sites away or more. A scan along
+rows goes there if its gates keep to the row. Softmax attention has to know rows from each other, by positions or by
+what the padding tells. Linear attention has as many channels as it has to hold the rows in. Convolutions, and scans in
+chunks alone, do not get there at all. (Earlier versions had one column at each end, of a colour a row or of four bands:
+too small a part of the image for any model to see to it in the few hundred steps a CPU has.)
 
 Both best guesses are known in closed form, so that what a network carries is a number: :func:`reach_gained`.
 """
@@ -26,16 +25,16 @@ from torch.utils.data import Dataset
 
 from gspn_dit.data.images import SPLITS
 
-CONTRAST = 2.0  # ends are -2 and 2, so that the whole image has about half of unit scale
-BANDS = 4
-TIMES = (0.7, 0.8, 0.85, 0.9)  # where the far end is worth most: nearer to 0 an end is plain, nearer to 1 both are lost
+COLOUR = 1.5  # standard deviation of a row's three numbers
+END = 4  # columns of an end
+TIMES = (0.5, 0.6, 0.7, 0.8, 0.9)  # where the far end is worth most: before, an end is plain; after, both are lost
 
 
 class FarEnds(Dataset):
-    """Images float32 (1, side, side) of -2, 0 and 2, and the one label 0; `dataset[i]` depends on split and i alone.
+    """Images float32 (3, side, side) and the one label 0; `dataset[i]` depends on split and i alone.
 
     Args:
-        side: Pixels, a multiple of 4.
+        side: Pixels, 12 or more.
         split: `train` or `test`.
         count: How many there are.
     """
@@ -48,42 +47,39 @@ class FarEnds(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         draw = np.random.Generator(np.random.PCG64([SPLITS.index(self.split), index]))
-        colours = torch.from_numpy(draw.choice(np.array([-CONTRAST, CONTRAST], dtype=np.float32), BANDS))
-        image = torch.zeros(1, self.side, self.side)
-        image[..., 0] = image[..., -1] = colours.repeat_interleave(self.side // BANDS)
+        colours = torch.from_numpy(COLOUR * draw.standard_normal((3, self.side, 1), dtype=np.float32))
+        image = torch.zeros(3, self.side, self.side)
+        image[..., :END] = image[..., -END:] = colours
         return image, 0
 
 
 def ends(images: Tensor) -> Tensor:
-    """The first and the last column of images (..., 1, side, side), (..., side, 2)."""
-    return images[..., 0, :, [0, -1]]
-
-
-def bands(columns: Tensor) -> Tensor:
-    """Columns (..., side, 2) cut into their bands, (..., 4, side / 4, 2)."""
-    return columns.unflatten(-2, (BANDS, -1))
+    """The first and the last columns of images (B, 3, side, side), (B, 3, side, 2, 4)."""
+    return torch.stack([images[..., :END], images[..., -END:]], dim=-2)
 
 
 def agreement(images: Tensor) -> float:
-    """The share of bands of images (B, 1, side, side) whose two ends have one sign; 0.5 is chance."""
-    left, right = (bands(ends(images)).mean(-2) > 0).unbind(-1)
-    return (left == right).float().mean().item()
+    """How far the colours of both ends of images (B, 3, side, side) agree: 1 if they are equal, 0 if independent.
+
+    2 E[left · right] / E[left² + right²], over rows and colours, each end's colour the mean of its columns.
+    """
+    left, right = ends(images).mean(-1).unbind(-1)
+    return (2 * (left * right).mean() / (left**2 + right**2).mean()).item()
 
 
 def best_guess(noisy_ends: Tensor, t: float, reach: bool) -> Tensor:
-    """The mean of the clean ends given the noisy ones, (..., side, 2): what the least squared error takes.
+    """The mean of the clean ends given the noisy ones, (B, 3, side, 2, 4): what the least squared error takes.
 
-    With n pixels of x = ±c and x_t = (1-t)·x + t·ε it is c·tanh(c·(1-t)/t² · Σ x_t), over the pixels of one band, or
-    of two of one colour.
+    Of n pixels x_t = (1-t)·x + t·ε of one x from N(0, c²) it is (1-t)·Σx_t / (t²/c² + n·(1-t)²).
 
     Args:
-        noisy_ends: x_t at the ends, (..., side, 2).
+        noisy_ends: x_t at the ends, (B, 3, side, 2, 4).
         t: Time in (0, 1).
         reach: Whether a guess may look at the other end.
     """
-    seen = bands(noisy_ends).sum((-2, -1) if reach else -2, keepdim=True)
-    seen = seen.expand_as(bands(noisy_ends)).flatten(-3, -2)
-    return CONTRAST * torch.tanh(CONTRAST * (1 - t) / t**2 * seen)
+    count, of_one_colour = (2 * END, (-2, -1)) if reach else (END, -1)
+    guess = noisy_ends.sum(of_one_colour, keepdim=True) * (1 - t) / (t**2 / COLOUR**2 + count * (1 - t) ** 2)
+    return guess.expand_as(noisy_ends)
 
 
 def reach_gained(velocity: Callable[[Tensor, float], Tensor], images: Tensor, noise: Tensor) -> float:
@@ -94,8 +90,8 @@ def reach_gained(velocity: Callable[[Tensor, float], Tensor], images: Tensor, no
     does worse than a perfect guess from one end.
 
     Args:
-        velocity: Called with noisy images (B, 1, side, side) and a time; their velocity ε - x, of that shape.
-        images: Clean images (B, 1, side, side).
+        velocity: Called with noisy images (B, 3, side, side) and a time; their velocity ε - x, of that shape.
+        images: Clean images (B, 3, side, side).
         noise: ε, of that shape.
     """
     worth = gained = 0.0

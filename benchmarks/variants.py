@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn_dit.models import GSPNDiT
-from gspn_dit.models.layers import DepthwiseConv, linear
+from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.models.layers import DepthwiseConv, FinalLayer, linear
 from gspn_dit.models.mixers import NUM_DIRECTIONS, GSPNMixer
 from gspn_dit.ops import propagate
 from gspn_dit.ops.reference import DIRECTIONS
@@ -135,17 +136,17 @@ def gates_from_input(mixer: GSPNMixer, width: int) -> None:
 
 def wide_head(mixer: GSPNMixer, width: int) -> None:
     """A head of rank C / 4, four times the default's."""
-    mixer.head = nn.Sequential(linear(width, width // 4, bias=False), linear(width // 4, mixer.head[1].out_features))
+    start = mixer.head[1].bias
+    mixer.head = nn.Sequential(linear(width, width // 4, bias=False), linear(width // 4, len(start)))
     nn.init.normal_(mixer.head[1].weight, std=0.02)
     with torch.no_grad():
-        mixer.head[1].bias.view(mixer.num_groups, -1)[:, NUM_DIRECTIONS * 3 :] = 0.25
+        mixer.head[1].bias.copy_(start)
 
 
-def straight(mixer: GSPNMixer, width: int) -> None:
-    """Lines that start nearly straight, 84% from the neighbour ahead, not as a mean of three."""
+def spreading(mixer: GSPNMixer, width: int) -> None:
+    """Lines that start as the mean of the three neighbours before, not nearly straight."""
     with torch.no_grad():
-        logits = mixer.head[1].bias.view(mixer.num_groups, NUM_DIRECTIONS * 4)[:, : NUM_DIRECTIONS * 3]
-        logits.view(mixer.num_groups, NUM_DIRECTIONS, 3)[..., [0, 2]] = -3.0
+        mixer.head[1].bias.view(mixer.num_groups, -1)[:, : NUM_DIRECTIONS * 3] = 0.0
 
 
 def fan(mixer: GSPNMixer, width: int) -> None:
@@ -155,7 +156,7 @@ def fan(mixer: GSPNMixer, width: int) -> None:
         logits = logits.view(mixer.num_groups, NUM_DIRECTIONS, 3)
         logits.fill_(-3.0)
         for group in range(mixer.num_groups):
-            logits[group, :, (group + 1) % 3] = 0.0
+            logits[group, :, group % 3] = 0.0
 
 
 def block_modulation(model: GSPNDiT) -> None:
@@ -193,6 +194,48 @@ def long_skips(model: GSPNDiT) -> None:
             if i < depth // 2:
                 kept.append(x)
         return self.unpatchify(self.final_layer(x, modulation))
+
+    model.forward = MethodType(forward, model)
+
+
+def labels_of(std: float) -> Callable[[LatentModel], None]:
+    """Labels' vectors that start at another scale: DiT's is 0.02, gspn-dit's 1."""
+
+    def change(model: LatentModel) -> None:
+        nn.init.normal_(model.y_embedder.embedding_table.weight, std=std)
+
+    return change
+
+
+def loud_times(model: GSPNDiT) -> None:
+    """Times' vectors that start at ten times DiT's scale."""
+    nn.init.normal_(model.t_embedder.mlp[2].weight, std=0.2)
+
+
+def unit_times(model: GSPNDiT) -> None:
+    """Times' vectors that start at unit scale: 128 waves of square sum, and 0.356 is the mean of SiLU(z)²."""
+    nn.init.normal_(model.t_embedder.mlp[0].weight, std=128**-0.5)
+    nn.init.normal_(model.t_embedder.mlp[2].weight, std=(0.356 * model.config.width) ** -0.5)
+
+
+def half_rank(model: GSPNDiT) -> None:
+    """Modulation of rank C / 2 in every block: twice the default's 1.5C² parameters."""
+    width = model.config.width
+    model.block_condition[1] = linear(width, width // 2)
+    for block in model.blocks:
+        block.modulation[0] = linear(width // 2, 6 * width, zero=True)
+
+
+def final_modulation(model: GSPNDiT) -> None:
+    """DiT's final layer, with a modulation of its own, 2C², in place of the shared one's first two parts."""
+    model.final_layer = FinalLayer(model.config.width, model.patch_values)
+
+    def forward(self: GSPNDiT, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        x, condition = self.embed(latents, timesteps, class_labels)
+        modulation, block_condition = self.modulation(condition), self.block_condition(condition)
+        for block in self.blocks:
+            x = self.run(block, x, modulation, block_condition)
+        return self.unpatchify(self.final_layer(x, condition))
 
     model.forward = MethodType(forward, model)
 
@@ -236,7 +279,7 @@ def post_norm(model: GSPNDiT) -> None:
         block.mlp.fc2 = nn.Sequential(block.mlp.fc2, nn.RMSNorm(width, eps=1e-6))
 
 
-VARIANTS: dict[str, Callable[[GSPNDiT], None]] = {
+VARIANTS: dict[str, Callable[[LatentModel], None]] = {
     "gated": each_mixer(gated),
     "swiglu": swiglu,
     "norm-free": each_mixer(norm_free),
@@ -250,12 +293,18 @@ VARIANTS: dict[str, Callable[[GSPNDiT], None]] = {
     "beside": each_mixer(beside),
     "gates-from-input": each_mixer(gates_from_input),
     "wide-head": each_mixer(wide_head),
-    "straight": each_mixer(straight),
+    "spreading": each_mixer(spreading),
     "fan": each_mixer(fan),
     "block-modulation": block_modulation,
     "shared-modulation": shared_modulation,
     "long-skips": long_skips,
     "mlp-conv": mlp_conv,
     "gelu": gelu,
+    "quiet-labels": labels_of(0.02),
+    "unit-labels": labels_of(1.0),
+    "loud-times": loud_times,
+    "unit-times": unit_times,
+    "half-rank": half_rank,
+    "final-modulation": final_modulation,
     "post-norm": post_norm,
 }

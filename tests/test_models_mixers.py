@@ -160,6 +160,18 @@ def test_scans_forget_at_the_rate_of_their_group_and_direction(chunk):
     torch.testing.assert_close(y, expected)
 
 
+def test_lines_of_a_new_mixer_keep_to_their_row():
+    """One site of value 1 in the first column: of what the last column receives, its own row has most."""
+    torch.manual_seed(0)
+    mixer = GSPNMixer(32, 2, 1, None)
+    value = torch.zeros(1, 13, 9, 32)
+    value[0, 6, 0] = 1
+    received = mixer.mix(value)[0, :, -1].detach().unflatten(-1, (2, -1)).mean(-1)  # by no scan but the one along rows
+    assert (received > 0).sum(0).tolist() == [13, 13]
+    assert (received[6] > received.sum(0) / 3).all()
+    assert (received[5:8].sum(0) > 0.7 * received.sum(0)).all()
+
+
 @pytest.mark.parametrize(("dtype", "least_half_life"), [(torch.bfloat16, 1 / 58), (torch.float16, 1 / 9)])
 def test_lines_too_long_for_a_quick_decay_forget_more_slowly_and_stay_finite(dtype, least_half_life):
     mixer = straight_scans(None, rate=1e6).to(dtype)

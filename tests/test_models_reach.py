@@ -89,7 +89,7 @@ def test_a_model_is_local_until_its_last_two_layers(name, layers, local_reach):
 
 def test_layers_can_be_made_global_by_index_and_are_the_last_two_by_default():
     chunks = [block.mixer.chunk for block in create_model("gspn-dit-ti-2").blocks]
-    assert chunks == [16, 16, 16, 16, None, None]
+    assert chunks == [32, 32, 32, 32, None, None]
     chunks = [block.core.chunk for block in create_model("gspn-ti-2", global_layers=[0, -2]).blocks]
     assert chunks == [None, 2, 2, 2, 2, None, 2]
     assert {block.core.chunk for block in create_model("gspn-ti-2", chunk=None).blocks} == {None}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.quality import Options, main, make_model
 from benchmarks.quality_data import TASKS, ReachTask
-from benchmarks.reach_task import CONTRAST, TIMES, FarEnds, agreement, bands, best_guess, ends, reach_gained
+from benchmarks.reach_task import COLOUR, END, TIMES, FarEnds, agreement, best_guess, ends, reach_gained
 from benchmarks.variants import VARIANTS
 from gspn_dit.errors import InputError
 from gspn_dit.models import DiT
@@ -28,18 +28,17 @@ def results(out: Path) -> dict[str, dict]:
 
 
 def far_ends(count: int) -> Tensor:
-    """The first held-out images of the task that needs reach, (count, 1, 32, 32)."""
+    """The first held-out images of the task that needs reach, (count, 3, 32, 32)."""
     return torch.stack([FarEnds(32, "test", count)[i][0] for i in range(count)])
 
 
-def test_far_ends_agree_in_the_data_and_half_of_the_time_where_nothing_is_carried():
-    images = far_ends(400)
-    assert agreement(images) == 1.0
-    assert 0.4 < (ends(images) > 0).float().mean() < 0.55
-    assert images.count_nonzero() == 400 * 32 * 2  # nothing between them
-    mixed = torch.cat([images[..., :16], images.roll(1, 0)[..., 16:]], dim=-1)
-    assert 0.45 < agreement(mixed) < 0.55
-    assert 0.45 < agreement(torch.cat([images[..., :16], images.roll(8, -2)[..., 16:]], dim=-1)) < 0.55
+def test_far_ends_agree_in_the_data_and_nowhere_else_do_two_rows():
+    images = far_ends(200)
+    assert agreement(images) == pytest.approx(1.0)
+    assert ends(images).std() == pytest.approx(COLOUR, rel=0.05)
+    assert images.count_nonzero() == 200 * 3 * 32 * 2 * END  # nothing between them
+    for mixed in (images.roll(1, 0), images.roll(1, -2), images.roll(1, 1)):  # another image, row or colour at one end
+        assert abs(agreement(torch.cat([images[..., :16], mixed[..., 16:]], dim=-1))) < 0.05
 
 
 def test_far_ends_are_the_same_each_time_and_held_out_ones_are_others():
@@ -51,15 +50,14 @@ def test_far_ends_are_the_same_each_time_and_held_out_ones_are_others():
 @pytest.mark.parametrize("t", TIMES)
 @pytest.mark.parametrize("reach", [False, True])
 def test_no_other_guess_of_an_end_is_nearer_than_the_best_one(t, reach):
-    """The posterior mean by brute force: the noise's density at each of the two colours."""
-    images = far_ends(4)
+    """The posterior mean by brute force: prior times density of the noise, over a fine grid of colours."""
+    images = far_ends(1)
     noisy = ends((1 - t) * images + t * torch.randn(images.shape)).double()
-    weights = [torch.exp(-((noisy - (1 - t) * colour) ** 2) / (2 * t**2)) for colour in (-CONTRAST, CONTRAST)]
-    weights = [bands(weight).prod(-2, keepdim=True) for weight in weights]
-    if reach:
-        weights = [weight.prod(-1, keepdim=True) for weight in weights]
-    expected = CONTRAST * (weights[1] - weights[0]) / (weights[1] + weights[0])
-    torch.testing.assert_close(bands(best_guess(noisy, t, reach)), expected.expand_as(bands(noisy)))
+    colours = torch.linspace(-10, 10, 4001, dtype=torch.float64)
+    logs = -((noisy[..., None] - (1 - t) * colours) ** 2) / (2 * t**2)
+    logs = logs.sum((-3, -2) if reach else -2, keepdim=True) - colours**2 / (2 * COLOUR**2)
+    expected = (logs.softmax(-1) * colours).sum(-1)
+    torch.testing.assert_close(best_guess(noisy, t, reach), expected.expand_as(noisy), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("reach", "gained"), [(False, 0.0), (True, 1.0)])
@@ -68,8 +66,8 @@ def test_the_best_guess_from_one_end_gains_no_reach_and_that_from_both_gains_all
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
 
     def velocity(noisy: Tensor, t: float) -> Tensor:
-        guess = torch.zeros_like(noisy)
-        guess[..., 0, :, [0, -1]] = best_guess(ends(noisy), t, reach)
+        left, right = best_guess(ends(noisy), t, reach).unbind(-2)
+        guess = torch.cat([left, torch.zeros_like(noisy[..., 2 * END :]), right], dim=-1)
         return (noisy - guess) / t
 
     assert reach_gained(velocity, images, noise) == pytest.approx(gained, abs=1e-4)
@@ -91,7 +89,7 @@ def test_models_have_the_same_width_and_depth_and_take_options():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_another_model_that_trains(variant):
     task, options = ReachTask(32), Options(width=32, depth=2, models=["gspn-dit"])
-    inputs = (torch.randn(1, 1, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
+    inputs = (torch.randn(1, 3, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
     outputs = []
     for spec in ("gspn-dit", f"gspn-dit+variant={variant}"):
         torch.manual_seed(0)

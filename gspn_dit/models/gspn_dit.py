@@ -27,8 +27,9 @@ class GSPNDiT(LatentModel):
         num_groups: Groups of C / num_groups channels that share gates, as attention's heads share weights.
         mlp_ratio: Hidden width of the feed-forward over C.
         conv_kernel: Side of the depthwise filter before the scan, odd.
-        chunk: Lines a local layer's scan runs over; None makes every layer global. 16 is the whole token map of a 256
-            pixel image (8× VAE, patch 2) and bounds a scan to 16 sequential steps on any larger one.
+        chunk: Lines a local layer's scan runs over; None makes every layer global. 32 is the whole token map of a 512
+            pixel image (8× VAE, patch 2) and bounds a scan to 32 sequential steps on any larger one. Samples of a
+            model trained on maps larger than its chunk show the chunks' borders (docs/ablations.md).
         global_layers: How many of the last blocks are global, or the indices of those that are.
         mixer: What sites meet in: `gspn`, the scans; or for comparison, inside the same block, softmax `attention`,
             `linear` attention or a depthwise `conv` (:mod:`gspn_dit.models.mixers`), which have no use for a chunk.
@@ -48,7 +49,7 @@ class GSPNDiT(LatentModel):
         num_groups: int = 18,
         mlp_ratio: float = 3.0,
         conv_kernel: int = 3,
-        chunk: int | None = 16,
+        chunk: int | None = 32,
         global_layers: int | Sequence[int] = 2,
         mixer: str = "gspn",
         sample_size: int | Sequence[int] = 32,
@@ -66,6 +67,8 @@ class GSPNDiT(LatentModel):
             raise InputError(f"mixer={mixer!r}: give one of {', '.join(MIXERS)}")
         super().__init__(width=width, sample_size=sample_size, patch_size=patch_size, in_channels=in_channels,
                          out_channels=out_channels, num_classes=num_classes)  # fmt: skip
+        # DiT starts these at 0.02, and its first thousands of steps go by before classes are told apart
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=1.0)
         rank = max(width // 4, 1)
         self.modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
         self.block_condition = nn.Sequential(nn.SiLU(), linear(width, rank))

@@ -64,9 +64,10 @@ class GSPNMixer(Mixer):
 
         mix(v) = Σ_k h_k,   h_k[i] = f_k W_k h_k[i-1] + λ_k ⊙ v[i]
 
-    A head of rank C // 16 reads v, which has seen its neighbourhood, and gives every group 12 gate logits and 4 λ. The
-    logits start near 0, so a line starts as the mean of the three neighbours before it; λ is the head's output itself
-    and starts at 1/4, so that a site's own value counts once in the sum of the four scans.
+    A head of rank C // 16 reads v, which has seen its neighbourhood, and gives every group 12 gate logits and 4 λ. A
+    line starts straight, 84% of it from the neighbour right before: as a mean of three it would have spread over
+    whole rows before it came to the far end. λ is the head's output itself and starts at 1/4, so that a site's own
+    value counts once in the sum of the four scans.
 
     f = exp(-rate), one number a group and direction, starts with half-lives of 2 to 32 lines spread over the groups.
     W's rows sum to 1: without f a scan would go on adding up all the lines it has run, and far ones drown near ones.
@@ -81,7 +82,9 @@ class GSPNMixer(Mixer):
         self.head = nn.Sequential(linear(width, rank, bias=False), linear(rank, outputs))
         nn.init.normal_(self.head[1].weight, std=0.02)
         with torch.no_grad():
-            self.head[1].bias.view(self.num_groups, NUM_DIRECTIONS * 4)[:, NUM_DIRECTIONS * 3 :] = 0.25
+            logits, lam = self.head[1].bias.view(self.num_groups, -1).split([NUM_DIRECTIONS * 3, NUM_DIRECTIONS], -1)
+            logits.copy_(torch.tensor([-3.0, 0.0, -3.0]).repeat(NUM_DIRECTIONS))
+            lam.fill_(0.25)
         half_lives = 2 ** torch.linspace(1, 5, self.num_groups)
         self.log_rate = nn.Parameter((math.log(2) / half_lives).log().repeat(NUM_DIRECTIONS, 1))
 
