@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.operator import machine, median_ms
+from benchmarks.machine import machine
+from benchmarks.operator import median_ms
 from benchmarks.resolution_case import Case, random_model
 from gspn_dit.options import command, require
 

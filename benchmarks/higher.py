@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.higher_case import CALLS_FILE, Case, open_pipeline
-from benchmarks.operator import machine
+from benchmarks.machine import machine
 from benchmarks.resolution import cell, line
 from gspn_dit.data import downsampling
 from gspn_dit.diffusion import objective_of

@@ -7,7 +7,6 @@ GPU, with the byte floor and a kernel of the published per-line scheme beside it
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from benchmarks.machine import machine
 from gspn_dit.ops import propagate
 from gspn_dit.ops.backends import status
 from gspn_dit.options import command
@@ -107,16 +107,6 @@ def scaling_rows(repeats: int) -> list[str]:
         rows.append(f"| {shape[1]}×{shape[2]}, C=384, G=6 | {ms:.2f} | {costs[-1]:.0f} |")
     rows.append(f"\nslowest over fastest a pixel: {max(costs) / min(costs):.2f}")
     return rows
-
-
-def machine() -> str:
-    """The CPU, its threads and the torch that these figures belong to."""
-    models = [
-        s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")
-    ]
-    return (
-        f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
 
 
 def main(options: Options) -> None:

@@ -27,7 +27,7 @@ import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.operator import machine
+from benchmarks.machine import machine
 from benchmarks.quality_data import TASKS, Task
 from benchmarks.quality_report import write_report
 from benchmarks.variants import VARIANTS

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.operator import machine
+from benchmarks.machine import machine
 from benchmarks.resolution_case import LONGEST_WHOLE, Case
 from gspn_dit.files import replacing, write_json
 from gspn_dit.options import command, require

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.machine import processor
 from gspn_dit.data.latents import LatentStore, write_manifest, write_shard
 from gspn_dit.files import write_json
 from gspn_dit.options import command, require
@@ -155,9 +156,7 @@ def fresh(measure: Callable, *arguments: object) -> Any:
 
 def machine() -> str:
     """What these figures belong to."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
-    return f"{names[0]}, {os.cpu_count()} cores, Linux {platform.release()}, torch {torch.__version__}"
+    return f"{processor()}, {os.cpu_count()} cores, Linux {platform.release()}, torch {torch.__version__}"
 
 
 def opening_rows(folder: Path, workers: int) -> list[str]:
