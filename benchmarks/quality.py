@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from benchmarks.machine import machine
 from benchmarks.quality_data import TASKS, Task
 from benchmarks.quality_report import write_report
-from benchmarks.variants import VARIANTS
+from benchmarks.variants import OF_ANY_FAMILY, VARIANTS
 from gspn_dit.devices import choose_device
 from gspn_dit.diffusion import create_objective, create_scheduler, denoise, image_generator
 from gspn_dit.errors import InputError
@@ -147,7 +147,8 @@ def make_model(spec: str, task: Task, options: Options) -> LatentModel:
         sizes[key] = yaml.safe_load(value)
     variants = [variant for variant in sizes.pop("variant", "").split("&") if variant]
     for variant in variants:
-        require(variant in VARIANTS, "models", spec, f"variants out of {', '.join(VARIANTS)}")
+        known = VARIANTS if family == "gspn-dit" else OF_ANY_FAMILY
+        require(variant in known, "models", spec, f"variants out of {', '.join(known)}")
     channels, *sample_size = task.latent_shape
     model = create_model(f"{family}-s-{task.patch_size}", sample_size=sample_size, in_channels=channels,
                          out_channels=channels, num_classes=task.num_classes, **sizes)  # fmt: skip

@@ -300,11 +300,12 @@ VARIANTS: dict[str, Callable[[LatentModel], None]] = {
     "long-skips": long_skips,
     "mlp-conv": mlp_conv,
     "gelu": gelu,
-    "quiet-labels": labels_of(0.02),
-    "unit-labels": labels_of(1.0),
     "loud-times": loud_times,
     "unit-times": unit_times,
     "half-rank": half_rank,
     "final-modulation": final_modulation,
     "post-norm": post_norm,
+    "quiet-labels": labels_of(0.02),
+    "unit-labels": labels_of(1.0),
 }
+OF_ANY_FAMILY = ("quiet-labels", "unit-labels")  # the others change what only a gspn-dit has

@@ -110,6 +110,7 @@ def test_every_variant_is_another_model_that_trains(variant):
         ({"models": ["gspn-dit+linear"]}, "wanted option=value after the plus, not 'linear'"),
         ({"models": ["dit", "gspn-dit+mixer=mamba"]}, "mixer='mamba'"),
         ({"models": ["gspn-dit+reach=8"]}, "no option 'reach'"),
+        ({"models": ["dit+variant=gelu"]}, "wanted variants out of quiet-labels, unit-labels"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is(options, message, tmp_path):
