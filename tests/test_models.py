@@ -50,6 +50,13 @@ def on_meta(name: str) -> nn.Module:
         return create_model(name)
 
 
+@pytest.mark.parametrize(("name", "std"), [("dit-ti-2", 0.02), ("gspn-ti-2", 0.02), ("gspn-dit-ti-2", 1.0)])
+def test_labels_start_as_published_but_in_gspn_dit_at_unit_scale(name, std):
+    torch.manual_seed(0)
+    labels = create_model(name, num_classes=100).y_embedder.embedding_table.weight
+    assert labels.std().item() == pytest.approx(std, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "trainable"),
     [

@@ -67,7 +67,7 @@ class GSPNDiT(LatentModel):
             raise InputError(f"mixer={mixer!r}: give one of {', '.join(MIXERS)}")
         super().__init__(width=width, sample_size=sample_size, patch_size=patch_size, in_channels=in_channels,
                          out_channels=out_channels, num_classes=num_classes)  # fmt: skip
-        # DiT starts these at 0.02, and its first thousands of steps go by before classes are told apart
+        # 0.02, as DiT has it, is heard late through modulation that is mostly shared (docs/ablations.md, section 4)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=1.0)
         rank = max(width // 4, 1)
         self.modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
