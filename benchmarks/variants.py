@@ -5,6 +5,7 @@ A choice that lost, or that nobody should have to make, is tried here and is no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import MethodType
 
@@ -36,7 +37,7 @@ def gated(mixer: GSPNMixer, width: int) -> None:
 
     def forward(self: GSPNMixer, x: Tensor) -> Tensor:
         value = self.conv(self.value(x))
-        return self.proj(self.norm(self.mix(value)).to(value.dtype) * F.silu(self.gate(x)))
+        return self.proj(self.join(self.mix(value), value) * F.silu(self.gate(x)))
 
     mixer.forward = MethodType(forward, mixer)
 
@@ -77,9 +78,21 @@ def output_gates(mixer: GSPNMixer, width: int) -> None:
     mixer.mix = MethodType(mix, mixer)
 
 
+def equal_scans(mixer: GSPNMixer, width: int) -> None:
+    """The four scans are added up as they are: s = 1."""
+    mixer.scale = nn.Parameter(torch.ones_like(mixer.scale), requires_grad=False)
+
+
+def scans_alone(mixer: GSPNMixer, width: int) -> None:
+    """No direct path beside the norm."""
+    del mixer.direct
+    mixer.join = lambda mixed, value: mixer.norm(mixed).to(value.dtype)
+
+
 def values_a_direction(mixer: GSPNMixer, width: int) -> None:
-    """A value of its own for each direction: a learned factor a channel and direction on the shared one."""
-    mixer.direction_scale = nn.Parameter(1 + 0.1 * torch.randn(NUM_DIRECTIONS, width))
+    """A value of its own for each direction: a factor a channel in place of s, which is one a group."""
+    equal_scans(mixer, width)
+    mixer.direction_scale = nn.Parameter(torch.randn(NUM_DIRECTIONS, width))
 
     def mix(self: GSPNMixer, value: Tensor) -> Tensor:
         gates, lam = self.gates_and_lam(value)
@@ -94,32 +107,38 @@ def values_a_direction(mixer: GSPNMixer, width: int) -> None:
     mixer.mix = MethodType(mix, mixer)
 
 
-def plus_value(mixer: GSPNMixer, width: int) -> None:
-    """mix(v) = Σ h_k(v) + D ⊙ v, the paper's direct path, with D learned a channel, 0 at the start."""
-    mixer.direct = nn.Parameter(torch.zeros(width))
+def one_direction(mixer: GSPNMixer, width: int) -> None:
+    """A group of channels is scanned in one direction, not in all four: group g in the one of its quarter."""
+    groups, names = mixer.num_groups // NUM_DIRECTIONS, tuple(DIRECTIONS)
 
     def mix(self: GSPNMixer, value: Tensor) -> Tensor:
-        y = GSPNMixer.mix(self, value)
-        return y + (self.direct * value).to(y.dtype)
+        gates, lam = self.gates_and_lam(value)
+        lam, out = self.forgetting(lam)
+        scans = []
+        for k, part in enumerate(value.chunk(NUM_DIRECTIONS, dim=-1)):
+            own = slice(k * groups, (k + 1) * groups)
+            scans.append(propagate(part, gates[..., [k], :, own], lam[..., [k], own], out[..., [k], own],
+                                   chunk=self.chunk, directions=(names[k],)))  # fmt: skip
+        return torch.cat(scans, -1)
 
     mixer.mix = MethodType(mix, mixer)
 
 
-def beside(mixer: GSPNMixer, width: int) -> None:
-    """y = proj(norm(mix(v)) + D ⊙ v): the direct path beside the norm, so that a long line does not drown it."""
-    mixer.direct = nn.Parameter(torch.ones(width))
-
-    def forward(self: GSPNMixer, x: Tensor) -> Tensor:
-        value = self.conv(self.value(x))
-        return self.proj((self.norm(self.mix(value)) + self.direct * value).to(value.dtype))
-
-    mixer.forward = MethodType(forward, mixer)
-
-
 def remembering(mixer: GSPNMixer, width: int) -> None:
     """Lines that forget nothing: f = 1."""
-    mixer.mix = MethodType(lambda self, value: propagate(value, *self.gates_and_lam(value), chunk=self.chunk), mixer)
+    mixer.forgetting = lambda lam: (lam, mixer.scale.to(lam.dtype).expand_as(lam))
     del mixer.log_rate
+
+
+def half_lives(shortest: float, longest: float) -> Callable[[GSPNDiT], None]:
+    """Lines that start with other half-lives than 2 … 64."""
+
+    def change(mixer: GSPNMixer, width: int) -> None:
+        lives = 2 ** torch.linspace(math.log2(shortest), math.log2(longest), mixer.num_groups)
+        with torch.no_grad():
+            mixer.log_rate.copy_((math.log(2) / lives).log())
+
+    return each_mixer(change)
 
 
 def gates_from_input(mixer: GSPNMixer, width: int) -> None:
@@ -129,7 +148,7 @@ def gates_from_input(mixer: GSPNMixer, width: int) -> None:
         value = self.conv(self.value(x))
         gates, lam = self.gates_and_lam(x.to(value.dtype))
         y = propagate(value, gates, *self.forgetting(lam), chunk=self.chunk)
-        return self.proj(self.norm(y).to(value.dtype))
+        return self.proj(self.join(y, value))
 
     mixer.forward = MethodType(forward, mixer)
 
@@ -287,10 +306,13 @@ VARIANTS: dict[str, Callable[[LatentModel], None]] = {
     "lam-softplus": lam_through(F.softplus, -1.2587),
     "lam-constant": lam_through(lambda lam: torch.full_like(lam, 0.25), 0.25),
     "output-gates": each_mixer(output_gates),
+    "equal-scans": each_mixer(equal_scans),
+    "scans-alone": each_mixer(scans_alone),
+    "one-direction": each_mixer(one_direction),
+    "half-lives-4-64": half_lives(4.0, 64.0),
+    "half-lives-2-32": half_lives(2.0, 32.0),
     "direction-values": each_mixer(values_a_direction),
-    "direct": each_mixer(plus_value),
     "remembering": each_mixer(remembering),
-    "beside": each_mixer(beside),
     "gates-from-input": each_mixer(gates_from_input),
     "wide-head": each_mixer(wide_head),
     "spreading": each_mixer(spreading),

@@ -127,11 +127,10 @@ GSPN_DEVICE void advance_line(LineValues<L>& h, SideValues& halo, const Call& ca
   }
 }
 
-template <typename T, bool kShared, int kLine, bool kTiled>
+template <typename T, bool kShared, typename L, bool kTiled>
 __global__ void __launch_bounds__(128, 1)
     map_forward(const __grid_constant__ Forward<T> call, const __grid_constant__ MapPlan plan,
                 const __grid_constant__ Edges edges) {
-  using L = Lanes<kLine, 4>;
   const Problem& p = call.problem;
   const Tile tile(p, plan);
   const MapShape<L> shape(tile.height, tile.width, plan.parts);
@@ -179,9 +178,8 @@ __global__ void __launch_bounds__(128, 1)
   }
 }
 
-template <int kLine>
+template <typename L>
 size_t map_forward_bytes(int height, int width, int parts, size_t element) {
-  using L = Lanes<kLine, 4>;
   return MapShape<L>(height, width, parts).elements() * (sizeof(float) + element) +
          Stage::bytes<L>();
 }

@@ -55,13 +55,13 @@ struct MapChoice {
   explicit operator bool() const { return plan.parts > 0; }
 };
 
-// `warp_channels` of a line of 16; bytes(line, height, width, parts) is a block's shared memory.
-template <typename Bytes>
-MapChoice choose_map(const Problem& p, const SharedMemory& memory, int warp_channels, int max_parts, Bytes bytes) {
+// bytes(line, height, width, parts) is a block's shared memory, width_of_warp(line) a warp's channels.
+template <typename Bytes, typename WarpWidth>
+MapChoice choose_map(const Problem& p, const SharedMemory& memory, int max_parts, Bytes bytes, WarpWidth width_of_warp) {
   MapChoice choice;
   const int64_t longest = p.height > p.width ? p.height : p.width;
   choice.line = longest <= 16 ? 16 : 32;
-  if (choice.line == 32) warp_channels /= 2;
+  const int warp_channels = width_of_warp(choice.line);
   const int tile = longest < kLongestLine ? int(longest) : kLongestLine;
   const int height = p.height < tile ? int(p.height) : tile, width = p.width < tile ? int(p.width) : tile;
   constexpr int64_t kReserved = 1024;  // of a block, by the system
@@ -90,6 +90,13 @@ size_t edge_bytes(const Problem& p) {
   return (shares_gates(p) ? LineGates::bytes(longest) : 0) + LineEnds::bytes(int(divide_up(longest, EdgeLanes::kLine)));
 }
 
+// Lanes of the forward pass. A warp of Short has 32 channels of a line, one of Narrow or Long 16: no lane is idle in groups
+// of 16 channels.
+using Short = Lanes<16, 4>;
+using Narrow = Lanes<16, 2>;
+using Long = Lanes<32, 4>;
+bool is_narrow(const Problem& p) { return shares_gates(p) && domain(p) <= Narrow::kWarpChannels; }
+
 template <typename T>
 MapChoice choose_map(const Forward<T>& call, const SharedMemory& memory) {
   constexpr int kN = Lanes<16, 4>::kLaneChannels;
@@ -97,10 +104,11 @@ MapChoice choose_map(const Forward<T>& call, const SharedMemory& memory) {
   const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
   if (!contiguous(call.y, p) || (!shares_gates(p) && !(aligned && gates_vectorise(p, call.gates, call.lam, call.out, kN))))
     return {};
-  MapChoice choice = choose_map(p, memory, Lanes<16, 4>::kWarpChannels, 2, [&](int line, int height, int width, int parts) {
-    return line == 16 ? map_forward_bytes<16>(height, width, parts, sizeof(T))
-                      : map_forward_bytes<32>(height, width, parts, sizeof(T));
-  });
+  MapChoice choice = choose_map(p, memory, 2, [&](int line, int height, int width, int parts) {
+    return line == 32 ? map_forward_bytes<Long>(height, width, parts, sizeof(T))
+           : is_narrow(p) ? map_forward_bytes<Narrow>(height, width, parts, sizeof(T))
+                          : map_forward_bytes<Short>(height, width, parts, sizeof(T));
+  }, [&](int line) { return line == 16 && !is_narrow(p) ? Short::kWarpChannels : Long::kWarpChannels; });
   choice.plan.vector_x = aligned && vectorises(p, call.x, 3, kN);
   choice.plan.vector_y = aligned;
   const int64_t longest = p.height > p.width ? p.height : p.width;
@@ -119,10 +127,10 @@ MapChoice choose_map(const Backward<T>& call, const SharedMemory& memory) {
   if (!shares_gates(p) && !(aligned && gates_vectorise(p, call.gates, call.lam, call.out, kN) &&
                             gates_vectorise(p, call.grad_gates, call.grad_lam, call.grad_out, kN)))
     return {};
-  MapChoice choice = choose_map(p, memory, Lanes<16, 2>::kWarpChannels, 4, [&](int line, int height, int width, int parts) {
+  MapChoice choice = choose_map(p, memory, 4, [&](int line, int height, int width, int parts) {
     return line == 16 ? map_backward_bytes<16>(height, width, parts, sizeof(T))
                       : map_backward_bytes<32>(height, width, parts, sizeof(T));
-  });
+  }, [](int line) { return line == 16 ? Lanes<16, 2>::kWarpChannels : Lanes<32, 2>::kWarpChannels; });
   choice.plan.vector_x = aligned && vectorises(p, call.x, 3, kN);
   choice.plan.vector_grad = aligned && vectorises(p, call.grad_y, 3, kN);
   choice.plan.vector_y = aligned;
@@ -302,10 +310,11 @@ const char* run_forward(const Forward<T>& call, const SharedMemory& memory, floa
         edges.side[k] = scratch + layout.side[k];
       }
       if (const char* error = launch_edges(call, edges, stream)) return error;
-      return shared ? run(map_forward<T, true, 32, true>) : run(map_forward<T, false, 32, true>);
+      return shared ? run(map_forward<T, true, Long, true>) : run(map_forward<T, false, Long, true>);
     }
-    if (map.line == 16) return shared ? run(map_forward<T, true, 16, false>) : run(map_forward<T, false, 16, false>);
-    return shared ? run(map_forward<T, true, 32, false>) : run(map_forward<T, false, 32, false>);
+    if (map.line == 32) return shared ? run(map_forward<T, true, Long, false>) : run(map_forward<T, false, Long, false>);
+    if (is_narrow(p)) return run(map_forward<T, true, Narrow, false>);
+    return shared ? run(map_forward<T, true, Short, false>) : run(map_forward<T, false, Short, false>);
   }
   float* const partial = sum_in_place(call.y.data, scratch);
   for (int k = 0; k < p.num_directions; ++k) {
@@ -360,7 +369,7 @@ const char* run_backward(const Backward<T>& call, const SharedMemory& memory, fl
 const char* unusable() {
 #if !defined(GSPN_EMULATED_CUDA)
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, map_forward<float, true, 16, false>);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, map_forward<float, true, Short, false>);
   cudaGetLastError();  // it was asked for: no later launch shall report it
   return describe(error);
 #else

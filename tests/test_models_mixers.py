@@ -119,24 +119,43 @@ def test_mixers_differ_in_their_own_layers_alone():
     models = {mixer: on_meta(mixer) for mixer in MIXERS}
     shapes = {mixer: {k: v.shape for k, v in model.state_dict().items()} for mixer, model in models.items()}
     own = {"gspn": "head", "attention": "query_key", "linear": "query_key", "conv": "wide_conv"}
-    shared = [{k: v for k, v in shapes[m].items() if f".{own[m]}." not in k and "log_rate" not in k} for m in MIXERS]
+    numbers = ("mixer.log_rate", "mixer.scale")  # of scans
+    shared = [
+        {k: v for k, v in shapes[mixer].items() if f".{own[mixer]}." not in k and not k.endswith(numbers)}
+        for mixer in MIXERS
+    ]
     assert all(other == shared[0] for other in shared)
     rest = sum(shape.numel() for shape in shared[0].values())
     extra = {mixer: count_parameters(model) - rest for mixer, model in models.items()}
     attention = 12 * (2 * 384**2 + 2 * 384)
-    scans = 12 * (384 * 24 + (24 + 1) * 6 * 16 + 4 * 6)
+    scans = 12 * (384 * 24 + (24 + 1) * 24 * 16 + 2 * 4 * 24)
     assert extra == {"gspn": scans, "attention": attention, "linear": attention, "conv": 12 * 50 * 384}
 
 
 def straight_scans(chunk: int | None, rate: float | None = None) -> GSPNMixer:
-    """A mixer of two groups whose lines are straight, with λ = 1 everywhere."""
+    """A mixer of two groups whose lines are straight, with λ = 1 everywhere and all four scans added up."""
     mixer = GSPNMixer(8, 2, 1, chunk)
     with torch.no_grad():
+        mixer.scale.fill_(1)
         mixer.head[1].weight.zero_()
         mixer.head[1].bias.copy_(torch.tensor([-1e4, 1e4, -1e4] * 4 + [1.0] * 4).repeat(2))
         if rate is not None:
             mixer.log_rate.fill_(rate).log_()
     return mixer
+
+
+def test_groups_of_a_new_mixer_are_filters_of_their_own():
+    """What four groups make of one site are four independent maps, were they all to forget alike."""
+    torch.manual_seed(0)
+    mixer = GSPNMixer(32, 4, 1, None)
+    value = torch.zeros(1, 9, 9, 32)
+    value[0, 4, 4] = 1
+    with torch.no_grad():
+        mixer.head[1].weight.zero_()
+        mixer.log_rate.zero_()
+        maps = mixer.mix(value)[0, :, :, ::8].flatten(0, 1)  # a channel a group
+    assert torch.linalg.matrix_rank(maps, rtol=1e-3) == 4
+    assert (maps.amin(0) < 0).any() and (maps.amax(0) > 0).any()
 
 
 @pytest.mark.parametrize("chunk", [None, 4, 5])
@@ -166,6 +185,7 @@ def test_lines_of_a_new_mixer_keep_to_their_row():
     mixer = GSPNMixer(32, 2, 1, None)
     value = torch.zeros(1, 13, 9, 32)
     value[0, 6, 0] = 1
+    mixer.scale.data.fill_(1)
     received = mixer.mix(value)[0, :, -1].detach().unflatten(-1, (2, -1)).mean(-1)  # by no scan but the one along rows
     assert (received > 0).sum(0).tolist() == [13, 13]
     assert (received[6] > received.sum(0) / 3).all()

@@ -124,7 +124,8 @@ def turned_gspn(core: GSPNCore, chunk: int | None) -> GSPNCore:
 def turned_gspn_dit(mixer: GSPNMixer, chunk: int | None) -> GSPNMixer:
     turned = scan_layer("gspn-dit", chunk)
     turned.load_state_dict(mixer.state_dict())
-    turned.log_rate.copy_(turn_directions(mixer.log_rate))
+    for name in ("log_rate", "scale"):
+        getattr(turned, name).copy_(turn_directions(getattr(mixer, name)))
     for name in ("weight", "bias"):
         before = getattr(mixer.head[1], name)
         by_group = before.view(2, 16, -1).movedim(1, 0)  # (16, G, …): 4 × 3 logits, 4 λ

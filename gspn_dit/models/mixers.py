@@ -19,16 +19,16 @@ NUM_DIRECTIONS = len(DIRECTIONS)
 class Mixer(nn.Module):
     """What all mixers have in common, (B, H, W, C) to (B, H, W, C):
 
-        v = conv(W_v x);  y = proj(norm(mix(v)))
+        v = conv(W_v x);  y = proj(norm(mix(v)) + d ⊙ v)
 
     They differ in `mix` alone, so that a comparison of two is one of what sites meet in, not of the convolution or the
     norm around it. The norm is over each group (RMS, arXiv 1910.07467); it has no weight, which `proj` would only
-    repeat.
+    repeat. d, a number a channel, starts at 1: what a site itself says goes by beside the norm and is not drowned by
+    what comes from afar.
 
     Args:
         width: Channels C.
-        num_groups: Groups of channels that are normalised together; they share gates in scans, and are attention's
-            heads.
+        num_groups: Groups of channels that are normalised together; in scans they share gates.
         conv_kernel: Side of the depthwise filter on the value.
         chunk: Lines that a scan runs over; the other mixers have no lines.
     """
@@ -39,6 +39,7 @@ class Mixer(nn.Module):
         self.value = linear(width, width)
         self.conv = DepthwiseConv(width, conv_kernel)
         self.make_mix(width)
+        self.direct = nn.Parameter(torch.ones(width))
         self.proj = linear(width, width)
 
     def make_mix(self, width: int) -> None:
@@ -51,7 +52,11 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value = self.conv(self.value(x))
-        return self.proj(self.norm(self.mix(value)).to(value.dtype))
+        return self.proj(self.join(self.mix(value), value))
+
+    def join(self, mixed: Tensor, value: Tensor) -> Tensor:
+        """norm(mixed) + d ⊙ v, in v's dtype."""
+        return torch.addcmul(self.norm(mixed).to(value.dtype), self.direct.to(value.dtype), value)
 
     def norm(self, y: Tensor) -> Tensor:
         """Each group's channels over their root mean square."""
@@ -62,14 +67,17 @@ class Mixer(nn.Module):
 class GSPNMixer(Mixer):
     """Scans in four directions that forget at a learned pace, the mixer of gspn-dit (arXiv 2501.12381):
 
-        mix(v) = Σ_k h_k,   h_k[i] = f_k W_k h_k[i-1] + λ_k ⊙ v[i]
+        mix(v) = Σ_k s_k h_k,   h_k[i] = f_k W_k h_k[i-1] + λ_k ⊙ v[i]
 
     A head of rank C // 16 reads v, which has seen its neighbourhood, and gives every group 12 gate logits and 4 λ. A
     line starts straight, 84% of it from the neighbour right before: as a mean of three it would have spread over
-    whole rows before it came to the far end. λ is the head's output itself and starts at 1/4, so that a site's own
-    value counts once in the sum of the four scans.
+    whole rows before it came to the far end. λ is the head's output itself and starts at 1/4.
 
-    f = exp(-rate), one number a group and direction, starts with half-lives of 2 to 32 lines spread over the groups.
+    s, one number a group and direction, starts at random, of either sign: each group begins as another filter, and most
+    as differences of what lies to either side. As four equal sums they would all be one blur (docs/ablations.md,
+    section 8).
+
+    f = exp(-rate), one number a group and direction, starts with half-lives of 2 to 64 lines spread over the groups.
     W's rows sum to 1: without f a scan would go on adding up all the lines it has run, and far ones drown near ones.
     The norm that follows takes the scale out.
     """
@@ -85,7 +93,8 @@ class GSPNMixer(Mixer):
             logits, lam = self.head[1].bias.view(self.num_groups, -1).split([NUM_DIRECTIONS * 3, NUM_DIRECTIONS], -1)
             logits.copy_(torch.tensor([-3.0, 0.0, -3.0]).repeat(NUM_DIRECTIONS))
             lam.fill_(0.25)
-        half_lives = 2 ** torch.linspace(1, 5, self.num_groups)
+        half_lives = 2 ** torch.linspace(1, 6, self.num_groups)
+        self.scale = nn.Parameter(torch.randn(NUM_DIRECTIONS, self.num_groups))
         self.log_rate = nn.Parameter((math.log(2) / half_lives).log().repeat(NUM_DIRECTIONS, 1))
 
     def mix(self, value: Tensor) -> Tensor:
@@ -93,12 +102,12 @@ class GSPNMixer(Mixer):
         return propagate(value, gates, *self.forgetting(lam), chunk=self.chunk)
 
     def forgetting(self, lam: Tensor) -> tuple[Tensor, Tensor]:
-        """λ / fⁿ and u = fⁿ, (B, H, W, 4, G), at sites with n lines of their chunk before them.
+        """λ / fⁿ and u = s fⁿ, (B, H, W, 4, G), at sites with n lines of their chunk before them.
 
         The operator has no f, but these two give fᵐ to a line that is m lines old.
         """
         power = self.forgotten(*lam.shape[1:3], lam.dtype)
-        return lam * power.exp().to(lam.dtype), (-power).exp().to(lam.dtype).expand_as(lam)
+        return lam * power.exp().to(lam.dtype), (self.scale * (-power).exp()).to(lam.dtype).expand_as(lam)
 
     def forgotten(self, height: int, width: int, dtype: torch.dtype) -> Tensor:
         """-log fⁿ: rate × lines of the chunk read before each site, float32 (H, W, 4, G).
@@ -126,26 +135,27 @@ class GSPNMixer(Mixer):
 
 
 class AttentionMixer(Mixer):
-    """Softmax attention over all sites, a head a group: quadratic in the number of sites.
+    """Softmax attention over all sites, in heads of 64 channels: quadratic in the number of sites.
 
     Queries and keys are linear in v. There are no positions but what the convolution's zero padding tells. They are
     2C² parameters that scans do without: the strong form of the comparison.
     """
 
     def make_mix(self, width: int) -> None:
+        self.head_width = math.gcd(width, 64)
         self.query_key = linear(width, 2 * width)
 
     def mix(self, value: Tensor) -> Tensor:
         query, key = self.query_key(value).chunk(2, dim=-1)
-        y = self.attend(*(self.heads(part) for part in (query, key, value)))  # (B, G, N, C/G)
+        y = self.attend(*(self.heads(part) for part in (query, key, value)))  # (B, heads, N, D)
         return y.transpose(1, 2).reshape(value.shape)
 
     def heads(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) as heads of sites, (B, G, N, C/G)."""
-        return x.flatten(1, 2).unflatten(-1, (self.num_groups, -1)).transpose(1, 2)
+        """(B, H, W, C) as heads of sites, (B, heads, N, D)."""
+        return x.flatten(1, 2).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """softmax(QKᵀ / √D) V, all (B, G, N, D)."""
+        """softmax(QKᵀ / √D) V, all (B, heads, N, D)."""
         return F.scaled_dot_product_attention(query, key, value)
 
 
@@ -156,12 +166,12 @@ class LinearAttentionMixer(AttentionMixer):
     """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """φ(Q)(φ(K)ᵀV) / φ(Q)(φ(K)ᵀ1) with φ = ReLU, all (B, G, N, D); 0 at a site whose query meets no key."""
+        """φ(Q)(φ(K)ᵀV) / φ(Q)(φ(K)ᵀ1) with φ = ReLU, all (B, heads, N, D); 0 at a site whose query meets no key."""
         with without_autocast(query.device):
             query, key, value = query.float().relu(), key.float().relu(), value.float()
             # Means over sites, not sums: ε weighs the same on every map.
-            summary = key.transpose(-1, -2) @ (value / key.shape[-2])  # (B, G, D, D)
-            weight = query @ key.mean(-2).unsqueeze(-1)  # (B, G, N, 1)
+            summary = key.transpose(-1, -2) @ (value / key.shape[-2])  # (B, heads, D, D)
+            weight = query @ key.mean(-2).unsqueeze(-1)  # (B, heads, N, 1)
             return query @ summary / (weight + 1e-6)
 
 
