@@ -72,12 +72,13 @@ class Case:
 def cases() -> Iterator[Case]:
     """GSPN-2's configuration, then DiT-XL's maps from 256 pixels to 16K, and the gates of the `gspn` family."""
     yield Case("GSPN-2: 1024², 8 ch", 16, 1024, 8, 8, None, 0.75, ("down",), torch.float32, sites_innermost=True)
-    for pixels, batch, predicted in ((256, 64, 0.6), (512, 32, 0.26), (1024, 8, 0.35), (2048, 2, 0.35)):
+    for pixels, batch, predicted in ((256, 64, 0.5), (512, 32, 0.35), (1024, 8, 0.35), (2048, 2, 0.35)):
         for chunk in (2, None):
-            yield Case(f"{pixels} px", batch, pixels // 16, 1152, 18, chunk, predicted)
+            yield Case(f"{pixels} px", batch, pixels // 16, 1152, 72, chunk, predicted)
+    yield Case("256 px, 64 channels a group", 64, 16, 1152, 18, None, 0.6)
     yield Case("256 px, a gate a channel", 64, 16, 1152, 1152, 2, 0.6)
     for chunk in (16, None):
-        yield Case("16K px", 1, 1024, 1152, 18, chunk, 0.12, trains=False)
+        yield Case("16K px", 1, 1024, 1152, 72, chunk, 0.15, trains=False)
 
 
 def median_ms(run: Callable[[int], object], repeats: int) -> float:
