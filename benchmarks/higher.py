@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from benchmarks.higher_case import CALLS_FILE, Case, open_pipeline
 from benchmarks.machine import machine
 from benchmarks.resolution import cell, line
+from benchmarks.saved_rows import saved_rows
 from gspn_dit.data import downsampling
 from gspn_dit.diffusion import objective_of
 from gspn_dit.drawing import image_file, weights_sha256
@@ -109,7 +110,6 @@ class Results:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.path = Path(f"{options.out}.json")
-        self.rows: dict[str, dict[str, Any]] = {}
         weights, self.switches = {}, {}
         for label, source in options.sources.items():
             pipe = open_pipeline(source)
@@ -131,11 +131,7 @@ class Results:
         torch.set_num_threads(options.threads)
         where = machine() if options.device == "cpu" else f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
         self.settings = {"machine": where, "weights": weights, **{key: getattr(options, key) for key in same}}
-        if self.path.exists():
-            saved = json.loads(self.path.read_text())
-            for key, value in self.settings.items():
-                require(saved[key] == value, key, value, f"{saved[key]!r} as in {self.path}; or choose another --out")
-            self.rows = saved["rows"]
+        self.rows = saved_rows(self.path, self.settings)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def cases(self) -> Iterator[tuple[str, Case]]:

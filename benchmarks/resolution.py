@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.machine import machine
 from benchmarks.resolution_case import LONGEST_WHOLE, Case
+from benchmarks.saved_rows import saved_rows
 from gspn_dit.files import replacing, write_json
 from gspn_dit.options import command, require
 
@@ -86,12 +87,7 @@ class Results:
         self.options = options
         self.path = Path(f"{options.out}.json")
         self.settings = {"machine": where(options), "size": options.size}
-        self.rows: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
-            saved = json.loads(self.path.read_text())
-            for key, value in self.settings.items():
-                require(saved[key] == value, key, value, f"{saved[key]!r} as in {self.path}; or choose another --out")
-            self.rows = saved["rows"]
+        self.rows = saved_rows(self.path, self.settings)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, case: Case, measured: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gspn_dit.errors import InputError
@@ -51,6 +52,15 @@ def test_save_and_load_is_bit_equal(mixer, tmp_path):
     loaded = GSPNDiT.from_pretrained(tmp_path)
     assert loaded.config.mixer == mixer
     assert torch.equal(loaded(*inputs()), model(*inputs()))
+
+
+def test_a_folder_without_some_of_the_weights_is_refused_by_their_names(tmp_path):
+    small("gspn").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    del weights["blocks.1.mixer.scale"]
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"1 of the GSPNDiT's weights are not in it, such as blocks\.1\.mixer\.scale"):
+        GSPNDiT.from_pretrained(tmp_path)
 
 
 def test_a_config_from_before_there_was_a_choice_is_of_scans():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
+from typing import Any, Self
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -51,6 +53,22 @@ class LatentModel(ModelMixin, ConfigMixin):
         self.x_embedder = PatchEmbedding(patch_size, in_channels, width)
         self.t_embedder = TimestepEmbedding(width)
         self.y_embedder = LabelEmbedding(num_classes, width)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self:
+        """As diffusers', but a folder without some of the weights is refused, where diffusers would leave them out.
+
+        Raises:
+            InputError: The folder lacks weights that the model has.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            raise InputError(
+                f"{pretrained_model_name_or_path}: {len(missing)} of the {cls.__name__}'s weights are not in it, "
+                f"such as {missing[0]}; they are of another version: train or export it anew"
+            )
+        return (model, info) if wants_info else model
 
     def embed(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, H, W, C) and their condition (B, 1, 1, C). Raises :class:`InputError` on misshapen input."""
