@@ -1,8 +1,8 @@
 // torch.ops.gspn_dit_cuda: checks nothing (gspn_dit.ops has), allocates results and scratch, and starts the kernels on the
 // current stream of the tensors' device.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
+
+#include "binding.h"
 
 #if defined(GSPN_EMULATED_CUDA)
 #include "emulated_device.h"
@@ -12,12 +12,13 @@
 #include <cuda_runtime.h>
 #endif
 
-#include "binding.h"
 #include "propagate_cuda.h"
 
 namespace {
 
 using at::Tensor;
+using gspn::ChannelFactors;
+using gspn::OptionalTensor;
 using gspn::problem;
 using gspn::strided;
 
@@ -61,14 +62,18 @@ Tensor scratch(const Tensor& x, int64_t elements) {
   return memory;
 }
 
-Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& lam, const std::optional<Tensor>& out, int64_t chunk,
-                 at::IntArrayRef directions) {
+Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& lam, const OptionalTensor& out,
+                 const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions) {
   const Device device(x);
   Tensor y = fresh(x);
+  const ChannelFactors factors(decay, scale);
   with_element(x, [&](auto element) {
     using T = decltype(element);
-    const gspn::Forward<T> call{problem(x, lam, chunk, directions), strided<const T>(x), strided<const T>(gates),
-                                strided<const T>(lam), strided<const T>(out.value_or(Tensor())), strided<T>(y)};
+    gspn::Forward<T> call{};
+    call.problem = problem(x, lam, chunk, directions);
+    call.x = strided<const T>(x), call.gates = strided<const T>(gates), call.lam = strided<const T>(lam);
+    call.out = strided<const T>(out.value_or(Tensor())), call.y = strided<T>(y);
+    factors.give_to(call);
     const Tensor memory = scratch(x, gspn::forward_scratch(call, device.memory));
     const char* error = gspn::run_forward(call, device.memory, static_cast<float*>(memory.data_ptr()), device.stream);
     TORCH_CHECK(error == nullptr, "gspn_dit's CUDA kernel: ", error);
@@ -76,38 +81,38 @@ Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& lam, const 
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> propagate_backward(const Tensor& grad, const Tensor& x, const Tensor& gates,
-                                                              const Tensor& lam, const std::optional<Tensor>& out,
-                                                              int64_t chunk, at::IntArrayRef directions) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& gates, const Tensor& lam, const OptionalTensor& out,
+    const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions) {
   const Device device(x);
   const Tensor u = out.value_or(Tensor());
   Tensor grad_x = fresh(x), grad_gates = fresh(gates), grad_lam = fresh(lam);
   Tensor grad_out = u.defined() ? fresh(u) : x.new_empty({0});
+  ChannelFactors factors(decay, scale);
   with_element(x, [&](auto element) {
     using T = decltype(element);
-    const gspn::Backward<T> call{problem(x, lam, chunk, directions),
-                                 strided<const T>(x),
-                                 strided<const T>(gates),
-                                 strided<const T>(lam),
-                                 strided<const T>(u),
-                                 strided<const T>(grad),
-                                 strided<T>(grad_x),
-                                 strided<T>(grad_gates),
-                                 strided<T>(grad_lam),
-                                 strided<T>(grad_out)};
+    gspn::Backward<T> call{};
+    call.problem = problem(x, lam, chunk, directions);
+    call.x = strided<const T>(x), call.gates = strided<const T>(gates), call.lam = strided<const T>(lam);
+    call.out = strided<const T>(u), call.grad_y = strided<const T>(grad);
+    call.grad_x = strided<T>(grad_x), call.grad_gates = strided<T>(grad_gates), call.grad_lam = strided<T>(grad_lam);
+    call.grad_out = strided<T>(grad_out);
+    factors.make_sums(gspn::backward_rows(call, device.memory));
+    factors.give_to(call);
     const Tensor memory = scratch(x, gspn::backward_scratch(call, device.memory));
     const char* error = gspn::run_backward(call, device.memory, static_cast<float*>(memory.data_ptr()), device.stream);
     TORCH_CHECK(error == nullptr, "gspn_dit's CUDA kernel: ", error);
   });
-  return {grad_x, grad_gates, grad_lam, grad_out};
+  return {grad_x, grad_gates, grad_lam, grad_out, factors.grad_decay(x), factors.grad_scale(x)};
 }
 
 }  // namespace
 
 TORCH_LIBRARY(gspn_dit_cuda, m) {
-  m.def("propagate(Tensor x, Tensor gates, Tensor lam, Tensor? out, int chunk, int[] directions) -> Tensor", propagate);
-  m.def("propagate_backward(Tensor grad, Tensor x, Tensor gates, Tensor lam, Tensor? out, int chunk, int[] directions)"
-        " -> (Tensor, Tensor, Tensor, Tensor)", propagate_backward);
+  m.def("propagate(Tensor x, Tensor gates, Tensor lam, Tensor? out, Tensor? decay, Tensor? scale, int chunk,"
+        " int[] directions) -> Tensor", propagate);
+  m.def("propagate_backward(Tensor grad, Tensor x, Tensor gates, Tensor lam, Tensor? out, Tensor? decay, Tensor? scale,"
+        " int chunk, int[] directions) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", propagate_backward);
   m.def("unusable(Tensor on_device) -> str", [](const Tensor& on_device) {
     const Device device(on_device);
     const char* error = gspn::unusable();

@@ -13,11 +13,35 @@ A* padded_line(A* start, int64_t positions, int64_t width) {
   return start + width;
 }
 
+// f and s of the slab's channels for one direction, and the sums that become their gradients.
+template <typename A>
+struct ChannelFactors {
+  A *decay, *scale, *grad_decay, *grad_scale;
+
+  template <typename T>
+  ChannelFactors(const Backward<T>& call, Scratch<A>& scratch, int k, int64_t channel, int64_t width) {
+    decay = scratch.get(4 * width);
+    scale = decay + width, grad_decay = scale + width, grad_scale = grad_decay + width;
+    const int64_t first = k * call.problem.channels + channel;
+    for (int64_t c = 0; c < width; ++c) {
+      decay[c] = call.decay ? call.decay[first + c] : A(1);
+      scale[c] = call.scale ? call.scale[first + c] : A(1);
+    }
+    std::fill_n(grad_decay, 2 * width, A(0));
+  }
+  template <typename T>
+  void write(const Backward<T>& call, int64_t b, int k, int64_t channel, int64_t width) const {
+    const int64_t first = (b * call.problem.num_directions + k) * call.problem.channels + channel;
+    if (call.grad_decay) std::copy_n(grad_decay, width, call.grad_decay + first);
+    if (call.grad_scale) std::copy_n(grad_scale, width, call.grad_scale + first);
+  }
+};
+
 // h of one line again, from the line before (null at the start of a chunk). `h` and `before` point at position 0 of lines
 // with a zero position at each end.
 template <int kWidth, typename SlabGates, typename Call, typename A>
 void rescan_line(const SlabGates& gates, const Call& call, const Scan& scan, int k, int64_t line, const Slab<A>& x,
-                 const A* before, A* h) {
+                 const A* __restrict decay, const A* before, A* h) {
   const int64_t width = kWidth ? kWidth : x.channels;
   const Gates<A> line_gates = gates.line(scan, k, line);
   for (int64_t j = 0; j < scan.positions; ++j) {
@@ -30,7 +54,7 @@ void rescan_line(const SlabGates& gates, const Call& call, const Scan& scan, int
       const SiteWeights<A, SlabGates::shared> weights(site, scan, j);
 #pragma omp simd
       for (int64_t c = 0; c < width; ++c)
-        now[c] = advance(weights[c], minus[c], centre[c], plus[c], lam[c] * value[c]);
+        now[c] = advance(weights[c], minus[c], centre[c], plus[c], decay[c], lam[c] * value[c]);
     } else {
 #pragma omp simd
       for (int64_t c = 0; c < width; ++c) now[c] = lam[c] * value[c];
@@ -68,22 +92,24 @@ void write_gate_grads(const Backward<T>& call, const Gates<A>& gates, const Gate
   if (call.grad_out.data) put(call.grad_out, 0, 4, grads.field[kOut]);
 }
 
-// The reverse of a scan's line. The gradient of h here, dh, is u dy plus what the line after handed back in `carry`; it adds
-// to dx, hands on to the line before, and writes the gates' gradients (sums over the slab's channels where those share
-// gates; `grads` is room for them, along a line then, else at one site).
+// The reverse of a scan's line. The gradient of h here, dh, is s u dy plus what the line after handed back in `carry`; it
+// adds to dx and to the gradients of f and s, hands f dh on to the line before, and writes the gates' gradients (sums over
+// the slab's channels where those share gates; `grads` is room for them, along a line then, else at one site).
 template <int kWidth, typename SlabGates, typename T, typename A>
 void unscan_line(const SlabGates& gates, const Backward<T>& call, const Scan& scan, int k, int64_t b, int64_t group,
                  int64_t line, const Slab<A>& x, const Slab<A>& dy, const Slab<A>& dx, const A* before, const A* h,
-                 const A* carry, A* carry_before, A* dh, const Gates<A>& grads) {
+                 const A* carry, A* carry_before, A* dh, const Gates<A>& grads, const ChannelFactors<A>& factors) {
   constexpr bool shared = SlabGates::shared;
   const int64_t width = kWidth ? kWidth : x.channels;
   const Gates<A> line_gates = gates.line(scan, k, line);
+  const A *__restrict decay = factors.decay, *__restrict scale = factors.scale;
+  A *__restrict grad_decay = factors.grad_decay, *__restrict grad_scale = factors.grad_scale;
   if (before) std::fill(carry_before - width, carry_before + (scan.positions + 1) * width, A(0));
   for (int64_t j = 0; j < scan.positions; ++j) {
     const int64_t row = scan.row(line, j), column = scan.column(line, j);
     const A *__restrict value = x.at(row, column), *__restrict gy = dy.at(row, column);
     A* __restrict gx = dx.at(row, column);
-    const A *hj = h + j * width, *carried = carry + j * width;
+    const A *hj = h + j * width, *back = carry + j * width;
     const Gates<A> site = gates.site(line_gates, call, scan, k, line, j, before);
     const auto gate = [&](Field f) { return GateValue<A, shared>{site.field[f]}; };
     const Gates<A> grad = shared ? grads + j : grads;
@@ -92,15 +118,16 @@ void unscan_line(const SlabGates& gates, const Backward<T>& call, const Scan& sc
     A s_lam = 0, s_out = 0;
 #pragma omp simd reduction(+ : s_lam, s_out)
     for (int64_t c = 0; c < width; ++c) {
-      const A d = out[c] * gy[c] + carried[c];
+      const A scaled = scale[c] * gy[c], d = out[c] * scaled + back[c];
       dh[c] = d;
       gx[c] += lam[c] * d;
+      grad_scale[c] += out[c] * gy[c] * hj[c];
       if constexpr (shared) {
         s_lam += d * value[c];
-        s_out += gy[c] * hj[c];
+        s_out += scaled * hj[c];
       } else {
         g_lam[c] = d * value[c];
-        g_out[c] = gy[c] * hj[c];
+        g_out[c] = scaled * hj[c];
       }
     }
     if constexpr (shared) *g_lam = s_lam, *g_out = s_out;
@@ -114,7 +141,8 @@ void unscan_line(const SlabGates& gates, const Backward<T>& call, const Scan& sc
       A s_minus = 0, s_centre = 0, s_plus = 0;
 #pragma omp simd reduction(+ : s_minus, s_centre, s_plus)
       for (int64_t c = 0; c < width; ++c) {
-        const A d = dh[c];
+        const A d = decay[c] * dh[c];
+        grad_decay[c] += dh[c] * carried(Weights<A>{w_minus[c], w_centre[c], w_plus[c]}, minus[c], centre[c], plus[c]);
         to_minus[c] += w_minus[c] * d;
         to[c] += w_centre[c] * d;
         to_plus[c] += w_plus[c] * d;
@@ -148,6 +176,7 @@ void backward_slab(const Backward<T>& call, const SlabGates& gates, Workspace<A>
     const Scan scan(p, p.directions[k]);
     const int64_t line_size = (scan.positions + 2) * width, grad_size = SlabGates::shared ? scan.positions : width;
     A *history = work.history.get(scan.chunk * line_size), *lines = work.lines.get(2 * line_size + width);
+    const ChannelFactors<A> factors(call, work.factors, k, channel, width);
     A* grads_data = work.grads.get(kLogitMinus * grad_size);
     Gates<A> grads{};
     for (int f = 0; f < kLogitMinus; ++f) grads.field[f] = grads_data + f * grad_size;
@@ -155,15 +184,17 @@ void backward_slab(const Backward<T>& call, const SlabGates& gates, Workspace<A>
     for (int64_t n = 0; n < scan.chunk; ++n) padded_line(history + n * line_size, scan.positions, width);
     for (int64_t c = 0; c < scan.num_chunks(); ++c) {
       for (int64_t n = 0; n < scan.chunk_lines(c); ++n)  // h again, kept for the whole chunk
-        rescan_line<kWidth>(gates, call, scan, k, scan.line(c, n), x, n ? h(n - 1) : (const A*)nullptr, h(n));
+        rescan_line<kWidth>(gates, call, scan, k, scan.line(c, n), x, factors.decay,
+                            n ? h(n - 1) : (const A*)nullptr, h(n));
       A *carry = lines + width, *carry_before = carry + line_size, *dh = lines + 2 * line_size;
       std::fill_n(lines, line_size, A(0));  // nothing comes back from beyond the chunk's last line
       for (int64_t n = scan.chunk_lines(c) - 1; n >= 0; --n) {
         unscan_line<kWidth>(gates, call, scan, k, b, group, scan.line(c, n), x, dy, dx, n ? h(n - 1) : nullptr, h(n), carry,
-                            carry_before, dh, grads);
+                            carry_before, dh, grads, factors);
         std::swap(carry, carry_before);
       }
     }
+    factors.write(call, b, k, channel, width);
   }
   dx.write(call.grad_x, b, channel);
 }

@@ -11,9 +11,6 @@
 
 namespace gspn {
 
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 inline float load(float value) { return value; }
 inline double load(double value) { return value; }
 inline float load(BFloat16 value) {
@@ -108,7 +105,7 @@ class Scratch {
 // What a thread works in.
 template <typename A>
 struct Workspace {
-  Scratch<A> x, y, dx, gates, lines, history, grads;
+  Scratch<A> x, y, dx, gates, lines, history, grads, factors;
 };
 
 // Compact copy of a slab of the map. Rows are padded by a cache line, so that walking down a column of a map whose

@@ -59,7 +59,8 @@ struct OwnLine {
 // The new h along a line, in place of that of the line before; kStart: there is none. `h` is kVectors of channels a site
 // and a position of zeros after the last. `value(j, v)` is x, `leave(j, v, u, h)` takes what has come out.
 template <int kVectors, bool kStart, typename Line, typename A, typename Value, typename Leave>
-GSPN_INLINE void scan_line(const Line& line, int64_t positions, A* h, Value value, Leave leave) {
+GSPN_INLINE void scan_line(const Line& line, int64_t positions, const Vector<A> (&decay)[kVectors], A* h, Value value,
+                           Leave leave) {
   using V = Vector<A>;
   const auto at = [&](int64_t j, int v) { return h + (j * kVectors + v) * V::kLanes; };
   V minus[kVectors], centre[kVectors];  // of the line before: the neighbours stay in registers as j advances
@@ -73,7 +74,7 @@ GSPN_INLINE void scan_line(const Line& line, int64_t positions, A* h, Value valu
       V now = site.lam(v) * value(j, v);
       if constexpr (!kStart) {
         const V plus = V::load(at(j + 1, v));
-        now = advance(site.weights(v, j > 0, j + 1 < positions), minus[v], centre[v], plus, now);
+        now = advance(site.weights(v, j > 0, j + 1 < positions), minus[v], centre[v], plus, decay[v], now);
         minus[v] = centre[v];
         centre[v] = plus;
       }

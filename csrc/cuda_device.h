@@ -60,6 +60,11 @@ GSPN_DEVICE uint16_t to_bfloat16(float value) { return __bfloat16_as_ushort(__fl
 
 #endif
 
+// f or s of a channel in the k-th direction, from (K, C); 1 where there is none.
+GSPN_DEVICE float of_channel(const float* factor, const Problem& p, int k, int channel) {
+  return factor ? factor[int64_t(k) * p.channels + channel] : 1.f;
+}
+
 GSPN_DEVICE float load(float value) { return value; }
 GSPN_DEVICE float load(BFloat16 value) { return from_bits(uint32_t(value.bits) << 16); }
 GSPN_DEVICE float load(Float16 value) { return from_half(value.bits); }

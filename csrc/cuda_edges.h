@@ -44,6 +44,9 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
   const int segment = lane / L::kSegmentLanes, segment_lane = lane % L::kSegmentLanes;
   const int c = segment_lane * kC, first = warp * L::kLine + segment * kQ;
   const bool real = c < scan.channels;
+  float decay[kC];
+#pragma unroll
+  for (int i = 0; i < kC; ++i) decay[i] = real ? of_channel(call.decay, p, k, scan.channel + c + i) : 1.f;
   const LineGates gates(shared_memory(), kShared ? scan.positions : 0);
   const LineEnds ends{reinterpret_cast<float*>(shared_memory() + (kShared ? LineGates::bytes(scan.positions) : 0)), warps};
 
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
 #pragma unroll
       for (int i = 0; i < kC; ++i) {
         const float centre = h[q][i], plus = q + 1 < kQ ? h[q + 1 < kQ ? q + 1 : 0][i] : after[i];
-        h[q][i] = advance(w[i], before[i], centre, plus, lam[i] * x[q][i]);
+        h[q][i] = advance(w[i], before[i], centre, plus, decay[i], lam[i] * x[q][i]);
         before[i] = centre;
       }
     }

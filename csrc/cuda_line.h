@@ -20,6 +20,7 @@ struct LineScan {
   int positions, lines, chunk, first, length;  // the block's chunk: its first line and how many it has
   int64_t batch;
   int slab_index, group, channel, channels;  // the slab: its first channel in the map and how many it really has
+  int chunk_index;
 
   GSPN_DEVICE LineScan(const Problem& p, const WalkPlan& plan, unsigned block)
       : rows(lines_are_rows(plan.direction)), reversed(far_end_first(plan.direction)) {
@@ -28,9 +29,9 @@ struct LineScan {
     chunk = p.chunk && p.chunk < lines ? int(p.chunk) : lines;
     const int chunks = (lines + chunk - 1) / chunk, slabs = plan.domain_slabs * (int(p.channels) / plan.domain);
     slab_index = int(block % slabs);  // slabs side by side: they share sectors of memory
-    const int c = int(block / slabs % chunks);
+    chunk_index = int(block / slabs % chunks);
     batch = int64_t(block) / chunks / slabs;
-    first = c * chunk;
+    first = chunk_index * chunk;
     length = min(chunk, lines - first);
     group = slab_index / plan.domain_slabs;
     channel = group * plan.domain + slab_index % plan.domain_slabs * plan.slab();

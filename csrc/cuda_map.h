@@ -75,6 +75,22 @@ struct Channels {
   GSPN_DEVICE int count() const { return max(0, min(L::kLaneChannels, end - channel)); }
 };
 
+// f and s of a lane's channels in the k-th direction.
+template <typename L>
+struct LaneFactors {
+  float decay[L::kLaneChannels], scale[L::kLaneChannels];
+
+  template <typename Call>
+  GSPN_DEVICE LaneFactors(const Call& call, const Channels<L>& at, int k) {
+#pragma unroll
+    for (int c = 0; c < L::kLaneChannels; ++c) {
+      const bool real = k >= 0 && c < at.count();
+      decay[c] = real ? of_channel(call.decay, call.problem, k, at.channel + c) : 1.f;
+      scale[c] = real ? of_channel(call.scale, call.problem, k, at.channel + c) : 1.f;
+    }
+  }
+};
+
 // Where a site's channels lie in shared memory, in elements. A unit is one warp's channels at one site. Lanes of a warp
 // differ in their segment, four sites apart along a row or along a column: units are exchanged within a row by the low
 // bits of the segment, and rows are a quarter of a unit longer than their units, so that neither order of segments meets

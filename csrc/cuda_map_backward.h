@@ -32,12 +32,36 @@ struct Adjoint {
   float* sums;  // this warp's row for this direction, or null where every channel has its own gates
 };
 
-// One line back. dh = u dy + carry, with carry what the line after handed back; then dx += λ dh, the line before gets
-// its share of dh (it becomes `carry`), and the gates' gradients are written or their sums over channels kept.
+// The gradients of f and s, summed over a lane's sites of one direction.
+template <typename L>
+struct FactorSums {
+  float decay[L::kLaneChannels] = {}, scale[L::kLaneChannels] = {};
+
+  // Adds up the lanes that share a line, and writes the sums to this image's row of (B, K, C).
+  template <typename T>
+  GSPN_DEVICE void write(const Backward<T>& call, const Channels<L>& at, int k) {
+    const int64_t first = (at.batch * call.problem.num_directions + k) * call.problem.channels + at.channel;
+#pragma unroll
+    for (int c = 0; c < L::kLaneChannels; ++c) {
+#pragma unroll
+      for (int lanes = L::kSegmentLanes; lanes < kWarp; lanes *= 2) {
+        decay[c] += __shfl_xor_sync(kAllLanes, decay[c], lanes);
+        scale[c] += __shfl_xor_sync(kAllLanes, scale[c], lanes);
+      }
+      if (at.segment != 0 || c >= at.count()) continue;
+      if (call.grad_decay) call.grad_decay[first + c] = decay[c];
+      if (call.grad_scale) call.grad_scale[first + c] = scale[c];
+    }
+  }
+};
+
+// One line back. dh = s u dy + carry, with carry what the line after handed back; then dx += λ dh, the line before gets
+// its share of f dh (it becomes `carry`), and the gates' gradients are written or their sums over channels kept.
 template <bool kShared, typename L, typename T>
 GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, const LineValues<L>& h_before,
                               const Backward<T>& call, const Stage& stage, const Axis<L>& axis, const Walk<L>& walk,
-                              const Channels<L>& at, const Adjoint<L, T>& adjoint, int sense, int line, int first_line) {
+                              const Channels<L>& at, const LaneFactors<L>& factors, FactorSums<L>& factor_sums,
+                              const Adjoint<L, T>& adjoint, int sense, int line, int first_line) {
   constexpr int kC = L::kLaneChannels;
   const bool restarts = axis.restarts(line, sense);
   const int line_offset = walk.shared_line(line), k = axis.direction(sense);
@@ -66,15 +90,20 @@ GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, cons
     for (int c = 0; c < kC; ++c) {
       const int s = gates.set(c);
       const Weights<float>& w = gates.weights[s];
-      d[c] = gates.out[s] * dy[c] + carry[q][c];
+      const float scaled = factors.scale[c] * dy[c];
+      d[c] = gates.out[s] * scaled + carry[q][c];
       dx[c] += gates.lam[s] * d[c];
       grad_lam[c] = d[c] * value[c];
-      grad_out[c] = dy[c] * h[q][c];
-      (q > 0 ? handed[q > 0 ? q - 1 : 0][c] : to_before[c]) += w.minus * d[c];
-      handed[q][c] += w.centre * d[c];
-      (q + 1 < L::kPositions ? handed[q + 1 < L::kPositions ? q + 1 : 0][c] : to_after[c]) += w.plus * d[c];
-      grads[c] = {d[c] * (q > 0 ? h_before[q > 0 ? q - 1 : 0][c] : before[c]), d[c] * h_before[q][c],
-                  d[c] * (q + 1 < L::kPositions ? h_before[q + 1 < L::kPositions ? q + 1 : 0][c] : after[c])};
+      grad_out[c] = scaled * h[q][c];
+      factor_sums.scale[c] += gates.out[s] * dy[c] * h[q][c];
+      const float minus = q > 0 ? h_before[q > 0 ? q - 1 : 0][c] : before[c], centre = h_before[q][c];
+      const float plus = q + 1 < L::kPositions ? h_before[q + 1 < L::kPositions ? q + 1 : 0][c] : after[c];
+      if (!restarts) factor_sums.decay[c] += d[c] * carried(w, minus, centre, plus);
+      const float back = factors.decay[c] * d[c];
+      (q > 0 ? handed[q > 0 ? q - 1 : 0][c] : to_before[c]) += w.minus * back;
+      handed[q][c] += w.centre * back;
+      (q + 1 < L::kPositions ? handed[q + 1 < L::kPositions ? q + 1 : 0][c] : to_after[c]) += w.plus * back;
+      grads[c] = {back * minus, back * centre, back * plus};
       if constexpr (kShared) {
         float* sum = sums + q * kNumSums;
         sum[kSumMinus] += grads[c].minus;
@@ -156,6 +185,8 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
     const bool first_axis = a == 0 || !has_rows, last_axis = a == 1 || !has_columns;
     const Walk<L> walk(shape, axis, at, p);
     const int k = axis.direction(sense);
+    const LaneFactors<L> factors(call, at, k);
+    FactorSums<L> factor_sums;
     const auto prepare = [&](int i) { start_stage<kShared, L>(stage, call, axis, at, i); };
     // One stage forward; `visit` sees h before each of its lines.
     LineValues<L> h = {};
@@ -164,8 +195,8 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
       const int s = axis.stage(i, sense), begin = axis.stage_begin(s), lines = axis.stage_end(s) - begin;
       for (int n = 0; n < lines; ++n) {
         visit(n);
-        advance_line<kShared, L>(h, none, call, stage, axis, walk, at, x, sense, sense ? begin + lines - 1 - n : begin + n, begin,
-                                 [](auto...) {});
+        advance_line<kShared, L>(h, none, call, stage, axis, walk, at, factors, x, sense,
+                                 sense ? begin + lines - 1 - n : begin + n, begin, [](auto...) {});
       }
     };
     for (int i = 0; i + 1 < axis.stages; ++i) {
@@ -201,13 +232,15 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
         const int line = sense ? begin + lines - 1 - n : begin + n;
         LineValues<L> h_before;
         kept.get(n, h_before);  // of another chunk where the line restarts: its weights are 0, its sums are not used
-        retreat_line<kShared, L>(carry, h, h_before, call, stage, axis, walk, at, adjoint, sense, line, begin);
+        retreat_line<kShared, L>(carry, h, h_before, call, stage, axis, walk, at, factors, factor_sums, adjoint,
+                                 sense, line, begin);
 #pragma unroll
         for (int q = 0; q < L::kPositions; ++q)
 #pragma unroll
           for (int c = 0; c < L::kLaneChannels; ++c) h[q][c] = h_before[q][c];
       }
     }
+    if (k >= 0) factor_sums.write(call, at, k);
   }
 }
 

@@ -81,12 +81,12 @@ struct Halo {
   GSPN_DEVICE void skip(int line) { fetch(line); }  // a line that starts a chunk needs none
 };
 
-// Moves a lane's share of the line one line on: h becomes w · h + λx, or λx where the line starts a chunk. `visit` is
+// Moves a lane's share of the line one line on: h becomes f w · h + λx, or λx where the line starts a chunk. `visit` is
 // told of each site's gates.
 template <bool kShared, typename L, typename T, typename Call, typename SideValues, typename Visit>
 GSPN_DEVICE void advance_line(LineValues<L>& h, SideValues& halo, const Call& call, const Stage& stage, const Axis<L>& axis,
-                              const Walk<L>& walk, const Channels<L>& at, const T* x, int sense, int line, int first_line,
-                              Visit visit) {
+                              const Walk<L>& walk, const Channels<L>& at, const LaneFactors<L>& factors, const T* x,
+                              int sense, int line, int first_line, Visit visit) {
   const int line_offset = walk.shared_line(line);
   const int stage_site = sense * L::kStageSites + (line - first_line) * L::kLine;
   float before[L::kLaneChannels], after[L::kLaneChannels];
@@ -110,7 +110,7 @@ GSPN_DEVICE void advance_line(LineValues<L>& h, SideValues& halo, const Call& ca
           h[q][c] = driven;
         } else {
           const float centre = h[q][c], plus = q + 1 < L::kPositions ? h[q + 1][c] : after[c];
-          h[q][c] = advance(gates.weights[s], before[c], centre, plus, driven);
+          h[q][c] = advance(gates.weights[s], before[c], centre, plus, factors.decay[c], driven);
           before[c] = centre;
         }
       }
@@ -148,6 +148,7 @@ __global__ void __launch_bounds__(128, 1)
     const Axis<L> axis(p, tile, a == 0);
     const bool first_axis = a == 0 || !has_rows, last_axis = a == 1 || !has_columns;
     const Walk<L> walk(shape, axis, at, p);
+    const LaneFactors<L> factors(call, at, axis.direction(sense));
     LineValues<L> h = {};
     std::conditional_t<kTiled, Halo<L>, NoHalo<L>> halo(edges, p, plan, axis, at, sense);
     if (axis.direction(sense) >= 0) halo.start(h, sense ? axis.lines - 1 : 0);
@@ -160,19 +161,20 @@ __global__ void __launch_bounds__(128, 1)
       for (int n = 0; n < lines; ++n) {
         const int line = sense ? begin + lines - 1 - n : begin + n;
         const int line_offset = walk.shared_line(line);
-        advance_line<kShared, L>(h, halo, call, stage, axis, walk, at, x, sense, line, begin, [&](int q, const auto& gates) {
+        const auto add_up = [&](int q, const auto& gates) {
           float sum[L::kLaneChannels] = {};
           float* const shared_y = y + line_offset + walk.shared_step[q];
           if (touched) load_vector(shared_y, sum);
 #pragma unroll
-          for (int c = 0; c < L::kLaneChannels; ++c) sum[c] += gates.out[gates.set(c)] * h[q][c];
+          for (int c = 0; c < L::kLaneChannels; ++c) sum[c] += factors.scale[c] * gates.out[gates.set(c)] * h[q][c];
           if (last) {
             write_channels<L>(map_y + (walk.map_first + q * walk.map_step + line * walk.map_line), sum, at.count(),
                               plan.vector_y);
           } else {
             store_vector(shared_y, sum);
           }
-        });
+        };
+        advance_line<kShared, L>(h, halo, call, stage, axis, walk, at, factors, x, sense, line, begin, add_up);
       }
     }
   }

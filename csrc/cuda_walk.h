@@ -19,6 +19,12 @@ struct Accumulation {
   float* partial;
 };
 
+// Chunks of an image, in the directions that have most: rows of the sums for f and s.
+GSPN_INLINE int64_t most_chunks(const Problem& p) {
+  const int64_t lines = p.height > p.width ? p.height : p.width;
+  return p.chunk && p.chunk < lines ? (lines + p.chunk - 1) / p.chunk : 1;
+}
+
 // What a thread reads ahead for one of its items: of the line after the one it is at.
 template <typename T, bool kShared>
 struct Item {
@@ -36,6 +42,9 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
   const LineScan scan(p, plan, blockIdx.x);
   const int threads = blockDim.x, width = scan.positions * plan.slab(), tid = threadIdx.x;
   const int group_size = int(p.channels / p.groups);
+  const int own = tid & (plan.slab() - 1);  // the channel of all of this thread's items: a slab divides the threads
+  const float decay = own < scan.channels ? of_channel(call.decay, p, plan.k, scan.channel + own) : 1.f;
+  const float scale = own < scan.channels ? of_channel(call.scale, p, plan.k, scan.channel + own) : 1.f;
   const LineGates gates(shared_memory(), kShared ? scan.positions : 0);
   float* const lines = reinterpret_cast<float*>(shared_memory() + (kShared ? LineGates::bytes(scan.positions) : 0));
   const auto read = [&](int item, int n) {
@@ -81,11 +90,11 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
     float value = lam * load(from.x);
     if (n) {
       value = advance(w, position > 0 ? before[item - plan.slab()] : 0.f, before[item],
-                      position + 1 < scan.positions ? before[item + plan.slab()] : 0.f, value);
+                      position + 1 < scan.positions ? before[item + plan.slab()] : 0.f, decay, value);
     }
     h[item] = value;
     const int64_t at = scan.offset(call.y, scan.line(n), position, c);
-    const float y = out * value + from.before;
+    const float y = scale * out * value + from.before;
     if (history) history[at] = value;
     else if (sum.partial) sum.partial[at] = y;
     else store(call.y.data[at], y);
@@ -125,6 +134,10 @@ __global__ void __launch_bounds__(512)
                   const float* history, const PartialSums partial) {
   const LineScan scan(call.problem, plan, blockIdx.x);
   const int threads = blockDim.x, width = scan.positions * plan.slab(), tid = threadIdx.x, k = plan.k;
+  const int own = tid & (plan.slab() - 1);  // the channel of all of this thread's items: a slab divides the threads
+  const float decay = own < scan.channels ? of_channel(call.decay, call.problem, k, scan.channel + own) : 1.f;
+  const float scale = own < scan.channels ? of_channel(call.scale, call.problem, k, scan.channel + own) : 1.f;
+  float decay_sum = 0.f, scale_sum = 0.f;
   float* const products = reinterpret_cast<float*>(shared_memory());  // two lines of (minus, centre, plus)
   const int64_t sites = call.problem.height * call.problem.width;
 
@@ -144,7 +157,8 @@ __global__ void __launch_bounds__(512)
         RawGates<T> raw;
         raw.read(call, scan, k, line, position, kShared ? scan.group : scan.channel + c);
         const float dy = load(*scan.at(call.grad_y, line, position, c)), x = load(*scan.at(call.x, line, position, c));
-        float d = (call.out.data ? load(raw.out) : 1.f) * dy;
+        const float out = call.out.data ? load(raw.out) : 1.f, h = h_at(line, position);
+        float d = scale * out * dy;
         if (n + 1 < scan.length) {
           d += after[width + item];
           if (position > 0) d += after[2 * width + item - plan.slab()];
@@ -153,15 +167,20 @@ __global__ void __launch_bounds__(512)
         Weights<float> w{0.f, 0.f, 0.f};
         if (n) {
           w = raw.weights(scan, position);
-          sums[kSumMinus] = position > 0 ? d * h_at(line_before, position - 1) : 0.f;
-          sums[kSumCentre] = d * h_at(line_before, position);
-          sums[kSumPlus] = position + 1 < scan.positions ? d * h_at(line_before, position + 1) : 0.f;
+          const float minus = position > 0 ? h_at(line_before, position - 1) : 0.f;
+          const float centre = h_at(line_before, position);
+          const float plus = position + 1 < scan.positions ? h_at(line_before, position + 1) : 0.f;
+          sums[kSumMinus] = decay * d * minus;
+          sums[kSumCentre] = decay * d * centre;
+          sums[kSumPlus] = decay * d * plus;
+          decay_sum += d * carried(w, minus, centre, plus);
         }
         sums[kSumLam] = d * x;
-        sums[kSumOut] = dy * h_at(line, position);
-        handed[item] = w.minus * d;
-        handed[width + item] = w.centre * d;
-        handed[2 * width + item] = w.plus * d;
+        sums[kSumOut] = scale * dy * h;
+        scale_sum += out * dy * h;
+        handed[item] = w.minus * decay * d;
+        handed[width + item] = w.centre * decay * d;
+        handed[2 * width + item] = w.plus * decay * d;
         const int64_t at = scan.offset(call.grad_x, line, position, c);
         const float dx = load(raw.lam) * d + (sum.before ? sum.before[at] : 0.f);
         if (sum.partial) sum.partial[at] = dx;
@@ -197,6 +216,21 @@ __global__ void __launch_bounds__(512)
       }
     }
   }
+  if (!call.grad_decay && !call.grad_scale) return;
+  __syncthreads();
+  products[tid] = decay_sum;
+  products[threads + tid] = scale_sum;
+  __syncthreads();
+  if (tid >= plan.slab() || own >= scan.channels) return;
+  decay_sum = scale_sum = 0.f;
+  for (int t = tid; t < threads; t += plan.slab()) {  // those of one channel, always in the same order
+    decay_sum += products[t];
+    scale_sum += products[threads + t];
+  }
+  const int64_t row = scan.batch * most_chunks(call.problem) + scan.chunk_index;
+  const int64_t to = (row * call.problem.num_directions + k) * call.problem.channels + scan.channel + own;
+  if (call.grad_decay) call.grad_decay[to] = decay_sum;
+  if (call.grad_scale) call.grad_scale[to] = scale_sum;
 }
 
 }  // namespace gspn

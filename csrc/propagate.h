@@ -1,8 +1,8 @@
 // The maths of GSPN propagation, once, for the CPU and the CUDA kernels. No torch header is needed here.
 //
 // One direction, line i, position j (GSPN, arXiv 2501.12381):
-//   h[i,j] = w-[i,j] h[i-1,j-1] + w0[i,j] h[i-1,j] + w+[i,j] h[i-1,j+1] + λ[i,j] x[i,j],      y += u[i,j] h[i,j]
-// with w = sigmoid(logits) divided by its sum over the neighbours inside the map.
+//   h[i,j] = f (w-[i,j] h[i-1,j-1] + w0[i,j] h[i-1,j] + w+[i,j] h[i-1,j+1]) + λ[i,j] x[i,j],      y += s u[i,j] h[i,j]
+// with w = sigmoid(logits) divided by its sum over the neighbours inside the map; f and s are numbers a channel.
 #pragma once
 
 #include <cmath>
@@ -118,10 +118,16 @@ GSPN_INLINE Weights<T> normalise_backward(T minus, T centre, T plus, Weights<T> 
           one_minus_sigmoid(plus) * w.plus * (grad.plus - mean)};
 }
 
-// One site of one line: the three neighbours on the line before, and what the site itself drives in.
+// What one site takes from its three neighbours on the line before.
 template <typename T>
-GSPN_INLINE T advance(Weights<T> w, T before_minus, T before_centre, T before_plus, T driven) {
-  return w.minus * before_minus + w.centre * before_centre + w.plus * before_plus + driven;
+GSPN_INLINE T carried(Weights<T> w, T before_minus, T before_centre, T before_plus) {
+  return w.minus * before_minus + w.centre * before_centre + w.plus * before_plus;
+}
+
+// One site of one line: what is left of that, and what the site itself drives in.
+template <typename T>
+GSPN_INLINE T advance(Weights<T> w, T before_minus, T before_centre, T before_plus, T decay, T driven) {
+  return decay * carried(w, before_minus, before_centre, before_plus) + driven;
 }
 
 }  // namespace gspn

@@ -113,6 +113,11 @@ struct ForwardPass {
     // Along a column every site is in another page: ask for the next column's while at this one's.
     const int64_t next_column = scan.rows ? 0 : scan.reversed ? -kWidth : kWidth;
     const bool past_caches = kWhole && streams();
+    V decay[kVectors], scale[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      decay[v] = of_channels(call.decay, k, v);
+      scale[v] = of_channels(call.scale, k, v);
+    }
     for (int64_t c = 0; c < scan.num_chunks(); ++c)
       for (int64_t n = 0; n < scan.chunk_lines(c); ++n) {
         const int64_t line = scan.line(c, n), row = scan.row(line, 0), column = scan.column(line, 0);
@@ -134,18 +139,23 @@ struct ForwardPass {
         const auto leave = [&](int64_t j, int v, V out, V now) __attribute__((always_inline)) {
           A* kept = y_line + j * step + v * V::kLanes;
           if (next_column) __builtin_prefetch(kept + next_column, 1);
-          V sum = out * now;
+          V sum = scale[v] * out * now;
           if constexpr (!reads) sum = sum + V::load(kept);
           if constexpr (writes) hand_out(to + j * y_step, v, sum, y_step, past_caches);
           else sum.store(kept);
         };
         const auto line_gates = gates.template along<kWhole>(call, scan, k, line, channel, channels);
-        if (n) scan_line<kVectors, false>(line_gates, scan.positions, h, value, leave);
-        else scan_line<kVectors, true>(line_gates, scan.positions, h, value, leave);
+        if (n) scan_line<kVectors, false>(line_gates, scan.positions, decay, h, value, leave);
+        else scan_line<kVectors, true>(line_gates, scan.positions, decay, h, value, leave);
       }
     if (past_caches) V::finish_streams();
   }
 
+  // f or s of the v-th vector of channels.
+  V of_channels(const A* factor, int k, int v) const {
+    const int64_t first = v * V::kLanes;
+    return factor ? V::load_some(factor + k * call.problem.channels + channel + first, 1, channels - first) : V(A(1));
+  }
   GSPN_INLINE V take(const T* site, int v) const {
     const int64_t stride = call.x.stride[3], first = v * V::kLanes;
     if constexpr (kWhole) return V::load(site + first);
@@ -181,7 +191,7 @@ void run_units(const Call& call, const Cut& cut, int64_t first, int64_t last, Ru
     for (int64_t channel = begin; channel < end; channel += cut.slab_width)
       run_slab(gates, work, b, channel, std::min(cut.slab_width, end - channel));
   }
-  for (auto* scratch : {&work.x, &work.y, &work.dx, &work.gates, &work.lines, &work.history, &work.grads})
+  for (auto* scratch : {&work.x, &work.y, &work.dx, &work.gates, &work.lines, &work.history, &work.grads, &work.factors})
     scratch->release_above(8 << 20);
 }
 

@@ -217,10 +217,11 @@ const char* launch_walk_backward(const Backward<T>& call, int k, const SharedMem
   const Problem& p = call.problem;
   const WalkPlan plan = plan_walk_backward(call, k, memory);
   const int64_t width = positions_of(p, plan) * plan.slab();
-  const size_t bytes = 6 * width * sizeof(float);
+  const int threads = round_to_warps(width < 512 ? width : 512);
+  const int64_t floats = 6 * width > 2 * threads ? 6 * width : 2 * threads;
+  const size_t bytes = floats * sizeof(float);
   if (int64_t(bytes) > memory.of_a_block) return kTooLong;
   const int64_t blocks = walk_blocks(p, plan);
-  const int threads = round_to_warps(width < 512 ? width : 512);
   return describe(shares_gates(p)
                       ? launch(walk_backward<T, true>, blocks, threads, bytes, stream, call, plan, sum, history, partial)
                       : launch(walk_backward<T, false>, blocks, threads, bytes, stream, call, plan, sum, history, partial));
@@ -335,6 +336,11 @@ int64_t backward_scratch(const Backward<T>& call, const SharedMemory& memory) {
 }
 
 template <typename T>
+int64_t backward_rows(const Backward<T>& call, const SharedMemory& memory) {
+  return call.problem.batch * (choose_map(call, memory) ? 1 : most_chunks(call.problem));
+}
+
+template <typename T>
 const char* run_backward(const Backward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   const Problem& p = call.problem;
@@ -353,7 +359,7 @@ const char* run_backward(const Backward<T>& call, const SharedMemory& memory, fl
     float* const history = scratch + partial_elements(p, partial.group_rows);
     float* const dx = sum_in_place(call.grad_x.data, history + elements(p));
     // h of one direction: laid out as dx is
-    const Forward<T> again{p, call.x, call.gates, call.lam, call.out, call.grad_x};
+    const Forward<T> again{p, call.x, call.gates, call.lam, call.out, call.decay, call.scale, call.grad_x};
     for (int k = 0; k < p.num_directions; ++k) {
       const Accumulation sum{k > 0 ? dx : nullptr, k + 1 < p.num_directions ? dx : nullptr};
       if (const char* error = launch_walk_forward(again, k, memory, {nullptr, nullptr}, history, stream)) return error;
@@ -381,6 +387,7 @@ const char* unusable() {
   template int64_t forward_scratch<T>(const Forward<T>&, const SharedMemory&);                           \
   template const char* run_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);            \
   template int64_t backward_scratch<T>(const Backward<T>&, const SharedMemory&);                         \
+  template int64_t backward_rows<T>(const Backward<T>&, const SharedMemory&);                            \
   template const char* run_backward<T>(const Backward<T>&, const SharedMemory&, float*, void*);
 GSPN_INSTANTIATE(float)
 GSPN_INSTANTIATE(BFloat16)

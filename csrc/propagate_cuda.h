@@ -15,6 +15,9 @@ template <typename T>
 int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory);
 template <typename T>
 int64_t backward_scratch(const Backward<T>& call, const SharedMemory& memory);
+// Rows of the sums for f and s.
+template <typename T>
+int64_t backward_rows(const Backward<T>& call, const SharedMemory& memory);
 
 // Null, or what went wrong.
 template <typename T>

@@ -51,9 +51,11 @@ def kernel(request):
 
 
 def operands(b, h, w, c, k, g, *, dtype=torch.float32, device="cpu"):
-    """Random x, gates, λ, u and dy, new ones in every run."""
+    """Random x, gates, λ, u, f, s and dy, new ones in every run."""
     shapes = (b, h, w, c), (b, h, w, k, 3, g), (b, h, w, k, g), (b, h, w, k, g), (b, h, w, c)
-    return [torch.randn(shape, dtype=torch.float64).to(device, dtype) for shape in shapes]
+    *tensors, grad = (torch.randn(shape, dtype=torch.float64).to(device, dtype) for shape in shapes)
+    decay, scale = torch.rand(k, c, device=device), torch.randn(k, c, device=device)
+    return [*tensors, decay, scale, grad]
 
 
 def distance(got, want):
@@ -61,17 +63,18 @@ def distance(got, want):
     return ((got.double() - want).norm() / (scale if scale > 1e-9 else 1.0)).item()
 
 
-def check(kernel, x, gates, lam, out, grad, chunk, directions):
+def check(kernel, x, gates, lam, out, decay, scale, grad, chunk, directions):
     """Outputs and gradients against the reference in float64."""
     tolerance = TOLERANCE[x.dtype]
-    exact = [None if t is None else t.double() for t in (x, gates, lam, out)]
+    tensors = (x, gates, lam, out, decay, scale)
+    exact = [None if t is None else t.double() for t in tensors]
     want = ReferenceKernel().forward(*exact, chunk, directions)
-    y = kernel.forward(x, gates, lam, out, chunk, directions)
+    y = kernel.forward(*tensors, chunk, directions)
     assert y.dtype == x.dtype and y.stride() == torch.empty_like(x).stride()
     assert distance(y, want) < tolerance
     wants = ReferenceKernel().backward(grad.double(), *exact, chunk, directions)
-    gots = kernel.backward(grad, x, gates, lam, out, chunk, directions)
-    for name, got, want in zip(("x", "gates", "lam", "out"), gots, wants, strict=True):
+    gots = kernel.backward(grad, *tensors, chunk, directions)
+    for name, got, want in zip(("x", "gates", "lam", "out", "decay", "scale"), gots, wants, strict=True):
         assert got.shape == want.shape
         if got.numel():
             assert distance(got, want) < 2 * tolerance, name
@@ -93,7 +96,7 @@ SHAPES = [
     (1, 32, 32, 16, 4, 1, 0),
     (1, 17, 9, 40, 3, 40, 0),
     (1, 9, 17, 40, 1, 1, 4),
-    (1, 33, 6, 20, 4, 2, 0),  # too long to hold on chip: in tiles, or line by line
+    (2, 33, 6, 20, 4, 2, 4),  # too long to hold on chip: in tiles, or line by line
     (1, 40, 36, 12, 4, 12, 7),
     (1, 34, 67, 24, 4, 2, 0),
     (1, 64, 33, 16, 3, 16, 4),
@@ -113,22 +116,26 @@ def test_agrees_with_the_reference_in_float64(kernel, shape, dtype):
 
 @pytest.mark.parametrize("directions", [[1], [3], [2, 1], [3, 0, 2], [1, 0], [2, 3]], ids=str)
 def test_any_directions_in_any_order(kernel, directions):
-    x, gates, lam, out, grad = operands(1, 13, 11, 24, len(directions), 2, device=kernel.device)
-    check(kernel, x, gates, lam, out, grad, 3, directions)
-    check(kernel, x, gates, lam, None, grad, 0, directions)
+    x, gates, lam, out, decay, scale, grad = operands(1, 13, 11, 24, len(directions), 2, device=kernel.device)
+    check(kernel, x, gates, lam, out, decay, scale, grad, 3, directions)
+    check(kernel, x, gates, lam, None, decay, None, grad, 0, directions)
+    check(kernel, x, gates, lam, out, None, scale, grad, 0, directions)
+    check(kernel, x, gates, lam, None, None, None, grad, 3, directions)
     check(kernel, *operands(1, 36, 40, 8, len(directions), 2, device=kernel.device), 0, directions)
 
 
 @pytest.mark.parametrize("groups", [2, 24])
 def test_any_strides(kernel, groups):
-    x, gates, lam, out, grad = operands(2, 13, 11, 24, 4, groups, device=kernel.device)
+    x, gates, lam, out, decay, scale, grad = operands(2, 13, 11, 24, 4, groups, device=kernel.device)
+    factors = decay.t().contiguous().t(), scale[0].expand(4, -1)
     channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     group_by_group = gates.permute(0, 1, 2, 5, 3, 4).contiguous().permute(0, 1, 2, 4, 5, 3)
     part_of_more = torch.cat([x, x], dim=-1)[..., 24:]
-    check(kernel, channels_first, gates, lam, out, grad, 0, [0, 1, 2, 3])
-    check(kernel, x, group_by_group, lam.transpose(3, 4).contiguous().transpose(3, 4), out, grad, 0, [0, 1, 2, 3])
-    check(kernel, part_of_more, gates, lam, out, grad.expand_as(grad), 4, [0, 1, 2, 3])
-    check(kernel, x, gates, lam, out, torch.ones((), device=kernel.device).expand_as(grad), 4, [0, 1, 2, 3])
+    check(kernel, channels_first, gates, lam, out, *factors, grad, 0, [0, 1, 2, 3])
+    check(kernel, x, group_by_group, lam.transpose(3, 4).contiguous().transpose(3, 4), out, *factors, grad, 0,
+          [0, 1, 2, 3])  # fmt: skip
+    check(kernel, part_of_more, gates, lam, out, *factors, grad.expand_as(grad), 4, [0, 1, 2, 3])
+    check(kernel, x, gates, lam, out, *factors, torch.ones((), device=kernel.device).expand_as(grad), 4, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("direction", range(4))
@@ -137,7 +144,8 @@ def test_ones_count_the_lines_of_the_chunk(kernel, direction, chunk):
     h, w = 7, 5
     gates = torch.randn(1, h, w, 1, 3, 2, device=kernel.device)
     ones = torch.ones(1, h, w, 4, device=kernel.device)
-    y = kernel.forward(ones, gates, torch.ones(1, h, w, 1, 2, device=kernel.device), None, chunk, [direction])
+    y = kernel.forward(ones, gates, torch.ones(1, h, w, 1, 2, device=kernel.device), None, None, None, chunk,
+                       [direction])  # fmt: skip
     lines = h if direction < 2 else w
     n = chunk or lines
     for line in range(lines):
@@ -148,16 +156,16 @@ def test_ones_count_the_lines_of_the_chunk(kernel, direction, chunk):
 
 
 def test_logits_of_any_size_stay_finite(kernel):
-    x, _, lam, out, grad = operands(1, 6, 5, 8, 4, 2, device=kernel.device)
+    x, _, *others = operands(1, 6, 5, 8, 4, 2, device=kernel.device)
     sizes = torch.tensor([-1e4, -80.0, 0.0, 80.0, 1e4], device=kernel.device)
     gates = sizes[torch.randint(5, (1, 6, 5, 4, 3, 2), device=kernel.device)]
-    check(kernel, x, gates, lam, out, grad, 0, [0, 1, 2, 3])
+    check(kernel, x, gates, *others, 0, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 40, 36, 24, 4, 2)], ids=str)
 def test_gradients_are_the_same_bits_twice(kernel, shape):
-    x, gates, lam, out, grad = operands(*shape, device=kernel.device)
-    first, second = (kernel.backward(grad, x, gates, lam, out, 0, [0, 1, 2, 3]) for _ in range(2))
+    *tensors, grad = operands(*shape, device=kernel.device)
+    first, second = (kernel.backward(grad, *tensors, 0, [0, 1, 2, 3]) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
@@ -168,11 +176,11 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @gpu
 @pytest.mark.parametrize("shape", [(2, 16, 16, 128, 4, 2), (1, 40, 36, 24, 4, 2)], ids=str)
 def test_a_cuda_graph_replays_it(shape):
-    tensors = [t.requires_grad_() for t in operands(*shape, device="cuda")[:4]]
+    tensors = [t.requires_grad_() for t in operands(*shape, device="cuda")[:-1]]
     grad = torch.randn(shape[:4], device="cuda")
 
     def step():
-        y = propagate(*tensors, backend="cuda")
+        y = propagate(*tensors[:4], decay=tensors[4], scale=tensors[5], backend="cuda")
         return y, *torch.autograd.grad(y, tensors, grad)
 
     side = torch.cuda.Stream()
@@ -193,9 +201,13 @@ def test_a_cuda_graph_replays_it(shape):
 
 @gpu
 def test_compiles_without_graph_breaks_on_the_gpu():
-    tensors = [t.requires_grad_() for t in operands(2, 16, 16, 64, 4, 2, device="cuda")[:4]]
-    compiled = torch.compile(lambda *a: propagate(*a, chunk=4).square().sum(), fullgraph=True)
-    want = torch.autograd.grad(propagate(*tensors, chunk=4).square().sum(), tensors)
+    tensors = [t.requires_grad_() for t in operands(2, 16, 16, 64, 4, 2, device="cuda")[:-1]]
+
+    def loss(*a):
+        return propagate(*a[:4], decay=a[4], scale=a[5], chunk=4).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    want = torch.autograd.grad(loss(*tensors), tensors)
     for got, expected in zip(torch.autograd.grad(compiled(*tensors), tensors), want, strict=True):
         torch.testing.assert_close(got, expected)
 

@@ -27,11 +27,18 @@ def backend(request):
 
 
 def operands(b, h, w, c, k, g, *, dtype=torch.float64, seed=0, requires_grad=False):
-    """Random x, gates, λ, u."""
+    """Random x, gates, λ, u, f, s."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = (b, h, w, c), (b, h, w, k, 3, g), (b, h, w, k, g), (b, h, w, k, g)
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-    return [tensor.requires_grad_(requires_grad) for tensor in tensors]
+    shapes = (b, h, w, c), (b, h, w, k, 3, g), (b, h, w, k, g), (b, h, w, k, g), (k, c), (k, c)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    tensors[4] = tensors[4].sigmoid()
+    dtypes = [dtype] * 4 + [torch.promote_types(dtype, torch.float32)] * 2
+    return [tensor.to(wanted).requires_grad_(requires_grad) for tensor, wanted in zip(tensors, dtypes, strict=True)]
+
+
+def scan(x, gates, lam, out=None, decay=None, scale=None, **options):
+    """`propagate` with its tensors in the order of `operands`."""
+    return propagate(x, gates, lam, out, decay=decay, scale=scale, **options)
 
 
 def test_a_compiler_gives_the_cpu_kernel():
@@ -65,46 +72,65 @@ def rotate(tensor, order):
 
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_rotating_the_map_rotates_the_output(backend, chunk):
-    x, gates, lam, out = operands(2, 6, 4, 6, 4, 3)
-    y = propagate(x, gates, lam, out, chunk=chunk, backend=backend)
+    x, gates, lam, out, decay, scale = operands(2, 6, 4, 6, 4, 3)
+    y = scan(x, gates, lam, out, decay, scale, chunk=chunk, backend=backend)
     # Under this turn a scan going down goes right, up → left, right → up, left → down. A neighbour at +1 along a row
     # lies at -1 along a column afterwards, while columns become rows in order.
     order = [3, 2, 0, 1]  # which old direction stands at down, up, right, left of the turned map
     turned_gates = rotate(gates, order)
     turned_gates = torch.cat([turned_gates[:, :, :, :2], turned_gates[:, :, :, 2:].flip(4)], dim=3)
-    turned = propagate(
-        rotate(x, None), turned_gates, rotate(lam, order), rotate(out, order), chunk=chunk, backend=backend
-    )
+    turned = scan(
+        rotate(x, None), turned_gates, rotate(lam, order), rotate(out, order), decay[order], scale[order],
+        chunk=chunk, backend=backend,
+    )  # fmt: skip
     torch.testing.assert_close(turned, rotate(y, None))
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_flipping_the_map_flips_the_output(backend, chunk):
-    x, gates, lam, out = operands(1, 6, 4, 6, 4, 2)
-    y = propagate(x, gates, lam, out, chunk=chunk, backend=backend)
+    x, gates, lam, out, decay, scale = operands(1, 6, 4, 6, 4, 2)
+    y = scan(x, gates, lam, out, decay, scale, chunk=chunk, backend=backend)
     order = [1, 0, 2, 3]  # upside down: up and down change places, neighbours along a column too
     flipped_gates = gates.flip(1)[:, :, :, order]
     flipped_gates = torch.cat([flipped_gates[:, :, :, :2], flipped_gates[:, :, :, 2:].flip(4)], dim=3)
-    flipped = propagate(
-        x.flip(1), flipped_gates, lam.flip(1)[:, :, :, order], out.flip(1)[:, :, :, order], chunk=chunk, backend=backend
-    )
+    flipped = scan(
+        x.flip(1), flipped_gates, lam.flip(1)[:, :, :, order], out.flip(1)[:, :, :, order], decay[order], scale[order],
+        chunk=chunk, backend=backend,
+    )  # fmt: skip
     torch.testing.assert_close(flipped, y.flip(1))
 
 
 def test_chunk_of_the_map_is_global_and_chunk_of_one_is_pointwise(backend):
-    x, gates, lam, out = operands(1, 5, 7, 6, 4, 3)
-    whole = propagate(x, gates, lam, out, backend=backend)
+    x, _, lam, out, _, scale = tensors = operands(1, 5, 7, 6, 4, 3)
+    whole = scan(*tensors, backend=backend)
     for chunk in (7, 8, 100):
-        torch.testing.assert_close(propagate(x, gates, lam, out, chunk=chunk, backend=backend), whole, rtol=0, atol=0)
-    pointwise = (out * lam).sum(dim=3).repeat_interleave(2, dim=-1) * x
-    torch.testing.assert_close(propagate(x, gates, lam, out, chunk=1, backend=backend), pointwise)
+        torch.testing.assert_close(scan(*tensors, chunk=chunk, backend=backend), whole, rtol=0, atol=0)
+    pointwise = (scale * (out * lam).repeat_interleave(2, dim=-1)).sum(dim=3) * x
+    torch.testing.assert_close(scan(*tensors, chunk=1, backend=backend), pointwise)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_line_is_forgotten_by_its_channels_factor(backend, direction):
+    # λ is 1 and so is one site of x; weights sum to 1: the line that is n lines on sums to s fⁿ.
+    h = w = 9
+    x = torch.zeros(1, h, w, 2, dtype=torch.float64)
+    x[:, 4, 4] = 1
+    gates, lam = torch.zeros(1, h, w, 1, 3, 1).double(), torch.ones(1, h, w, 1, 1).double()
+    gates[..., 1, :], gates[..., ::2, :] = 30, -30  # straight on
+    decay, scale = torch.tensor([[0.5, 0.9]]).double(), torch.tensor([[2.0, -3.0]]).double()
+    y = scan(x, gates, lam, None, decay, scale, directions=[direction], backend=backend)
+    axis, back = (1, False) if direction == "down" else (1, True) if direction == "up" else (2, direction == "left")
+    lines = (y.flip(axis) if back else y).movedim(axis, 1).sum(2)[0]
+    ages = torch.arange(5, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(lines[4:], scale * decay**ages)
+    assert not lines[:4].any()
 
 
 def test_a_logit_that_is_not_a_number_shows(backend):
-    x, gates, lam, out = operands(1, 6, 5, 8, 1, 8, dtype=torch.float32)
+    x, gates, lam, out, *_ = operands(1, 6, 5, 8, 1, 8, dtype=torch.float32)
     gates[0, 3, 2, 0, 1, 4] = torch.nan
     y = propagate(x, gates, lam, out, directions=["down"], backend=backend)
-    want = propagate_reference(x, gates, lam, out, None, ["down"])
+    want = propagate_reference(x, gates, lam, out, None, None, None, ["down"])
     assert torch.equal(y.isnan(), want.isnan())
     assert y.isnan().sum() == 1 + 3 + 5  # the site, and what lies in its reach below
 
@@ -121,13 +147,13 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("with_out", [True, False])
-def test_gradcheck(backend, shape, with_out):
+@pytest.mark.parametrize("given", [3, 4, 6])  # of x, gates, λ, u, f and s
+def test_gradcheck(backend, shape, given):
     *sizes, chunk = shape
-    inputs = operands(*sizes, requires_grad=True)[: 4 if with_out else 3]
+    inputs = operands(*sizes, requires_grad=True)[:given]
     directions = DIRECTIONS[: sizes[4]]
     assert torch.autograd.gradcheck(
-        lambda *a: propagate(*a, chunk=chunk, directions=directions, backend=backend), inputs, fast_mode=True
+        lambda *a: scan(*a, chunk=chunk, directions=directions, backend=backend), inputs, fast_mode=True
     )
 
 
@@ -151,13 +177,13 @@ def test_kernels_agree_with_the_reference(name, shape, dtype):
     inputs = operands(*sizes, dtype=dtype, requires_grad=True)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     directions = DIRECTIONS[-sizes[4] :]
-    y = propagate(*inputs, chunk=chunk, directions=directions, backend=name)
+    y = scan(*inputs, chunk=chunk, directions=directions, backend=name)
     expected = propagate_reference(*exact, chunk, directions)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grads = torch.autograd.grad(y, inputs, grad.to(dtype))
     exact_grads = torch.autograd.grad(expected, exact, grad.to(dtype).double())
     for ours, theirs in zip((y, *grads), (expected, *exact_grads), strict=True):
-        assert ours.dtype == dtype
+        assert ours.dtype in (dtype, torch.float32)
         scale = theirs.abs().max().clamp_min(1)
         torch.testing.assert_close(ours.double() / scale, theirs / scale, rtol=0, atol=TOLERANCE[dtype])
 
@@ -170,20 +196,22 @@ def test_memory_that_held_nan_leaves_no_trace(backend, groups, chunk):
     for _ in range(20):
         poison = [torch.full((size,), torch.nan) for size in (64, 128, 256, 512, 1024, 2048, 4096) for _ in range(8)]
         del poison
-        y = propagate(*inputs, chunk=chunk, backend=backend)
+        y = scan(*inputs, chunk=chunk, backend=backend)
         assert all(torch.isfinite(tensor).all() for tensor in (y, *torch.autograd.grad(y.sum(), inputs)))
 
 
 def test_strides_are_the_callers(backend):
-    x, gates, lam, out = operands(1, 4, 5, 6, 4, 3)
-    y = propagate(x, gates, lam, out, backend=backend)
+    x, gates, lam, out, decay, scale = operands(1, 4, 5, 6, 4, 3)
+    y = scan(x, gates, lam, out, decay, scale, backend=backend)
     # a head that puts a group's 12 logits and 4 λ side by side, an x in channels-first memory, an expanded u
     head = torch.cat([gates.permute(0, 1, 2, 5, 3, 4).flatten(-2), lam.permute(0, 1, 2, 4, 3)], dim=-1)
     gate_view = head[..., :12].unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3)
     lam_view = head[..., 12:].transpose(3, 4)
     x_view = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     assert not any(view.is_contiguous() for view in (gate_view, lam_view, x_view))
-    torch.testing.assert_close(propagate(x_view, gate_view, lam_view, out, backend=backend), y, rtol=0, atol=1e-12)
+    factors = decay.t().contiguous().t(), torch.stack([scale, scale], -1)[..., 0]
+    y_view = scan(x_view, gate_view, lam_view, out, *factors, backend=backend)
+    torch.testing.assert_close(y_view, y, rtol=0, atol=1e-12)
     one = torch.ones(1, 1, 1, 1, 1, dtype=x.dtype).expand_as(out)
     torch.testing.assert_close(
         propagate(x, gates, lam, one, backend=backend), propagate(x, gates, lam, backend=backend)
@@ -213,9 +241,10 @@ def test_extreme_logits_stay_finite(backend, value):
 def test_opcheck():
     inputs = [tensor.requires_grad_() for tensor in operands(1, 4, 3, 4, 4, 2, dtype=torch.float32)]
     for name in AVAILABLE:
-        for out in (inputs[3], None):
+        for given in (6, 3):
+            tensors = inputs[:given] + [None] * (6 - given)
             torch.library.opcheck(
-                torch.ops.gspn_dit.propagate.default, (*inputs[:3], out, 2, [0, 1, 2, 3], name), atol=1e-5, rtol=1e-5
+                torch.ops.gspn_dit.propagate.default, (*tensors, 2, [0, 1, 2, 3], name), atol=1e-5, rtol=1e-5
             )
 
 
@@ -223,8 +252,8 @@ def test_opcheck():
 def test_compiles_without_graph_breaks(dynamic):
     inputs = operands(1, 4, 5, 8, 4, 2, dtype=torch.float32, requires_grad=True)
 
-    def function(x, gates, lam, out):
-        return propagate(x.sin(), gates, lam.sigmoid(), out, chunk=2).square()
+    def function(x, gates, lam, out, decay, scale):
+        return scan(x.sin(), gates, lam.sigmoid(), out, decay, scale, chunk=2).square()
 
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     y, expected = compiled(*inputs), function(*inputs)
@@ -240,7 +269,7 @@ def test_threads_and_repeats_give_the_same_bits(backend):
     try:
         for n in (1, 2, 2):
             torch.set_num_threads(n)
-            y = propagate(*inputs, chunk=4, backend=backend)
+            y = scan(*inputs, chunk=4, backend=backend)
             results.append((y, *torch.autograd.grad(y.sum(), inputs)))
     finally:
         torch.set_num_threads(threads)
@@ -251,20 +280,17 @@ def test_threads_and_repeats_give_the_same_bits(backend):
 def test_works_under_autocast_and_checkpointing():
     from torch.utils.checkpoint import checkpoint
 
-    x, gates, lam, out = operands(1, 4, 4, 8, 4, 2, dtype=torch.float32, requires_grad=True)
-    y = checkpoint(lambda *a: propagate(*a, chunk=2), x, gates, lam, out, use_reentrant=False)
-    expected = propagate(x, gates, lam, out, chunk=2)
-    for a, b in zip(
-        torch.autograd.grad(y.sum(), (x, gates)), torch.autograd.grad(expected.sum(), (x, gates)), strict=True
-    ):
+    inputs = operands(1, 4, 4, 8, 4, 2, dtype=torch.float32, requires_grad=True)
+    y = checkpoint(lambda *a: scan(*a, chunk=2), *inputs, use_reentrant=False)
+    expected = scan(*inputs, chunk=2)
+    for a, b in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True):
         assert torch.equal(a, b)
     with torch.autocast("cpu", torch.bfloat16):
-        low = [t.bfloat16() for t in (x, gates, lam, out)]
-        assert propagate(*low).dtype == torch.bfloat16
+        assert scan(*[t.bfloat16() for t in inputs[:4]], *inputs[4:]).dtype == torch.bfloat16
 
 
 def bad_calls():
-    x, gates, lam, out = operands(1, 4, 4, 6, 4, 3, dtype=torch.float32)
+    x, gates, lam, out, decay, scale = operands(1, 4, 4, 6, 4, 3, dtype=torch.float32)
     yield "x", dict(x=x[0])
     yield "x", dict(x=x.long())
     yield "x", dict(x=x[:, :0])
@@ -275,6 +301,10 @@ def bad_calls():
     yield "lam", dict(lam=lam[..., :2].repeat(1, 1, 1, 1, 2))
     yield "lam", dict(lam=lam.bfloat16())
     yield "out", dict(out=out[..., :1])
+    yield "decay", dict(decay=decay[:3])
+    yield "decay", dict(decay=decay.double())
+    yield "scale", dict(scale=scale.bfloat16())
+    yield "scale", dict(scale=scale[:, :3])
     yield "chunk", dict(chunk=0)
     yield "chunk", dict(chunk=2.0)
     yield "directions", dict(directions=("down", "up", "right", "diagonal"))
@@ -288,7 +318,7 @@ def bad_calls():
     ("name", "change"), list(bad_calls()), ids=lambda v: v if isinstance(v, str) else next(iter(v))
 )
 def test_bad_input_is_named(name, change):
-    x, gates, lam, out = operands(1, 4, 4, 6, 4, 3, dtype=torch.float32)
+    x, gates, lam, out, *_ = operands(1, 4, 4, 6, 4, 3, dtype=torch.float32)
     with pytest.raises(InputError, match=rf"^{name}\b"):
         propagate(**{**dict(x=x, gates=gates, lam=lam, out=out), **change})
 

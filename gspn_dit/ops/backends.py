@@ -21,13 +21,14 @@ class Kernel(Protocol):
     """One implementation. `chunk` 0 is global; `directions` are indices into DIRECTIONS."""
 
     def forward(
-        self, x: Tensor, gates: Tensor, lam: Tensor, out: Tensor | None, chunk: int, directions: Sequence[int]
-    ) -> Tensor: ...
+        self, x: Tensor, gates: Tensor, lam: Tensor, out: Tensor | None, decay: Tensor | None, scale: Tensor | None,
+        chunk: int, directions: Sequence[int],
+    ) -> Tensor: ...  # fmt: skip
 
     def backward(
-        self, grad: Tensor, x: Tensor, gates: Tensor, lam: Tensor, out: Tensor | None, chunk: int,
-        directions: Sequence[int],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
+        self, grad: Tensor, x: Tensor, gates: Tensor, lam: Tensor, out: Tensor | None, decay: Tensor | None,
+        scale: Tensor | None, chunk: int, directions: Sequence[int],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
 
 
 class Status(NamedTuple):
@@ -40,21 +41,23 @@ class Status(NamedTuple):
 class ReferenceKernel:
     """Plain PyTorch, on any device."""
 
-    def forward(self, x, gates, lam, out, chunk, directions):
+    def forward(self, x, gates, lam, out, decay, scale, chunk, directions):
         names = [list(DIRECTIONS)[code] for code in directions]
-        return torch.empty_like(x).copy_(propagate_reference(x, gates, lam, out, chunk or None, names))
+        return torch.empty_like(x).copy_(propagate_reference(x, gates, lam, out, decay, scale, chunk or None, names))
 
-    def backward(self, grad, x, gates, lam, out, chunk, directions):
+    def backward(self, grad, *tensors_chunk_and_directions):
         # Inside a custom op autograd does not record, torch.func does.
-        inputs = (x, gates, lam) if out is None else (x, gates, lam, out)
-        grads = torch.func.vjp(
-            lambda x, gates, lam, out=None: self.forward(x, gates, lam, out, chunk, directions), *inputs
-        )[1](grad)
-        grad_x, *rest = grads if out is not None else (*grads, x.new_empty(0))
+        *tensors, chunk, directions = tensors_chunk_and_directions
+        present = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None}
+
+        def forward(present):
+            return self.forward(*(present.get(i) for i in range(len(tensors))), chunk, directions)
+
+        (grads,) = torch.func.vjp(forward, present)[1](grad)
         # every gradient is laid out as its tensor is
         return tuple(
-            torch.empty_like(like).copy_(g) if like is not None else g
-            for like, g in zip((x, gates, lam, out), (grad_x, *rest), strict=True)
+            torch.empty_like(tensor).copy_(grads[i]) if i in present else grad.new_empty(0)
+            for i, tensor in enumerate(tensors)
         )
 
 
@@ -65,16 +68,16 @@ class CpuKernel:
         if not hasattr(torch.ops.gspn_dit_cpu, "propagate"):  # building it has loaded it
             torch.ops.load_library(library)
 
-    def forward(self, x, gates, lam, out, chunk, directions):
+    def forward(self, x, gates, lam, out, *options):
         if x.dtype == torch.float16:
-            return self.forward(*_floats(x, gates, lam, out), chunk, directions).half()
-        return torch.ops.gspn_dit_cpu.propagate(x, gates, lam, out, chunk, directions)
+            return self.forward(*_floats(x, gates, lam, out), *options).half()
+        return torch.ops.gspn_dit_cpu.propagate(x, gates, lam, out, *options)
 
-    def backward(self, grad, x, gates, lam, out, chunk, directions):
+    def backward(self, grad, x, gates, lam, out, *options):
         if x.dtype == torch.float16:
-            grads = self.backward(*_floats(grad, x, gates, lam, out), chunk, directions)
-            return tuple(g.half() for g in grads)
-        return torch.ops.gspn_dit_cpu.propagate_backward(grad, x, gates, lam, out, chunk, directions)
+            *grads, decay, scale = self.backward(*_floats(grad, x, gates, lam, out), *options)
+            return *(g.half() for g in grads), decay, scale
+        return torch.ops.gspn_dit_cpu.propagate_backward(grad, x, gates, lam, out, *options)
 
 
 def _floats(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -98,11 +101,11 @@ class CudaKernel:
                     "TORCH_CUDA_ARCH_LIST unset or add this one to it, and build the kernel anew"
                 )
 
-    def forward(self, x, gates, lam, out, chunk, directions):
-        return self._run("propagate", _reference.forward, x, gates, lam, out, chunk, directions)
+    def forward(self, *arguments):
+        return self._run("propagate", _reference.forward, *arguments)
 
-    def backward(self, grad, x, gates, lam, out, chunk, directions):
-        return self._run("propagate_backward", _reference.backward, grad, x, gates, lam, out, chunk, directions)
+    def backward(self, *arguments):
+        return self._run("propagate_backward", _reference.backward, *arguments)
 
     def _run(self, name, reference, *arguments):
         try:

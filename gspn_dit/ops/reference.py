@@ -25,7 +25,14 @@ def line_weights(logits: Tensor) -> Tensor:
 
 
 def propagate_reference(
-    x: Tensor, gates: Tensor, lam: Tensor, out: Tensor | None, chunk: int | None, directions: Sequence[str]
+    x: Tensor,
+    gates: Tensor,
+    lam: Tensor,
+    out: Tensor | None,
+    decay: Tensor | None,
+    scale: Tensor | None,
+    chunk: int | None,
+    directions: Sequence[str],
 ) -> Tensor:
     """:func:`gspn_dit.ops.propagate` without its checks, differentiable by autograd, in float32 or above."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -46,7 +53,10 @@ def propagate_reference(
             else:
                 minus, centre, plus = weights[i].unbind(dim=2)
                 padded = F.pad(h[before], (0, 0, 0, 0, 1, 1))  # a zero position at either end of the line
-                h[i] = minus * padded[:, :-2] + centre * h[before] + plus * padded[:, 2:] + driven[i]
+                carried = minus * padded[:, :-2] + centre * h[before] + plus * padded[:, 2:]
+                h[i] = (carried if decay is None else decay[k].to(dtype).view(groups, -1) * carried) + driven[i]
         scanned = torch.stack(h).movedim(0, axis)
-        y = y + (scanned if out is None else out[:, :, :, k, :, None].to(dtype) * scanned)
+        if out is not None:
+            scanned = out[:, :, :, k, :, None].to(dtype) * scanned
+        y = y + (scanned if scale is None else scale[k].to(dtype).view(groups, -1) * scanned)
     return y.flatten(-2).to(x.dtype)
