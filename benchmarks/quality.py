@@ -137,7 +137,7 @@ def make_model(spec: str, task: Task, options: Options) -> LatentModel:
         case "gspn":  # an odd number of blocks; without the noise of dropped ones, which no other family has
             sizes |= {"depth": options.depth + 1 - options.depth % 2, "stochastic_depth": 0.0}
         case "gspn-dit":
-            sizes["num_groups"] = max(1, options.width // 16)
+            sizes["num_groups"] = max(1, options.width // 64)
         case _:
             raise InputError(f"models={spec!r}: wanted dit, gspn or gspn-dit, then options as in +mixer=linear")
     for word in words:

@@ -21,7 +21,8 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             shapes = (b, side, side, c), (b, side, side, 4, 3, g), (b, side, side, 4, g), (b, side, side, 4, g)
             tensors = [torch.randn(s, dtype=dtype, device="cuda", requires_grad=True) for s in shapes]
-            y = propagate(*tensors, chunk=chunk, backend="cuda")
+            tensors += [torch.rand(4, c, device="cuda", requires_grad=True) for _ in range(2)]
+            y = propagate(*tensors[:4], decay=tensors[4], scale=tensors[5], chunk=chunk, backend="cuda")
             grads = torch.autograd.grad(y, tensors, torch.randn_like(y))
             torch.cuda.synchronize()
             assert all(t.isfinite().all() for t in (y, *grads))

@@ -18,7 +18,6 @@ from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.layers import DepthwiseConv, FinalLayer, linear
 from gspn_dit.models.mixers import NUM_DIRECTIONS, GSPNMixer
 from gspn_dit.ops import propagate
-from gspn_dit.ops.reference import DIRECTIONS
 
 
 def each_mixer(change: Callable[[GSPNMixer, int], None]) -> Callable[[GSPNDiT], None]:
@@ -47,6 +46,12 @@ def norm_free(mixer: GSPNMixer, width: int) -> None:
     mixer.norm = lambda y: y
 
 
+def scan(mixer: GSPNMixer, value: Tensor, gates: Tensor, lam: Tensor, out: Tensor | None = None) -> Tensor:
+    """The mixer's scans with these gates and λ, and u where it is given."""
+    decay, scale = mixer.channel_factors(torch.float32)
+    return propagate(value, gates, lam, out, decay=decay, scale=scale, chunk=mixer.chunk)
+
+
 def lam_through(activation: Callable[[Tensor], Tensor], start: float) -> Callable[[GSPNDiT], None]:
     """λ through an activation, which gives 1/4 at the start."""
 
@@ -56,7 +61,7 @@ def lam_through(activation: Callable[[Tensor], Tensor], start: float) -> Callabl
 
         def mix(self: GSPNMixer, value: Tensor) -> Tensor:
             gates, lam = self.gates_and_lam(value)
-            return propagate(value, gates, *self.forgetting(activation(lam)), chunk=self.chunk)
+            return scan(self, value, gates, activation(lam))
 
         mixer.mix = MethodType(mix, mixer)
 
@@ -71,9 +76,8 @@ def output_gates(mixer: GSPNMixer, width: int) -> None:
 
     def mix(self: GSPNMixer, value: Tensor) -> Tensor:
         gates, lam = self.gates_and_lam(value)
-        lam, forgetting = self.forgetting(lam)
         out = self.out_head(self.head[0](value)).to(value.dtype).unflatten(-1, (NUM_DIRECTIONS, self.num_groups))
-        return propagate(value, gates, lam, out * forgetting, chunk=self.chunk)
+        return scan(self, value, gates, lam, out)
 
     mixer.mix = MethodType(mix, mixer)
 
@@ -89,52 +93,44 @@ def scans_alone(mixer: GSPNMixer, width: int) -> None:
     mixer.join = lambda mixed, value: mixer.norm(mixed).to(value.dtype)
 
 
-def values_a_direction(mixer: GSPNMixer, width: int) -> None:
-    """A value of its own for each direction: a factor a channel in place of s, which is one a group."""
-    equal_scans(mixer, width)
-    mixer.direction_scale = nn.Parameter(torch.randn(NUM_DIRECTIONS, width))
+def group_factors(mixer: GSPNMixer, width: int) -> None:
+    """f and s are numbers a group and direction; half-lives of 2 … 64 lines are spread over the groups."""
+    half_lives = 2 ** torch.linspace(1, 6, mixer.num_groups)
+    mixer.log_rate = nn.Parameter((math.log(2) / half_lives).log().repeat(NUM_DIRECTIONS, 1))
+    mixer.scale = nn.Parameter(torch.randn(NUM_DIRECTIONS, mixer.num_groups))
 
-    def mix(self: GSPNMixer, value: Tensor) -> Tensor:
-        gates, lam = self.gates_and_lam(value)
-        lam, out = self.forgetting(lam)
-        names, values = tuple(DIRECTIONS), [(value * scale).to(value.dtype) for scale in self.direction_scale]
-        return sum(
-            propagate(values[k], gates[..., [k], :, :], lam[..., [k], :], out[..., [k], :], chunk=self.chunk,
-                      directions=(names[k],))
-            for k in range(NUM_DIRECTIONS)
-        )  # fmt: skip
+    def channel_factors(self: GSPNMixer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        factors = (-self.log_rate.to(dtype).exp()).exp(), self.scale.to(dtype)
+        return tuple(factor.repeat_interleave(width // self.num_groups, 1) for factor in factors)
 
-    mixer.mix = MethodType(mix, mixer)
+    mixer.channel_factors = MethodType(channel_factors, mixer)
 
 
 def one_direction(mixer: GSPNMixer, width: int) -> None:
-    """A group of channels is scanned in one direction, not in all four: group g in the one of its quarter."""
-    groups, names = mixer.num_groups // NUM_DIRECTIONS, tuple(DIRECTIONS)
+    """A channel is scanned in one direction, not in all four: those of the k-th quarter in the k-th."""
+    quarter = torch.arange(width) * NUM_DIRECTIONS // width
+    mixer.register_buffer("own", (quarter == torch.arange(NUM_DIRECTIONS)[:, None]).float(), persistent=False)
 
-    def mix(self: GSPNMixer, value: Tensor) -> Tensor:
-        gates, lam = self.gates_and_lam(value)
-        lam, out = self.forgetting(lam)
-        scans = []
-        for k, part in enumerate(value.chunk(NUM_DIRECTIONS, dim=-1)):
-            own = slice(k * groups, (k + 1) * groups)
-            scans.append(propagate(part, gates[..., [k], :, own], lam[..., [k], own], out[..., [k], own],
-                                   chunk=self.chunk, directions=(names[k],)))  # fmt: skip
-        return torch.cat(scans, -1)
+    def channel_factors(self: GSPNMixer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        decay, scale = GSPNMixer.channel_factors(self, dtype)
+        return decay, scale * self.own
 
-    mixer.mix = MethodType(mix, mixer)
+    mixer.channel_factors = MethodType(channel_factors, mixer)
 
 
 def remembering(mixer: GSPNMixer, width: int) -> None:
     """Lines that forget nothing: f = 1."""
-    mixer.forgetting = lambda lam: (lam, mixer.scale.to(lam.dtype).expand_as(lam))
     del mixer.log_rate
+    mixer.channel_factors = lambda dtype: (None, mixer.scale.to(dtype))
 
 
 def half_lives(shortest: float, longest: float) -> Callable[[GSPNDiT], None]:
     """Lines that start with other half-lives than 2 … 64."""
 
     def change(mixer: GSPNMixer, width: int) -> None:
-        lives = 2 ** torch.linspace(math.log2(shortest), math.log2(longest), mixer.num_groups)
+        numbers, groups = mixer.log_rate.shape[1], mixer.num_groups
+        steps = groups if numbers == groups else numbers // groups  # spread over the groups, or in each over its channels
+        lives = 2 ** torch.linspace(math.log2(shortest), math.log2(longest), steps).repeat(numbers // steps)
         with torch.no_grad():
             mixer.log_rate.copy_((math.log(2) / lives).log())
 
@@ -147,8 +143,7 @@ def gates_from_input(mixer: GSPNMixer, width: int) -> None:
     def forward(self: GSPNMixer, x: Tensor) -> Tensor:
         value = self.conv(self.value(x))
         gates, lam = self.gates_and_lam(x.to(value.dtype))
-        y = propagate(value, gates, *self.forgetting(lam), chunk=self.chunk)
-        return self.proj(self.join(y, value))
+        return self.proj(self.join(scan(self, value, gates, lam), value))
 
     mixer.forward = MethodType(forward, mixer)
 
@@ -311,7 +306,7 @@ VARIANTS: dict[str, Callable[[LatentModel], None]] = {
     "one-direction": each_mixer(one_direction),
     "half-lives-4-64": half_lives(4.0, 64.0),
     "half-lives-2-32": half_lives(2.0, 32.0),
-    "direction-values": each_mixer(values_a_direction),
+    "group-factors": each_mixer(group_factors),
     "remembering": each_mixer(remembering),
     "gates-from-input": each_mixer(gates_from_input),
     "wide-head": each_mixer(wide_head),

@@ -15,11 +15,11 @@ A* padded_line(A* start, int64_t positions, int64_t width) {
 
 // f and s of the slab's channels for one direction, and the sums that become their gradients.
 template <typename A>
-struct ChannelFactors {
+struct SlabFactors {
   A *decay, *scale, *grad_decay, *grad_scale;
 
   template <typename T>
-  ChannelFactors(const Backward<T>& call, Scratch<A>& scratch, int k, int64_t channel, int64_t width) {
+  SlabFactors(const Backward<T>& call, Scratch<A>& scratch, int k, int64_t channel, int64_t width) {
     decay = scratch.get(4 * width);
     scale = decay + width, grad_decay = scale + width, grad_scale = grad_decay + width;
     const int64_t first = k * call.problem.channels + channel;
@@ -98,7 +98,7 @@ void write_gate_grads(const Backward<T>& call, const Gates<A>& gates, const Gate
 template <int kWidth, typename SlabGates, typename T, typename A>
 void unscan_line(const SlabGates& gates, const Backward<T>& call, const Scan& scan, int k, int64_t b, int64_t group,
                  int64_t line, const Slab<A>& x, const Slab<A>& dy, const Slab<A>& dx, const A* before, const A* h,
-                 const A* carry, A* carry_before, A* dh, const Gates<A>& grads, const ChannelFactors<A>& factors) {
+                 const A* carry, A* carry_before, A* dh, const Gates<A>& grads, const SlabFactors<A>& factors) {
   constexpr bool shared = SlabGates::shared;
   const int64_t width = kWidth ? kWidth : x.channels;
   const Gates<A> line_gates = gates.line(scan, k, line);
@@ -176,7 +176,7 @@ void backward_slab(const Backward<T>& call, const SlabGates& gates, Workspace<A>
     const Scan scan(p, p.directions[k]);
     const int64_t line_size = (scan.positions + 2) * width, grad_size = SlabGates::shared ? scan.positions : width;
     A *history = work.history.get(scan.chunk * line_size), *lines = work.lines.get(2 * line_size + width);
-    const ChannelFactors<A> factors(call, work.factors, k, channel, width);
+    const SlabFactors<A> factors(call, work.factors, k, channel, width);
     A* grads_data = work.grads.get(kLogitMinus * grad_size);
     Gates<A> grads{};
     for (int f = 0; f < kLogitMinus; ++f) grads.field[f] = grads_data + f * grad_size;

@@ -87,8 +87,8 @@ def test_dit_gmacs_are_as_published(size, gmacs):
 
 def test_gspn_dit_macs_are_those_of_its_layers_and_linear_in_pixels():
     model = on_meta("gspn-dit-s-2")
-    width, depth, rank, groups = 384, 12, 384 // 16, 24
-    mixer = 2 * width**2 + 9 * width + width * rank + rank * 16 * groups + 5 * 4 * width
+    width, depth, rank, groups = 384, 12, 384 // 16, 6
+    mixer = 2 * width**2 + 9 * width + width * rank + rank * 16 * groups + 6 * 4 * width
     a_token = 4 * 4 * width + depth * (mixer + 6 * width**2) + width * 4 * 8
     modulation = 6 * width**2 + width * (width // 4) + depth * (width // 4) * 6 * width
     a_sample = 256 * width + width**2 + modulation

@@ -147,14 +147,19 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("given", [3, 4, 6])  # of x, gates, λ, u, f and s
+@pytest.mark.parametrize("given", ["out decay scale", "decay", "scale", ""])
 def test_gradcheck(backend, shape, given):
     *sizes, chunk = shape
-    inputs = operands(*sizes, requires_grad=True)[:given]
-    directions = DIRECTIONS[: sizes[4]]
-    assert torch.autograd.gradcheck(
-        lambda *a: scan(*a, chunk=chunk, directions=directions, backend=backend), inputs, fast_mode=True
+    inputs = dict(
+        zip(("x", "gates", "lam", "out", "decay", "scale"), operands(*sizes, requires_grad=True), strict=True)
     )
+    names = ["x", "gates", "lam", *given.split()]
+    directions = DIRECTIONS[: sizes[4]]
+
+    def function(*tensors):
+        return scan(**dict(zip(names, tensors, strict=True)), chunk=chunk, directions=directions, backend=backend)
+
+    assert torch.autograd.gradcheck(function, [inputs[name] for name in names], fast_mode=True)
 
 
 LARGER = [

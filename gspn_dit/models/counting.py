@@ -39,11 +39,11 @@ def _propagate_flops(
     x_shape: Sequence[int],
     gates_shape: Sequence[int],
     lam_shape: Sequence[int],
-    out_gate_shape: Sequence[int] | None,
-    *_: object,
-    **__: object,
+    *factor_shapes_and_options: Sequence[int] | None,
+    **_: object,
 ) -> int:
-    """Two for each multiplication: three neighbours, λ and, where there is one, u, per channel and direction."""
+    """Two for each multiplication: three neighbours, λ, and what there is of u, f, s, per channel and direction."""
     batch, height, width, channels = x_shape
     directions = lam_shape[3]
-    return 2 * batch * height * width * channels * directions * (4 if out_gate_shape is None else 5)
+    factors = sum(shape is not None for shape in factor_shapes_and_options[:3])
+    return 2 * batch * height * width * channels * directions * (4 + factors)

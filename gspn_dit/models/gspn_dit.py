@@ -24,8 +24,8 @@ class GSPNDiT(LatentModel):
     Args:
         width: Channels C of a token.
         depth: Blocks.
-        num_groups: Groups of C / num_groups channels that share gates, as attention's heads share weights. Channels of
-            a group see one filter at a time, so groups are small: 16 channels in the named sizes.
+        num_groups: Groups of C / num_groups channels that share gates, as attention's heads share weights: 64 channels
+            in the named sizes, DiT's heads.
         mlp_ratio: Hidden width of the feed-forward over C.
         conv_kernel: Side of the depthwise filter before the scan, odd.
         chunk: Lines a local layer's scan runs over; None makes every layer global. 32 is the whole token map of a 512
@@ -47,7 +47,7 @@ class GSPNDiT(LatentModel):
         self,
         width: int = 1152,
         depth: int = 28,
-        num_groups: int = 72,
+        num_groups: int = 18,
         mlp_ratio: float = 3.0,
         conv_kernel: int = 3,
         chunk: int | None = 32,

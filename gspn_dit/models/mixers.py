@@ -67,22 +67,18 @@ class Mixer(nn.Module):
 class GSPNMixer(Mixer):
     """Scans in four directions that forget at a learned pace, the mixer of gspn-dit (arXiv 2501.12381):
 
-        mix(v) = Σ_k s_k h_k,   h_k[i] = f_k W_k h_k[i-1] + λ_k ⊙ v[i]
+        mix(v) = Σ_k s_k ⊙ h_k,   h_k[i] = f_k ⊙ W_k h_k[i-1] + λ_k ⊙ v[i]
 
     A head of rank C // 16 reads v, which has seen its neighbourhood, and gives every group 12 gate logits and 4 λ. A
     line starts straight, 84% of it from the neighbour right before: as a mean of three it would have spread over
     whole rows before it came to the far end. λ is the head's output itself and starts at 1/4.
 
-    s, one number a group and direction, starts at random, of either sign: each group begins as another filter, and most
-    as differences of what lies to either side. As four equal sums they would all be one blur (docs/ablations.md,
-    section 8).
-
-    f = exp(-rate), one number a group and direction, starts with half-lives of 2 to 64 lines spread over the groups.
-    W's rows sum to 1: without f a scan would go on adding up all the lines it has run, and far ones drown near ones.
-    The norm that follows takes the scale out.
+    f and s, numbers a channel and direction, make another filter of every channel, as a convolution has them, while
+    gates stay few. f = exp(-rate) starts with half-lives of 2 to 64 lines in each group: W's rows sum to 1, and without
+    f a scan would go on adding up all the lines it has run, and far ones drown near ones. s starts at random, of either
+    sign: as four equal sums scans would all be one blur (docs/ablations.md, section 8). The norm that follows takes the
+    scale out.
     """
-
-    MOST = 40.0  # of rate × lines: e⁴⁰ and e⁻⁴⁰ leave float32 and bfloat16 room for the values they scale
 
     def make_mix(self, width: int) -> None:
         rank = max(width // 16, 1)
@@ -93,39 +89,18 @@ class GSPNMixer(Mixer):
             logits, lam = self.head[1].bias.view(self.num_groups, -1).split([NUM_DIRECTIONS * 3, NUM_DIRECTIONS], -1)
             logits.copy_(torch.tensor([-3.0, 0.0, -3.0]).repeat(NUM_DIRECTIONS))
             lam.fill_(0.25)
-        half_lives = 2 ** torch.linspace(1, 6, self.num_groups)
-        self.scale = nn.Parameter(torch.randn(NUM_DIRECTIONS, self.num_groups))
+        half_lives = 2 ** torch.linspace(1, 6, width // self.num_groups).repeat(self.num_groups)
         self.log_rate = nn.Parameter((math.log(2) / half_lives).log().repeat(NUM_DIRECTIONS, 1))
+        self.scale = nn.Parameter(torch.randn(NUM_DIRECTIONS, width))
 
     def mix(self, value: Tensor) -> Tensor:
         gates, lam = self.gates_and_lam(value)
-        return propagate(value, gates, *self.forgetting(lam), chunk=self.chunk)
+        decay, scale = self.channel_factors(torch.promote_types(value.dtype, torch.float32))
+        return propagate(value, gates, lam, decay=decay, scale=scale, chunk=self.chunk)
 
-    def forgetting(self, lam: Tensor) -> tuple[Tensor, Tensor]:
-        """λ / fⁿ and u = s fⁿ, (B, H, W, 4, G), at sites with n lines of their chunk before them.
-
-        The operator has no f, but these two give fᵐ to a line that is m lines old.
-        """
-        power = self.forgotten(*lam.shape[1:3], lam.dtype)
-        return lam * power.exp().to(lam.dtype), (self.scale * (-power).exp()).to(lam.dtype).expand_as(lam)
-
-    def forgotten(self, height: int, width: int, dtype: torch.dtype) -> Tensor:
-        """-log fⁿ: rate × lines of the chunk read before each site, float32 (H, W, 4, G).
-
-        fⁿ has to stay a number of the dtype: where a chunk has so many lines that it would not, the rate is lowered,
-        and half-lives are at least 1/58 of a chunk (1/9 in float16).
-        """
-        rate = self.log_rate.float().exp()
-        most = 6.0 if dtype == torch.float16 else self.MOST
-        powers = []
-        for count, across, rates in ((height, width, rate[:2]), (width, height, rate[2:])):
-            chunk = min(self.chunk or count, count)
-            rates = rates.clamp(max=most / chunk)
-            index = torch.arange(count, device=rate.device)
-            before, after = index % chunk, (index // chunk + 1).mul(chunk).clamp(max=count) - 1 - index
-            power = torch.stack([before, after], -1).unsqueeze(-1) * rates  # (count, 2, G)
-            powers.append(power.expand(across, *power.shape))
-        return torch.cat([powers[0].transpose(0, 1), powers[1]], dim=2)
+    def channel_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """f and s, (4, C). A half-life of many lines is an f close to 1: float32 at least."""
+        return (-self.log_rate.to(dtype).exp()).exp(), self.scale.to(dtype)
 
     def gates_and_lam(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Gate logits (B, H, W, 4, 3, G) and λ (B, H, W, 4, G): views of one map, a group's 16 numbers side by side."""

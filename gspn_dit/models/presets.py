@@ -31,11 +31,11 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "xl": {"width": 1500, "depth": 57},
     },
     "gspn-dit": {
-        "ti": {"width": 192, "depth": 6, "num_groups": 12},
-        "s": {"width": 384, "depth": 12, "num_groups": 24},
-        "b": {"width": 768, "depth": 12, "num_groups": 48},
-        "l": {"width": 1024, "depth": 24, "num_groups": 64},
-        "xl": {"width": 1152, "depth": 28, "num_groups": 72},
+        "ti": {"width": 192, "depth": 6, "num_groups": 3},
+        "s": {"width": 384, "depth": 12, "num_groups": 6},
+        "b": {"width": 768, "depth": 12, "num_groups": 12},
+        "l": {"width": 1024, "depth": 24, "num_groups": 16},
+        "xl": {"width": 1152, "depth": 28, "num_groups": 18},
     },
 }
 
