@@ -90,11 +90,27 @@ def equal_scans(mixer: GSPNMixer, width: int) -> None:
 def scans_alone(mixer: GSPNMixer, width: int) -> None:
     """No direct path beside the norm."""
     del mixer.direct
-    mixer.join = lambda mixed, value: mixer.norm(mixed).to(value.dtype)
+    mixer.join = MethodType(lambda self, mixed, value: self.norm(mixed).to(value.dtype), mixer)
+
+
+def direct_conv(mixer: GSPNMixer, width: int) -> None:
+    """A 7 × 7 convolution of the value for d ⊙ v; it starts as a random one beside the value itself."""
+    del mixer.direct
+    mixer.direct_conv = DepthwiseConv(width, 7)
+    with torch.no_grad():
+        mixer.direct_conv.weight.mul_(0.5)[:, :, 3, 3] += 1
+
+    def join(self: GSPNMixer, mixed: Tensor, value: Tensor) -> Tensor:
+        return self.norm(mixed).to(value.dtype) + self.direct_conv(value)
+
+    mixer.join = MethodType(join, mixer)
 
 
 def group_factors(mixer: GSPNMixer, width: int) -> None:
-    """f and s are numbers a group and direction; half-lives of 2 … 64 lines are spread over the groups."""
+    """f and s are numbers a group and direction; half-lives of 2 … 64 lines are spread over the groups.
+
+    To be named before other variants of f and s, which change what it gives.
+    """
     half_lives = 2 ** torch.linspace(1, 6, mixer.num_groups)
     mixer.log_rate = nn.Parameter((math.log(2) / half_lives).log().repeat(NUM_DIRECTIONS, 1))
     mixer.scale = nn.Parameter(torch.randn(NUM_DIRECTIONS, mixer.num_groups))
@@ -110,9 +126,10 @@ def one_direction(mixer: GSPNMixer, width: int) -> None:
     """A channel is scanned in one direction, not in all four: those of the k-th quarter in the k-th."""
     quarter = torch.arange(width) * NUM_DIRECTIONS // width
     mixer.register_buffer("own", (quarter == torch.arange(NUM_DIRECTIONS)[:, None]).float(), persistent=False)
+    factors = mixer.channel_factors.__func__
 
     def channel_factors(self: GSPNMixer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        decay, scale = GSPNMixer.channel_factors(self, dtype)
+        decay, scale = factors(self, dtype)
         return decay, scale * self.own
 
     mixer.channel_factors = MethodType(channel_factors, mixer)
@@ -120,8 +137,9 @@ def one_direction(mixer: GSPNMixer, width: int) -> None:
 
 def remembering(mixer: GSPNMixer, width: int) -> None:
     """Lines that forget nothing: f = 1."""
-    del mixer.log_rate
-    mixer.channel_factors = lambda dtype: (None, mixer.scale.to(dtype))
+    mixer.log_rate.requires_grad_(False)
+    factors = mixer.channel_factors.__func__
+    mixer.channel_factors = MethodType(lambda self, dtype: (None, factors(self, dtype)[1]), mixer)
 
 
 def half_lives(shortest: float, longest: float) -> Callable[[GSPNDiT], None]:
@@ -129,7 +147,9 @@ def half_lives(shortest: float, longest: float) -> Callable[[GSPNDiT], None]:
 
     def change(mixer: GSPNMixer, width: int) -> None:
         numbers, groups = mixer.log_rate.shape[1], mixer.num_groups
-        steps = groups if numbers == groups else numbers // groups  # spread over the groups, or in each over its channels
+        steps = (
+            groups if numbers == groups else numbers // groups
+        )  # spread over the groups, or in each over its channels
         lives = 2 ** torch.linspace(math.log2(shortest), math.log2(longest), steps).repeat(numbers // steps)
         with torch.no_grad():
             mixer.log_rate.copy_((math.log(2) / lives).log())
@@ -303,6 +323,7 @@ VARIANTS: dict[str, Callable[[LatentModel], None]] = {
     "output-gates": each_mixer(output_gates),
     "equal-scans": each_mixer(equal_scans),
     "scans-alone": each_mixer(scans_alone),
+    "direct-conv": each_mixer(direct_conv),
     "one-direction": each_mixer(one_direction),
     "half-lives-4-64": half_lives(4.0, 64.0),
     "half-lives-2-32": half_lives(2.0, 32.0),

@@ -38,15 +38,15 @@ struct ChannelFactors {
   }
   // Room for sums, once it is known how many rows there are. Rows that no kernel writes count nothing.
   void make_sums(int64_t rows) {
-    for (const at::Tensor& factor : contiguous)
-      if (factor.defined()) sums = at::zeros({2, rows, factor.size(0), factor.size(1)}, factor.options());
+    const at::Tensor& factor = contiguous[decay ? 0 : 1];
+    if (factor.defined()) sums = at::zeros({2, rows, factor.size(0), factor.size(1)}, factor.options());
   }
   template <typename Call>
   void give_to(Call& call) const {
     using A = Accumulator<typename Call::Element>;
     call.decay = contiguous[0].defined() ? static_cast<const A*>(contiguous[0].const_data_ptr()) : nullptr;
     call.scale = contiguous[1].defined() ? static_cast<const A*>(contiguous[1].const_data_ptr()) : nullptr;
-    if constexpr (Call::kNeedsLogits) {
+    if constexpr (Call::kIsBackward) {
       A* const data = sums.defined() ? static_cast<A*>(sums.data_ptr()) : nullptr;
       call.grad_decay = decay ? data : nullptr;
       call.grad_scale = scale ? data + sums.stride(0) : nullptr;

@@ -100,7 +100,7 @@ class GroupGates {
   // of cache lines of a field that is laid out by columns.
   static constexpr int64_t kTileRows = 8, kTileColumns = 32;
   // Only the backward pass asks for the logits again: else the weights take their place.
-  static constexpr int kStored = Call::kNeedsLogits ? kNumFields : kLogitMinus;
+  static constexpr int kStored = Call::kIsBackward ? kNumFields : kLogitMinus;
 
   Gates<A> fields(int k) const {
     Gates<A> map;

@@ -7,7 +7,7 @@ namespace gspn {
 
 enum Sum { kSumMinus, kSumCentre, kSumPlus, kSumLam, kSumOut, kNumSums };
 
-// For every direction and site, Σ_c over a part of a group's channels of dh h_before (three neighbours), dh x and dy h;
+// For every direction and site, Σ_c over a part of a group's channels of f dh h_before (three neighbours), dh x and s dy h;
 // a row of sites for each part, the parts of a group next to each other. No two threads write the same sum.
 struct PartialSums {
   float* data;   // (B, K, G · group_rows, H·W, kNumSums)

@@ -35,7 +35,7 @@ using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>
 template <typename T>
 struct Forward {
   using Element = T;
-  static constexpr bool kNeedsLogits = false;
+  static constexpr bool kIsBackward = false;
   Problem problem;
   Strided<const T> x;           // (B, H, W, C)
   Strided<const T> gates;       // (B, H, W, K, 3, G)
@@ -49,7 +49,7 @@ struct Forward {
 template <typename T>
 struct Backward {
   using Element = T;
-  static constexpr bool kNeedsLogits = true;
+  static constexpr bool kIsBackward = true;
   Problem problem;
   Strided<const T> x, gates, lam, out, grad_y;
   const Accumulator<T>*decay, *scale;

@@ -85,7 +85,7 @@ SHAPES = [
     (2, 16, 16, 64, 4, 1, 0),
     (1, 16, 16, 128, 4, 2, 2),
     (1, 16, 16, 72, 4, 2, 4),  # 36 channels a group: a slab is not full
-    (2, 16, 16, 64, 4, 4, 0),  # 16 channels a group, as in the named sizes
+    (2, 16, 16, 64, 4, 4, 0),  # 16 channels a group
     (1, 5, 7, 12, 4, 3, 3),
     (1, 7, 5, 5, 4, 5, 2),  # odd C, one channel a group
     (1, 13, 11, 15, 4, 3, 0),  # odd groups

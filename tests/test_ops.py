@@ -187,8 +187,8 @@ def test_kernels_agree_with_the_reference(name, shape, dtype):
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grads = torch.autograd.grad(y, inputs, grad.to(dtype))
     exact_grads = torch.autograd.grad(expected, exact, grad.to(dtype).double())
-    for ours, theirs in zip((y, *grads), (expected, *exact_grads), strict=True):
-        assert ours.dtype in (dtype, torch.float32)
+    for like, ours, theirs in zip((inputs[0], *inputs), (y, *grads), (expected, *exact_grads), strict=True):
+        assert ours.dtype == like.dtype
         scale = theirs.abs().max().clamp_min(1)
         torch.testing.assert_close(ours.double() / scale, theirs / scale, rtol=0, atol=TOLERANCE[dtype])
 
@@ -244,13 +244,22 @@ def test_extreme_logits_stay_finite(backend, value):
 
 
 def test_opcheck():
-    inputs = [tensor.requires_grad_() for tensor in operands(1, 4, 3, 4, 4, 2, dtype=torch.float32)]
+    forward, options = torch.ops.gspn_dit.propagate.default, (2, [0, 1, 2, 3])
     for name in AVAILABLE:
-        for given in (6, 3):
-            tensors = inputs[:given] + [None] * (6 - given)
-            torch.library.opcheck(
-                torch.ops.gspn_dit.propagate.default, (*tensors, 2, [0, 1, 2, 3], name), atol=1e-5, rtol=1e-5
-            )
+        inputs = operands(1, 4, 3, 4, 4, 2, dtype=torch.float32, requires_grad=True)
+        for missing in ((), (3, 4, 5), (5,)):
+            tensors = [None if i in missing else tensor for i, tensor in enumerate(inputs)]
+            torch.library.opcheck(forward, (*tensors, *options, name), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_absent_arguments_have_empty_gradients_of_the_dtype_that_is_promised(backend, dtype):
+    x, gates, lam, *_ = operands(1, 4, 3, 4, 4, 2, dtype=dtype)
+    grads = torch.ops.gspn_dit.propagate_backward(x, x, gates, lam, None, None, None, 2, [0, 1, 2, 3], backend)
+    meta = [t.to("meta") for t in (x, x, gates, lam)]
+    promised = torch.ops.gspn_dit.propagate_backward(*meta, None, None, None, 2, [0, 1, 2, 3], backend)
+    assert [(g.shape, g.dtype) for g in grads] == [(g.shape, g.dtype) for g in promised]
+    assert [g.numel() for g in grads[3:]] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

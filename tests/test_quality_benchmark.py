@@ -88,7 +88,7 @@ def test_models_have_the_same_width_and_depth_and_take_options():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_another_model_that_trains(variant):
-    task, options = ReachTask(32), Options(width=64, depth=2, models=["gspn-dit"])
+    task, options = ReachTask(32), Options(width=128, depth=2, models=["gspn-dit"])  # two groups
     inputs = (torch.randn(1, 3, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
     outputs = []
     for spec in ("gspn-dit", f"gspn-dit+variant={variant}"):

@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from made_faults import finished, killed_at, limited_to, start, text
 from made_training import ROOT, config, losses, options, rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_training_stream import make_store
 
 from gspn_dit.config import Config
@@ -187,3 +187,14 @@ def wait_for(run, lines=1):
     while not ((run / "metrics.csv").is_file() and len(rows(run)) >= lines):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_the_weights_name(run, store):
+    newest = list_checkpoints(run)[-1]
+    weights = load_file(newest / "model.safetensors")
+    name = next(key for key in weights if key.endswith("mixer.scale"))
+    save_file(weights | {name: weights[name][:, :1].clone()}, newest / "model.safetensors")
+    metadata = json.loads((newest / "metadata.json").read_text())
+    (newest / "metadata.json").write_text(json.dumps(metadata | {"files": _sums(newest)}))
+    with pytest.raises(InputError, match=rf"{re.escape(name)} has shape \(4, 1\), the model's has .*train anew"):
+        train(config(run, store, *RESUME))

@@ -25,7 +25,7 @@ class GSPNDiT(LatentModel):
         width: Channels C of a token.
         depth: Blocks.
         num_groups: Groups of C / num_groups channels that share gates, as attention's heads share weights: 64 channels
-            in the named sizes, DiT's heads.
+            in the named sizes.
         mlp_ratio: Hidden width of the feed-forward over C.
         conv_kernel: Side of the depthwise filter before the scan, odd.
         chunk: Lines a local layer's scan runs over; None makes every layer global. 32 is the whole token map of a 512

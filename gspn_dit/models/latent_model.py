@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any, Self
@@ -59,14 +60,23 @@ class LatentModel(ModelMixin, ConfigMixin):
         """As diffusers', but a folder without some of the weights is refused, where diffusers would leave them out.
 
         Raises:
-            InputError: The folder lacks weights that the model has.
+            InputError: The folder lacks weights that the model has, or has them in another shape.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        remedy = "they are of another version: train or export it anew"
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except ValueError as error:
+            if not (found := re.search(r"because (\S+) expected shape", str(error))):
+                raise
+            raise InputError(
+                f"{pretrained_model_name_or_path}: weights of another shape than the {cls.__name__}'s, "
+                f"such as {found[1]}; {remedy}"
+            ) from error
         if missing := sorted(info["missing_keys"]):
             raise InputError(
                 f"{pretrained_model_name_or_path}: {len(missing)} of the {cls.__name__}'s weights are not in it, "
-                f"such as {missing[0]}; they are of another version: train or export it anew"
+                f"such as {missing[0]}; {remedy}"
             )
         return (model, info) if wants_info else model
 

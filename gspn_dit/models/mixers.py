@@ -89,7 +89,8 @@ class GSPNMixer(Mixer):
             logits, lam = self.head[1].bias.view(self.num_groups, -1).split([NUM_DIRECTIONS * 3, NUM_DIRECTIONS], -1)
             logits.copy_(torch.tensor([-3.0, 0.0, -3.0]).repeat(NUM_DIRECTIONS))
             lam.fill_(0.25)
-        half_lives = 2 ** torch.linspace(1, 6, width // self.num_groups).repeat(self.num_groups)
+        spread = width // self.num_groups if self.num_groups < width else width  # channels from 2 to 64 lines
+        half_lives = 2 ** torch.linspace(1, 6, spread).repeat(width // spread)
         self.log_rate = nn.Parameter((math.log(2) / half_lives).log().repeat(NUM_DIRECTIONS, 1))
         self.scale = nn.Parameter(torch.randn(NUM_DIRECTIONS, width))
 

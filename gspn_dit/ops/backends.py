@@ -68,16 +68,17 @@ class CpuKernel:
         if not hasattr(torch.ops.gspn_dit_cpu, "propagate"):  # building it has loaded it
             torch.ops.load_library(library)
 
-    def forward(self, x, gates, lam, out, *options):
+    def forward(self, x, gates, lam, out, decay, scale, *options):
         if x.dtype == torch.float16:
-            return self.forward(*_floats(x, gates, lam, out), *options).half()
-        return torch.ops.gspn_dit_cpu.propagate(x, gates, lam, out, *options)
+            return self.forward(*_floats(x, gates, lam, out), decay, scale, *options).half()
+        return torch.ops.gspn_dit_cpu.propagate(x, gates, lam, out, decay, scale, *options)
 
-    def backward(self, grad, x, gates, lam, out, *options):
+    def backward(self, grad, x, gates, lam, out, decay, scale, *options):
         if x.dtype == torch.float16:
-            *grads, decay, scale = self.backward(*_floats(grad, x, gates, lam, out), *options)
-            return *(g.half() for g in grads), decay, scale
-        return torch.ops.gspn_dit_cpu.propagate_backward(grad, x, gates, lam, out, *options)
+            grads = self.backward(*_floats(grad, x, gates, lam, out), decay, scale, *options)
+            likes = x, gates, lam, out, decay, scale
+            return tuple(g.to((x if like is None else like).dtype) for g, like in zip(grads, likes, strict=True))
+        return torch.ops.gspn_dit_cpu.propagate_backward(grad, x, gates, lam, out, decay, scale, *options)
 
 
 def _floats(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -106,7 +106,7 @@ def _check(
                 f"{k} directions and {groups} groups"
             )
         if tensor.dtype != dtype:
-            raise InputError(f"{name} has dtype {tensor.dtype}: wanted {dtype} for x of {x.dtype}; cast one of them")
+            raise InputError(f"{name} has dtype {tensor.dtype}: wanted {dtype} for x of {x.dtype}; cast it")
         if tensor.device != x.device:
             raise InputError(f"{name} is on {tensor.device}: wanted x's device, {x.device}; move one of them")
 

@@ -168,7 +168,11 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
     for name, tensors in state.files():
         with safe_open(checkpoint / name, framework="pt") as file:
             for key, tensor in tensors.items():
-                fill(tensor, file.get_tensor(key))
+                value = file.get_tensor(key)
+                if value.shape != tensor.shape:
+                    raise InputError(f"{checkpoint / name}: {key} has shape {tuple(value.shape)}, the model's has "
+                                     f"{tuple(tensor.shape)}: it is of another version; train anew")  # fmt: skip
+                fill(tensor, value)
     parameters = dict(state.model.named_parameters())
     with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (it is no dictionary)
