@@ -144,6 +144,8 @@ def tables(options: Options) -> list[str]:
     # an operation that calls others is there with what it does itself: its parts' time is added to it by name
     for name, cost in sorted(costs.by_name.items(), key=lambda item: -times_of(item[0], times)):
         floor = 1e3 * max(cost.flops / flop_rate, cost.bytes / byte_rate)
+        if floor == 0:  # it touches no data: a question about a dtype, say
+            continue
         floors += floor
         ms = times_of(name, times)
         lines.append(f"| {name.removeprefix('aten::')} | {cost.calls} | {ms:.3f} | {cost.flops / 1e6:.0f} "

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -40,14 +41,23 @@ class Options:
 
 
 def operands(shape: tuple[int, ...]) -> list[torch.Tensor]:
-    """Random x, gates, λ, u, as float32 leaves; a group's gates side by side (G < C) or channels innermost (G = C)."""
+    """Random x, gates, λ and what the family has beside them, as float32 leaves.
+
+    G < C as in gspn-dit: a group's gates side by side; f and s. G = C as in gspn: channels innermost; u.
+    """
     b, h, w, c, g = shape
     if g < c:
-        gates = torch.randn(b, h, w, g, 4, 3).permute(0, 1, 2, 4, 5, 3)
-        lam, out = (torch.rand(b, h, w, g, 4).transpose(3, 4) for _ in range(2))
+        gates, lam = torch.randn(b, h, w, g, 4, 3).permute(0, 1, 2, 4, 5, 3), torch.rand(b, h, w, g, 4).transpose(3, 4)
+        rest = torch.rand(4, c), torch.randn(4, c)
     else:
-        gates, lam, out = torch.randn(b, h, w, 4, 3, g), torch.rand(b, h, w, 4, g), torch.rand(b, h, w, 4, g)
-    return [tensor.requires_grad_() for tensor in (torch.randn(b, h, w, c), gates, lam, out)]
+        gates, lam, rest = torch.randn(b, h, w, 4, 3, g), torch.rand(b, h, w, 4, g), (torch.rand(b, h, w, 4, g),)
+    return [tensor.requires_grad_() for tensor in (torch.randn(b, h, w, c), gates, lam, *rest)]
+
+
+def scan(backend: str, x: torch.Tensor, gates: torch.Tensor, lam: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    """The operator on a set of operands."""
+    factors = {"decay": rest[0], "scale": rest[1]} if len(rest) == 2 else {"out": rest[0]}
+    return propagate(x, gates, lam, **factors, backend=backend)
 
 
 def median_ms(run: Callable[[], object], repeats: int) -> float:
@@ -82,10 +92,10 @@ def shape_rows(repeats: int) -> list[str]:
         b, h, w, c, g = shape
         inputs = operands(shape)
         qkv = [torch.randn(b, 6, h * w, c // 6, requires_grad=True) for _ in range(3)]
-        ours = forward_and_backward(lambda *a: propagate(*a, backend="cpu"), inputs, repeats)
+        ours = forward_and_backward(partial(scan, "cpu"), inputs, repeats)
         # the slow peers: fewer repeats, still a median of at least three
         few = max(3, repeats // 2)
-        reference = forward_and_backward(lambda *a: propagate(*a, backend="reference"), inputs, few)
+        reference = forward_and_backward(partial(scan, "reference"), inputs, few)
         attention = forward_and_backward(F.scaled_dot_product_attention, qkv, few)
         for name, i in (("forward", 0), ("forward+backward", 1)):
             rows.append(
@@ -102,7 +112,7 @@ def scaling_rows(repeats: int) -> list[str]:
     for shape in SCALING:
         inputs = operands(shape)
         with torch.no_grad():
-            ms = median_ms(lambda inputs=inputs: propagate(*inputs, backend="cpu"), repeats)
+            ms = median_ms(partial(scan, "cpu", *inputs), repeats)
         costs.append(1e6 * ms / (shape[1] * shape[2]))
         rows.append(f"| {shape[1]}×{shape[2]}, C=384, G=6 | {ms:.2f} | {costs[-1]:.0f} |")
     rows.append(f"\nslowest over fastest a pixel: {max(costs) / min(costs):.2f}")
