@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gspn_dit.errors import InputError
 from gspn_dit.models import GSPNDiT
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.layers import DepthwiseConv, FinalLayer, linear
@@ -111,6 +112,8 @@ def group_factors(mixer: GSPNMixer, width: int) -> None:
 
     To be named before other variants of f and s, which change what it gives.
     """
+    if "channel_factors" in vars(mixer):
+        raise InputError("variant='group-factors': name it before the other variants of f and s")
     half_lives = 2 ** torch.linspace(1, 6, mixer.num_groups)
     mixer.log_rate = nn.Parameter((math.log(2) / half_lives).log().repeat(NUM_DIRECTIONS, 1))
     mixer.scale = nn.Parameter(torch.randn(NUM_DIRECTIONS, mixer.num_groups))
@@ -146,10 +149,9 @@ def half_lives(shortest: float, longest: float) -> Callable[[GSPNDiT], None]:
     """Lines that start with other half-lives than 2 … 64."""
 
     def change(mixer: GSPNMixer, width: int) -> None:
+        # spread over the groups where f is one's, else in each over its channels
         numbers, groups = mixer.log_rate.shape[1], mixer.num_groups
-        steps = (
-            groups if numbers == groups else numbers // groups
-        )  # spread over the groups, or in each over its channels
+        steps = groups if numbers == groups else numbers // groups
         lives = 2 ** torch.linspace(math.log2(shortest), math.log2(longest), steps).repeat(numbers // steps)
         with torch.no_grad():
             mixer.log_rate.copy_((math.log(2) / lives).log())

@@ -216,7 +216,7 @@ def test_lines_of_a_new_mixer_keep_to_their_row():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_remembers_for_as_long(dtype):
-    """A half-life of 64 lines is f = 0.98923. bfloat16 has 0.98828 there, of which a line's 400th is 69% of f's."""
+    """A half-life of 64 lines is f = 0.98923. bfloat16 has 0.98828 there, of which a line's 400th is 68% of f's."""
     mixer = straight_scans(None, rate=math.log(2) / 64)
     mixer.scale.data[1:] = 0  # down alone
     value = torch.zeros(1, 400, 3, 8, dtype=dtype)
