@@ -181,7 +181,7 @@ def notes(results: Results) -> list[str]:
         for model, (name, overrides) in models(results.options.size).items()
     )
     memory = {
-        "cpu": "the most resident memory in a call, less that before it",
+        "cpu": "the most resident memory in a call, less that before it, without what malloc keeps of freed blocks",
         "cuda": "CUDA's max_memory_allocated in a call, less the memory allocated before it",
     }[results.options.device]
     return [
