@@ -235,11 +235,11 @@ def draw_in_process(case: Case, seconds: float) -> str | None:
 
 
 def costs(case: Case) -> dict[str, float]:
-    """Seconds an image, and the most bytes that a call added and their share of each of its images."""
-    calls = json.loads((Path(case.folder) / CALLS_FILE).read_text())["calls"]
-    images, peak = sum(call["images"] for call in calls), max(calls, key=lambda call: call["bytes"])
-    return {"seconds": sum(call["seconds"] for call in calls) / images, "bytes": peak["bytes"] / peak["images"],
-            "batch": peak["images"]}  # fmt: skip
+    """Seconds an image, and how many images a call draws and each one's share of the bytes that it adds."""
+    found = json.loads((Path(case.folder) / CALLS_FILE).read_text())
+    calls, peak = found["calls"], found["peak"]
+    seconds = sum(call["seconds"] for call in calls) / sum(call["images"] for call in calls)
+    return {"seconds": seconds, "bytes": peak["bytes"] / peak["images"], "batch": peak["images"]}
 
 
 def report(results: Results) -> str:
@@ -261,7 +261,7 @@ def report(results: Results) -> str:
     options = results.options
     lines += ["", f"Trained size {results.trained} px; images a row: {options.num_images}; steps: "
               f"{options.num_inference_steps or 'the models own'}. MB (10⁶ bytes): the most that drawing and decoding "
-              "added to the memory in use, without the weights, over the images drawn together."]  # fmt: skip
+              "add to the memory in use, without the weights, over the images drawn together."]  # fmt: skip
     if held_out := results.rows.get("held out"):
         lines.append(f"\n{held_out['num_images']} held-out real images: FD {held_out['fd']:.1f}.")
     return "\n".join([*lines, "", results.settings["machine"]])

@@ -1,7 +1,7 @@
 """The images of one row of benchmarks/higher.py, in a process of its own: a model, a size, its switches.
 
 `python -m benchmarks.higher_case '{"model": "digits", "pixels": 128, …}'`, the fields of :class:`Case`, draws the
-images that the case's folder lacks, and notes the seconds and the memory of every call in the folder's calls.json.
+images that the case's folder lacks, and notes in its calls.json the seconds of every call and the memory of one.
 """
 
 from __future__ import annotations
@@ -77,25 +77,29 @@ def draw(case: Case) -> None:
     choices, labels, folder = resolve(pipe, options), choose_labels(pipe, options), Path(case.folder)
     missing = begin(folder, describe(pipe, options, choices), labels)
     record = folder / CALLS_FILE
-    calls: list[dict[str, Any]] = json.loads(record.read_text())["calls"] if record.exists() else []
+    costs: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"calls": []}
     pipe = pipe.to(case.device)
     pipe.set_progress_bar_config(desc="steps", leave=False, position=1)
-    pipe([0], num_inference_steps=2, output_type="uint8")  # loads kernels, so that no call that counts does
     size = batch_of(pipe, choices)
+
+    def images_of(batch: list[int], **more: Any) -> list[torch.Tensor]:
+        generators = [image_generator(case.seed, i) for i in batch]
+        arguments = {"generator": generators, "output_type": "uint8", **choices, **more}
+        return list(pipe([labels[i] for i in batch], **arguments).images.cpu())
+
+    pipe([0], num_inference_steps=2, output_type="uint8")  # loads kernels, so that no call that counts does
+    if "peak" not in costs:
+        batch = list(range(min(size, len(labels))))
+        added = peak_bytes(case.device, lambda: images_of(batch, num_inference_steps=1))
+        costs["peak"] = {"images": len(batch), "bytes": added}
+        write_json(record, costs)
     with tqdm(total=len(labels), initial=len(labels) - len(missing), desc=folder.name, unit="image") as bar:
         for start in range(0, len(missing), size):
-            batch, images = missing[start : start + size], []
-
-            def call(batch: list[int] = batch, images: list = images) -> None:
-                generators = [image_generator(case.seed, i) for i in batch]
-                arguments = {"generator": generators, "output_type": "uint8", **choices}
-                images.extend(pipe([labels[i] for i in batch], **arguments).images.cpu())
-
+            batch = missing[start : start + size]
             begun = time.perf_counter()
-            added = peak_bytes(case.device, call)
-            seconds = time.perf_counter() - begun
-            calls.append({"images": len(batch), "seconds": seconds, "bytes": added})
-            write_json(record, {"calls": calls})
+            images = images_of(batch)
+            costs["calls"].append({"images": len(batch), "seconds": time.perf_counter() - begun})
+            write_json(record, costs)
             for i, image in zip(batch, images, strict=True):
                 save_image(image, folder / image_file(i))
             bar.update(len(batch))

@@ -162,8 +162,7 @@ def call_of(case: Case, model: LatentModel) -> Callable[[], None]:
 def timed(case: Case, call: Callable[[], None], repeats: int) -> dict[str, Any]:
     """Median, least and most seconds of a call after the first two, and the bytes that it adds at its peak."""
     call()  # compiles
-    with resident_is_in_use() if case.device == "cpu" else contextlib.nullcontext():
-        added = peak_bytes(case.device, call)
+    added = peak_bytes(case.device, call)
     seconds: list[float] = []
     while len(seconds) < FEWEST or (len(seconds) < repeats and sum(seconds) < SECONDS_OF_REPEATS):
         start = time.perf_counter()
@@ -176,7 +175,10 @@ def timed(case: Case, call: Callable[[], None], repeats: int) -> dict[str, Any]:
 
 
 def peak_bytes(device: str, call: Callable[[], None]) -> int:
-    """What a call adds at its peak: to CUDA's allocated memory, or to this process's resident memory."""
+    """What a call adds at its peak: to CUDA's allocated memory, or to this process's resident memory.
+
+    On the CPU the call is slower than others (:func:`resident_is_in_use`).
+    """
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -185,11 +187,12 @@ def peak_bytes(device: str, call: Callable[[], None]) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it counts when it is taken again
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    before = resident("VmRSS")
-    call()
-    return max(resident("VmHWM") - before, 0)
+    with resident_is_in_use():
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it counts when it is taken again
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        before = resident("VmRSS")
+        call()
+        return max(resident("VmHWM") - before, 0)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ def options(tmp_path, monkeypatch) -> Options:
 
     monkeypatch.setattr(higher, "open_reference", made)
     monkeypatch.setattr(higher, "draw_in_process", lambda case, seconds: draw(case) or "ok")
-    monkeypatch.setattr(higher_case, "peak_bytes", lambda device, call: call() or 1)  # the other takes half a second
+    monkeypatch.setattr(higher_case, "peak_bytes", lambda device, call: len(call()))  # the other takes half a second
     return Options(models=["ours=digits"], pixels=[32, 64], features="digits", num_images=3, num_inference_steps=2,
                    chunk_scale=False, images=str(tmp_path / "images"), out=str(tmp_path / "to" / "higher"))  # fmt: skip
 
@@ -78,8 +78,8 @@ def test_an_interrupted_row_keeps_its_images(tmp_path):
     (tmp_path / "000001.png").unlink()
     draw(case)
     assert [path for path in files if path.stat().st_mtime_ns != files[path]] == [tmp_path / "000001.png"]
-    calls = json.loads((tmp_path / "calls.json").read_text())["calls"]
-    assert [call["images"] for call in calls] == [3, 1]
+    costs = json.loads((tmp_path / "calls.json").read_text())
+    assert [call["images"] for call in costs["calls"]] == [3, 1] and costs["peak"]["bytes"] > 0
 
 
 def test_crops_are_native_pixels_from_all_over_and_the_same_each_time():
