@@ -166,7 +166,7 @@ class PerLine:
             self.library = ctypes.CDLL(str(library))
 
     def time(self, case: Case, repeats: int) -> float | None:
-        """Milliseconds of all directions' scans; the maps' turns, the normalisation and u are not counted."""
+        """Milliseconds of all directions' scans; the maps' turns, the normalisation, u, f and s are not counted."""
         shape = case.batch * case.channels, case.side, case.side
         if 6 * case.dtype.itemsize * torch.Size(shape).numel() > 60e9 or case.dtype == torch.float16:
             return None

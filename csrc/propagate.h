@@ -2,7 +2,7 @@
 //
 // One direction, line i, position j (GSPN, arXiv 2501.12381):
 //   h[i,j] = f (w-[i,j] h[i-1,j-1] + w0[i,j] h[i-1,j] + w+[i,j] h[i-1,j+1]) + λ[i,j] x[i,j],      y += s u[i,j] h[i,j]
-// with w = sigmoid(logits) divided by its sum over the neighbours inside the map; f and s are numbers a channel.
+// with w = sigmoid(logits) divided by its sum over the neighbours inside the map; f and s are numbers a channel and direction.
 #pragma once
 
 #include <cmath>
