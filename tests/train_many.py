@@ -8,10 +8,12 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from gspn_dit.config import Config
+from gspn_dit.models.embeddings import TimestepEmbedding
 from gspn_dit.options import parse
 from gspn_dit.training.loop import train
 
@@ -29,6 +31,15 @@ def with_fsdp_on_the_cpu(self, *args, fsdp_plugin=None, **kwargs):
 
 
 AcceleratorState.__init__ = with_fsdp_on_the_cpu
+embed = TimestepEmbedding.forward
+
+
+def embed_exact_times(self, timesteps):
+    assert timesteps.dtype == torch.float32, "times above 512 are multiples of 4 in bfloat16"
+    return embed(self, timesteps)
+
+
+TimestepEmbedding.forward = embed_exact_times
 PartialState.destroy_process_group = lambda self, group=None: None  # the next run talks over it too
 
 for argv in json.loads(Path(sys.argv[1]).read_text()):

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -40,6 +42,8 @@ from gspn_dit.training.processes import EveryonesError, StopRequest, claimed, he
 from gspn_dit.training.record import Record
 from gspn_dit.training.setup import Parts, check_options, open_parts
 from gspn_dit.training.sharding import whole
+
+LONGEST_PAUSE = timedelta(hours=2)  # of processes that wait while one draws, saves or scores
 
 
 class NonFiniteLoss(RuntimeError):
@@ -75,7 +79,7 @@ def train(config: Config) -> None:
         NonFiniteLoss: At the first step whose loss or gradient is not finite; that step is not taken.
         CheckpointNotWritten: If the disk did not take a checkpoint.
     """
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # the processes meet
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_PAUSE)  # the processes meet
     together(lambda: check_options(config))
     run = Path(config.output_dir)
     # A view of DDP's buckets for gradients saves a copy of them.
@@ -85,6 +89,9 @@ def train(config: Config) -> None:
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "logs")),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    if accelerator.is_fsdp2:
+        # accelerate's own policy would round weights, gradients and the timesteps to bf16; autocast casts what may be
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         parts = together(lambda: open_parts(config, accelerator))
