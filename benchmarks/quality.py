@@ -38,6 +38,7 @@ from gspn_dit.files import begin_or_continue, replacing, write_json
 from gspn_dit.models import create_model
 from gspn_dit.models.counting import count_macs, count_parameters
 from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.ops.backends import kernel
 from gspn_dit.options import command, require
 from gspn_dit.pictures import save_grid
 from gspn_dit.training.ema import Average, exponential
@@ -311,10 +312,10 @@ class Cell:
             torch.save(state, temporary)
 
     def _load(self) -> None:
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # AdamW counts its steps there
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
         self.model.load_state_dict(state["model"])
-        self.average.tensors = state["average"]
+        self.average.tensors = {name: tensor.to(self.device) for name, tensor in state["average"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -329,6 +330,7 @@ def main(options: Options) -> None:
     """Train every model on every data set with every seed, as far as the time goes, and report what is finished."""
     deadline = Deadline(options.time_budget)
     device = choose_device(options.device)
+    kernel(device.type, device)  # raises where the reference operator would be timed for want of it
     tasks = {name: TASKS[name]() for name in options.data}
     for task in tasks.values():
         for spec in options.models:

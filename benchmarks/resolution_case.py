@@ -26,9 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gspn_dit.diffusion import create_objective
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.ops.backends import kernel
 
 LONGEST_WHOLE = 10.0  # seconds of a call; a model that takes longer is put together from its blocks
 FEWEST, SECONDS_OF_REPEATS = 3, 3.0  # calls timed: so many at least, and more while there are seconds left
+LONGEST_REPEATED = 20.0
 LARGE = 2**16  # bytes
 TRIM_THRESHOLD, MMAP_THRESHOLD, IS_MMAPPED, THP_DISABLE = -1, -3, 2, 41  # of glibc's malloc, and of sys/prctl.h
 BYTES_A_LINE = 1024  # of /proc/self/status, which counts in kB of 1024
@@ -112,7 +114,11 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def random_model(case: Case) -> LatentModel:
-    """The model with nothing left at zero, where adaLN-Zero would make of every block the identity."""
+    """The model with nothing left at zero, where adaLN-Zero would make of every block the identity.
+
+    Raises :class:`InputError` where the reference operator would be measured for want of the kernel.
+    """
+    kernel(case.device, torch.device(case.device))
     objective = create_objective("flow")
     model = create_model(case.name, out_channels=objective.out_channels(4), **case.overrides)
     for parameter in model.parameters():
@@ -160,11 +166,16 @@ def call_of(case: Case, model: LatentModel) -> Callable[[], None]:
 
 
 def timed(case: Case, call: Callable[[], None], repeats: int) -> dict[str, Any]:
-    """Median, least and most seconds of a call after the first two, and the bytes that it adds at its peak."""
+    """Median, least and most seconds of a call after the first two, and the bytes that it adds at its peak.
+
+    Of calls longer than LONGEST_REPEATED one is timed.
+    """
     call()  # compiles
     added = peak_bytes(case.device, call)
     seconds: list[float] = []
-    while len(seconds) < FEWEST or (len(seconds) < repeats and sum(seconds) < SECONDS_OF_REPEATS):
+    while sum(seconds) < LONGEST_REPEATED and (
+        len(seconds) < FEWEST or (len(seconds) < repeats and sum(seconds) < SECONDS_OF_REPEATS)
+    ):
         start = time.perf_counter()
         call()
         if case.device == "cuda":

@@ -94,13 +94,19 @@ class CudaKernel:
     def __init__(self, library: Path):
         if not hasattr(torch.ops.gspn_dit_cuda, "propagate"):
             torch.ops.load_library(library)
-        for i in range(torch.cuda.device_count()):
-            if reason := torch.ops.gspn_dit_cuda.unusable(torch.empty(0, device=f"cuda:{i}")):
-                name, (major, minor) = torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
-                raise RuntimeError(
-                    f"{library} does not run on cuda:{i} ({name}, compute capability {major}.{minor}): {reason}; leave "
-                    "TORCH_CUDA_ARCH_LIST unset or add this one to it, and build the kernel anew"
-                )
+        self.library = library
+
+    @functools.cache  # noqa: B019 (there is one of them)
+    def refusal(self, i: int) -> str:
+        """Why it does not run on cuda:i, or nothing. Only a device that is used is asked: asking takes memory there."""
+        reason = torch.ops.gspn_dit_cuda.unusable(torch.empty(0, device=f"cuda:{i}"))
+        if not reason:
+            return ""
+        name, (major, minor) = torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
+        return (
+            f"{self.library} does not run on cuda:{i} ({name}, compute capability {major}.{minor}): {reason}; leave "
+            "TORCH_CUDA_ARCH_LIST unset or add this one to it, and build the kernel anew"
+        )
 
     def forward(self, *arguments):
         return self._run("propagate", _reference.forward, *arguments)
@@ -122,10 +128,10 @@ BACKENDS = ("reference", "cpu", "cuda")
 
 
 def status(name: str) -> Status:
-    """Whether a backend runs here; the first call for a compiled one builds it."""
+    """Whether a backend runs here, `cuda` on the current device; the first call for a compiled one builds it."""
     if name == "reference":
         return Status(True, "plain PyTorch, any device")
-    return _compiled(name)[1]
+    return _compiled(name, torch.cuda.current_device() if name == "cuda" and torch.cuda.is_available() else 0)[1]
 
 
 def kernel(name: str, device: torch.device) -> Kernel:
@@ -135,22 +141,19 @@ def kernel(name: str, device: torch.device) -> Kernel:
     if name and name != device.type:
         raise InputError(f"backend={name!r} with tensors on {device}: move them, or leave the backend out")
     if device.type in ("cpu", "cuda"):
-        compiled, state = _compiled(device.type)
+        compiled, state = _compiled(device.type, device.index or 0)
         if compiled is not None:
             return compiled
         if name:
             raise InputError(f"backend={name!r} is not available: {state.detail}")
-    _warn_reference(device.type)
+        cause = state.detail
+    else:
+        cause = f"there is no kernel for {device.type} tensors"
+    _warn_once(f"gspn_dit runs on the reference operator, which is slow: {cause}")
     return _reference
 
 
 _reference = ReferenceKernel()
-
-
-def _warn_reference(device_type: str) -> None:
-    compiled = device_type in ("cpu", "cuda")
-    cause = status(device_type).detail if compiled else f"there is no kernel for {device_type} tensors"
-    _warn_once(f"gspn_dit runs on the reference operator, which is slow: {cause}")
 
 
 @functools.cache
@@ -158,9 +161,13 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _compiled(name: str) -> tuple[Kernel | None, Status]:
+def _compiled(name: str, index: int) -> tuple[Kernel | None, Status]:
+    """The kernel of that name for a device of that index, and its status."""
     with _building:  # threads that come first together build once
-        return _load(name)
+        compiled, state = _load(name)
+        if isinstance(compiled, CudaKernel) and (refusal := compiled.refusal(index)):
+            return None, Status(False, refusal)
+        return compiled, state
 
 
 _building = threading.Lock()
