@@ -137,7 +137,7 @@ def encode_shards(
     step = options.batch_size
     batches = [indices[start : start + step] for indices in shards.values() for start in range(0, len(indices), step)]
     loader = iter(
-        DataLoader(_Loadable(images), batch_sampler=batches, num_workers=options.num_workers, collate_fn=list)
+        DataLoader(_Loadable(images), batch_sampler=batches, num_workers=options.num_workers, collate_fn=_together)
     )
     side = options.image_size // downsampling(vae)
     empty = torch.empty(0, 2 * vae.config.latent_channels, side, side)
@@ -145,18 +145,17 @@ def encode_shards(
         for name, indices in shards.items():
             moments, flipped, labels, skipped = [empty], [empty], [], []
             for _ in range(0, len(indices), step):
-                batch = next(loader)
-                for unreadable in (sample for sample in batch if isinstance(sample, UnreadableImage)):
+                pixels, batch_labels, faults = next(loader)
+                for unreadable in faults:
                     bar.write(f"unreadable image, left out: {unreadable}")
                     skipped.append(unreadable.path)
-                readable = [sample for sample in batch if not isinstance(sample, UnreadableImage)]
-                if readable:
-                    pixels = torch.stack([image for image, _ in readable]).to(vae.device)
+                if batch_labels:
+                    pixels = pixels.to(vae.device)
                     moments.append(encode_moments(vae, pixels).cpu())
                     if options.horizontal_flip:
                         flipped.append(encode_moments(vae, pixels.flip(-1)).cpu())
-                    labels += [label for _, label in readable]
-                bar.update(len(batch))
+                    labels += batch_labels
+                bar.update(len(batch_labels) + len(faults))
             write_shard(
                 out / name,
                 half(moments),
@@ -164,6 +163,19 @@ def encode_shards(
                 torch.tensor(labels, dtype=torch.int64),
                 skipped,
             )
+
+
+def _together(
+    samples: list[tuple[Tensor, int] | UnreadableImage],
+) -> tuple[Tensor, list[int], list[UnreadableImage]]:
+    """The images (n, 3, H, W) of those that could be read, their labels, and the others.
+
+    In one tensor, for each that a worker sends holds a file descriptor.
+    """
+    readable = [sample for sample in samples if not isinstance(sample, UnreadableImage)]
+    images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
+    faults = [sample for sample in samples if isinstance(sample, UnreadableImage)]
+    return images, [label for _, label in readable], faults
 
 
 def half(moments: list[Tensor]) -> Tensor:

@@ -29,12 +29,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError
+from gspn_dit.files import save_tensors
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.runs import list_checkpoints
 from gspn_dit.training.ema import Average
@@ -154,7 +154,7 @@ def save_checkpoint(
     writing.attempt(begin)
     for name, tensors in [*state.files(), ("optimizer.safetensors", state.optimizer_tensors())]:
         pieces = collect(tensors, keep=accelerator.is_main_process)
-        writing.attempt(lambda name=name, pieces=pieces: save_file(pieces, temporary / name, {"format": "pt"}))
+        writing.attempt(lambda name=name, pieces=pieces: save_tensors(pieces, temporary / name, {"format": "pt"}))
         del pieces
     writing.attempt(finish)
     if writing.problem is not None:

@@ -28,10 +28,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from gspn_dit.errors import InputError
-from gspn_dit.files import replacing
+from gspn_dit.files import replacing, save_tensors
 from gspn_dit.options import command, require
 from gspn_dit.training.checkpoints import EMA_WEIGHTS, DiskWork, TrainingState, collect
 
@@ -104,7 +103,7 @@ def _write_config(folder: Path, model_config: str) -> None:
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     with replacing(path) as temporary:
-        save_file({name: tensor.half() for name, tensor in tensors.items()}, temporary)
+        save_tensors({name: tensor.half() for name, tensor in tensors.items()}, temporary)
 
 
 def list_snapshots(run: Path) -> list[Snapshot]:
@@ -176,7 +175,7 @@ def main(options: Options) -> None:
             tensors = reconstruct(snapshots, weights)
         except (OSError, SafetensorError) as error:
             raise InputError(f"run={options.run!r}: a snapshot cannot be read ({error}); remove it") from error
-        save_file(tensors, folder / EMA_WEIGHTS, {"format": "pt"})
+        save_tensors(tensors, folder / EMA_WEIGHTS, {"format": "pt"})
         shutil.copy(run / FOLDER / "config.json", folder / "ema")
         for name in ("config.yaml", "class_names.json"):
             shutil.copy(run / name, folder)
