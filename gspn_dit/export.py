@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from gspn_dit.devices import choose_device
 from gspn_dit.diffusion import image_generator
 from gspn_dit.errors import InputError
 from gspn_dit.model_card import GRID_FILE, model_card
@@ -64,7 +65,8 @@ def save_samples(pipe: GSPNDiTPipeline, checkpoint: Path | None, path: Path) -> 
     classes = pipe.transformer.config.num_classes
     labels = [i * classes // GRID_IMAGES if classes > GRID_IMAGES else i % classes for i in range(GRID_IMAGES)]
     generators = [image_generator(0, i) for i in range(GRID_IMAGES)]
-    save_grid(pipe(labels, generator=generators, output_type="uint8").images, path)
+    pipe.set_progress_bar_config(desc=path.name)
+    save_grid(pipe.to(choose_device())(labels, generator=generators, output_type="uint8").images, path)
 
 
 def _forget_origin(path: Path) -> None:

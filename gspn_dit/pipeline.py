@@ -36,6 +36,7 @@ from gspn_dit.runs import list_checkpoints
 from gspn_dit.weights import NAMED, packaged
 
 _PIXELS_A_DECODE = 2**20  # together; an image of more is decoded in tiles
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 
 
@@ -106,6 +107,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] | None = None,
         shift: float | Literal["auto"] | None = None,
         chunk_scale: float | Literal["auto"] | None = None,
+        mixed_precision: Literal["bf16", "fp16"] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict] | None = None,
@@ -125,6 +127,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 scheduler's own by :meth:`side_ratio`, as Stable Diffusion 3 does; None leaves it.
             chunk_scale: How many times as long as in training the chunks of local scans are; `auto` takes
                 :meth:`side_ratio`; None leaves them.
+            mixed_precision: What the transformer is autocast to; the sampler and the VAE stay as they are.
             output_type: `pil`; `np` float (B, H, W, 3) or `pt` float (B, 3, H, W), in [0, 1]; `uint8` (B, 3, H, W),
                 the bytes of the others; `latent`.
             return_dict: Give an `ImagePipelineOutput`; else a tuple.
@@ -135,6 +138,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
         """
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"output_type={output_type!r}: wanted one of {', '.join(_OUTPUT_TYPES)}")
+        if mixed_precision not in (None, *_DTYPES):
+            raise InputError(f"mixed_precision={mixed_precision!r}: wanted one of {', '.join(_DTYPES)}, or None")
         labels = self.class_ids([class_labels] if isinstance(class_labels, Integral | str) else class_labels)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise InputError(f"generator: a list of {len(generator)} for {len(labels)} class_labels; wanted one each")
@@ -149,7 +154,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 return None
             return (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents")
 
-        with self._chunks(chunk_scale):
+        autocast = torch.autocast(device.type, _DTYPES.get(mixed_precision), enabled=mixed_precision is not None)
+        with self._chunks(chunk_scale), autocast:
             latents = denoise(
                 self.transformer,
                 self.scheduler if shift is None else shifted(self.scheduler, shift),

@@ -49,6 +49,7 @@ class SampleOptions:
             noisy, `auto` takes √(pixels / trained pixels).
         chunk_scale: How many times as long as in training the chunks of local scans are; `auto` takes the side over
             the trained side.
+        mixed_precision: What the transformer computes in: `bf16` or `fp16`, far faster on a GPU, or `no` for float32.
         seed: Image i is a function of (seed, i), whatever the batch size and the number of processes.
         batch_size: Images at a time, in each process; if not given, 16 or the fewer that have the pixels of 16 images
             of the trained size.
@@ -70,6 +71,7 @@ class SampleOptions:
     sampler: str | None = None
     shift: float | Literal["auto"] | None = None
     chunk_scale: float | Literal["auto"] | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
     batch_size: int | None = None
     height: int | None = None
@@ -176,6 +178,7 @@ def resolve(pipe: GSPNDiTPipeline, options: SampleOptions) -> dict[str, Any]:
         "num_inference_steps": options.num_inference_steps or own.num_inference_steps,
         "height": height,
         "width": width,
+        "mixed_precision": None if options.mixed_precision == "no" else options.mixed_precision,
     }
     check_steps(pipe.scheduler, choices["num_inference_steps"])
     shift, chunk_scale = pipe.size_switches(height, width, options.shift, options.chunk_scale)

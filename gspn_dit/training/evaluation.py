@@ -46,13 +46,34 @@ def create_pipeline(model: ModelMixin, vae: AutoencoderKL, config: Config, class
 
 
 def draw_samples(pipeline: GSPNDiTPipeline, config: Config, path: Path) -> None:
-    """A grid of samples, the classes spread over it; the same noise each time, so that grids of a run compare."""
+    """A grid of samples, the classes spread over it; the same noise each time, so that grids of a run compare.
+
+    Training goes on after any failure, which is warned of.
+    """
     count, classes = config.sampling.num_images, pipeline.transformer.config.num_classes
     labels = [i * classes // count if count < classes else i % classes for i in range(count)]
     generators = [image_generator(config.seed, i) for i in range(count)]
-    images = pipeline(labels, generator=generators, output_type="uint8").images
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(images, path)
+
+    def draw() -> None:
+        images = pipeline(labels, generator=generators, output_type="uint8", mixed_precision=precision(config)).images
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(images, path)
+
+    if problem := attempt(draw)[1]:
+        print(f"train_dit.py: warning: no {path} ({problem}); training goes on", file=sys.stderr)
+
+
+def precision(config: Config) -> str | None:
+    """What the transformer is autocast to in training, and so when it draws."""
+    return None if config.training.mixed_precision == "no" else config.training.mixed_precision
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of some work, or what went wrong."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 class Evaluator:
@@ -88,13 +109,13 @@ class Evaluator:
 
         Training goes on after any failure: nothing here is worth a run.
         """
-        images, problem = self._attempt(lambda: self._draw(pipeline, stop))
+        images, problem = attempt(lambda: self._draw(pipeline, stop))
         problems = gather_object([problem])
         row = None
         if not any(problems):
             images = self._together(images)
             if self.accelerator.is_main_process:
-                row, problem = self._attempt(lambda: self._score(images, pipeline, step))
+                row, problem = attempt(lambda: self._score(images, pipeline, step))
                 problems = [problem]
         if self.accelerator.is_main_process and any(problems):
             reason = next(filter(None, problems))
@@ -111,13 +132,13 @@ class Evaluator:
             if stop.requested:
                 raise InterruptedError("asked to stop")
             batch = mine[start : start + options.batch_size]
-            with self.accelerator.autocast():
-                drawn = pipeline(
-                    [i % pipeline.transformer.config.num_classes for i in batch],
-                    guidance_scale=options.guidance_scale,
-                    generator=[image_generator(self.config.seed, i) for i in batch],
-                    output_type="uint8",
-                )
+            drawn = pipeline(
+                [i % pipeline.transformer.config.num_classes for i in batch],
+                guidance_scale=options.guidance_scale,
+                generator=[image_generator(self.config.seed, i) for i in batch],
+                mixed_precision=precision(self.config),
+                output_type="uint8",
+            )
             images.append(drawn.images.cpu())
         return torch.cat(images)
 
@@ -136,10 +157,3 @@ class Evaluator:
         samples = ImageSet(f"samples at step {step}", len(images), tuple(images.shape[2:]), lambda i: images[i], labels)
         figures = evaluate(samples, self.reference, self.extractor)
         return {"step": step} | {name: float(figures.get(name, "nan")) for name in self.columns[1:]}
-
-    @staticmethod
-    def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
-        try:
-            return work(), None
-        except Exception as error:
-            return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

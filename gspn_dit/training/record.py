@@ -23,6 +23,8 @@ class Record:
 
     def __init__(self, path: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
         self.path, self.columns = path, columns
+        if path.is_file() and path.read_text().splitlines()[:1] not in ([], [",".join(columns)]):
+            path.rename(path.with_name(f"{path.stem}-before-step-{step + 1}{path.suffix}"))  # of other columns
         kept = [row for row in read_metrics(self.path, columns) if row["step"] <= step]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
