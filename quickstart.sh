@@ -7,7 +7,7 @@ run() {
   "$@"
 }
 
-RUN=runs/digits
+RUN=runs/quickstart
 rm -rf "$RUN"
 
 run python -m gspn_dit.ops

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.higher_case import CALLS_FILE, Case, open_pipeline
+from benchmarks.higher_case import CALLS_FILE, OUT_OF_MEMORY, Case, open_pipeline
 from benchmarks.machine import machine
 from benchmarks.resolution import cell, line
 from benchmarks.saved_rows import saved_rows
@@ -227,7 +227,7 @@ def draw_in_process(case: Case, seconds: float) -> str | None:
                               timeout=seconds)  # fmt: skip
     except subprocess.TimeoutExpired:
         return None
-    if done.returncode == -9 or "OutOfMemoryError" in (done.stderr or ""):
+    if done.returncode in (-9, OUT_OF_MEMORY):
         return "out of memory"
     if done.returncode:
         raise SystemExit(f"{case.folder}: {done.stderr or 'failed'}")

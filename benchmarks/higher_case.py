@@ -29,6 +29,7 @@ from gspn_dit.sample import SampleOptions, batch_of, choose_labels, describe, re
 
 RANDOM = {"random-gspn-dit": "gspn-dit-ti-2", "random-dit": "dit-ti-2"}
 CALLS_FILE = "calls.json"
+OUT_OF_MEMORY = 3  # exit status
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def draw(case: Case) -> None:
     pipe([0], num_inference_steps=2, output_type="uint8")  # loads kernels, so that no call that counts does
     if "peak" not in costs:
         batch = list(range(min(size, len(labels))))
-        added = peak_bytes(case.device, lambda: images_of(batch, num_inference_steps=1))
+        added = peak_bytes(case.device, lambda: images_of(batch, num_inference_steps=2))
         costs["peak"] = {"images": len(batch), "bytes": added}
         write_json(record, costs)
     with tqdm(total=len(labels), initial=len(labels) - len(missing), desc=folder.name, unit="image") as bar:
@@ -124,4 +125,7 @@ def open_pipeline(model: str) -> GSPNDiTPipeline:
 
 
 if __name__ == "__main__":
-    draw(Case(**json.loads(sys.argv[1])))
+    try:
+        draw(Case(**json.loads(sys.argv[1])))
+    except torch.OutOfMemoryError:
+        raise SystemExit(OUT_OF_MEMORY) from None
