@@ -3,8 +3,10 @@
 import os
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from gspn_dit.files import replacing
+from gspn_dit.files import replacing, save_tensors
 from gspn_dit.runs import checkpoint_step, list_checkpoints
 
 
@@ -17,6 +19,13 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_are_as_readable_as_other_files(tmp_path):
+    (tmp_path / "text").write_text("")
+    save_tensors({"one": torch.ones(1)}, tmp_path / "tensors")
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "text").stat().st_mode
+    assert load_file(tmp_path / "tensors")["one"] == 1
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):

@@ -72,6 +72,18 @@ def test_output_types_are_one_picture():
     assert torch.equal(draw("pt", return_dict=False)[0], draw("pt").images)
 
 
+def test_mixed_precision_is_the_transformers_alone():
+    pipe, seen = pipeline(num_inference_steps=2), []
+    for module in (pipe.transformer, pipe.vae.decoder):
+        module.register_forward_pre_hook(lambda module, inputs: seen.append(torch.is_autocast_enabled("cpu")))
+    images = {
+        precision: pipe([0], generator=generators(0), output_type="pt", mixed_precision=precision).images
+        for precision in (None, "bf16")
+    }
+    assert seen == [False, False, False, True, True, False]
+    assert 0 < float((images["bf16"] - images[None]).abs().max()) < 0.1
+
+
 def test_labels_and_guidance_change_the_picture():
     pipe = pipeline(num_inference_steps=3)
 
@@ -239,6 +251,7 @@ def test_a_damaged_export_is_said_in_one_line(tmp_path):
         ({"guidance_interval": (0.5, 0.5)}, "guidance_interval"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"output_type": "jpg"}, "output_type='jpg'"),
+        ({"mixed_precision": "no"}, "mixed_precision='no': wanted one of bf16, fp16, or None"),
         ({"generator": generators(0, 1)}, "generator: a list of 2 for 1"),
     ],
 )

@@ -13,6 +13,7 @@ from gspn_dit.fid.evaluate import evaluate
 from gspn_dit.runs import list_checkpoints
 from gspn_dit.training import evaluation
 from gspn_dit.training.loop import train
+from gspn_dit.training.record import Record
 
 SCORED = ["--evaluation.every", 2, "--evaluation.num_samples", 12, "--evaluation.reference", "digits:test",
           "--evaluation.features", "digits", "--evaluation.batch_size", 5, "--training.checkpoint_every", 2,
@@ -47,19 +48,32 @@ def test_scores_go_to_the_record_and_the_trackers_and_survive_a_resume(tmp_path)
     assert scores(cut) == scores(run) and losses(cut) == losses(run)
 
 
-def test_a_failing_evaluation_warns_and_training_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_failing_evaluation_or_grid_warns_and_training_goes_on(tmp_path, monkeypatch, capsys):
     def once(*arguments):
         monkeypatch.setattr(evaluation, "evaluate", evaluate)
         raise MemoryError("no room\nfor features")
 
     monkeypatch.setattr(evaluation, "evaluate", once)
-    train(config(tmp_path / "run", "digits", *SCORED))
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if "warning: no evaluation" in line]
-    assert "step 2 (MemoryError: no room for features); training goes on" in said
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples").write_text("no folder")
+    train(config(tmp_path / "run", "digits", *SCORED, "--training.sample_every", 2))
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning: no " in line]
+    assert ["step-0000002.png (FileExistsError" in line for line in said] == [True, False, False]
+    assert "evaluation at step 2 (MemoryError: no room for features); training goes on" in said[1]
     assert [row["step"] for row in scores(tmp_path / "run")] == ["4"]
     train(config(tmp_path / "plain", "digits", "--training.max_steps", 4))
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")  # nor does it touch the training
     assert not (tmp_path / "plain" / "evaluation.csv").exists()  # off by default
+
+
+def test_scores_of_other_columns_are_kept_aside(tmp_path):
+    path = tmp_path / "evaluation.csv"
+    Record(path, 0, ["step", "fd"]).append({"step": 4, "fd": 1.5})
+    before = path.read_text()
+    assert Record(path, 4, ["step", "fd"]).path.read_text() == before
+    Record(path, 4, ["step", "fid"]).append({"step": 6, "fid": 2.5})
+    assert path.read_text() == "step,fid\n6,2.5\n"
+    assert (tmp_path / "evaluation-before-step-5.csv").read_text() == before
 
 
 def test_what_cannot_be_evaluated_stops_at_start(tmp_path):

@@ -43,7 +43,7 @@ from gspn_dit.training.record import Record
 from gspn_dit.training.setup import Parts, check_options, open_parts
 from gspn_dit.training.sharding import whole
 
-LONGEST_PAUSE = timedelta(hours=2)  # of processes that wait while one draws, saves or scores
+LONGEST_PAUSE = timedelta(hours=1)  # of processes that wait while one draws, saves or scores
 
 
 class NonFiniteLoss(RuntimeError):
