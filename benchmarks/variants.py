@@ -276,6 +276,17 @@ def final_modulation(model: GSPNDiT) -> None:
     model.forward = MethodType(forward, model)
 
 
+def float_stream(model: GSPNDiT) -> None:
+    """Under autocast, x between blocks in float32, as dit's and gspn's is, whose float32 embeddings are added to it."""
+    embed = type(model).embed
+
+    def in_float32(self: GSPNDiT, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, condition = embed(self, *inputs)
+        return x.float(), condition
+
+    model.embed = MethodType(in_float32, model)
+
+
 class SwiGLU(nn.Module):
     """A feed-forward with gated hidden channels, W₂(SiLU(W₁x) ⊙ W₃x) (arXiv 2002.05202): 3C times the hidden width."""
 
@@ -343,6 +354,7 @@ VARIANTS: dict[str, Callable[[LatentModel], None]] = {
     "loud-times": loud_times,
     "unit-times": unit_times,
     "half-rank": half_rank,
+    "float-stream": float_stream,
     "final-modulation": final_modulation,
     "post-norm": post_norm,
     "quiet-labels": labels_of(0.02),
