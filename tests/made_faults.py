@@ -40,16 +40,16 @@ def killed_at(call):
     if call == "removal":
         shutil.rmtree = die
         return
-    save, calls = checkpoints.save_file, []
+    save, calls = checkpoints.save_tensors, []
 
-    def save_file(tensors, path, *rest):
+    def save_tensors(tensors, path, *rest):
         save(tensors, path, *rest)
         calls.append(path)
         if len(calls) == call:
             os.truncate(path, os.path.getsize(path) // 2)  # what has reached the disk of it
             die()
 
-    checkpoints.save_file = save_file
+    checkpoints.save_tensors = save_tensors
 
 
 def limited_to(bytes_a_file):

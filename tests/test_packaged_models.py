@@ -27,7 +27,7 @@ def test_a_packaged_model_is_small_and_names_no_machine(name, most):
 def test_guided_samples_are_of_the_classes_asked_for(name, count, tmp_path):
     samples, metrics = tmp_path / "samples", tmp_path / "metrics.json"
     for command in (
-        ["sample.py", "--model", name, "--num-images", count, "--num-inference-steps", "25", "--batch-size", "50",
+        ["sample.py", "--model", name, "--num-images", count, "--num-inference-steps", "12", "--batch-size", "50",
          "--out", f"{samples}/"],
         ["fid/evaluate.py", "--samples", samples, "--reference", f"{name}:test", "--features", name, "--out", metrics],
     ):  # fmt: skip
