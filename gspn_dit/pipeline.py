@@ -154,7 +154,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 return None
             return (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents")
 
-        autocast = torch.autocast(device.type, _DTYPES.get(mixed_precision), enabled=mixed_precision is not None)
+        autocast = torch.autocast(device.type, _DTYPES[mixed_precision]) if mixed_precision else nullcontext()
         with self._chunks(chunk_scale), autocast:
             latents = denoise(
                 self.transformer,
