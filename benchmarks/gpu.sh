@@ -23,7 +23,7 @@ step() { # step NAME SECONDS COMMAND...: its output to OUT/NAME.txt and, the end
   [ $status -eq 0 ] || failed=1
 }
 
-step build 120 "$python" -m gspn_dit.ops --require cuda
+step build 240 "$python" -m gspn_dit.ops --require cuda
 [ $failed -eq 0 ] || exit 1  # the reference operator would be measured
 if [ "$part" = models ]; then
   step resolution 280 "$python" -m benchmarks.resolution --device cuda --time-budget 260 --out "$out/resolution-cuda"

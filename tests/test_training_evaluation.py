@@ -73,7 +73,9 @@ def test_scores_of_other_columns_are_kept_aside(tmp_path):
     assert Record(path, 4, ["step", "fd"]).path.read_text() == before
     Record(path, 4, ["step", "fid"]).append({"step": 6, "fid": 2.5})
     assert path.read_text() == "step,fid\n6,2.5\n"
-    assert (tmp_path / "evaluation-before-step-5.csv").read_text() == before
+    Record(path, 4, ["step", "fd"])  # and back: nothing takes the place of what was kept
+    assert (tmp_path / "evaluation-1.csv").read_text() == before
+    assert (tmp_path / "evaluation-2.csv").read_text() == "step,fid\n6,2.5\n"
 
 
 def test_what_cannot_be_evaluated_stops_at_start(tmp_path):

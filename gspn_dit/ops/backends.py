@@ -94,7 +94,7 @@ class CudaKernel:
     def __init__(self, library: Path):
         if not hasattr(torch.ops.gspn_dit_cuda, "propagate"):
             torch.ops.load_library(library)
-        self.library = library
+        self.path = library
 
     @functools.cache  # noqa: B019 (there is one of them)
     def refusal(self, i: int) -> str:
@@ -104,7 +104,7 @@ class CudaKernel:
             return ""
         name, (major, minor) = torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
         return (
-            f"{self.library} does not run on cuda:{i} ({name}, compute capability {major}.{minor}): {reason}; leave "
+            f"{self.path} does not run on cuda:{i} ({name}, compute capability {major}.{minor}): {reason}; leave "
             "TORCH_CUDA_ARCH_LIST unset or add this one to it, and build the kernel anew"
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from gspn_dit.files import replacing
@@ -18,13 +19,14 @@ class Record:
     Args:
         path: The CSV file.
         step: Lines after this step, left by a run that was cut, are dropped.
-        columns: Its columns; `step` is the first.
+        columns: Its columns; `step` is the first. A file of others is kept aside, as evaluation-1.csv and so on.
     """
 
     def __init__(self, path: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
         self.path, self.columns = path, columns
         if path.is_file() and path.read_text().splitlines()[:1] not in ([], [",".join(columns)]):
-            path.rename(path.with_name(f"{path.stem}-before-step-{step + 1}{path.suffix}"))  # of other columns
+            names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(1))
+            path.rename(next(name for name in names if not name.exists()))
         kept = [row for row in read_metrics(self.path, columns) if row["step"] <= step]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
