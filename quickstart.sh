@@ -7,6 +7,7 @@ run() {
   "$@"
 }
 
+export ACCELERATE_USE_CPU=true
 RUN=runs/quickstart
 rm -rf "$RUN"
 

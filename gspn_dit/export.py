@@ -1,8 +1,8 @@
-"""Turn a run into a folder that diffusers loads: `python -m gspn_dit.export RUN FOLDER`.
+"""Turn a run into a saved diffusers pipeline: `python -m gspn_dit.export RUN FOLDER`.
 
 The folder is a saved :class:`~gspn_dit.pipeline.GSPNDiTPipeline`: averaged weights, VAE, scheduler, class names and the
 run's sampling defaults, with a model card and its grid of samples. `sample.py --model FOLDER` takes it, and
-`GSPNDiTPipeline.from_pretrained(FOLDER)`.
+`GSPNDiTPipeline.from_pretrained(FOLDER)`; diffusers' own `DiffusionPipeline` does not know the class.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Write a run's newest checkpoint as a pipeline folder that diffusers loads."""
+    """Write a run's newest checkpoint as a saved pipeline."""
     out = Path(options.out)
     if out.exists():
         raise InputError(f"out={options.out!r}: exists already; remove it or name another folder")

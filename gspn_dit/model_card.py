@@ -30,8 +30,8 @@ def model_card(pipe: GSPNDiTPipeline, checkpoint: Path | None) -> str:
     metrics = checkpoint_metrics(checkpoint) if checkpoint else {}
     title = config.model.name if config else type(pipe.transformer).__name__
     front = {
-        "library_name": "diffusers",
-        "tags": ["gspn-dit", "image-generation", "class-conditional", f"diffusers:{type(pipe).__name__}"],
+        "library_name": "gspn-dit",  # diffusers alone does not know the pipeline's class
+        "tags": ["image-generation", "class-conditional"],
         "metrics": [name for name in metrics if not name.startswith("num_")] or None,
     }
     parts = [

@@ -24,6 +24,22 @@ from gspn_dit.errors import InputError
 
 Options = TypeVar("Options")
 
+# What options are called in DiT's and SiT's scripts and elsewhere in the field, and here.
+FAMILIAR = {
+    "cfg_scale": ["guidance_scale", "sampling.guidance_scale"],
+    "num_sampling_steps": ["num_inference_steps", "sampling.num_inference_steps"],
+    "num_fid_samples": ["num_images"],
+    "global_batch_size": ["training.batch_size"],
+    "lr": ["training.learning_rate", "learning_rate"],
+    "epochs": ["training.max_steps"],
+    "ckpt": ["model"],
+    "ckpt_every": ["training.checkpoint_every"],
+    "data_path": ["data.source", "data"],
+    "results_dir": ["output_dir"],
+    "sample_dir": ["out"],
+    "global_seed": ["seed"],
+}
+
 
 def require(condition: bool, key: str, value: object, wanted: str) -> None:
     """Raise :class:`InputError` naming the key, the value that came and what was wanted, unless the condition holds."""
@@ -166,8 +182,9 @@ def _check_key(key: str, shown: str, kinds: dict[str, Any], spell: Callable[[str
     """Raise :class:`InputError` for an option that there is not, as it was typed, with one that it may have meant."""
     if key in kinds or any(get_origin(kind) is dict and key.startswith(name + ".") for name, kind in kinds.items()):
         return
+    familiar = [known for known in FAMILIAR.get(key.rpartition(".")[2], ()) if known in kinds]
     endings = [known for known in kinds if known.endswith("." + key) or known.startswith(key + ".")]
-    close = endings or difflib.get_close_matches(key, kinds, n=1)
+    close = familiar or endings or difflib.get_close_matches(key, kinds, n=1)
     remedy = f"did you mean {spell(close[0])}?" if close else "--help lists them"
     raise InputError(f"{shown}: no such option; {remedy}")
 

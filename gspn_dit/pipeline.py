@@ -79,6 +79,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
             guidance_interval=list(guidance_interval or (0.0, 1.0)),
             num_inference_steps=num_inference_steps,
         )
+        transformer.eval()  # one that is new has its dropout on
         channels, wanted = vae.config.latent_channels, transformer.config.in_channels
         if channels != wanted:
             raise InputError(f"vae: its latents have {channels} channels, and the transformer takes {wanted}")
@@ -173,15 +174,16 @@ class GSPNDiTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def class_ids(self, class_labels: Sequence[int | str]) -> list[int]:
-        """Class ids of ids or names; a name that is a whole number is an id.
+        """Class ids of ids or names. A number in a string is an id, or where classes are called by numbers, a name.
 
         Raises :class:`InputError` for an id out of range, what is neither id nor name, or a name that no class has,
         with names close to it.
         """
         count, names = self.transformer.config.num_classes, self.config.class_names or []
+        numbers_are_names = any(map(_is_number, names))
         ids = []
         for label in class_labels:
-            if isinstance(label, str) and not re.fullmatch(r"[+-]?[0-9]+", label):
+            if isinstance(label, str) and (numbers_are_names or not _is_number(label)):
                 if label not in names:
                     raise InputError(f"class_labels={label!r}: {_remedy_for_name(label, names, count)}")
                 ids.append(names.index(label))
@@ -318,6 +320,10 @@ def _load_checkpoint(folder: Path) -> GSPNDiTPipeline:
         guidance_interval=list(sampling.guidance_interval),
         num_inference_steps=sampling.num_inference_steps,
     )
+
+
+def _is_number(label: str) -> bool:
+    return re.fullmatch(r"[+-]?[0-9]+", label) is not None
 
 
 def _remedy_for_name(label: str, names: Sequence[str], count: int) -> str:

@@ -38,7 +38,8 @@ class SampleOptions:
 
     Args:
         model: A run, a checkpoint folder, an exported folder, `digits` or `photos`.
-        class_labels: Class ids or names between commas; all classes if not given.
+        class_labels: Class ids or names between commas (names alone where classes are called by numbers); all classes
+            if not given.
         labels: `balanced` takes these classes in turn, `random` draws each image's by the seed.
         num_images: How many images.
         guidance_scale: Classifier-free guidance, 1 for none; the model's own default if not given.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,16 @@ def test_few_images_give_finite_figures_and_one_warning():
     assert "precision" not in metrics
     assert len([each for each in warned if "samples: 3 images for 3 features" in str(each.message)]) == 1
     assert len([each for each in warned if "precision" in str(each.message)]) == len(warned) - 1 == 1
+
+
+def test_splits_of_images_that_come_folder_by_folder_are_warned_of(monkeypatch):
+    monkeypatch.setattr("gspn_dit.fid.evaluate.ADM_SPLIT", 100)
+    colours = plain_colours((100, 50, 200), (10, 20, 5))
+    with pytest.warns(UserWarning, match="images come folder by folder.*read inception_score_torch_fidelity"):
+        evaluate(dataclasses.replace(colours, by_folders=True), colours, made_extractor())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(colours, colours, made_extractor())
 
 
 def test_no_class_accuracy_without_labels_or_known_classes():

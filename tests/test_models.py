@@ -143,6 +143,8 @@ def test_dit_at_another_size_is_the_dit_made_for_that_size():
     square.load_state_dict({k: v for k, v in wide.state_dict().items() if k != "pos_embed"}, strict=False)
     assert not wide.pos_embed.requires_grad
     torch.testing.assert_close(square(*inputs(2, 4, 12)), wide(*inputs(2, 4, 12)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(square(*inputs(2, 4, 12)), wide(*inputs(2, 4, 12)), rtol=0, atol=0)
 
 
 @families

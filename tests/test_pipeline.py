@@ -25,7 +25,7 @@ from gspn_dit.pipeline import GSPNDiTPipeline, load_pipeline
 
 def pipeline(name="gspn-dit-ti-2", objective="flow", **options) -> GSPNDiTPipeline:
     pipe = GSPNDiTPipeline(tiny_model(name, objective), tiny_vae(), create_scheduler(objective),
-                           class_names=CLASS_NAMES, **options)  # fmt: skip
+                           **{"class_names": CLASS_NAMES} | options)  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -258,6 +258,22 @@ def test_a_damaged_export_is_said_in_one_line(tmp_path):
 def test_bad_input_is_refused(options, words):
     with pytest.raises(InputError, match=words):
         pipeline()(**{"class_labels": [0], **options})
+
+
+def test_classes_called_by_numbers_are_known_by_their_names():
+    """Folders 1, 10 and 2 are classes 0, 1 and 2: a typed 2 is the folder, not the class after the next."""
+    pipe = pipeline(class_names=["1", "10", "2"])
+    assert pipe.class_ids(["1", "10", "2"]) == pipe.class_ids([0, 1, 2]) == [0, 1, 2]
+    with pytest.raises(InputError, match="class_labels='0': no class has that name"):
+        pipe.class_ids(["0"])
+    assert pipeline(class_names=["a", "b", "c"]).class_ids(["2", "a"]) == [2, 0]
+
+
+def test_a_new_model_draws_without_its_dropout():
+    model = create_model("gspn-ti-2", sample_size=8, num_classes=3, out_channels=4, stochastic_depth=0.5)
+    assert model.training
+    GSPNDiTPipeline(model, tiny_vae(), create_scheduler("flow"))
+    assert not model.training
 
 
 def test_parts_that_do_not_fit_are_refused():

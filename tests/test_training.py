@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from made_training import TRAIN, config, losses, options, rows
 from PIL import Image
 from test_training_stream import make_store
@@ -142,6 +144,25 @@ def test_a_run_leaves_what_it_should(tmp_path):
     assert image.size == (32, 32)
 
 
+def test_what_has_changed_at_a_resume_is_said(tmp_path, store, capsys):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    train(config(run, store, "--training.max_steps", 4))
+    assert "changed since" not in capsys.readouterr().out
+    shutil.copytree(store, elsewhere)  # the same images in another place
+    train(config(run, elsewhere, "--resume", "auto", "--training.ema_decay", 0.5))
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since step-0000004: ")]
+    assert "training.ema_decay 0.9999 → 0.5" in said and str(elsewhere) in said and "training.max_steps 4 → 8" in said
+    assert "resume" not in said and "seed" not in said
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_ways_to_split_a_training_that_its_checkpoints_do_not_know_are_refused(tmp_path, store, monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType[kind]))
+    with pytest.raises(InputError, match=r"^(fsdp_version=1|distributed_type='DEEPSPEED')"):
+        train(config(tmp_path / "run", store))
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
 def test_sampling_uses_the_averaged_weights(tmp_path, store):
     run = tmp_path / "run"
     train(config(run, store, "--training.ema_decay", 0.0))  # the average is the last weights
@@ -191,7 +212,11 @@ def test_a_run_is_not_overwritten_or_continued_as_another(tmp_path, store):
         (["--model.name", "dit-xxl-2"], "dit-xxl-2"),
         (["--model.overrides.depht", "2"], "depht"),
         (["--data.source", "no/such/folder"], "no/such/folder"),
-        (["--sampling.sampler", "ddim"], "sampler='ddim'"),
+        (["--sampling.sampler", "ddim"], "sampling.sampler='ddim'"),
+        (["--diffusion.objective", "ddpm", "--sampling.sampler", "ddpm", "--diffusion.time_sampling", "logit-normal"],
+         "diffusion.time_sampling='logit-normal'"),
+        (["--data.source", "digits", "--model.overrides.patch_size", "3"], "data.image_size=32: of its latents"),
+        (["--training.mixed_precision", "fp16"], "training.mixed_precision='fp16'"),
         (["--training.gradient_accumulation_steps", "3"], "training.batch_size=4"),
         (["--model.overrides.num_classes", "5"], "model.overrides.num_classes"),
         (["--training.trackers", "[wandbee]"], "wandbee"),

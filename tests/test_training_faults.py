@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +109,46 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(run, store):
     with pytest.raises(InputError, match=r"output_dir=.*no checkpoint of its 2 is whole .*model\.safetensors"):
         train(config(run, store, *RESUME))
     assert len(list_checkpoints(run)) == 2
+
+
+def test_a_run_whose_checkpoints_were_taken_away_is_left_alone(run, store):
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.csv").read_text()
+    for resume in ("auto", "no"):
+        with pytest.raises(InputError, match=r"^output_dir=.*up to step 12 and no checkpoint"):
+            train(config(run, store, *RESUME, "--resume", resume))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert (run / "metrics.csv").read_text() == before
+
+
+def test_a_run_cut_before_its_first_checkpoint_begins_again(run, store, whole):
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.csv").write_text("".join((run / "metrics.csv").read_text().splitlines(True)[:4]))
+    train(config(run, store, *RESUME))
+    assert losses(run) == losses(whole)
+
+
+def test_a_figure_that_cannot_be_noted_warns_and_training_goes_on(tmp_path, store, whole, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr("gspn_dit.training.record.Record.append", full)
+    monkeypatch.setattr("gspn_dit.training.record.draw_loss", full)
+    train(config(tmp_path / "run", store, *RESUME))
+    said = [line for line in capsys.readouterr().err.splitlines() if "Disk quota exceeded" in line]
+    assert len(said) == 12 + 1 and all(line.endswith("; training goes on") for line in said)
+    for path in list_checkpoints(tmp_path / "run")[-1].glob("*.safetensors"):
+        assert path.read_bytes() == (list_checkpoints(whole)[-1] / path.name).read_bytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="tells which files are open on Linux alone")
+def test_a_resumed_run_lets_go_of_its_checkpoint(run, store, monkeypatch):
+    """On NFS a file that is still mapped keeps its folder from being removed."""
+    maps = []
+    monkeypatch.setattr("gspn_dit.training.loop.learning_rate_at", lambda step, options: maps.append(
+        Path("/proc/self/maps").read_text()) or 1e-3)  # fmt: skip
+    train(config(run, store, *RESUME))
+    assert len(maps) == 4 and not any("step-0000008" in each for each in maps)
 
 
 def test_a_nan_batch(tmp_path):

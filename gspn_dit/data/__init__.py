@@ -46,8 +46,7 @@ def open_images(source: str | os.PathLike, image_size: int, *, split: str = "tra
         raise InputError(f"split={split!r}: a folder is one split; leave split out and give that split's own folder")
     if not os.path.isdir(source):
         raise InputError(
-            f"source={str(source)!r}: no such folder; give `digits`, `photos` or a folder of class/*.jpg that exists; "
-            + how_to_encode(source)
+            f"source={str(source)!r}: no such folder; give `digits`, `photos` or a folder of class/*.jpg that exists"
         )
     if is_unfinished_store(source):
         raise InputError(f"source={str(source)!r}: holds an unfinished latent store; {how_to_encode(source)}")

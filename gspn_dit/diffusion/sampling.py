@@ -118,8 +118,8 @@ def check_steps(scheduler: SchedulerMixin, n: int) -> None:
     most = total - 1 if isinstance(scheduler, DPMSolverMultistepScheduler) else total  # its first two would coincide
     if not least <= n <= most:
         raise InputError(f"num_inference_steps={n}: {type(scheduler).__name__} takes {least} to {most}")
-    # DDIM takes whole strides of total // n: a stride cut short by much leaves noise in the image.
-    if isinstance(scheduler, DDIMScheduler) and total % n > 0.05 * total:
+    # DDIM takes whole strides of total // n between times that are total / n apart: what they differ by adds up.
+    if isinstance(scheduler, DDIMScheduler) and total % n > 0.01 * total:
         near = min((m for m in range(1, total + 1) if total % m == 0), key=lambda m: abs(m - n))
         raise InputError(f"num_inference_steps={n}: {type(scheduler).__name__} needs about a divisor of {total}, "
                          f"for example {near}")  # fmt: skip

@@ -223,6 +223,12 @@ def _warn(samples: ImageSet, reference: ImageSet | ReferenceStatistics, has_neig
     counts = {"samples": len(samples)} | ({} if given else {"reference": len(reference)})
     fewest = min(counts, key=counts.__getitem__)
     warn_of_few(fewest, counts[fewest], features)
+    if samples.by_folders and len(samples) > ADM_SPLIT:
+        warnings.warn(
+            f"samples={samples.source}: images come folder by folder, and splits of {ADM_SPLIT} in that order hold few "
+            "classes each; of the Inception Scores read inception_score_torch_fidelity, which is over a shuffle",
+            stacklevel=2,
+        )
     missing = []
     if given and reference.spatial is None:
         missing.append("no mu_s and sigma_s in it, so no sfid")

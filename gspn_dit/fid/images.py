@@ -40,6 +40,7 @@ class ImageSet:
         read: Gives image i as uint8 (3, height, width); safe to call from several threads.
         labels: The class each image was asked for, or None where that is not known.
         read_together: Gives several images as uint8 (n, 3, height, width), where that is faster than one by one.
+        by_folders: Whether they come from several folders, one after the other.
     """
 
     source: str
@@ -48,6 +49,7 @@ class ImageSet:
     read: Callable[[int], Tensor]
     labels: list[int] | None = None
     read_together: Callable[[Sequence[int]], Tensor] | None = None
+    by_folders: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -136,7 +138,8 @@ def _open_folder(folder: Path, argument: str) -> ImageSet:
                 f"{argument}={folder}: images differ in size, {files[0].name} is {_size(first)} and "
                 f"{file.name} {_size(size)}; wanted one size"
             )
-    return ImageSet(str(folder), len(files), first, lambda i: _read_file(files[i]), _read_labels(folder, files))
+    labels, folders = _read_labels(folder, files), {file.parent for file in files}
+    return ImageSet(str(folder), len(files), first, lambda i: _read_file(files[i]), labels, by_folders=len(folders) > 1)
 
 
 def _header_size(file: Path) -> tuple[int, int]:

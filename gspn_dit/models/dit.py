@@ -73,7 +73,7 @@ class DiT(LatentModel):
         height, width, channels = x.shape[1:]
         if (height, width) == self.grid:
             return self.pos_embed.unflatten(1, self.grid)
-        return sincos_positions(height, width, channels, x.device).to(x.dtype)
+        return sincos_positions(height, width, channels, x.device).to(self.pos_embed.dtype)
 
 
 class DiTBlock(nn.Module):

@@ -15,6 +15,7 @@ of (seed, step) and the process.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -136,7 +137,7 @@ def save_checkpoint(
 
     def begin() -> None:
         for leftover in folder.glob(".step-*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         (temporary / "ema").mkdir(parents=True)
 
     def finish() -> None:
@@ -149,7 +150,7 @@ def save_checkpoint(
         temporary.rename(checkpoint)
         for old in list_checkpoints(config.output_dir)[: -config.training.keep_checkpoints]:
             hidden = old.rename(folder / f".{old.name}.old")  # a removal that is cut short leaves no half checkpoint
-            shutil.rmtree(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)  # what the disk holds back goes with the next one
 
     writing.attempt(begin)
     for name, tensors in [*state.files(), ("optimizer.safetensors", state.optimizer_tensors())]:
@@ -177,7 +178,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
     with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (it is no dictionary)
             name, _, kind = key.rpartition(".")
-            parameter, value = parameters[name], file.get_tensor(key)
+            # A copy: the file's memory would keep it open, and NFS keeps a folder of which a file is open.
+            parameter, value = parameters[name], file.get_tensor(key).clone()
             # AdamW's count of steps is one number, on the CPU; the rest is shaped as the parameter.
             state.optimizer.state[parameter][kind] = like(value, parameter.detach()) if value.ndim else value
     metadata = json.loads((checkpoint / "metadata.json").read_text())
@@ -223,6 +225,7 @@ def find_checkpoint(config: Config, source: Dataset) -> Path | None:
             f"({checkpoints[-1].name}: {damaged[checkpoints[-1]]}); restore one, or remove them to begin again"
         )
     check_resumable(checkpoint, config, source)
+    say_changes(checkpoint, config)
     for path, problem in damaged.items():
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -250,7 +253,7 @@ def damage(checkpoint: Path) -> str | None:
 def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
     """Raise :class:`InputError` unless a configuration and its data continue the run that a checkpoint is of."""
     saved = Config.load(checkpoint / "config.yaml")
-    for key in ("seed", "model.name", "model.overrides", "diffusion.objective", "data.source", "data.image_size",
+    for key in ("seed", "model.name", "model.overrides", "diffusion.objective", "data.image_size",
                 "data.vae", "training.batch_size"):  # fmt: skip
         before, now = _value(saved, key), _value(config, key)
         if before != now:
@@ -268,6 +271,23 @@ def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
             f"data.source={config.data.source!r}: it has {len(source)} images of {len(source.class_names)} classes, "
             f"and the run in {config.output_dir} began with {num_images} of {len(class_names)}; restore it"
         )
+
+
+def say_changes(checkpoint: Path, config: Config) -> None:
+    """Print which options differ from those that a checkpoint was made with."""
+    before, now = (_flat(dataclasses.asdict(c)) for c in (Config.load(checkpoint / "config.yaml"), config))
+    changed = [key for key in now if key not in ("resume", "output_dir") and before.get(key) != now[key]]
+    if changed:
+        changes = ", ".join(f"{key} {before.get(key)!r} → {now[key]!r}" for key in changed)
+        print(f"changed since {checkpoint.name}: {changes}")
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        flat |= {f"{key}.{name}": v for name, v in _flat(value).items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def last_good(run: str | os.PathLike) -> str:

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -36,13 +37,14 @@ from gspn_dit.training.checkpoints import (
     save_checkpoint,
 )
 from gspn_dit.training.ema import Average, exponential, power_function
-from gspn_dit.training.evaluation import EVALUATION, create_pipeline, draw_samples
-from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, save_snapshot
+from gspn_dit.training.evaluation import EVALUATION, attempt, create_pipeline, draw_samples
+from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, list_snapshots, save_snapshot
 from gspn_dit.training.processes import EveryonesError, StopRequest, claimed, heed_only_the_parent, on_main, together
-from gspn_dit.training.record import Record
-from gspn_dit.training.setup import Parts, check_options, open_parts
+from gspn_dit.training.record import Record, read_metrics
+from gspn_dit.training.setup import Parts, check_launch, check_options, open_parts
 from gspn_dit.training.sharding import whole
 
+MOST_OVERFLOWS = 100  # steps in a row that fp16 may skip: from 2^16 its scale has then come to nothing
 LONGEST_PAUSE = timedelta(hours=1)  # of processes that wait while one draws, saves or scores
 
 
@@ -89,6 +91,7 @@ def train(config: Config) -> None:
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "logs")),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    together(lambda: check_launch(accelerator))
     if accelerator.is_fsdp2:
         # accelerate's own policy would round weights, gradients and the timesteps to bf16; autocast casts what may be
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -98,11 +101,28 @@ def train(config: Config) -> None:
 
         def claim() -> Path | None:
             stack.enter_context(claimed(run))
-            return find_checkpoint(config, parts.source)
+            checkpoint = find_checkpoint(config, parts.source)
+            if checkpoint is None:
+                check_nothing_lost(run, config.training.checkpoint_every)
+            return checkpoint
 
         checkpoint = on_main(claim, accelerator.is_main_process)
         _train(config, accelerator, parts, checkpoint, stop)
     accelerator.end_training()
+
+
+def check_nothing_lost(run: Path, checkpoint_every: int) -> None:
+    """Raise :class:`InputError` if a run without a checkpoint has been where it must have had one.
+
+    Its checkpoints were taken away, and from its first step on it would write over its snapshots and metrics.
+    """
+    steps = [row["step"] for row in read_metrics(run / "metrics.csv")]
+    last = max(steps + [snapshot.step for snapshot in list_snapshots(run)], default=0)
+    if last > checkpoint_every:
+        raise InputError(
+            f"output_dir={str(run)!r}: holds metrics or averages up to step {last} and no checkpoint; bring its "
+            "checkpoints/ back, or name another folder"
+        )
 
 
 def _train(config: Config, accelerator: Accelerator, parts: Parts, checkpoint: Path | None, stop: StopRequest) -> None:
@@ -160,7 +180,7 @@ def _train(config: Config, accelerator: Accelerator, parts: Parts, checkpoint: P
         )
 
     model.train()
-    logged_step, logged_time = step, time.perf_counter()
+    logged_step, logged_time, overflows = step, time.perf_counter(), 0
     micro_batches = iter(batches)
     stopping = False
     with tqdm(
@@ -188,8 +208,9 @@ def _train(config: Config, accelerator: Accelerator, parts: Parts, checkpoint: P
             told = torch.stack([torch.stack(losses).mean(), finite.float(), loss.new_tensor(float(stop.requested))])
             loss, finite, stopping = accelerator.reduce(told, "mean").tolist()
             grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
-            # fp16's loss scaling expects gradients that overflow now and then, and skips those steps itself
-            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or options.mixed_precision == "fp16"):
+            # fp16's loss scaling skips steps whose gradients overflow, and halves its scale until they do not
+            overflows = 0 if math.isfinite(grad_norm) else overflows + 1
+            if not math.isfinite(loss) or overflows > (MOST_OVERFLOWS if options.mixed_precision == "fp16" else 0):
                 raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
             optimizer.step()
             optimizer.zero_grad()
@@ -209,9 +230,9 @@ def _train(config: Config, accelerator: Accelerator, parts: Parts, checkpoint: P
                     "grad_norm": grad_norm,
                     "images_per_second": speed,
                 }
-                accelerator.log(metrics, step=step)
+                note("the trackers have no", step, accelerator.log, metrics, step)
                 if record:
-                    record.append({"step": step, **metrics})
+                    note("metrics.csv has no", step, record.append, {"step": step, **metrics})
                 logged_step, logged_time, loss_sum, loss_count = step, time.perf_counter(), 0.0, 0
             pause = time.perf_counter()
             if _due(step, options.posthoc_ema_every, options):
@@ -228,18 +249,26 @@ def _train(config: Config, accelerator: Accelerator, parts: Parts, checkpoint: P
             if (drawn or scored) and not stopping:
                 pipeline = averaged_pipeline(config, parts, state.ema, class_names)
                 if drawn and record:
-                    record.draw()
+                    note("loss.png is without", step, record.draw)
                     draw_samples(pipeline, config, run / "samples" / f"step-{step:07d}.png")
                 accelerator.wait_for_everyone()
                 if scored and (row := parts.evaluator.score(pipeline, step, stop)):
-                    scores.append(row)
-                    accelerator.log({f"evaluation/{name}": row[name] for name in row if name != "step"}, step=step)
+                    note(f"{EVALUATION} has no", step, scores.append, row)
+                    named = {f"evaluation/{name}": row[name] for name in row if name != "step"}
+                    note("the trackers have no", step, accelerator.log, named, step)
                 del pipeline
             logged_time += time.perf_counter() - pause  # images/s is of training alone
     if record and stopping:
         print(f"SIGTERM: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
     elif record:
-        print(f"loss curve  {record.draw()}\ncheckpoint  {checkpoint}")
+        note("loss.png is without", step, record.draw)
+        print(f"loss curve  {run / 'loss.png'}\ncheckpoint  {checkpoint}")
+
+
+def note(what: str, step: int, work: Callable[..., object], *arguments: object) -> None:
+    """Do what a run can go on without; if it fails, say so."""
+    if problem := attempt(lambda: work(*arguments))[1]:
+        print(f"train_dit.py: warning: {what} step {step} ({problem}); training goes on", file=sys.stderr)
 
 
 def learning_rate_at(step: int, options: TrainingConfig) -> float:

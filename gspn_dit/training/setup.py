@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers import AutoencoderKL
 
 from gspn_dit.config import Config
 from gspn_dit.data import ImageDataset, LatentStore, downsampling, load_vae
 from gspn_dit.data.vae import LatentScaling
+from gspn_dit.devices import choose_device
 from gspn_dit.diffusion import DDPM, Flow, create_objective, create_scheduler
 from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.errors import InputError, renamed
@@ -54,7 +55,8 @@ class Parts:
 def open_parts(config: Config, accelerator: Accelerator) -> Parts:
     """Open everything a configuration names. Raises :class:`InputError` for what cannot be."""
     options = config.training
-    objective = create_objective(config.diffusion.objective, time_sampling=config.diffusion.time_sampling)
+    with renamed(time_sampling="diffusion.time_sampling"):
+        objective = create_objective(config.diffusion.objective, time_sampling=config.diffusion.time_sampling)
     with renamed(source="data.source", image_size="data.image_size", vae="data.vae"):
         source = open_source(config.data, config.seed)
     steps = StepSampler(
@@ -76,7 +78,12 @@ def open_parts(config: Config, accelerator: Accelerator) -> Parts:
         num_classes=len(source.class_names),
         **config.model.overrides,
     )
-    model = build().to(accelerator.device)
+    try:
+        model = build().to(accelerator.device)
+    except InputError as error:
+        if not str(error).startswith("sample_size="):
+            raise
+        raise InputError(f"data.image_size={config.data.image_size}: of its latents, {error}") from error
     stream = TrainingStream(
         source,
         latent_shape=latent_shape,
@@ -91,16 +98,29 @@ def open_parts(config: Config, accelerator: Accelerator) -> Parts:
 
 def check_options(config: Config) -> None:
     """Raise :class:`InputError` for what only a later part of the run would stumble over."""
-    scheduler = create_scheduler(config.diffusion.objective, config.sampling.sampler)
-    check_steps(scheduler, config.sampling.num_inference_steps)
+    with renamed(sampler="sampling.sampler", num_inference_steps="sampling.num_inference_steps"):
+        scheduler = create_scheduler(config.diffusion.objective, config.sampling.sampler)
+        check_steps(scheduler, config.sampling.num_inference_steps)
     if taken := sorted({"sample_size", "in_channels", "out_channels", "num_classes"} & config.model.overrides.keys()):
         raise InputError(f"model.overrides.{taken[0]}: the data and the objective set it; leave it out")
-    if config.training.mixed_precision == "fp16" and torch.accelerator.current_accelerator() is None:
+    if config.training.mixed_precision == "fp16" and choose_device().type == "cpu":
         raise InputError("training.mixed_precision='fp16': needs an accelerator; on the CPU use 'bf16' or 'no'")
     trackers = [tracker.value for tracker in get_available_trackers()]
     for name in config.training.trackers:
         if name not in trackers:
             raise InputError(f"training.trackers: {name!r} is not installed here; there are {', '.join(trackers)}")
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Raise :class:`InputError` for a way of sharing training that checkpoints and averages do not know."""
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise InputError(
+            f"distributed_type={accelerator.distributed_type.value!r}: wanted several processes as they are, or FSDP2"
+        )
+    if accelerator.distributed_type is DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise InputError("fsdp_version=1: wanted 2; launch with --fsdp_version 2 or configs/accelerate/fsdp.yaml")
+    if accelerator.device.type == "mps":
+        raise InputError("device='mps': lacks the float64 that training needs; set ACCELERATE_USE_CPU=true")
 
 
 def open_latents(

@@ -18,7 +18,9 @@ from torch.utils.data import Dataset, Sampler
 
 from gspn_dit.config import DataConfig
 from gspn_dit.data import ImageDataset, LatentStore, is_latent_store, open_images
+from gspn_dit.data.latents import how_to_encode
 from gspn_dit.errors import InputError
+from gspn_dit.weights import NAMED
 
 _ORDER = 1 << 63  # keys from here up are epochs' orders, below are samples
 
@@ -29,6 +31,11 @@ def open_source(config: DataConfig, seed: int) -> ImageDataset | LatentStore:
     Raises:
         InputError: If it is not there, or a store was made for another image size, VAE or mirroring.
     """
+    if config.source not in NAMED and not Path(config.source).is_dir():
+        raise InputError(
+            f"data.source={config.source!r}: no such folder; give `digits`, `photos`, a folder of class/*.jpg or a "
+            f"latent store; {how_to_encode(config.source)}"
+        )
     if not is_latent_store(config.source):
         return open_images(config.source, config.image_size, seed=seed)
     store = LatentStore(config.source)
