@@ -21,10 +21,13 @@ class ModelConfig:
     Args:
         name: `<family>-<size>-<patch>`; `python -m gspn_dit.models` lists them.
         overrides: Constructor arguments to change, for example `{chunk: 4, global_layers: 2}`.
+        init_from: A run, a checkpoint or an exported folder whose averaged weights a new run begins with; null begins
+            anew.
     """
 
     name: str = "gspn-dit-xl-2"
     overrides: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
 
 
 @dataclass

@@ -197,8 +197,14 @@ def test_callback_sees_and_replaces_latents():
 
 @pytest.mark.parametrize(
     ("objective", "sampler", "steps"),
-    [("ddpm", "ddpm", 1), ("ddpm", "ddpm", 1001), ("ddpm", "dpm++", 1000), ("ddpm", "ddim", 600), ("ddpm", "ddim", 48),
-     ("flow", "euler", 0)],
+    [
+        ("ddpm", "ddpm", 1),
+        ("ddpm", "ddpm", 1001),
+        ("ddpm", "dpm++", 1000),
+        ("ddpm", "ddim", 600),
+        ("ddpm", "ddim", 48),
+        ("flow", "euler", 0),
+    ],
 )
 def test_steps_that_would_go_wrong_are_refused(objective, sampler, steps):
     model = Counting(4)

@@ -13,15 +13,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from made_runs import make_run
 from made_training import TRAIN, config, losses, options, rows
 from PIL import Image
+from safetensors.torch import load_file
 from test_training_stream import make_store
 
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError
+from gspn_dit.models import create_model
 from gspn_dit.pipeline import load_pipeline
-from gspn_dit.training.checkpoints import list_checkpoints
+from gspn_dit.training.checkpoints import EMA_WEIGHTS, list_checkpoints
 from gspn_dit.training.loop import NonFiniteLoss, train
+from gspn_dit.training.setup import start_from
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -155,6 +159,33 @@ def test_what_has_changed_at_a_resume_is_said(tmp_path, store, capsys):
     assert "resume" not in said and "seed" not in said
 
 
+def test_a_new_run_begins_with_the_averaged_weights_of_another(tmp_path, store):
+    train(config(tmp_path / "first", store))
+    begin = ["--model.init_from", tmp_path / "first", "--training.max_steps", 1]
+    train(config(tmp_path / "second", store, *begin, "--training.learning_rate", 1e-12))
+    (last,) = list_checkpoints(tmp_path / "first")[-1:]
+    (only,) = list_checkpoints(tmp_path / "second")
+    ours, theirs = load_file(only / "model.safetensors"), load_file(last / EMA_WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-9)
+    with pytest.raises(InputError, match=r"^model\.init_from=.*blocks\.0.*same model\.name"):
+        train(config(tmp_path / "third", store, *begin, "--model.overrides.mlp_ratio", 4))
+    with pytest.raises(InputError, match=r"^model\.init_from='nowhere': no such folder"):
+        train(config(tmp_path / "third", store, "--model.init_from", "nowhere"))
+    train(config(tmp_path / "second", store, "--model.init_from", "nowhere", "--resume", "auto"))  # has its own weights
+
+
+def test_weights_of_a_dit_go_on_at_another_size(tmp_path):
+    run = make_run(tmp_path / "run", "dit-ti-2")
+    larger = create_model("dit-ti-2", sample_size=16, num_classes=3, out_channels=4)
+    positions = larger.pos_embed.clone()
+    start_from(larger, str(run))
+    weights = dict(load_pipeline(run).transformer.named_parameters())
+    assert torch.equal(larger.pos_embed, positions)
+    assert all(torch.equal(p, weights[name]) for name, p in larger.named_parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_ways_to_split_a_training_that_its_checkpoints_do_not_know_are_refused(tmp_path, store, monkeypatch, kind):
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType[kind]))
@@ -166,8 +197,6 @@ def test_ways_to_split_a_training_that_its_checkpoints_do_not_know_are_refused(t
 def test_sampling_uses_the_averaged_weights(tmp_path, store):
     run = tmp_path / "run"
     train(config(run, store, "--training.ema_decay", 0.0))  # the average is the last weights
-    from safetensors.torch import load_file
-
     (checkpoint,) = list_checkpoints(run)[-1:]
     average = load_file(checkpoint / "ema" / "diffusion_pytorch_model.safetensors")
     weights = load_file(checkpoint / "model.safetensors")
@@ -213,8 +242,10 @@ def test_a_run_is_not_overwritten_or_continued_as_another(tmp_path, store):
         (["--model.overrides.depht", "2"], "depht"),
         (["--data.source", "no/such/folder"], "no/such/folder"),
         (["--sampling.sampler", "ddim"], "sampling.sampler='ddim'"),
-        (["--diffusion.objective", "ddpm", "--sampling.sampler", "ddpm", "--diffusion.time_sampling", "logit-normal"],
-         "diffusion.time_sampling='logit-normal'"),
+        (
+            "--diffusion.objective ddpm --sampling.sampler ddpm --diffusion.time_sampling logit-normal".split(),
+            "diffusion.time_sampling='logit-normal'",
+        ),
         (["--data.source", "digits", "--model.overrides.patch_size", "3"], "data.image_size=32: of its latents"),
         (["--training.mixed_precision", "fp16"], "training.mixed_precision='fp16'"),
         (["--training.gradient_accumulation_steps", "3"], "training.batch_size=4"),

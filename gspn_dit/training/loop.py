@@ -41,7 +41,7 @@ from gspn_dit.training.evaluation import EVALUATION, attempt, create_pipeline, d
 from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, list_snapshots, save_snapshot
 from gspn_dit.training.processes import EveryonesError, StopRequest, claimed, heed_only_the_parent, on_main, together
 from gspn_dit.training.record import Record, read_metrics
-from gspn_dit.training.setup import Parts, check_launch, check_options, open_parts
+from gspn_dit.training.setup import Parts, check_launch, check_options, open_parts, start_from
 from gspn_dit.training.sharding import whole
 
 MOST_OVERFLOWS = 100  # steps in a row that fp16 may skip: from 2^16 its scale has then come to nothing
@@ -127,6 +127,8 @@ def check_nothing_lost(run: Path, checkpoint_every: int) -> None:
 
 def _train(config: Config, accelerator: Accelerator, parts: Parts, checkpoint: Path | None, stop: StopRequest) -> None:
     options, run, class_names = config.training, Path(config.output_dir), parts.source.class_names
+    if config.model.init_from and checkpoint is None:
+        together(lambda: start_from(parts.model, config.model.init_from))
     if options.gradient_checkpointing:
         parts.model.enable_gradient_checkpointing()
     if options.compile:

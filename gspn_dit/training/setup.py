@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
 from diffusers import AutoencoderKL
@@ -15,12 +15,12 @@ from diffusers import AutoencoderKL
 from gspn_dit.config import Config
 from gspn_dit.data import ImageDataset, LatentStore, downsampling, load_vae
 from gspn_dit.data.vae import LatentScaling
-from gspn_dit.devices import choose_device
 from gspn_dit.diffusion import DDPM, Flow, create_objective, create_scheduler
 from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.pipeline import load_pipeline
 from gspn_dit.training.evaluation import Evaluator
 from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
 
@@ -96,6 +96,26 @@ def open_parts(config: Config, accelerator: Accelerator) -> Parts:
     return Parts(source, stream, steps, vae, scaling, objective, build, model, evaluator)
 
 
+def start_from(model: LatentModel, path: str) -> None:
+    """Give a new model the averaged weights of a run, a checkpoint or an exported folder, of whatever image size.
+
+    Raises :class:`InputError` if there are none, or they are another network's.
+    """
+    with renamed(model="model.init_from"):
+        weights = dict(load_pipeline(path).transformer.named_parameters())
+    for name, parameter in model.named_parameters():
+        found = tuple(weights[name].shape) if name in weights else None
+        if parameter.requires_grad and found != tuple(parameter.shape):  # what is not trained goes with the size
+            raise InputError(
+                f"model.init_from={path!r}: its {name} is {found}, this model's {tuple(parameter.shape)}; wanted the "
+                "same model.name, model.overrides, diffusion.objective and number of classes"
+            )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(weights[name])
+
+
 def check_options(config: Config) -> None:
     """Raise :class:`InputError` for what only a later part of the run would stumble over."""
     with renamed(sampler="sampling.sampler", num_inference_steps="sampling.num_inference_steps"):
@@ -103,7 +123,7 @@ def check_options(config: Config) -> None:
         check_steps(scheduler, config.sampling.num_inference_steps)
     if taken := sorted({"sample_size", "in_channels", "out_channels", "num_classes"} & config.model.overrides.keys()):
         raise InputError(f"model.overrides.{taken[0]}: the data and the objective set it; leave it out")
-    if config.training.mixed_precision == "fp16" and choose_device().type == "cpu":
+    if config.training.mixed_precision == "fp16" and PartialState().device.type == "cpu":
         raise InputError("training.mixed_precision='fp16': needs an accelerator; on the CPU use 'bf16' or 'no'")
     trackers = [tracker.value for tracker in get_available_trackers()]
     for name in config.training.trackers:
