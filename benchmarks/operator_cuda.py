@@ -1,28 +1,38 @@
-"""The CUDA rows of benchmarks/operator.py: ours against the byte floor and its peers, all in one run on one device."""
+"""The CUDA rows of benchmarks/operator.py: ours against the byte floor and its peers, all in one run on one device.
+
+Every case is first compared with the reference, then timed as replays of CUDA graphs (benchmarks/cuda_timing.py).
+"""
 
 from __future__ import annotations
 
 import ctypes
-import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.cuda_timing import median_ms, peak_bytes, timed
 from gspn_dit.files import write_json
 from gspn_dit.ops import propagate
 from gspn_dit.ops.build import architectures, cuda_home
+from gspn_dit.ops.reference import propagate_reference
 
+DEVICE = "cuda"
 FOUR = ("down", "up", "right", "left")
 HEAD = 64  # channels a head of the attention on the same tokens
+ATTENTIONS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 LONGEST_ATTENTION = 128 * 128  # tokens; beyond it a call takes seconds
 LONGEST_REFERENCE = 128  # lines; beyond it the reference's lists of lines take more memory than there is
+LARGEST_CHECKED = 10**8  # elements of all scans of an image, which the reference keeps in float64 many times over
+MOST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # rounding makes 4e-7 to 3e-6 and 2e-3
 
 
 @dataclass(frozen=True)
@@ -52,31 +62,47 @@ class Case:
         return self.dtype.itemsize * sites * (2 * self.channels + 4 * len(self.directions) * self.groups)
 
     def operands(self) -> list[Tensor]:
-        """Random x, gates and λ in the layout that suits the kernel, then f and s or None and None."""
-        b, n, c, g, k = self.batch, self.side, self.channels, self.groups, len(self.directions)
-        if self.sites_innermost:  # every axis outside the sites
-            shapes = (b, c, n, n), (b, k, 3, g, n, n), (b, k, g, n, n)
-            orders = (0, 2, 3, 1), (0, 4, 5, 1, 2, 3), (0, 3, 4, 1, 2)
-        elif g < c:  # a group's gates side by side
-            shapes = (b, n, n, c), (b, n, n, g, k, 3), (b, n, n, g, k)
-            orders = (0, 1, 2, 3), (0, 1, 2, 4, 5, 3), (0, 1, 2, 4, 3)
-        else:
-            shapes = (b, n, n, c), (b, n, n, k, 3, g), (b, n, n, k, g)
-            orders = (0, 1, 2, 3), (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4)
-        make = torch.randn, torch.randn, torch.rand
-        tensors = [
-            f(shape, dtype=self.dtype, device="cuda").permute(order)
-            for f, shape, order in zip(make, shapes, orders, strict=True)
-        ]
-        factors = [torch.rand(k, c, device="cuda"), torch.randn(k, c, device="cuda")] if self.factors else [None, None]
-        return tensors + factors
+        """What a training step differentiates with respect to, random, laid out as the models have it.
 
-    def run(
-        self, x: Tensor, gates: Tensor, lam: Tensor, decay: Tensor | None, scale: Tensor | None, backend: str
-    ) -> Tensor:
+        x; with G < C one map (B, H, W, G, 4K) of a group's 3K gates and K λ side by side, else gates and λ, channels
+        innermost; f and s if the case has them.
+        """
+        b, n, c, g, k = self.batch, self.side, self.channels, self.groups, len(self.directions)
+
+        def make(fill: Callable[..., Tensor], *shape: int) -> Tensor:
+            if not self.sites_innermost:
+                return fill(shape, dtype=self.dtype, device=DEVICE)
+            every_axis_outside = (b, *shape[3:], n, n)
+            return fill(every_axis_outside, dtype=self.dtype, device=DEVICE).movedim((-2, -1), (1, 2))
+
+        tensors = [make(torch.randn, b, n, n, c)]
+        if g < c:
+            tensors.append(make(torch.randn, b, n, n, g, 4 * k))
+            tensors[-1][..., 3 * k :].uniform_()
+        else:
+            tensors += [make(torch.randn, b, n, n, k, 3, g), make(torch.rand, b, n, n, k, g)]
+        if self.factors:
+            tensors += [torch.rand(k, c, device=DEVICE), torch.randn(k, c, device=DEVICE)]
+        return tensors
+
+    def arguments(self, operands: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """x, gates, λ, f and s; of a map of gates and λ they are views, as GSPNMixer makes them."""
+        k, (x, *tensors) = len(self.directions), operands
+        decay, scale = (tensors.pop(-2), tensors.pop(-1)) if self.factors else (None, None)
+        if self.groups < self.channels:
+            gates, lam = tensors[0].split((3 * k, k), dim=-1)
+            tensors = [gates.unflatten(-1, (k, 3)).permute(0, 1, 2, 4, 5, 3), lam.permute(0, 1, 2, 4, 3)]
+        return x, *tensors, decay, scale
+
+    def run(self, operands: list[Tensor], backend: str) -> Tensor:
         """The operator on a set of operands."""
+        x, gates, lam, decay, scale = self.arguments(operands)
         return propagate(x, gates, lam, decay=decay, scale=scale, chunk=self.chunk, directions=self.directions,
                          backend=backend)  # fmt: skip
+
+    def train(self, operands: list[Tensor], grad: Tensor, backend: str) -> tuple[Tensor, ...]:
+        """Forward and backward: the gradients of a set of operands."""
+        return torch.autograd.grad(self.run(operands, backend), operands, grad)
 
 
 def cases() -> Iterator[Case]:
@@ -93,64 +119,105 @@ def cases() -> Iterator[Case]:
         yield Case("16K px", 1, 1024, 1152, 18, chunk, 0.12, trains=False)
 
 
-def median_ms(run: Callable[[int], object], repeats: int) -> float:
-    """Median device time of a call, milliseconds; `run` is given the number of the call, for fresh inputs."""
-    run(0)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for i, (start, end) in enumerate(events):
-        start.record()
-        run(i + 1)
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
-
-
 def copy_bandwidth(repeats: int) -> float:
     """Bytes a second of a large device-to-device copy, counting those read and those written."""
-    source = torch.randn(1 << 29, device="cuda")  # 2 GB
+    source = torch.randn(1 << 29, device=DEVICE)  # 2 GB
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (1e-3 * median_ms(lambda _: target.copy_(source), repeats))
+    return 2 * source.nbytes / (1e-3 * median_ms([lambda: target.copy_(source)], repeats))
 
 
-def input_sets(case: Case) -> list[list[Tensor]]:
+def input_sets(make: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
     """As many sets of operands as it takes to be larger than the cache together, in turns."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    sets = [case.operands()]
-    while len(sets) < 8 and len(sets) * case.floor_bytes < 4 * cache:
-        sets.append(case.operands())
+    sets = [make()]
+    while len(sets) < 8 and len(sets) * sum(tensor.nbytes for tensor in sets[0]) < 4 * cache:
+        sets.append(make())
     return sets
 
 
-def time_ours(case: Case, backend: str, repeats: int) -> tuple[float, float | None]:
-    """Milliseconds of the forward pass, and of forward and backward."""
-    sets = input_sets(case)
+def errors(case: Case) -> dict[str, float]:
+    """‖ours - reference‖ / ‖reference‖ for the batch's first image, of y and, if the case trains, of every gradient.
+
+    Ours runs on the whole batch; the reference, in float64, on that image.
+    """
+    operands = [tensor.requires_grad_() for tensor in case.operands()]
+    factors = 2 if case.factors else 0  # they come last, and have no batch
+    grad = torch.zeros_like(operands[0])
+    grad[:1] = torch.randn_like(grad[:1])
+    y = case.run(operands, "cuda")
+    gots = [y.detach(), *(torch.autograd.grad(y, operands, grad) if case.trains else ())]
+    of_an_image = len(operands) - factors
+    exact = [tensor.detach()[: 1 if i < of_an_image else None].double() for i, tensor in enumerate(operands)]
+    exact = [tensor.requires_grad_() for tensor in exact]
+    x, gates, lam, decay, scale = case.arguments(exact)
+    y = propagate_reference(x, gates, lam, None, decay, scale, case.chunk, case.directions)
+    wants = [y.detach(), *(torch.autograd.grad(y, exact, grad[:1].double()) if case.trains else ())]
+    names = ["y", "x", *(["gates and λ"] if case.groups < case.channels else ["gates", "λ"]), "f", "s"]
+    return {
+        name: ((got[: len(want)].double() - want).norm() / want.norm()).item()
+        for name, got, want in zip(names, gots, wants, strict=False)
+    }
+
+
+def checked(case: Case) -> dict[str, float] | None:
+    """The errors, None where the reference would be too large. Raises :class:`ArithmeticError` for a wrong result."""
+    if case.side**2 * case.channels * len(case.directions) > LARGEST_CHECKED:
+        return None
+    found = errors(case)
+    wrong = {name: error for name, error in found.items() if not error < MOST_ERROR[case.dtype]}  # NaN is wrong
+    if wrong:
+        words = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
+        raise ArithmeticError(f"differs from the reference: {words} of its norm")
+    return found
+
+
+def time_ours(case: Case, backend: str, repeats: int, trains: bool) -> dict[str, Any]:
+    """The forward pass, and forward and backward: their times and what a call adds to the memory in use."""
+    sets = input_sets(case.operands)
     with torch.no_grad():
-        forward = median_ms(lambda i: case.run(*sets[i % len(sets)], backend), repeats)
-    if not case.trains:
-        return forward, None
-    grad = torch.randn_like(sets[0][0])
-    trained = [[tensor.requires_grad_() for tensor in tensors if tensor is not None] for tensors in sets]
+        calls = [partial(case.run, operands, backend) for operands in sets]
+        graphs = backend == "cuda"  # the reference writes a mask from the host, which no capture permits
+        result = {"forward": asdict(timed(calls, repeats, graphs)), "peak_bytes": peak_bytes(calls[0])}
+    if trains:
+        grad = torch.randn_like(sets[0][0])
+        for operands in sets:
+            for tensor in operands:
+                tensor.requires_grad_()
+        calls = [partial(case.train, operands, grad, backend) for operands in sets]
+        result |= {"both": asdict(timed(calls, repeats)), "both_peak_bytes": peak_bytes(calls[0])}
+    return result
 
-    def step(i: int) -> object:
-        i %= len(sets)
-        return torch.autograd.grad(case.run(*sets[i], backend), trained[i], grad)
 
-    return forward, median_ms(step, repeats)
-
-
-def time_attention(case: Case, repeats: int) -> tuple[float, float] | None:
-    """Flash attention in bf16 on the same tokens, in heads of 64 channels; None where it would take too long."""
+def time_attention(case: Case, repeats: int) -> dict[str, Any]:
+    """Attention in bf16 on the same tokens, heads of 64 channels, by every backend; none where it would take long."""
     tokens = case.side**2
     if tokens > LONGEST_ATTENTION or case.channels % HEAD:
-        return None
+        return {}
     shape = case.batch, case.channels // HEAD, tokens, HEAD
-    qkv = [torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3)]
-    grad = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        with torch.no_grad():
-            forward = median_ms(lambda _: F.scaled_dot_product_attention(*qkv), repeats)
-        both = median_ms(lambda _: torch.autograd.grad(F.scaled_dot_product_attention(*qkv), qkv, grad), repeats)
-    return forward, both
+
+    def make() -> list[Tensor]:
+        return [torch.randn(shape, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for _ in range(3)]
+
+    def train(qkv: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(F.scaled_dot_product_attention(*qkv), qkv, grad)
+
+    sets, grad = input_sets(make), torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
+
+    def time(backend: SDPBackend) -> dict[str, Any]:
+        with sdpa_kernel(backend):
+            with torch.no_grad():
+                forward = timed([partial(F.scaled_dot_product_attention, *qkv) for qkv in sets], repeats)
+            return {"forward": asdict(forward), "both": asdict(timed([partial(train, qkv) for qkv in sets], repeats))}
+
+    return {name: attempt(partial(time, backend)) for name, backend in ATTENTIONS.items()}
+
+
+def attempt(peer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A peer's figures, or why there are none: not for this device, shape or torch, or out of memory."""
+    try:
+        return peer()
+    except RuntimeError as error:
+        return {"error": str(error).splitlines()[0]}
 
 
 class PerLine:
@@ -165,83 +232,110 @@ class PerLine:
             subprocess.run([nvcc, *flags, source, "-o", library], check=True)
             self.library = ctypes.CDLL(str(library))
 
-    def time(self, case: Case, repeats: int) -> float | None:
-        """Milliseconds of all directions' scans; the maps' turns, the normalisation, u, f and s are not counted."""
+    def time(self, case: Case, repeats: int) -> dict[str, Any]:
+        """All directions' scans; the maps' turns, the normalisation, u, f and s are not counted."""
         shape = case.batch * case.channels, case.side, case.side
         if 6 * case.dtype.itemsize * torch.Size(shape).numel() > 60e9 or case.dtype == torch.float16:
-            return None
-        x, lam, *weights = (torch.rand(shape, dtype=case.dtype, device="cuda") for _ in range(5))
-        weights = [w / 3 for w in weights]
-        h = torch.empty_like(x)
+            return {"error": "too large"}
         scan = getattr(self.library, f"scan_{str(case.dtype).removeprefix('torch.')}")
 
-        def run(_: int) -> None:
-            pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, *weights, lam, h)]
+        def make() -> list[Tensor]:
+            x, lam, h, *weights = (torch.rand(shape, dtype=case.dtype, device=DEVICE) for _ in range(6))
+            return [x, *(weight.div_(3) for weight in weights), lam, h]
+
+        def run(tensors: list[Tensor]) -> None:
+            pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             for _direction in case.directions:
                 error = scan(*pointers, ctypes.c_int64(shape[0]), case.side, case.side, stream)
-                assert error == 0, f"CUDA error {error}"
+                if error:
+                    raise RuntimeError(f"CUDA error {error}")
 
-        return median_ms(run, max(3, repeats // 5))
+        return asdict(timed([partial(run, tensors) for tensors in input_sets(make)], max(3, repeats // 5)))
 
 
-def measure(case: Case, bandwidth: float, per_line: PerLine, repeats: int) -> dict:
+def measure(case: Case, bandwidth: float, per_line: PerLine, repeats: int) -> dict[str, Any]:
     """One row's figures; a peer that can't run at this size is None."""
-    floor_ms = 1e3 * case.floor_bytes / bandwidth
     row = {"case": case.name, "batch": case.batch, "side": case.side, "channels": case.channels, "groups": case.groups,
            "chunk": case.chunk, "directions": len(case.directions), "dtype": str(case.dtype).removeprefix("torch."),
-           "floor_bytes": case.floor_bytes, "floor_ms": floor_ms, "predicted_fraction": case.predicted}  # fmt: skip
-    torch.cuda.reset_peak_memory_stats()
-    row["forward_ms"], row["both_ms"] = time_ours(case, "cuda", repeats)
-    row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    row["fraction"] = floor_ms / row["forward_ms"]
-    row["both_over_forward"] = row["both_ms"] and row["both_ms"] / row["forward_ms"]
+           "floor_bytes": case.floor_bytes, "floor_ms": 1e3 * case.floor_bytes / bandwidth,
+           "predicted_fraction": case.predicted}  # fmt: skip
+    row["errors"] = checked(case)
     torch.cuda.empty_cache()
-    attention = time_attention(case, repeats)
-    row["attention_ms"], row["attention_both_ms"] = attention or (None, None)
-    row["per_line_ms"] = per_line.time(case, repeats)
-    few = max(3, repeats // 10)
-    row["reference_ms"] = time_ours(case, "reference", few)[0] if case.side <= LONGEST_REFERENCE else None
+    row["ours"] = time_ours(case, "cuda", repeats, case.trains)
+    torch.cuda.empty_cache()
+    row["attention"] = time_attention(case, repeats)
+    row["per_line"] = attempt(lambda: per_line.time(case, repeats))
+    row["reference"] = None
+    if case.side <= LONGEST_REFERENCE:
+        few = max(3, repeats // 10)
+        row["reference"] = attempt(lambda: time_ours(case, "reference", few, trains=False)["forward"])
     torch.cuda.empty_cache()
     return row
 
 
 HEADER = [
-    "| case | B, side, C, G | chunk | forward ms | floor ms | fraction (predicted) | × flash | × per line "
-    "| × reference | fwd+bwd ms | over forward | × flash fwd+bwd | peak GB |",
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    "| case | B, side, C, G | chunk | forward ms | floor ms | fraction (predicted) | × attention | × per line "
+    "| × reference | fwd+bwd ms | over forward | × attention fwd+bwd | eager ms, forward / fwd+bwd "
+    "| peak GB, forward / fwd+bwd | largest error |",
+    "|---" * 15 + "|",
 ]
+NOTES = (
+    "Times are of replayed CUDA graphs, on inputs in turns that the cache can't hold; (eager) marks a peer that can't "
+    "be captured. Eager ms: a call from Python, back to back, as training without graphs makes it. Attention: the "
+    "faster of torch's flash and cuDNN kernels. Peak: what a call adds to the memory in use. Largest error: of y and "
+    "the gradients, against the reference in float64 on the batch's first image, relative to the norm."
+)
 
 
-def markdown(row: dict) -> str:
+def markdown(row: dict[str, Any]) -> str:
     """A row of the table."""
+    ours, none = row["ours"], {"device_ms": None}
+    forward, both = ours["forward"], ours.get("both", none)
 
-    def ratio(peer: str, ours: str = "forward_ms") -> str:
-        return "–" if row[peer] is None or row[ours] is None else f"{row[peer] / row[ours]:.1f}"
+    def ratio(peer: dict[str, Any] | None, mine: dict[str, Any], name: str = "") -> str:
+        if peer is None or "error" in peer or mine["device_ms"] is None:
+            return "–"
+        words = [name] if name else []
+        if not peer["captured"]:
+            words.append("eager")
+        return f"{peer['device_ms'] / mine['device_ms']:.1f}" + (f" ({', '.join(words)})" if words else "")
 
-    def number(key: str, form: str) -> str:
-        return "–" if row[key] is None else format(row[key], form)
+    def attention(part: str, mine: dict[str, Any]) -> str:
+        timings = {name: timing[part] for name, timing in row["attention"].items() if part in timing}
+        if not timings:
+            return "–"
+        name = min(timings, key=lambda name: timings[name]["device_ms"])
+        return ratio(timings[name], mine, name)
+
+    def number(value: float | None, form: str = ".3f") -> str:
+        return "–" if value is None else format(value, form)
 
     cells = [
         f"{row['case']} ({row['dtype']}, {row['directions']} directions)",
         f"{row['batch']}, {row['side']}, {row['channels']}, {row['groups']}",
         row["chunk"] or "global",
-        number("forward_ms", ".3f"),
-        number("floor_ms", ".3f"),
-        f"{row['fraction']:.0%} ({row['predicted_fraction']:.0%})",
-        ratio("attention_ms"),
-        ratio("per_line_ms"),
-        ratio("reference_ms"),
-        number("both_ms", ".3f"),
-        number("both_over_forward", ".1f"),
-        ratio("attention_both_ms", "both_ms"),
-        f"{row['peak_bytes'] / 1e9:.1f}",
+        number(forward["device_ms"]) + ("" if forward["captured"] else " (eager)"),
+        number(row["floor_ms"]),
+        f"{row['floor_ms'] / forward['device_ms']:.0%} ({row['predicted_fraction']:.0%})",
+        attention("forward", forward),
+        ratio(row["per_line"], forward),
+        ratio(row["reference"], forward),
+        number(both["device_ms"]) + ("" if both.get("captured", True) else " (eager)"),
+        number(both["device_ms"] and both["device_ms"] / forward["device_ms"], ".1f"),
+        attention("both", both),
+        f"{number(forward['eager_ms'])} / {number(both.get('eager_ms'))}",
+        " / ".join(number(b and b / 1e9, ".2f") for b in (ours["peak_bytes"], ours.get("both_peak_bytes"))),
+        number(row["errors"] and max(row["errors"].values()), ".0e"),
     ]
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def run_cases(out: Path, repeats: int) -> None:
-    """Measure every case; OUT/<device>.json and .md are written anew after each, so a run cut short leaves its rows."""
+    """Measure every case; OUT/<device>.json and .md are written anew after each, so a run cut short leaves its rows.
+
+    A case that fails has its error for a row, and ends the program with an error when all have had their turn.
+    """
     device = torch.cuda.get_device_name(0)
     bandwidth = copy_bandwidth(repeats)
     per_line = PerLine()
@@ -256,6 +350,7 @@ def run_cases(out: Path, repeats: int) -> None:
     )
     print(footer)
     rows: list[dict] = []
+    failed: list[str] = []
     lines = list(HEADER)
     name = device.lower().replace(" ", "-")
     print("\n".join(HEADER))
@@ -263,9 +358,12 @@ def run_cases(out: Path, repeats: int) -> None:
         try:
             rows.append(measure(case, bandwidth, per_line, repeats))
             lines.append(markdown(rows[-1]))
-        except torch.OutOfMemoryError as error:
-            lines.append(f"| {case.name} | out of memory: {str(error).splitlines()[0]} |")
+        except (ArithmeticError, RuntimeError) as error:  # what does not fit, too, is a RuntimeError
+            failed.append(f"{case.name}, chunk {case.chunk or 'global'}")
+            lines.append(f"| **{failed[-1]}: FAILED** | {type(error).__name__}: {str(error).splitlines()[0]} |")
         print(lines[-1], flush=True)
+        write_json(out / f"{name}.json", report | {"rows": rows, "failed": failed})
+        (out / f"{name}.md").write_text("\n".join([*lines, "", NOTES, "", footer, ""]))
         torch.cuda.empty_cache()
-        write_json(out / f"{name}.json", report | {"rows": rows})
-        (out / f"{name}.md").write_text("\n".join([*lines, "", footer, ""]))
+    if failed:
+        raise SystemExit(f"{len(failed)} cases failed: {'; '.join(failed)}")

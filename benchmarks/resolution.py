@@ -4,8 +4,8 @@
 training step of every model at every size, each in a process of its own, and writes PREFIX.json, PREFIX.md and
 PREFIX.png after every measurement. What PREFIX.json already holds is kept: the same command goes on where the last
 one stopped; delete the file to measure anew. Every model gets its best settings: on the CPU, the fastest of float32 or
-bfloat16, eager or torch.compile, at TRIAL_PIXELS; on a GPU, bfloat16 and torch.compile, with torch's flash attention
-for DiT.
+bfloat16, eager or torch.compile, at TRIAL_PIXELS; on a GPU, bfloat16 and torch.compile, with the faster of torch's
+flash and cuDNN attention for DiT.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def notes(results: Results) -> list[str]:
 def trial_lines(results: Results) -> list[str]:
     """The choice of settings."""
     if len(results.trials("DiT", "forward")) == 1:
-        return ["Settings: bfloat16, torch.compile of every block, flash attention for DiT."]
+        return ["Settings: bfloat16, torch.compile of every block; for DiT the faster of flash and cuDNN attention."]
     words = [case.settings for case in results.trials("DiT", "forward")]
     pixels = results.trials("DiT", "forward")[0].pixels
     lines = [f"Settings tried at {pixels} px, ms; the fastest of each row is the one used at all sizes.", "",

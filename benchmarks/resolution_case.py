@@ -20,17 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gspn_dit.diffusion import create_objective
-from gspn_dit.models import create_model
+from gspn_dit.models import DiT, create_model
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.ops.backends import kernel
 
 LONGEST_WHOLE = 10.0  # seconds of a call; a model that takes longer is put together from its blocks
 FEWEST, SECONDS_OF_REPEATS = 3, 3.0  # calls timed: so many at least, and more while there are seconds left
 LONGEST_REPEATED = 20.0
+ATTENTIONS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+MOST_TOKENS = 2**16  # on which attention is timed to choose one; a call on more takes seconds
 LARGE = 2**16  # bytes
 TRIM_THRESHOLD, MMAP_THRESHOLD, IS_MMAPPED, THP_DISABLE = -1, -3, 2, 41  # of glibc's malloc, and of sys/prctl.h
 BYTES_A_LINE = 1024  # of /proc/self/status, which counts in kB of 1024
@@ -83,9 +86,13 @@ def measure(case: Case) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     torch.set_num_threads(case.threads)
-    flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if case.device == "cuda" else contextlib.nullcontext()
-    with torch.device(case.device), flash:
+    with torch.device(case.device), contextlib.ExitStack() as stack:
         model = random_model(case)
+        about = {}  # what else was chosen
+        if case.device == "cuda" and isinstance(model, DiT):
+            backend = fastest_attention(case, model)
+            stack.enter_context(sdpa_kernel(backend))
+            about["attention"] = backend.name
         blocks, kinds = model.blocks, Counter(block_kind(block) for block in model.blocks)
         one_of = {kind: next(block for block in blocks if block_kind(block) == kind) for kind in kinds}
         parts = {}
@@ -109,8 +116,9 @@ def measure(case: Case) -> dict[str, Any]:
                     "parts": {"ends": ends, **parts},
                     "by_blocks": sums,
                     "depth": len(blocks),
+                    **about,
                 }
-    return {**sums, "whole": False, "parts": {"ends": ends, **parts}, "depth": len(blocks)}
+    return {**sums, "whole": False, "parts": {"ends": ends, **parts}, "depth": len(blocks), **about}
 
 
 def random_model(case: Case) -> LatentModel:
@@ -136,6 +144,31 @@ def block_kind(block: nn.Module) -> str:
     """What tells the blocks of a model apart in cost: the lines a scan runs over."""
     chunk = getattr(getattr(block, "mixer", None), "chunk", None)
     return f"chunk {chunk or 'the map'}"
+
+
+def fastest_attention(case: Case, model: DiT) -> SDPBackend:
+    """Which of torch's fused kernels takes less time for the case's attention alone, on at most MOST_TOKENS of it.
+
+    Raises :class:`RuntimeError` where there is none: attention that keeps all weights would be measured for it.
+    """
+    tokens = min((case.pixels // 8 // model.config.patch_size) ** 2, MOST_TOKENS)
+    shape = case.batch, model.config.num_heads, tokens, model.config.width // model.config.num_heads
+    training, dtype = case.step == "training", getattr(torch, case.dtype)
+    qkv = [torch.randn(shape, dtype=dtype, device=case.device, requires_grad=training) for _ in range(3)]
+
+    def call() -> None:
+        y = F.scaled_dot_product_attention(*qkv)
+        if training:
+            torch.autograd.grad(y, qkv, qkv[0].detach())
+
+    seconds = {}
+    for backend in ATTENTIONS:
+        with sdpa_kernel(backend), contextlib.suppress(RuntimeError):  # not for this device, shape or torch
+            call()
+            seconds[backend] = timed(case, call, FEWEST)["seconds"]
+    if not seconds:
+        raise RuntimeError(f"none of {', '.join(backend.name for backend in ATTENTIONS)} takes {dtype} {shape}")
+    return min(seconds, key=seconds.get)
 
 
 def call_of(case: Case, model: LatentModel) -> Callable[[], None]:

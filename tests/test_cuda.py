@@ -42,12 +42,15 @@ def kernel(request):
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
         assert status("cuda").available, status("cuda").detail  # with a GPU, a missing kernel is a failure
-        return OnGpu()
+        torch.use_deterministic_algorithms(True, warn_only=True)  # what is not written is NaN
+        yield OnGpu()
+        torch.use_deterministic_algorithms(False)
+        return
     if torch.cuda.is_available():
         pytest.skip("the GPU itself is tested")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler")
-    return Emulated(SHARED_MEMORY if request.param == "emulated" else 30 * 1024)
+    yield Emulated(SHARED_MEMORY if request.param == "emulated" else 30 * 1024)
 
 
 def operands(b, h, w, c, k, g, *, dtype=torch.float32, device="cpu"):
@@ -103,6 +106,16 @@ SHAPES = [
     (1, 34, 34, 20, 4, 1, 16),
     (1, 40, 33, 15, 4, 3, 0),
     (1, 2, 3, 1, 4, 1, 0),
+    (1, 32, 32, 128, 4, 2, 4),
+    (1, 1030, 2, 8, 2, 8, 0),
+]
+# Emulated, these take seconds.
+LARGE_SHAPES = [
+    (1, 2, 700, 64, 4, 1, 0),
+    (1, 3, 1030, 20, 4, 1, 2),
+    (1, 40, 36, 128, 4, 2, 0),
+    (1, 2, 1024, 128, 4, 2, 0),
+    (1, 513, 33, 6, 4, 2, 16),
 ]
 
 
@@ -112,6 +125,14 @@ def test_agrees_with_the_reference_in_float64(kernel, shape, dtype):
     *sizes, chunk = shape
     tensors = operands(*sizes, dtype=dtype, device=kernel.device)
     check(kernel, *tensors, chunk, list(range(sizes[4])))
+
+
+@pytest.mark.parametrize("kernel", ["gpu"], indirect=True)
+@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_long_lines_and_many_channels_agree_on_the_gpu(kernel, shape, dtype):
+    *sizes, chunk = shape
+    check(kernel, *operands(*sizes, dtype=dtype, device="cuda"), chunk, list(range(sizes[4])))
 
 
 @pytest.mark.parametrize("directions", [[1], [3], [2, 1], [3, 0, 2], [1, 0], [2, 3]], ids=str)

@@ -1,0 +1,103 @@
+"""Device time, dispatch time and memory of calls on a GPU, for benchmarks/operator_cuda.py."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of a call.
+
+    Args:
+        device_ms: Median of replays of CUDA graphs, in which nothing waits for Python.
+        eager_ms: Mean of calls from Python, back to back, as training without graphs makes them.
+        captured: Whether there are graphs of it; if not, device_ms too is of calls from Python.
+        refusal: Why not.
+    """
+
+    device_ms: float
+    eager_ms: float
+    captured: bool
+    refusal: str | None = None
+
+
+def timed(calls: Sequence[Call], repeats: int, graphs: bool = True) -> Timing:
+    """The time of a call, of `repeats`; `calls` do the same on different inputs, and take turns."""
+    eager = eager_ms(calls, repeats)
+    if not graphs:
+        return Timing(median_ms(calls, repeats), eager, False)
+    try:
+        replays = [captured(call) for call in calls]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return Timing(median_ms(calls, repeats), eager, False, str(error).splitlines()[0])
+    return Timing(median_ms(replays, repeats), eager, True)
+
+
+def captured(call: Call) -> Call:
+    """The replay of a CUDA graph of the call, whose inputs and results stay where they are."""
+    stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(stream)
+    with torch.cuda.stream(side):  # as torch wants it before a capture
+        call()
+    stream.wait_stream(side)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            call()
+    except RuntimeError:  # older torch then stays in the capture: in its stream, its memory, its random numbers
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(AttributeError, RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        one = torch.ones(1, device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that ends well ends it for the generator
+            one.add_(1)
+        raise
+    return graph.replay
+
+
+def median_ms(calls: Sequence[Call], repeats: int) -> float:
+    """Median device time of a call, after one of each that does not count."""
+    for call in calls:
+        call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for i, (start, end) in enumerate(events):
+        start.record()
+        calls[i % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def eager_ms(calls: Sequence[Call], repeats: int) -> float:
+    """Mean wall time of calls back to back, after one of each that does not count: the host's time or the device's."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for i in range(repeats):
+        calls[i % len(calls)]()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start) / repeats
+
+
+def peak_bytes(call: Call) -> int:
+    """What a call adds at its peak to the memory in use, its results included."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
