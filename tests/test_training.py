@@ -243,7 +243,7 @@ def test_a_run_is_not_overwritten_or_continued_as_another(tmp_path, store):
         (["--data.source", "no/such/folder"], "no/such/folder"),
         (["--sampling.sampler", "ddim"], "sampling.sampler='ddim'"),
         (
-            "--diffusion.objective ddpm --sampling.sampler ddpm --diffusion.time_sampling logit-normal".split(),
+            ["--diffusion.objective=ddpm", "--diffusion.time_sampling=logit-normal", "--sampling.sampler=ddim"],
             "diffusion.time_sampling='logit-normal'",
         ),
         (["--data.source", "digits", "--model.overrides.patch_size", "3"], "data.image_size=32: of its latents"),
