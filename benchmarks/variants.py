@@ -179,17 +179,15 @@ def wide_head(mixer: GSPNMixer, width: int) -> None:
         mixer.head[1].bias.copy_(start)
 
 
-def spreading(mixer: GSPNMixer, width: int) -> None:
-    """Lines that start as the mean of the three neighbours before, not nearly straight."""
-    with torch.no_grad():
-        mixer.head[1].bias.view(mixer.num_groups, -1)[:, : NUM_DIRECTIONS * 3] = 0.0
+def lines_aside(logit: float) -> Callable[[GSPNDiT], None]:
+    """Lines that start alike in all groups, with this logit for both neighbours aside and 0 for the one before."""
 
+    def change(mixer: GSPNMixer, width: int) -> None:
+        with torch.no_grad():
+            logits = mixer.head[1].bias.view(mixer.num_groups, NUM_DIRECTIONS * 4)[:, : NUM_DIRECTIONS * 3]
+            logits.copy_(torch.tensor([logit, 0.0, logit]).repeat(NUM_DIRECTIONS))
 
-def straighter(mixer: GSPNMixer, width: int) -> None:
-    """Lines that start 97% straight, not 84%."""
-    with torch.no_grad():
-        logits = mixer.head[1].bias.view(mixer.num_groups, NUM_DIRECTIONS * 4)[:, : NUM_DIRECTIONS * 3]
-        logits.copy_(torch.tensor([-5.0, 0.0, -5.0]).repeat(NUM_DIRECTIONS))
+    return each_mixer(change)
 
 
 def fan(mixer: GSPNMixer, width: int) -> None:
@@ -351,8 +349,9 @@ VARIANTS: dict[str, Callable[[LatentModel], None]] = {
     "remembering": each_mixer(remembering),
     "gates-from-input": each_mixer(gates_from_input),
     "wide-head": each_mixer(wide_head),
-    "spreading": each_mixer(spreading),
-    "straighter": each_mixer(straighter),
+    "spreading": lines_aside(0.0),
+    "straight-84": lines_aside(-3.0),
+    "straight-97": lines_aside(-5.0),
     "fan": each_mixer(fan),
     "block-modulation": block_modulation,
     "shared-modulation": shared_modulation,

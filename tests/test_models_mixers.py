@@ -214,6 +214,20 @@ def test_lines_of_a_new_mixer_keep_to_their_row():
     assert (received[5:8].sum(0) > 0.7 * received.sum(0)).all()
 
 
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_lines_of_a_new_mixer_are_straighter_from_group_to_group(groups):
+    """Of one site's value, 56 columns on, its own row still has most in the last group; in the first it is spread."""
+    torch.manual_seed(0)
+    mixer = GSPNMixer(8 * groups, groups, 1, None)
+    mixer.scale.data.fill_(1)
+    value = torch.zeros(1, 21, 57, 8 * groups)
+    value[0, 10, 0] = 1
+    received = mixer.mix(value)[0, :, -1].detach().unflatten(-1, (groups, -1)).mean(-1)  # (21, G)
+    own = received[10] / received.sum(0)
+    assert own[0] < 0.2 and (own.diff() > 0).all()
+    assert groups == 1 or own[-1] > 0.7
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_remembers_for_as_long(dtype):
     """A half-life of 64 lines is f = 0.98923. bfloat16 has 0.98828 there, of which a line's 400th is 68% of f's."""

@@ -69,9 +69,10 @@ class GSPNMixer(Mixer):
 
         mix(v) = Σ_k s_k ⊙ h_k,   h_k[i] = f_k ⊙ W_k h_k[i-1] + λ_k ⊙ v[i]
 
-    A head of rank C // 16 reads v, which has seen its neighbourhood, and gives every group 12 gate logits and 4 λ. A
-    line starts straight, 84% of it from the neighbour right before: as a mean of three it would have spread over
-    whole rows before it came to the far end. λ is the head's output itself and starts at 1/4.
+    A head of rank C // 16 reads v, which has seen its neighbourhood, and gives every group 12 gate logits and 4 λ.
+    Lines start 84% straight, that much of them from the neighbour right before, in the first group, to 99.6% in the
+    last: as a mean of three they would have spread over whole rows before they came to the far end, and across 57
+    columns even the first do (docs/ablations.md, section 11). λ is the head's output itself and starts at 1/4.
 
     f and s, numbers a channel and direction, make another filter of every channel, as a convolution has them, while
     gates stay few. f = exp(-rate) starts with half-lives of 2 to 64 lines in each group: W's rows sum to 1, and without
@@ -87,7 +88,8 @@ class GSPNMixer(Mixer):
         nn.init.normal_(self.head[1].weight, std=0.02)
         with torch.no_grad():
             logits, lam = self.head[1].bias.view(self.num_groups, -1).split([NUM_DIRECTIONS * 3, NUM_DIRECTIONS], -1)
-            logits.copy_(torch.tensor([-3.0, 0.0, -3.0]).repeat(NUM_DIRECTIONS))
+            aside = torch.linspace(-3.0, -7.0, self.num_groups)
+            logits.copy_((aside[:, None] * torch.tensor([1.0, 0.0, 1.0])).repeat(1, NUM_DIRECTIONS))
             lam.fill_(0.25)
         spread = width // self.num_groups if self.num_groups < width else width  # channels from 2 to 64 lines
         half_lives = 2 ** torch.linspace(1, 6, spread).repeat(width // spread)
