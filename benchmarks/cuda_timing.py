@@ -1,4 +1,4 @@
-"""Device time, dispatch time and memory of calls on a GPU, for benchmarks/operator_cuda.py."""
+"""Device time, dispatch time and memory of calls on a GPU."""
 
 from __future__ import annotations
 
@@ -94,7 +94,6 @@ def eager_ms(calls: Sequence[Call], repeats: int) -> float:
 
 def peak_bytes(call: Call) -> int:
     """What a call adds at its peak to the memory in use, its results included."""
-    call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

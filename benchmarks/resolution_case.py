@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import cuda_timing
 from gspn_dit.diffusion import create_objective
 from gspn_dit.models import DiT, create_model
 from gspn_dit.models.latent_model import LatentModel
@@ -225,12 +226,7 @@ def peak_bytes(device: str, call: Callable[[], None]) -> int:
     """
     gc.collect()
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return cuda_timing.peak_bytes(call)
     with resident_is_in_use():
         ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it counts when it is taken again
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
