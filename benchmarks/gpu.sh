@@ -13,7 +13,7 @@
 # numpy, pyyaml, tqdm, safetensors, ninja and pytest, the part kernels needs jsonargparse, docstring-parser and
 # typeshed-client; resolution also diffusers (it asks for importlib-metadata, but does not import it), accelerate,
 # huggingface-hub, requests, pillow and matplotlib; quality also torchvision, torch-fidelity, mlxtend, scipy and
-# scikit-image. Wheels are installed without their requirements, into a temporary folder.
+# scikit-image; and what these require in turn. Wheels are installed without their requirements, into a temporary folder.
 set -uo pipefail
 usage="usage: benchmarks/gpu.sh OUT [kernels|models|resolution|quality] [STATE]"
 part=${2:-kernels}
@@ -88,7 +88,7 @@ quality() { # quality SECONDS: trainings that are not finished begin anew, for t
 
 if compgen -G ".whl/*.whl" >/dev/null; then
   step wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$work/site" .whl/*.whl
-  export PYTHONPATH="$PYTHONPATH:$work/site"
+  export PYTHONPATH="$PYTHONPATH:$work/site" PATH="$PATH:$work/site/bin"
 fi
 for name in resolution-cuda.json quality-cuda.tar.gz; do
   [ -e "$out/$name" ] || [ ! -e "$state/$name" ] || cp "$state/$name" "$out"

@@ -174,16 +174,16 @@ class GSPNDiTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def class_ids(self, class_labels: Sequence[int | str]) -> list[int]:
-        """Class ids of ids or names. A number in a string is an id, or where classes are called by numbers, a name.
+        """Class ids of ids or names. A number in a string that is no name is an id, unless all names are numbers.
 
         Raises :class:`InputError` for an id out of range, what is neither id nor name, or a name that no class has,
         with names close to it.
         """
         count, names = self.transformer.config.num_classes, self.config.class_names or []
-        numbers_are_names = any(map(_is_number, names))
+        numbers_are_names = bool(names) and all(map(_is_number, names))
         ids = []
         for label in class_labels:
-            if isinstance(label, str) and (numbers_are_names or not _is_number(label)):
+            if isinstance(label, str) and (label in names or numbers_are_names or not _is_number(label)):
                 if label not in names:
                     raise InputError(f"class_labels={label!r}: {_remedy_for_name(label, names, count)}")
                 ids.append(names.index(label))

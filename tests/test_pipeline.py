@@ -267,6 +267,7 @@ def test_classes_called_by_numbers_are_known_by_their_names():
     with pytest.raises(InputError, match="class_labels='0': no class has that name"):
         pipe.class_ids(["0"])
     assert pipeline(class_names=["a", "b", "c"]).class_ids(["2", "a"]) == [2, 0]
+    assert pipeline(class_names=["a", "404", "c"]).class_ids(["2", "404"]) == [2, 1]
 
 
 def test_a_new_model_draws_without_its_dropout():

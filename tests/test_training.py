@@ -171,6 +171,8 @@ def test_a_new_run_begins_with_the_averaged_weights_of_another(tmp_path, store):
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-9)
     with pytest.raises(InputError, match=r"^model\.init_from=.*blocks\.0.*same model\.name"):
         train(config(tmp_path / "third", store, *begin, "--model.overrides.mlp_ratio", 4))
+    with pytest.raises(InputError, match=r"^model\.init_from=.*its blocks\.1.*this model's not there"):
+        train(config(tmp_path / "third", store, *begin, "--model.overrides.depth", 1))
     with pytest.raises(InputError, match=r"^model\.init_from='nowhere': no such folder"):
         train(config(tmp_path / "third", store, "--model.init_from", "nowhere"))
     train(config(tmp_path / "second", store, "--model.init_from", "nowhere", "--resume", "auto"))  # has its own weights

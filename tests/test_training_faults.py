@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -139,6 +141,26 @@ def test_a_figure_that_cannot_be_noted_warns_and_training_goes_on(tmp_path, stor
     assert len(said) == 12 + 1 and all(line.endswith("; training goes on") for line in said)
     for path in list_checkpoints(tmp_path / "run")[-1].glob("*.safetensors"):
         assert path.read_bytes() == (list_checkpoints(whole)[-1] / path.name).read_bytes()
+
+
+def test_a_line_that_does_not_fit_leaves_the_table_as_it_was(tmp_path):
+    """A process whose files may hold three bytes more than two lines: the third ends in its middle."""
+    script = """if True:
+        import resource, signal
+        from pathlib import Path
+        from gspn_dit.training.record import Record
+        record = Record(Path("metrics.csv"), 0, ["step", "loss"])
+        record.append({"step": 1, "loss": 0.5})
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16 + 3, 16 + 3))
+        try:
+            record.append({"step": 2, "loss": 0.25})
+        except OSError as error:
+            print(error.strerror)
+    """
+    said = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert said.stdout.strip() in ("File too large", "No space left on device")
+    assert (tmp_path / "metrics.csv").read_text() == "step,loss\n1,0.5\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="tells which files are open on Linux alone")

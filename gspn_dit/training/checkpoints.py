@@ -222,7 +222,7 @@ def find_checkpoint(config: Config, source: Dataset) -> Path | None:
     else:
         raise InputError(
             f"output_dir={config.output_dir!r}: no checkpoint of its {len(checkpoints)} is whole "
-            f"({checkpoints[-1].name}: {damaged[checkpoints[-1]]}); restore one, or remove them to begin again"
+            f"({checkpoints[-1].name}: {damaged[checkpoints[-1]]}); restore one, or name another folder"
         )
     check_resumable(checkpoint, config, source)
     say_changes(checkpoint, config)
@@ -273,10 +273,13 @@ def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
         )
 
 
+UNSAID = ("resume", "output_dir", "model.init_from")  # the last has no effect: the run has weights of its own
+
+
 def say_changes(checkpoint: Path, config: Config) -> None:
     """Print which options differ from those that a checkpoint was made with."""
     before, now = (_flat(dataclasses.asdict(c)) for c in (Config.load(checkpoint / "config.yaml"), config))
-    changed = [key for key in now if key not in ("resume", "output_dir") and before.get(key) != now[key]]
+    changed = [key for key in now if key not in UNSAID and before.get(key) != now[key]]
     if changed:
         changes = ", ".join(f"{key} {before.get(key)!r} → {now[key]!r}" for key in changed)
         print(f"changed since {checkpoint.name}: {changes}")

@@ -103,7 +103,7 @@ def train(config: Config) -> None:
             stack.enter_context(claimed(run))
             checkpoint = find_checkpoint(config, parts.source)
             if checkpoint is None:
-                check_nothing_lost(run, config.training.checkpoint_every)
+                check_nothing_lost(run)
             return checkpoint
 
         checkpoint = on_main(claim, accelerator.is_main_process)
@@ -111,14 +111,15 @@ def train(config: Config) -> None:
     accelerator.end_training()
 
 
-def check_nothing_lost(run: Path, checkpoint_every: int) -> None:
+def check_nothing_lost(run: Path) -> None:
     """Raise :class:`InputError` if a run without a checkpoint has been where it must have had one.
 
     Its checkpoints were taken away, and from its first step on it would write over its snapshots and metrics.
     """
     steps = [row["step"] for row in read_metrics(run / "metrics.csv")]
     last = max(steps + [snapshot.step for snapshot in list_snapshots(run)], default=0)
-    if last > checkpoint_every:
+    config = run / "config.yaml"
+    if last > (Config.load(config).training.checkpoint_every if config.is_file() else 0):
         raise InputError(
             f"output_dir={str(run)!r}: holds metrics or averages up to step {last} and no checkpoint; bring its "
             "checkpoints/ back, or name another folder"
@@ -263,8 +264,8 @@ def _train(config: Config, accelerator: Accelerator, parts: Parts, checkpoint: P
     if record and stopping:
         print(f"SIGTERM: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
     elif record:
-        note("loss.png is without", step, record.draw)
-        print(f"loss curve  {run / 'loss.png'}\ncheckpoint  {checkpoint}")
+        note("loss.png is without", step, lambda: print(f"loss curve  {record.draw()}"))
+        print(f"checkpoint  {checkpoint}")
 
 
 def note(what: str, step: int, work: Callable[..., object], *arguments: object) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import os
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -36,9 +38,18 @@ class Record:
             temporary.write_text(text.getvalue())
 
     def append(self, row: dict[str, float]) -> None:
-        """Add a line; it is on its way to the disk when this returns."""
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        """Add a line; it is on its way to the disk when this returns. An OSError leaves the file as it was."""
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, lineterminator="\n").writerow(row)
+        line = text.getvalue().encode()
+        with open(self.path, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                file.truncate(before)
+                raise
 
     def draw(self) -> Path:
         """Draw the loss against the step as loss.png, and return its path."""

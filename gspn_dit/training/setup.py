@@ -102,18 +102,21 @@ def start_from(model: LatentModel, path: str) -> None:
     Raises :class:`InputError` if there are none, or they are another network's.
     """
     with renamed(model="model.init_from"):
-        weights = dict(load_pipeline(path).transformer.named_parameters())
-    for name, parameter in model.named_parameters():
-        found = tuple(weights[name].shape) if name in weights else None
-        if parameter.requires_grad and found != tuple(parameter.shape):  # what is not trained goes with the size
+        source = load_pipeline(path).transformer
+    theirs, ours = (
+        {name: p for name, p in each.named_parameters() if p.requires_grad}  # what is not trained goes with the size
+        for each in (source, model)
+    )
+    for name in theirs | ours:
+        found, wanted = (tuple(of[name].shape) if name in of else "not there" for of in (theirs, ours))
+        if found != wanted:
             raise InputError(
-                f"model.init_from={path!r}: its {name} is {found}, this model's {tuple(parameter.shape)}; wanted the "
-                "same model.name, model.overrides, diffusion.objective and number of classes"
+                f"model.init_from={path!r}: its {name} is {found}, this model's {wanted}; wanted the same model.name, "
+                "model.overrides, diffusion.objective and number of classes"
             )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(weights[name])
+        for name, parameter in ours.items():
+            parameter.copy_(theirs[name])
 
 
 def check_options(config: Config) -> None:
