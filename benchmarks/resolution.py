@@ -204,7 +204,10 @@ def trial_lines(results: Results) -> list[str]:
     for model, step in product(models(results.options.size), STEPS):
         rows = [results.rows.get(trial.key) for trial in results.trials(model, step)]
         lines.append(line([model, step, *(cell(row, "seconds", 1e3) for row in rows)]))
-    lines.append("\nIn a forward bfloat16 is the weights' type; in training it is autocast's, over float32 weights.")
+    lines.append(
+        "\nIn a forward bfloat16 is the weights' type; in training it is autocast's, over float32 weights, and the "
+        "residual stream's but DiT's, to which float32 positions are added."
+    )
     return lines
 
 
