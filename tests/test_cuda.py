@@ -68,7 +68,7 @@ def distance(got, want):
 
 def check(kernel, x, gates, lam, out, decay, scale, grad, chunk, directions):
     """Outputs and gradients against the reference in float64."""
-    tolerance = TOLERANCE[x.dtype]
+    tolerance = TOLERANCE[x.dtype] * (10 if max(x.shape[1:3]) > 500 else 1)  # rounding adds up over a long history
     tensors = (x, gates, lam, out, decay, scale)
     exact = [None if t is None else t.double() for t in tensors]
     want = ReferenceKernel().forward(*exact, chunk, directions)

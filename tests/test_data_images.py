@@ -140,7 +140,7 @@ def test_imagefolder_without_a_readable_file_stops(tmp_path):
 
 
 def test_image_sources_stop_with_a_remedy(folder, tmp_path):
-    with pytest.raises(InputError, match=r"^source=.*no such folder.*gspn_dit.data.encode .* --out .*nowhere"):
+    with pytest.raises(InputError, match=r"^source=.*nowhere'.*no such folder; give `digits`"):
         open_images(tmp_path / "nowhere", 16)
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match=r"^source=.*no class folders"):
