@@ -1,9 +1,9 @@
 """Where a block's time goes: every operation of one gspn-dit block against the time its FLOPs and bytes need at least.
 
-`python -m benchmarks.block_budget [--name gspn-dit-s-2] [--pixels 256] [--batch 4] [--out FILE.md]` profiles the
-forward of one block on the CPU with torch.profiler, eager and compiled. The floor of an operation is the longer of its
-FLOPs at the fastest matrix product measured here and its bytes (operands once, result once) at the fastest copy of a
-tensor of the map's size, which stays in cache as the block's own tensors do.
+`python -m benchmarks.block_budget [--device cuda] [--name gspn-dit-s-2] [--step training] [--out FILE.md]` profiles a
+forward, or a forward and backward, of one block with torch.profiler, eager and compiled. The floor of an operation is
+the longer of its FLOPs at the fastest matrix product measured here and its bytes (operands once, result once) at the
+fastest copy of a tensor of the map's size, which stays in cache as far as the block's own tensors do.
 """
 
 from __future__ import annotations
@@ -18,38 +18,49 @@ from typing import Any, Literal
 import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks import cuda_timing
 from benchmarks.machine import machine
 from benchmarks.operator import median_ms
 from benchmarks.resolution_case import Case, random_model
 from gspn_dit.options import command, require
 
 CALLS = 20
+PRODUCTS = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}  # sides of the matrices of the fastest product
+SHOWN = {"cpu": 0.005, "cuda": 0.001}  # milliseconds; compiled kernels that take less are left out
 
 
 @dataclass
 class Options:
     """Args:
-    name: A model of the families gspn-dit and dit.
+    device: cpu or cuda.
+    name: A model of the families gspn-dit and dit; by default gspn-dit-s-2 on the CPU, gspn-dit-xl-2 on a GPU.
+    step: forward, weights and map in `dtype`; or training: forward and backward, under autocast.
     pixels: Side of the images.
-    batch: Images.
-    dtype: Of weights and map.
+    batch: Images; by default 4 on the CPU, 64 on a GPU.
+    dtype: float32 or bfloat16.
     threads: Threads of the CPU.
     out: Also write the tables to this Markdown file.
     """
 
-    name: str = "gspn-dit-s-2"
+    device: Literal["cpu", "cuda"] = "cpu"
+    name: str | None = None
+    step: Literal["forward", "training"] = "forward"
     pixels: int = 256
-    batch: int = 4
+    batch: int | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     threads: int = 2
     out: str | None = None
 
     def __post_init__(self) -> None:
+        self.name = self.name or ("gspn-dit-s-2" if self.device == "cpu" else "gspn-dit-xl-2")
+        self.batch = (4 if self.device == "cpu" else 64) if self.batch is None else self.batch
         for key in ("pixels", "batch", "threads"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
 
@@ -72,7 +83,7 @@ class Costs(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view and not any(free in func.name() for free in ("empty", "_unsafe_view")):
+        if not func.is_view and not any(free in func.name() for free in ("empty", "_unsafe_view", "detach")):
             cost = self.by_name[func.name().split(".")[0]]
             flops = flop_registry.get(func.overloadpacket)
             cost.calls += 1
@@ -83,49 +94,95 @@ class Costs(TorchDispatchMode):
 
 
 def block_call(options: Options, compiled: bool) -> Callable[[], Tensor]:
-    """One call of the model's first block on random tokens, with random weights."""
-    case = Case("", options.name, "forward", options.pixels, options.batch, options.dtype, False)
-    model = random_model(case)
-    side = options.pixels // 8
-    block, inputs = model.blocks[0], {}
-
-    def keep(module: nn.Module, args: tuple) -> None:
-        inputs["args"] = args
-
-    handle = block.register_forward_pre_hook(keep)
-    dtype = getattr(torch, options.dtype)
-    with torch.no_grad():
-        model(torch.randn(options.batch, 4, side, side, dtype=dtype), 1000 * torch.rand(options.batch),
-              torch.randint(1000, (options.batch,)))  # fmt: skip
-    handle.remove()
+    """One forward, or forward and backward, of the model's first block on random tokens, with random weights."""
+    case = Case("", options.name, options.step, options.pixels, options.batch, options.dtype, False, options.device)
+    training, dtype = options.step == "training", getattr(torch, options.dtype)
+    autocast = torch.autocast(options.device, dtype, enabled=training and dtype != torch.float32)
+    side, inputs = options.pixels // 8, []
+    with torch.device(options.device):
+        model = random_model(case)
+        handle = model.blocks[0].register_forward_pre_hook(lambda block, args: inputs.extend(args))
+        latents = torch.randn(options.batch, 4, side, side, dtype=torch.float32 if training else dtype)
+        with torch.no_grad(), autocast:
+            model(latents, 1000 * torch.rand(options.batch), torch.randint(1000, (options.batch,)))
+        handle.remove()
+    block: nn.Module = model.blocks[0]
     if compiled:
         block.compile(dynamic=False)
-    return torch.no_grad()(lambda: block(*inputs["args"]))
+    if not training:
+        return torch.no_grad()(lambda: block(*inputs))
+    inputs = [value.detach().requires_grad_() for value in inputs]
+    wanted = [*inputs, *block.parameters()]
+    grad = torch.randn_like(inputs[0])
+
+    def step() -> Tensor:
+        with autocast:
+            y = block(*inputs)
+        torch.autograd.grad(y, wanted, grad.to(y.dtype))
+        return y.detach()
+
+    return step
 
 
-def profiled(call: Callable[[], Tensor]) -> dict[str, float]:
-    """Milliseconds a call that each operation takes by itself, without those it calls."""
+def profiled(options: Options, call: Callable[[], Tensor]) -> EventList:
+    """The events of CALLS calls."""
     for _ in range(3):
         call()
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+    on_gpu = [ProfilerActivity.CUDA] if options.device == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as recorded:
         for _ in range(CALLS):
             call()
-    return {event.key: event.self_cpu_time_total / CALLS / 1e3 for event in recorded.key_averages()}
+        if on_gpu:
+            torch.cuda.synchronize()
+    return recorded.events()
 
 
-def fastest_product(dtype: torch.dtype) -> float:
+def by_operation(options: Options, events: EventList, names: set[str]) -> dict[str, float]:
+    """Milliseconds a call of the named operations: of each and all it calls, but those that are named themselves."""
+    totals: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            continue
+        owner = event
+        while owner is not None and owner.name not in names:
+            owner = owner.cpu_parent
+        if owner is not None:
+            own = event.self_device_time_total if options.device == "cuda" else event.self_cpu_time_total
+            totals[owner.name] += own / CALLS / 1e3
+    return totals
+
+
+def by_kernel(options: Options, events: EventList) -> dict[str, float]:
+    """Milliseconds a call of what torch.compile made: kernels of a GPU, on the CPU functions and operations."""
+    totals: dict[str, float] = defaultdict(float)
+    for event in events:
+        if options.device == "cpu":
+            totals[event.name] += event.self_cpu_time_total / CALLS / 1e3
+        elif event.device_type == DeviceType.CUDA:
+            totals[event.name] += event.self_device_time_total / CALLS / 1e3
+    return totals
+
+
+def median(options: Options, call: Callable[[], Tensor]) -> float:
+    """Median milliseconds of a call; on a GPU of its replayed graph, in which nothing waits for Python."""
+    if options.device == "cuda":
+        return cuda_timing.timed([call], CALLS).device_ms
+    return statistics.median(median_ms(call, CALLS) for _ in range(3))
+
+
+def fastest_product(options: Options, dtype: torch.dtype) -> float:
     """FLOPs a second of the fastest of some square matrix products."""
     rates = []
-    for n in (512, 1024, 2048):
-        a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
-        rates.append(2 * n**3 / median_ms(lambda a=a, b=b: a @ b, 10) * 1e3)
+    for n in PRODUCTS[options.device]:
+        a, b = (torch.randn(n, n, dtype=dtype, device=options.device) for _ in range(2))
+        rates.append(2e3 * n**3 / median(options, lambda a=a, b=b: a @ b))
     return max(rates)
 
 
-def fastest_copy(like: Tensor) -> float:
+def fastest_copy(options: Options, like: Tensor) -> float:
     """Bytes a second, read and written, of copies of a tensor."""
     target = torch.empty_like(like)
-    return 2e3 * like.numel() * like.element_size() / median_ms(lambda: target.copy_(like), 200)
+    return 2e3 * like.numel() * like.element_size() / median(options, lambda: target.copy_(like))
 
 
 def tables(options: Options) -> list[str]:
@@ -133,53 +190,41 @@ def tables(options: Options) -> list[str]:
     call = block_call(options, compiled=False)
     with Costs() as costs:
         result = call()
-    flop_rate, byte_rate = fastest_product(result.dtype), fastest_copy(result)
-    times = profiled(call)
-    eager = statistics.median(median_ms(call, CALLS) for _ in range(3))
+    flop_rate = fastest_product(options, getattr(torch, options.dtype))
+    byte_rate = fastest_copy(options, result)
+    times = by_operation(options, profiled(options, call), set(costs.by_name))
+    eager = median(options, call)
     lines = [
         "| operation, eager | calls | ms | MFLOP | MB | floor, ms | over its floor |",
         "|---|---|---|---|---|---|---|",
     ]
     floors = 0.0
-    # an operation that calls others is there with what it does itself: its parts' time is added to it by name
-    for name, cost in sorted(costs.by_name.items(), key=lambda item: -times_of(item[0], times)):
+    for name, cost in sorted(costs.by_name.items(), key=lambda item: -times.get(item[0], 0.0)):
         floor = 1e3 * max(cost.flops / flop_rate, cost.bytes / byte_rate)
         if floor == 0:  # it touches no data: a question about a dtype, say
             continue
         floors += floor
-        ms = times_of(name, times)
+        ms = times.get(name, 0.0)
         lines.append(f"| {name.removeprefix('aten::')} | {cost.calls} | {ms:.3f} | {cost.flops / 1e6:.0f} "
                      f"| {cost.bytes / 1e6:.1f} | {floor:.3f} | {ms / floor:.1f}× |")  # fmt: skip
     flops = sum(cost.flops for cost in costs.by_name.values())
     lines += [f"| all | | {eager:.3f} | {flops / 1e6:.0f} | {sum(c.bytes for c in costs.by_name.values()) / 1e6:.1f} "
               f"| {floors:.3f} | {eager / floors:.1f}× |", ""]  # fmt: skip
-    inductor.cpp.enable_kernel_profile = True
-    call = block_call(options, compiled=True)
-    times = profiled(call)
-    inductor.cpp.enable_kernel_profile = False
+    with inductor.patch("cpp.enable_kernel_profile", options.device == "cpu"):
+        kernels = by_kernel(options, profiled(options, block_call(options, compiled=True)))
     torch.compiler.reset()
-    clean = block_call(options, compiled=True)
-    compiled = statistics.median(median_ms(clean, CALLS) for _ in range(3))
+    compiled = median(options, block_call(options, compiled=True))
+    shown = [item for item in kernels.items() if item[1] > SHOWN[options.device]]
     lines += ["| kernel, compiled | ms |", "|---|---|"]
-    lines += [f"| `{name}` | {ms:.3f} |" for name, ms in sorted(times.items(), key=lambda item: -item[1]) if ms > 0.005]
+    lines += [f"| `{name[:100]}` | {ms:.3f} |" for name, ms in sorted(shown, key=lambda item: -item[1])]
     lines += [f"| all | {compiled:.3f} |", ""]
     lines.append(
-        f"`{options.name}`, {options.pixels} px, batch {options.batch}, {options.dtype}, a forward of the first block. "
-        f"The fastest product: {flop_rate / 1e9:.0f} GFLOP/s; the fastest copy of the map: {byte_rate / 1e9:.0f} GB/s. "
-        f"All FLOPs at that rate: {1e3 * flops / flop_rate:.3f} ms. {machine()}"
+        f"`{options.name}`, {options.pixels} px, batch {options.batch}, {options.dtype}, {options.step} of the first "
+        f"block. The fastest product: {flop_rate / 1e9:.0f} GFLOP/s; the fastest copy of the map: "
+        f"{byte_rate / 1e9:.0f} GB/s. All FLOPs at that rate: {1e3 * flops / flop_rate:.3f} ms. "
+        f"{machine(options.device)}"
     )
     return lines
-
-
-PARTS = {"aten::convolution": ("aten::mkldnn_convolution", "aten::_convolution", "aten::_conv_depthwise2d"),
-         "gspn_dit::propagate": ("gspn_dit_cpu::propagate",),
-         "aten::_to_copy": ("aten::to", "aten::copy_"),
-         "aten::clone": ("aten::contiguous",)}  # fmt: skip
-
-
-def times_of(name: str, times: dict[str, float]) -> float:
-    """An operation's time with that of the operations it is made of."""
-    return sum(times.get(part, 0.0) for part in (name, *PARTS.get(name, ())))
 
 
 def main(options: Options) -> None:

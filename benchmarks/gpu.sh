@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
-# benchmarks/gpu.sh OUT [kernels|models|resolution|quality] [STATE]: on a CUDA machine, everything that needs one, in parts
-# that end within TOTAL seconds (default 570): what has no time left is reported as not run, and the exit status is 1.
+# benchmarks/gpu.sh OUT [kernels|budget|models|resolution|quality] [STATE]: on a CUDA machine, everything that needs one,
+# in parts that end within TOTAL seconds (default 570): what has no time left is reported as not run, and the exit status
+# is 1.
 #   kernels     build, test and measure the kernels, then compute-sanitizer where there is one
+#   budget      where the time of one block goes, gspn-dit-xl-2 and dit-xl-2, forward and training, at 256 pixels
 #   resolution  speed and memory by image size
 #   quality     a short comparison of dit, gspn-dit and its mixer of convolutions on photographs
-#   models      both of these in turn
+#   models      the last two in turn
 # A part leaves at most 8 files in OUT, each as it comes: PART.log, tables, pictures, and quality-cuda.tar.gz of finished
 # trainings. resolution and quality go on from the resolution-cuda.json and quality-cuda.tar.gz of OUT, else from those of
 # the folder STATE (an argument or a variable; a folder that git ignores, such as runs/gpu).
 #
 # Without network: what an image with torch lacks can lie as wheels in the folder .whl of the checkout. Beside torch,
 # numpy, pyyaml, tqdm, safetensors, ninja and pytest, the part kernels needs jsonargparse, docstring-parser and
-# typeshed-client; resolution also diffusers (it asks for importlib-metadata, but does not import it), accelerate,
-# huggingface-hub, requests, pillow and matplotlib; quality also torchvision, torch-fidelity, mlxtend, scipy and
-# scikit-image; and what these require in turn. Wheels are installed without their requirements, into a temporary folder.
+# typeshed-client; budget and resolution also diffusers (it asks for importlib-metadata, but does not import it),
+# accelerate, huggingface-hub, requests, pillow and matplotlib; quality also torchvision, torch-fidelity, mlxtend, scipy
+# and scikit-image; and what these require in turn. Wheels are installed without their requirements, into a temporary
+# folder.
 set -uo pipefail
-usage="usage: benchmarks/gpu.sh OUT [kernels|models|resolution|quality] [STATE]"
+usage="usage: benchmarks/gpu.sh OUT [kernels|budget|models|resolution|quality] [STATE]"
 part=${2:-kernels}
-case ${1:+$part} in kernels | models | resolution | quality) ;; *) echo "$usage" >&2 && exit 2 ;; esac
+case ${1:+$part} in kernels | budget | models | resolution | quality) ;; *) echo "$usage" >&2 && exit 2 ;; esac
 out=$(realpath -m "$1")
 state=$(realpath -m "${3:-${STATE:-$out}}")
 cd "$(dirname "$0")/.."
@@ -65,6 +68,16 @@ kernels() {
   step memcheck 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
     "$python" -m benchmarks.small_shapes # cached, what lies beyond a tensor may be allocated too
   step racecheck 150 compute-sanitizer --tool racecheck --error-exitcode 1 "$python" -m benchmarks.small_shapes
+}
+
+budget() { # budget SECONDS: in all
+  local name kind
+  for kind in forward training; do
+    for name in gspn-dit-xl-2 dit-xl-2; do
+      step "$name $kind" $(($1 / 4)) "$python" -m benchmarks.block_budget --device cuda --name "$name" --step "$kind" \
+        --out "$out/block-$name-$kind.md"
+    done
+  done
 }
 
 resolution() { # resolution SECONDS

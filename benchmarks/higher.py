@@ -129,8 +129,8 @@ class Results:
             require(False, "features", options.features, f"features of {self.trained} px images, as the models are for")
         same = ("features", "num_images", "guidance_scale", "num_inference_steps", "seed")
         torch.set_num_threads(options.threads)
-        where = machine() if options.device == "cpu" else f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-        self.settings = {"machine": where, "weights": weights, **{key: getattr(options, key) for key in same}}
+        chosen = {key: getattr(options, key) for key in same}
+        self.settings = {"machine": machine(options.device), "weights": weights, **chosen}
         self.rows = saved_rows(self.path, self.settings)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 

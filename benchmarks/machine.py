@@ -15,6 +15,8 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def machine() -> str:
-    """The CPU, its threads and the torch."""
+def machine(device: str = "cpu") -> str:
+    """The GPU, or the CPU and its threads, and the torch."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -86,7 +86,8 @@ class Results:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.path = Path(f"{options.out}.json")
-        self.settings = {"machine": where(options), "size": options.size}
+        torch.set_num_threads(options.threads)
+        self.settings = {"machine": machine(options.device), "size": options.size}
         self.rows = saved_rows(self.path, self.settings)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -136,14 +137,6 @@ class Results:
     def row(self, model: str, step: str, pixels: int) -> dict[str, Any] | None:
         """The measurement that the tables show, if it is there."""
         return self.rows.get(self.chosen(model, step, pixels).key)
-
-
-def where(options: Options) -> str:
-    """What the figures belong to."""
-    if options.device == "cpu":
-        torch.set_num_threads(options.threads)
-        return machine()
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
 
 
 def batch_of(device: str, pixels: int) -> int:
