@@ -3,7 +3,8 @@
 # in parts that end within TOTAL seconds (default 570): what has no time left is reported as not run, and the exit status
 # is 1.
 #   kernels     build, test and measure the kernels, then compute-sanitizer where there is one
-#   budget      where the time of one block goes, gspn-dit-xl-2 and dit-xl-2, forward and training, at 256 pixels
+#   budget      where the time of one block goes, gspn-dit-xl-2 and dit-xl-2, forward and training, at 256 pixels;
+#               and the ways to its depthwise convolution
 #   resolution  speed and memory by image size
 #   quality     a short comparison of dit, gspn-dit and its mixer of convolutions on photographs
 #   models      the last two in turn
@@ -72,6 +73,7 @@ kernels() {
 
 budget() { # budget SECONDS: in all
   local name kind
+  step depthwise 90 "$python" -m benchmarks.depthwise --device cuda --out "$out/depthwise.md"
   for kind in forward training; do
     for name in gspn-dit-xl-2 dit-xl-2; do
       step "$name $kind" $(($1 / 4)) "$python" -m benchmarks.block_budget --device cuda --name "$name" --step "$kind" \
