@@ -17,6 +17,9 @@ from gspn_dit.pipeline import GSPNDiTPipeline
 from gspn_dit.runs import checkpoint_step, list_checkpoints
 
 GRID_FILE = "samples.png"
+SCORES = ("fid", "fd", "sfid", "inception_score", "precision", "recall", "class_accuracy")
+# what a figure is read by, out of metrics.json
+OF_THE_SCORES = ("features", "reference", "reference_statistics", "inception_score_convention")
 
 
 def model_card(pipe: GSPNDiTPipeline, checkpoint: Path | None) -> str:
@@ -32,7 +35,7 @@ def model_card(pipe: GSPNDiTPipeline, checkpoint: Path | None) -> str:
     front = {
         "library_name": "gspn-dit",  # diffusers alone does not know the pipeline's class
         "tags": ["image-generation", "class-conditional"],
-        "metrics": [name for name in metrics if not name.startswith("num_")] or None,
+        "metrics": [name for name in SCORES if name in metrics] or None,
     }
     parts = [
         f"---\n{_yaml({key: value for key, value in front.items() if value})}---",
@@ -42,18 +45,18 @@ def model_card(pipe: GSPNDiTPipeline, checkpoint: Path | None) -> str:
         _usage(pipe),
     ]
     if metrics:
-        rows = [f"| {name} | {value:g} |" for name, value in metrics.items()]
+        rows = [f"| {name} | {value if isinstance(value, str) else f'{value:g}'} |" for name, value in metrics.items()]
         parts.append("\n".join(["## Metrics", "", "| | |", "|---|---|", *rows]))
     if config:
         parts.append(f"## Configuration\n\n```yaml\n{_yaml(portable(config))}```")
     return "\n\n".join(parts) + "\n"
 
 
-def checkpoint_metrics(checkpoint: Path) -> dict[str, float]:
+def checkpoint_metrics(checkpoint: Path) -> dict[str, float | str]:
     """The figures that a run's folder has of one of its checkpoints.
 
     From metrics.csv and evaluation.csv the lines of its step; from metrics.json, as `fid/evaluate.py` writes it, all
-    numbers, but only for the newest checkpoint, and not if the file is older than that.
+    numbers and what they are of, but only for the newest checkpoint, and not if the file is older than that.
     """
     run = checkpoint.parents[1]
     metrics: dict[str, Any] = {}
@@ -71,22 +74,15 @@ def checkpoint_metrics(checkpoint: Path) -> dict[str, float]:
         except (ValueError, TypeError) as error:
             raise InputError(f"{evaluated} is damaged ({error}): evaluate again, or remove it") from error
     speed = ("step", "learning_rate", "grad_norm", "images_per_second")
-    return {key: value for key, value in metrics.items() if key not in speed and _is_figure(value)}
+    figures = {key: value for key, value in metrics.items() if key not in speed and _is_figure(value)}
+    return figures | {key: _plain(metrics[key]) for key in OF_THE_SCORES if isinstance(metrics.get(key), str)}
 
 
 def portable(config: Config) -> dict[str, Any]:
     """A run's configuration without this machine's paths: a local file or folder goes by its last name."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(each) for each in value]
-        local = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
-        return Path(value).name if local else value
-
     values = dataclasses.asdict(config)
-    return plain({key: value for key, value in values.items() if key not in ("output_dir", "resume")})
+    return _plain({key: value for key, value in values.items() if key not in ("output_dir", "resume")})
 
 
 def _summary(pipe: GSPNDiTPipeline, config: Config | None, checkpoint: Path | None) -> str:
@@ -125,6 +121,15 @@ images = pipe(
     generator=[image_generator(0, i) for i in range(2)],  # images 0 and 1 of seed 0, as sample.py draws them
 ).images
 ```"""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    local = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
+    return Path(value).name if local else value
 
 
 def _yaml(value: dict[str, Any]) -> str:

@@ -84,7 +84,9 @@ def test_the_model_card_says_what_the_model_is_and_how_it_scored(tmp_path):
     run, out = make_run(tmp_path / "run", steps=(2, 4)), tmp_path / "exported"
     (run / "metrics.csv").write_text("step,loss,learning_rate,grad_norm,images_per_second\n2,9,1,1,1\n4,0.5,1,1,1\n")
     (run / "evaluation.csv").write_text("step,fd,num_samples\n4,12.25,100\n")
-    (run / "metrics.json").write_text(json.dumps({"fid": 31.5, "samples": str(tmp_path), "num_reference": None}))
+    sources = {"samples": str(tmp_path), "reference": str(tmp_path / "real.npz"), "features": "inception"}
+    figures = {"fid": 31.5, "num_reference": None, "precision_recall_neighbours": 3}
+    (run / "metrics.json").write_text(json.dumps(figures | sources))
     (run / "samples").mkdir()
     Image.new("RGB", (8, 8), "teal").save(run / "samples" / "step-0000004.png")
     main(Options(str(run), str(out)))
@@ -92,6 +94,8 @@ def test_the_model_card_says_what_the_model_is_and_how_it_scored(tmp_path):
     front, text = card(out)
     assert "class-conditional" in front["tags"]
     assert ModelCard((out / "README.md").read_text()).data.library_name == front["library_name"] == "gspn-dit"
+    assert front["metrics"] == ["fid", "fd"]
+    assert str(tmp_path) not in text and "reference | real.npz |" in text and "features | inception |" in text
     for figure in ("training_loss | 0.5", "fd | 12.25", "fid | 31.5", "for 4 steps", *CLASS_NAMES):
         assert figure in text
     config = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])

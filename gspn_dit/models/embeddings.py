@@ -27,7 +27,7 @@ class PatchEmbedding(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of the timestep at 256 frequencies from 1 down to 1/10000 per step, then an MLP.
+    """Cosines and sines of the timestep at 128 frequencies from 1 down to nearly 1/10000 per step, then an MLP.
 
     (B,) on the scale 0 to 1000, whole or not, to (B, C).
     """
@@ -63,7 +63,7 @@ def sincos_positions(height: int, width: int, channels: int, device: torch.devic
     """DiT's fixed position table for a map of any size, (1, height, width, channels), float32.
 
     A quarter of the channels each: sine and cosine of the column, sine and cosine of the row, at channels / 4
-    frequencies from 1 down to 1/10000 ("Attention Is All You Need", section 3.5, once for each axis).
+    frequencies from 1 down to nearly 1/10000 ("Attention Is All You Need", section 3.5, once for each axis).
     """
     frequencies = _frequencies(channels // 4, device)
     column = torch.arange(width, device=device)[:, None] * frequencies  # (W, C/4)

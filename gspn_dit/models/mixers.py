@@ -71,8 +71,8 @@ class GSPNMixer(Mixer):
 
     A head of rank C // 16 reads v, which has seen its neighbourhood, and gives every group 12 gate logits and 4 λ.
     Lines start 84% straight, that much of them from the neighbour right before, in the first group, to 99.6% in the
-    last: as a mean of three they would have spread over whole rows before they came to the far end, and across 57
-    columns even the first do (docs/ablations.md, section 11). λ is the head's output itself and starts at 1/4.
+    last: as a mean of three they would have spread over nine rows when they have crossed 32 columns, and across
+    57 even the first are not heard (docs/ablations.md, section 11). λ is the head's output itself and starts at 1/4.
 
     f and s, numbers a channel and direction, make another filter of every channel, as a convolution has them, while
     gates stay few. f = exp(-rate) starts with half-lives of 2 to 64 lines in each group: W's rows sum to 1, and without
