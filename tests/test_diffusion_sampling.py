@@ -1,5 +1,7 @@
 """The samplers against data whose best denoiser is known, and guidance by what it asks of the model."""
 
+import math
+
 import pytest
 import torch
 from diffusers import (
@@ -12,6 +14,7 @@ from diffusers import (
 )
 
 from gspn_dit.diffusion import SAMPLERS, create_scheduler, denoise, image_generator, objective_of
+from gspn_dit.diffusion.schedulers import shifted
 from gspn_dit.errors import InputError
 
 SIGNAL = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
@@ -152,6 +155,16 @@ def test_guidance_interval(objective, interval, batches):
     denoise(model, create_scheduler(objective), torch.zeros(2, 4, 1, 1), torch.zeros(2, dtype=torch.long),
             num_inference_steps=5, guidance_scale=2.0, guidance_interval=interval)  # fmt: skip
     assert model.batches == batches
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS["flow"])
+def test_the_noisiest_step_is_guided_whatever_the_shift(sampler):
+    scheduler = create_scheduler("flow", sampler)
+    for height, width in ((512, 768), (384, 320), (512, 448)):  # of a model of 256 pixels
+        model = Counting(4)
+        denoise(model, shifted(scheduler, math.sqrt(height * width) / 256), torch.zeros(1, 4, 1, 1),
+                torch.zeros(1, dtype=torch.long), num_inference_steps=3, guidance_scale=2.0)  # fmt: skip
+        assert set(model.batches) == {2}
 
 
 @pytest.mark.parametrize(("objective", "sampler"), [(o, s) for o in SAMPLERS for s in SAMPLERS[o]])

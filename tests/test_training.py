@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from made_training import TRAIN, config, losses, options, rows
 from PIL import Image
 from safetensors.torch import load_file
 from test_training_stream import make_store
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError
@@ -25,7 +27,8 @@ from gspn_dit.models import create_model
 from gspn_dit.pipeline import load_pipeline
 from gspn_dit.training.checkpoints import EMA_WEIGHTS, list_checkpoints
 from gspn_dit.training.loop import NonFiniteLoss, train
-from gspn_dit.training.setup import start_from
+from gspn_dit.training.record import running_mean
+from gspn_dit.training.setup import check_launch, start_from
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -123,6 +126,32 @@ def test_clipping_bounds_the_step_and_reports_the_whole_norm(tmp_path, store):
         train(config(tmp_path / name, store, "--training.max_grad_norm", norm, "--training.max_steps", 1))
     free, clipped = (float(rows(tmp_path / name)[0]["grad_norm"]) for name in ("free", "clipped"))
     assert free == clipped > 1e-4
+
+
+def test_accumulation_is_the_configuration_s_whatever_the_environment_says(tmp_path, store, monkeypatch):
+    train(config(tmp_path / "plain", store, "--training.max_steps", 1))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    train(config(tmp_path / "told", store, "--training.max_steps", 1))
+    plain, told = (float(rows(tmp_path / name)[0]["grad_norm"]) for name in ("plain", "told"))
+    assert plain == told
+
+
+@pytest.mark.parametrize("fault", ["activation_checkpointing", "cpu_offload"])
+def test_what_fsdp2_would_do_to_weights_behind_our_back_is_refused(fault):
+    plugin = SimpleNamespace(activation_checkpointing=False, cpu_offload=OffloadPolicy())
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, device=torch.device("cpu"),
+                                  state=SimpleNamespace(fsdp_plugin=plugin))  # fmt: skip
+    check_launch(accelerator)
+    setattr(plugin, fault, {"activation_checkpointing": True, "cpu_offload": CPUOffloadPolicy()}[fault])
+    with pytest.raises(InputError, match=r"^fsdp_(activation_checkpointing|offload_params)=true: wanted false"):
+        check_launch(accelerator)
+
+
+def test_the_curve_s_mean_is_over_a_tenth_of_it():
+    values = torch.rand(57, dtype=torch.float64).tolist()
+    wanted = [sum(values[max(0, i - 4) : i + 1]) / len(values[max(0, i - 4) : i + 1]) for i in range(57)]
+    assert running_mean(values).tolist() == pytest.approx(wanted, rel=1e-12)
+    assert running_mean(values[:3]).tolist() == pytest.approx(values[:3], rel=1e-12)
 
 
 def test_a_run_resumes_with_another_accumulation(tmp_path, store):

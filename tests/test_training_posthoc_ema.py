@@ -104,6 +104,15 @@ def test_any_width_is_reconstructed(averages, sigma_rel, step):
         assert min(abs(average_of(3, wrong, step) - exact[3]) / exact[3] for wrong in (0.05, 0.10)) > 0.02
 
 
+@pytest.mark.parametrize("sigma_rel", [0.02, 0.07, 0.2, 0.28])
+@pytest.mark.parametrize("count", [1, 4, 40])
+def test_a_network_that_does_not_change_is_its_own_average(sigma_rel, count):
+    """However far the width is out of the snapshots' reach, their weights sum to 1."""
+    snapshots = [snapshot(step, sigma) for step in range(100, 100 * count + 1, 100) for sigma in (0.05, 0.10)]
+    weights, _ = coefficients(snapshots, sigma_rel, 100 * count)
+    assert math.isclose(weights.sum(), 1, abs_tol=1e-9)
+
+
 def test_a_snapshot_is_its_own_reconstruction():
     snapshots = [snapshot(step, sigma) for step in range(100, 1001, 100) for sigma in (0.05, 0.10)]
     weights, rest = coefficients(snapshots, 0.10, 600)

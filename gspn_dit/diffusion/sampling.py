@@ -78,7 +78,8 @@ def denoise(
         if hasattr(scheduler, "scale_model_input"):
             inputs = scheduler.scale_model_input(latents, timestep)
         inputs, timesteps = inputs.to(dtype), timestep.float().expand(len(latents))
-        guided = guidance_scale != 1 and low <= float(timestep) / 1000 <= high
+        level = min(float(timestep) / 1000, 1.0)  # a shifted one may be rounded up from 1
+        guided = guidance_scale != 1 and low <= level <= high
         if guided:
             output, unconditional = (
                 model(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([class_labels, null_labels]))

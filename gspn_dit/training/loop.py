@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -89,6 +89,7 @@ def train(config: Config) -> None:
         mixed_precision=config.training.mixed_precision,
         log_with=config.training.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "logs")),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours, whatever the environment says
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     together(lambda: check_launch(accelerator))

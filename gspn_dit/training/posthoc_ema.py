@@ -71,6 +71,8 @@ def inner_products(gammas_a: np.ndarray, steps_a: np.ndarray, gammas_b: np.ndarr
 def coefficients(snapshots: list[Snapshot], sigma_rel: float, step: int) -> tuple[np.ndarray, float]:
     """The weights of snapshots whose combined profile is nearest to p_γ,step in least squares (appendix C.2).
 
+    They sum to 1, as profiles do: else a width out of the snapshots' reach would give a network of smaller weights.
+
     Returns:
         One weight a snapshot, float64, and the distance that remains relative to the length of p_γ,step.
     """
@@ -78,7 +80,9 @@ def coefficients(snapshots: list[Snapshot], sigma_rel: float, step: int) -> tupl
     steps = np.array([snapshot.step for snapshot in snapshots], float)
     gamma, at = np.array([gamma_of(sigma_rel)]), np.array([step], float)
     gram, wanted = inner_products(gammas, steps, gammas, steps), inner_products(gammas, steps, gamma, at)[:, 0]
-    weights = np.linalg.lstsq(gram, wanted, rcond=None)[0]
+    ones = np.ones((len(steps), 1))  # with Lagrange's multiplier for the sum; products are of the order of 1 / step
+    system = np.block([[step * gram, ones], [ones.T, np.zeros((1, 1))]])
+    weights = np.linalg.lstsq(system, np.append(step * wanted, 1.0), rcond=None)[0][:-1]
     length = inner_products(gamma, at, gamma, at).item()
     rest = length - 2 * weights @ wanted + weights @ gram @ weights
     return weights, math.sqrt(max(0.0, rest) / length)

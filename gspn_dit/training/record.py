@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
+import numpy as np
+
 from gspn_dit.files import replacing
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "images_per_second")
@@ -83,7 +85,7 @@ def draw_loss(rows: list[dict[str, float]], name: str, path: Path) -> None:
     axes = figure.add_subplot()
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1)
-    axes.plot(steps, _running_mean(losses), color="C0", linewidth=2, label=name)
+    axes.plot(steps, running_mean(losses), color="C0", linewidth=2, label=name)
     axes.set(xlabel="step", ylabel="training loss")
     axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
@@ -92,10 +94,9 @@ def draw_loss(rows: list[dict[str, float]], name: str, path: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def _running_mean(values: list[float]) -> list[float]:
-    """Each value averaged with those before it, over a tenth of the curve at the end."""
-    means, window = [], max(1, len(values) // 10)
-    for i in range(len(values)):
-        recent = values[max(0, i + 1 - window) : i + 1]
-        means.append(sum(recent) / len(recent))
-    return means
+def running_mean(values: Sequence[float]) -> np.ndarray:
+    """Each value averaged with those before it, over a tenth of the curve."""
+    sums = np.cumsum([0.0, *values])
+    last = np.arange(1, len(values) + 1)
+    first = np.maximum(last - max(1, len(values) // 10), 0)
+    return (sums[last] - sums[first]) / (last - first)

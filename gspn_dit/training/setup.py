@@ -11,6 +11,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
 from diffusers import AutoencoderKL
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from gspn_dit.config import Config
 from gspn_dit.data import ImageDataset, LatentStore, downsampling, load_vae
@@ -142,6 +143,14 @@ def check_launch(accelerator: Accelerator) -> None:
         )
     if accelerator.distributed_type is DistributedType.FSDP and not accelerator.is_fsdp2:
         raise InputError("fsdp_version=1: wanted 2; launch with --fsdp_version 2 or configs/accelerate/fsdp.yaml")
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.activation_checkpointing:  # accelerate's renames weights and drops other blocks when it goes back
+            raise InputError(
+                "fsdp_activation_checkpointing=true: wanted false, and --training.gradient-checkpointing true instead"
+            )
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            raise InputError("fsdp_offload_params=true: wanted false; averages and samples are for the GPUs' memory")
     if accelerator.device.type == "mps":
         raise InputError("device='mps': lacks the float64 that training needs; set ACCELERATE_USE_CPU=true")
 
