@@ -86,7 +86,7 @@ def ways(options: Options, conv: DepthwiseConv) -> dict[str, torch.nn.Module]:
 def median(options: Options, call: Callable[[], object]) -> float:
     """Median milliseconds of a call; on a GPU of its replayed graph."""
     if options.device == "cuda":
-        return cuda_timing.timed([call], REPEATS).device_ms
+        return cuda_timing.graph_ms([call], REPEATS)
     return statistics.median(median_ms(call, REPEATS) for _ in range(3))
 
 

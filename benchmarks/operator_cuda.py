@@ -6,6 +6,7 @@ Every case is first compared with the reference, then timed as replays of CUDA g
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -213,24 +214,26 @@ def time_attention(case: Case, repeats: int) -> dict[str, Any]:
 
 
 def attempt(peer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A peer's figures, or why there are none: not for this device, shape or torch, or out of memory."""
+    """A peer's figures, or why there are none: not for this device, shape or torch, not compiled, or out of memory."""
     try:
         return peer()
-    except RuntimeError as error:
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         return {"error": str(error).splitlines()[0]}
 
 
 class PerLine:
     """benchmarks/per_line.cu: one launch a line, as GSPN-1's published kernel."""
 
-    def __init__(self) -> None:
+    @functools.cached_property
+    def library(self) -> ctypes.CDLL:
+        """The kernel, compiled when it is first asked for."""
         source = Path(__file__).with_name("per_line.cu")
         with tempfile.TemporaryDirectory() as folder:
-            library = Path(folder) / "per_line.so"
+            path = Path(folder) / "per_line.so"
             nvcc, arch = cuda_home() / "bin" / "nvcc", architectures()[0].replace(".", "").removesuffix("+PTX")
             flags = ["-O3", "-shared", "-Xcompiler", "-fPIC", f"-arch=sm_{arch}"]
-            subprocess.run([nvcc, *flags, source, "-o", library], check=True)
-            self.library = ctypes.CDLL(str(library))
+            subprocess.run([nvcc, *flags, source, "-o", path], check=True)
+            return ctypes.CDLL(str(path))
 
     def time(self, case: Case, repeats: int) -> dict[str, Any]:
         """All directions' scans; the maps' turns, the normalisation, u, f and s are not counted."""

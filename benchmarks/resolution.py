@@ -43,7 +43,7 @@ class Options:
     """Args:
     device: cpu or cuda.
     size: Size of the models: s, b, l or xl; by default s on the CPU and xl on a GPU.
-    pixels: Sides of the images, multiples of 64.
+    pixels: Sides of the images, multiples of 64, in the order in which they are measured.
     dtypes: float32, bfloat16 or both, out of which every model gets its faster one; by default both on the CPU.
     threads: Threads of the CPU.
     repeats: Most timed calls of each measurement; at least 3, and none after 3 seconds.
@@ -152,7 +152,7 @@ def report(results: Results) -> str:
         *(f"{name}, ns a pixel" for name in names), *(f"{name}, MB" for name in names),
     ]  # fmt: skip
     lines = [line(header), line(["---"] * len(header))]
-    for step, pixels in product(STEPS, results.options.pixels):
+    for step, pixels in product(STEPS, sorted(results.options.pixels)):
         rows = [results.row(name, step, pixels) for name in names]
         if not any(rows):
             continue
@@ -239,7 +239,7 @@ def plot(results: Results, path: Path) -> None:
     ):
         axis = row_axes[i]
         for model, colour in COLOURS.items():
-            rows = [row for pixels in results.options.pixels if (row := results.row(model, step, pixels))]
+            rows = [row for pixels in sorted(results.options.pixels) if (row := results.row(model, step, pixels))]
             rows = [row for row in rows if what in row]
             sides, values = [row["pixels"] for row in rows], [scale * row[what] / row["batch"] for row in rows]
             axis.plot(sides, values, color=colour, label=model)
@@ -259,8 +259,12 @@ def plot(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
+class CaseFailed(Exception):
+    """A case whose process ended with an error, which is its text."""
+
+
 def run_case(case: Case, seconds: float) -> dict[str, Any] | None:
-    """Measure in a new process; None if that takes longer than there is time."""
+    """Measure in a new process; None if that takes longer than there is time. Raises :class:`CaseFailed`."""
     arguments = [sys.executable, "-m", "benchmarks.resolution_case", json.dumps(asdict(case))]
     try:
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=seconds)
@@ -269,19 +273,27 @@ def run_case(case: Case, seconds: float) -> dict[str, Any] | None:
     if done.returncode == -9:  # the system's way to say that memory ran out
         return {"error": "out of memory"}
     if done.returncode:
-        raise SystemExit(f"{case.key}: {done.stderr}")
+        raise CaseFailed(done.stderr.strip() or f"exit status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(options: Options) -> None:
-    """Measure a forward and a training step of every model at every size, and draw them."""
+    """Measure a forward and a training step of every model at every size, and draw them.
+
+    A case that fails is tried again by the next command; this one goes on, and ends with an error.
+    """
     deadline = time.monotonic() + options.time_budget
-    results = Results(options)
+    results, failed = Results(options), []
     for case in results.cases():
         if case.key in results.rows:
             continue
         left = deadline - time.monotonic()
-        measured = run_case(case, left) if left > 0 else None
+        try:
+            measured = run_case(case, left) if left > 0 else None
+        except CaseFailed as error:
+            failed.append(case.key)
+            print(f"{case.key}: FAILED\n{error}", flush=True)
+            continue
         if measured is None and left < 0.9 * options.time_budget:
             print(f"{case.key}: no time left; run the same command again to go on")
             break
@@ -290,6 +302,8 @@ def main(options: Options) -> None:
         print(f"{case.key}: {cell(results.rows[case.key], 'seconds', 1e3)} ms, "
               f"{cell(results.rows[case.key], 'bytes', 1e-6)} MB", flush=True)  # fmt: skip
     print(report(results))
+    if failed:
+        raise SystemExit(f"{len(failed)} cases failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

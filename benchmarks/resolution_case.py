@@ -109,8 +109,11 @@ def measure(case: Case) -> dict[str, Any]:
         if case.step == "forward":  # a block's activations go before the next one's come
             sums["bytes"] = max(part["bytes"] for part in parts.values())
         if sums["seconds"] <= LONGEST_WHOLE:
-            with contextlib.suppress(torch.OutOfMemoryError):
+            try:
                 whole = timed(case, call_of(case, model), case.repeats)
+            except RuntimeError as error:  # most often memory, by whatever library's name; the parts stand
+                about["whole_failed"] = str(error).splitlines()[0]
+            else:
                 return {
                     **whole,
                     "whole": True,

@@ -1,6 +1,7 @@
 """benchmarks/block_budget.py: what it counts, and to which operation it gives a time."""
 
 import pytest
+import torch
 
 from benchmarks.block_budget import Costs, Options, block_call, by_operation, profiled
 from gspn_dit.models import create_model
@@ -27,6 +28,12 @@ def test_backward_has_twice_the_products_of_forward(name):
     assert flops(training, PRODUCTS) == 3 * flops(forward, PRODUCTS) > 0
 
 
+def test_a_convolution_s_backward_counts_a_channel_s_own_filter():
+    _, forward = costs_of(name="gspn-dit-ti-2", dtype="float32")
+    _, training = costs_of(name="gspn-dit-ti-2", dtype="float32", step="training")
+    assert training["aten::convolution_backward"].flops == 2 * forward["aten::convolution"].flops > 0
+
+
 def test_flops_are_those_of_the_model_table():
     """A block's FLOPs are two a multiplication of what a block more adds to a model, the scans' own left out."""
     _, costs = costs_of(name="gspn-dit-ti-2")
@@ -43,3 +50,14 @@ def test_every_operation_of_a_training_step_has_its_time():
     for name in ("gspn_dit::propagate", "gspn_dit::propagate_backward", "aten::convolution", "aten::mm"):
         assert times[name] > 0, name
     assert set(times) <= set(costs)
+
+
+def test_what_an_operation_calls_is_its_own_time():
+    def call():
+        with torch.profiler.record_function("outer"), torch.profiler.record_function("middle"):
+            torch.ones(1 << 20).sum()
+        torch.ones(1 << 10).sum()
+
+    options = Options()
+    times = by_operation(options, profiled(options, call), {"outer", "aten::sum"})
+    assert times["outer"] > times["aten::sum"] > 0

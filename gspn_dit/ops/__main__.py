@@ -13,7 +13,7 @@ from gspn_dit.options import command
 @dataclass
 class Options:
     """Args:
-    require: End with an error if this one is missing.
+    require: Look for this one alone, and end with an error if it is missing.
     """
 
     require: Literal["cpu", "cuda"] | None = None
@@ -21,7 +21,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Print one line for each backend of the operator: whether it runs on this machine, and if not, why."""
-    for name in BACKENDS:
+    for name in [options.require] if options.require else BACKENDS:
         available, detail = status(name)
         print(f"{name:<10} {'available' if available else 'not available':<14} {detail}")
     if options.require and not status(options.require).available:
