@@ -38,15 +38,17 @@ SHOWN = {"cpu": 0.005, "cuda": 0.001}  # milliseconds; compiled kernels that tak
 
 @dataclass
 class Options:
-    """Args:
-    device: cpu or cuda.
-    name: A model of the families gspn-dit and dit; by default gspn-dit-s-2 on the CPU, gspn-dit-xl-2 on a GPU.
-    step: forward, weights and map in `dtype`; or training: forward and backward, under autocast.
-    pixels: Side of the images.
-    batch: Images; by default 4 on the CPU, 64 on a GPU.
-    dtype: float32 or bfloat16.
-    threads: Threads of the CPU.
-    out: Also write the tables to this Markdown file.
+    """What to profile.
+
+    Args:
+        device: cpu or cuda.
+        name: A model of the families gspn-dit and dit; by default gspn-dit-s-2 on the CPU, gspn-dit-xl-2 on a GPU.
+        step: forward, weights and map in `dtype`; or training: forward and backward, under autocast.
+        pixels: Side of the images.
+        batch: Images; by default 4 on the CPU, 64 on a GPU.
+        dtype: float32 or bfloat16.
+        threads: Threads of the CPU.
+        out: Also write the tables to this Markdown file.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"

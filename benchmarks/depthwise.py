@@ -33,12 +33,14 @@ WIDTHS = {"cpu": 384, "cuda": 1152}
 
 @dataclass
 class Options:
-    """Args:
-    device: cpu or cuda.
-    kernel_size: Side of the filter.
-    dtype: float32 or bfloat16.
-    threads: Threads of the CPU.
-    out: Also write the table to this Markdown file.
+    """What to time.
+
+    Args:
+        device: cpu or cuda.
+        kernel_size: Side of the filter.
+        dtype: float32 or bfloat16.
+        threads: Threads of the CPU.
+        out: Also write the table to this Markdown file.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"

@@ -54,22 +54,24 @@ COLOURS = ("tab:blue", "tab:red", "tab:orange", "tab:green", "tab:purple", "tab:
 
 @dataclass
 class Options:
-    """Args:
-    models: Runs, checkpoints, exported folders or packaged names, each perhaps with a label, LABEL=RUN;
-        random-gspn-dit and random-dit are models at random weights, for time and memory.
-    pixels: Sides of the images.
-    features: Which features the Fréchet distances are of, and so which real images they are to; null for none.
-    num_images: Images of every row.
-    guidance_scale: Classifier-free guidance; the models' own if not given.
-    num_inference_steps: Denoising steps; the models' own if not given.
-    shift: Whether rows with the noise shift are drawn.
-    chunk_scale: Whether rows with scaled chunks are drawn.
-    seed: Of the images and of where crops are taken.
-    device: cpu or cuda.
-    threads: Threads of the CPU.
-    images: Folder for the images.
-    time_budget: Seconds after which no row is begun and the one under way is given up.
-    out: Where the results go, without the .json, .md and .png.
+    """What to draw, and where the results go.
+
+    Args:
+        models: Runs, checkpoints, exported folders or packaged names, each perhaps with a label, LABEL=RUN;
+            random-gspn-dit and random-dit are models at random weights, for time and memory.
+        pixels: Sides of the images.
+        features: Which features the Fréchet distances are of, and so which real images they are to; null for none.
+        num_images: Images of every row.
+        guidance_scale: Classifier-free guidance; the models' own if not given.
+        num_inference_steps: Denoising steps; the models' own if not given.
+        shift: Whether rows with the noise shift are drawn.
+        chunk_scale: Whether rows with scaled chunks are drawn.
+        seed: Of the images and of where crops are taken.
+        device: cpu or cuda.
+        threads: Threads of the CPU.
+        images: Folder for the images.
+        time_budget: Seconds after which no row is begun and the one under way is given up.
+        out: Where the results go, without the .json, .md and .png.
     """
 
     models: list[str] = field(default_factory=lambda: ["digits"])

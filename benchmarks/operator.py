@@ -29,10 +29,12 @@ SCALING = [(1, side, side, 384, 6) for side in (32, 64, 128, 256)]
 
 @dataclass
 class Options:
-    """Args:
-    repeats: Timed calls of each case, after one that is not timed; by default 7 on the CPU and 50 on a GPU.
-    out: Also write the tables to this Markdown file; on a GPU, to this folder.
-    device: cpu or cuda.
+    """How to time the operator.
+
+    Args:
+        repeats: Timed calls of each case, after one that is not timed; by default 7 on the CPU and 50 on a GPU.
+        out: Also write the tables to this Markdown file; on a GPU, to this folder.
+        device: cpu or cuda.
     """
 
     repeats: int | None = None

@@ -57,26 +57,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Options:
-    """Args:
-    out: The folder of results; run again with the same one to go on.
-    preset: Sizes for a CPU (width 128) or a GPU (the S size); the options that are null take theirs from it.
-    data: Data sets: `digits`, `photos`, `reach-32`, `reach-64`.
-    models: Families, each with options after a plus, if any.
-    seeds: How many seeds, 0, 1, …
-    time_budget: Seconds after which to stop; the step or the evaluation that is under way is still finished.
-    width: Channels of a token, in every model.
-    depth: Blocks, in every model; the family `gspn`, which needs an odd number, takes one more than an even one.
-    steps: Optimiser steps.
-    batch_size: Images a step.
-    learning_rate: Peak of AdamW's learning rate, after a warm-up over 5% of the steps; then a cosine down to 0.
-    ema_decay: Decay of the averaged weights, which are what is evaluated.
-    mixed_precision: `no` or `bf16`.
-    held_out: Held-out images, each at ten times, of the held-out loss.
-    samples: Images drawn for the other figures.
-    inference_steps: Euler steps of a sample, without guidance.
-    num_workers: Processes that read data.
-    compile: Run the models through torch.compile.
-    device: `auto`, or a torch device.
+    """What to train, and how.
+
+    Args:
+        out: The folder of results; run again with the same one to go on.
+        preset: Sizes for a CPU (width 128) or a GPU (the S size); the options that are null take theirs from it.
+        data: Data sets: `digits`, `photos`, `reach-32`, `reach-64`.
+        models: Families, each with options after a plus, if any.
+        seeds: How many seeds, 0, 1, …
+        time_budget: Seconds after which to stop; the step or the evaluation that is under way is still finished.
+        width: Channels of a token, in every model.
+        depth: Blocks, in every model; the family `gspn`, which needs an odd number, takes one more than an even one.
+        steps: Optimiser steps.
+        batch_size: Images a step.
+        learning_rate: Peak of AdamW's learning rate, after a warm-up over 5% of the steps; then a cosine down to 0.
+        ema_decay: Decay of the averaged weights, which are what is evaluated.
+        mixed_precision: `no` or `bf16`.
+        held_out: Held-out images, each at ten times, of the held-out loss.
+        samples: Images drawn for the other figures.
+        inference_steps: Euler steps of a sample, without guidance.
+        num_workers: Processes that read data.
+        compile: Run the models through torch.compile.
+        device: `auto`, or a torch device.
     """
 
     out: str = "runs/quality"

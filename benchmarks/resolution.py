@@ -40,15 +40,17 @@ COLOURS = {"DiT": "tab:red", "linear attention": "tab:orange", "GSPN-DiT": "tab:
 
 @dataclass
 class Options:
-    """Args:
-    device: cpu or cuda.
-    size: Size of the models: s, b, l or xl; by default s on the CPU and xl on a GPU.
-    pixels: Sides of the images, multiples of 64, in the order in which they are measured.
-    dtypes: float32, bfloat16 or both, out of which every model gets its faster one; by default both on the CPU.
-    threads: Threads of the CPU.
-    repeats: Most timed calls of each measurement; at least 3, and none after 3 seconds.
-    time_budget: Seconds after which no measurement is begun and the one under way is given up.
-    out: Where the results go, without the .json, .md and .png.
+    """What to measure, and where the results go.
+
+    Args:
+        device: cpu or cuda.
+        size: Size of the models: s, b, l or xl; by default s on the CPU and xl on a GPU.
+        pixels: Sides of the images, multiples of 64, in the order in which they are measured.
+        dtypes: float32, bfloat16 or both, out of which every model gets its faster one; by default both on the CPU.
+        threads: Threads of the CPU.
+        repeats: Most timed calls of each measurement; at least 3, and none after 3 seconds.
+        time_budget: Seconds after which no measurement is begun and the one under way is given up.
+        out: Where the results go, without the .json, .md and .png.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"

@@ -34,13 +34,15 @@ BATCH_SIZE = 256
 
 @dataclass
 class Options:
-    """Args:
-    images: Images of the store that is opened, of 4×4 latents.
-    compared_images: Images read from both kinds of storage, of 32×32 latents (ImageNet's at 256 px).
-    repeats: Timed passes of each kind, after its one pass over a cold cache.
-    workers: Reading processes.
-    folder: Where the data is made for the time being; the system's temporary folder if not given.
-    out: Also write the tables to this Markdown file.
+    """How large the stores are.
+
+    Args:
+        images: Images of the store that is opened, of 4×4 latents.
+        compared_images: Images read from both kinds of storage, of 32×32 latents (ImageNet's at 256 px).
+        repeats: Timed passes of each kind, after its one pass over a cold cache.
+        workers: Reading processes.
+        folder: Where the data is made for the time being; the system's temporary folder if not given.
+        out: Also write the tables to this Markdown file.
     """
 
     images: int = 1_280_000

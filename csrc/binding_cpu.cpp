@@ -74,7 +74,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward(
   switch (x.scalar_type()) {
     case at::kFloat: backward<float>(p, grad, x, gates, lam, u, factors, grad_x, grad_gates, grad_lam, grad_out); break;
     case at::kDouble: backward<double>(p, grad, x, gates, lam, u, factors, grad_x, grad_gates, grad_lam, grad_out); break;
-    case at::kBFloat16: backward<gspn::BFloat16>(p, grad, x, gates, lam, u, factors, grad_x, grad_gates, grad_lam, grad_out); break;
+    case at::kBFloat16:
+      backward<gspn::BFloat16>(p, grad, x, gates, lam, u, factors, grad_x, grad_gates, grad_lam, grad_out);
+      break;
     default: TORCH_CHECK(false, "x has dtype ", x.scalar_type(), ": the CPU kernel takes float32, float64 and bfloat16");
   }
   return {grad_x, grad_gates, grad_lam, grad_out, factors.grad_decay(x), factors.grad_scale(x)};

@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
 
   const Stage stage = Stage::at<L>(shared_memory());
   const Kept<L> kept{stage.out + 2 * L::kStageSites};  // the lines of a stage, then h at the end of every stage
-  float* dx = kept.data + (L::kStageLines + Axis<L>::stages_of(max(tile.height, tile.width)) - 1) * L::kPositions * L::kLaneChannels * int(blockDim.x);
+  const int kept_lines = L::kStageLines + Axis<L>::stages_of(max(tile.height, tile.width)) - 1;
+  float* dx = kept.data + kept_lines * L::kPositions * L::kLaneChannels * int(blockDim.x);
   T* x = reinterpret_cast<T*>(dx + shape.elements());
   T* dy = x + shape.elements();
   read_map<L>(x, call.x, tile, shape, at, plan.vector_x);
@@ -210,7 +211,8 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
                           plan.vector_y, nullptr};
     if constexpr (kShared) {
       const int64_t row = int64_t(at.slab) * plan.parts + at.part;
-      adjoint.sums = partial.data + ((at.batch * p.num_directions + max(k, 0)) * p.groups * partial.group_rows + row) * sites * kNumSums;
+      const int64_t rows = p.groups * partial.group_rows;
+      adjoint.sums = partial.data + ((at.batch * p.num_directions + max(k, 0)) * rows + row) * sites * kNumSums;
     }
     for (int i = axis.stages - 1; i >= 0; --i) {
       prepare(i);

@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
   }
 }
 
-// One direction back, from the last line read to the first, with `history` holding its h, laid out as dx is. A thread's dh goes into three
-// products with its weights, which the neighbours on the line before take up.
+// One direction back, from the last line read to the first, with `history` holding its h, laid out as dx is. A thread's
+// dh goes into three products with its weights, which the neighbours on the line before take up.
 //
 // kShared: channels of a group share gates; the slab's sums over channels are kept, for gate_gradients() to finish.
 template <typename T, bool kShared>

@@ -137,14 +137,6 @@ MapChoice choose_map(const Backward<T>& call, const SharedMemory& memory) {
   return choice;
 }
 
-// How a direction is walked.
-struct WalkChoice {
-  WalkPlan plan;
-  int threads;
-  size_t shared_bytes;
-  int64_t blocks;
-};
-
 // kItems of walk_forward: what a thread reads ahead. Lines so long that this does not cover them are read as they come.
 constexpr int kSharedItems = 4, kOwnItems = 4;
 
@@ -165,9 +157,7 @@ int64_t walk_blocks(const Problem& p, const WalkPlan& plan) {
   return p.batch * (p.channels / plan.domain) * plan.domain_slabs * chunks;
 }
 
-int64_t positions_of(const Problem& p, const WalkPlan& plan) {
-  return lines_are_rows(plan.direction) ? p.width : p.height;
-}
+int64_t positions_of(const Problem& p, int direction) { return lines_are_rows(direction) ? p.width : p.height; }
 
 int round_to_warps(int64_t threads) { return int(divide_up(threads, kWarp) * kWarp); }
 
@@ -179,7 +169,7 @@ template <typename T>
 const char* launch_walk_forward(const Forward<T>& call, int k, const SharedMemory& memory, const Accumulation& sum,
                                 float* history, cudaStream_t stream) {
   const Problem& p = call.problem;
-  const int64_t positions = lines_are_rows(p.directions[k]) ? p.width : p.height;
+  const int64_t positions = positions_of(p, p.directions[k]);
   const bool shared = shares_gates(p) && positions <= kSharedThreads;
   const int items = shared ? kSharedItems : kOwnItems, most = shared ? kSharedThreads : kOwnThreads;
   const WalkPlan plan = plan_walk(p, call.x, k, int64_t(items) * most);
@@ -199,7 +189,7 @@ const char* launch_walk_forward(const Forward<T>& call, int k, const SharedMemor
   return describe(launch(walk_forward<T, false, 0>, blocks, block, bytes, stream, call, plan, sum, history));
 }
 
-// Elements that a tensor laid out as this one spans (results are dense).
+// Elements of x, and of every result of its shape.
 int64_t elements(const Problem& p) { return p.batch * p.height * p.width * p.channels; }
 
 // The widest line (in sites times channels) whose three products fit on chip twice.
@@ -216,7 +206,7 @@ const char* launch_walk_backward(const Backward<T>& call, int k, const SharedMem
                                  const float* history, const PartialSums& partial, cudaStream_t stream) {
   const Problem& p = call.problem;
   const WalkPlan plan = plan_walk_backward(call, k, memory);
-  const int64_t width = positions_of(p, plan) * plan.slab();
+  const int64_t width = positions_of(p, plan.direction) * plan.slab();
   const int threads = round_to_warps(width < 512 ? width : 512);
   const int64_t floats = 6 * width > 2 * threads ? 6 * width : 2 * threads;
   const size_t bytes = floats * sizeof(float);

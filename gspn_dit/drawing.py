@@ -1,4 +1,4 @@
-"""Many images into one folder, by any number of processes, in as many runs as it takes.
+"""Images into files: many into one folder, by any number of processes, in as many runs as it takes; or one grid.
 
     settings.json      what the images are a function of; written first
     labels.csv         file,label of every image there will be
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from gspn_dit.diffusion import image_generator
 from gspn_dit.errors import InputError
 from gspn_dit.files import begin_or_continue, replacing
-from gspn_dit.pictures import save_image
+from gspn_dit.pictures import save_grid, save_image
 from gspn_dit.pipeline import GSPNDiTPipeline
 
 SETTINGS_FILE = "settings.json"
@@ -113,6 +113,24 @@ def draw_missing(
                 next_look = now + 100 * (time.monotonic() - now)  # at most a hundredth of the time goes into this
         processes.wait_for_everyone()
         bar.update(len(labels) - bar.n)
+
+
+def draw_grid(pipe: GSPNDiTPipeline, path: Path, *, count: int, seed: int, **options: Any) -> None:
+    """Draw `count` images into one PNG, the classes spread over them; image i is a function of (seed, i).
+
+    Args:
+        pipe: On the device to draw on.
+        path: The file; its folder is made.
+        count: How many images.
+        seed: Of their noise.
+        options: Of the pipeline's call.
+    """
+    classes = pipe.transformer.config.num_classes
+    labels = [i * classes // count if count < classes else i % classes for i in range(count)]
+    generators = [image_generator(seed, i) for i in range(count)]
+    images = pipe(labels, generator=generators, output_type="uint8", **options).images
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(images, path)
 
 
 def weights_sha256(*modules: nn.Module) -> str:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from gspn_dit.devices import choose_device
-from gspn_dit.diffusion import image_generator
-from gspn_dit.errors import InputError
+from gspn_dit.drawing import draw_grid
+from gspn_dit.files import new_folder, require_new
 from gspn_dit.model_card import GRID_FILE, model_card
 from gspn_dit.options import command
-from gspn_dit.pictures import save_grid
 from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline
 
 GRID_IMAGES = 16
@@ -40,19 +38,15 @@ class Options:
 def main(options: Options) -> None:
     """Write a run's newest checkpoint as a saved pipeline."""
     out = Path(options.out)
-    if out.exists():
-        raise InputError(f"out={options.out!r}: exists already; remove it or name another folder")
+    require_new(out)
     checkpoint = find_checkpoint(options.model)
     pipeline = load_pipeline(checkpoint or options.model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        folder = Path(temporary) / out.name
+    with new_folder(out) as folder:
         pipeline.save_pretrained(folder)
         for path in folder.rglob("*.json"):
             _forget_origin(path)
         save_samples(pipeline, checkpoint, folder / GRID_FILE)
         (folder / "README.md").write_text(model_card(pipeline, checkpoint))
-        folder.rename(out)
     print(f"{options.model} as a pipeline: {out}")
 
 
@@ -62,11 +56,8 @@ def save_samples(pipe: GSPNDiTPipeline, checkpoint: Path | None, path: Path) -> 
     if drawn and drawn.is_file():
         shutil.copyfile(drawn, path)
         return
-    classes = pipe.transformer.config.num_classes
-    labels = [i * classes // GRID_IMAGES if classes > GRID_IMAGES else i % classes for i in range(GRID_IMAGES)]
-    generators = [image_generator(0, i) for i in range(GRID_IMAGES)]
     pipe.set_progress_bar_config(desc=path.name)
-    save_grid(pipe.to(choose_device())(labels, generator=generators, output_type="uint8").images, path)
+    draw_grid(pipe.to(choose_device()), path, count=GRID_IMAGES, seed=0)
 
 
 def _forget_origin(path: Path) -> None:

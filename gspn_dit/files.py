@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +38,31 @@ def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: 
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)
     path.chmod(mode)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_new(folder: Path) -> None:
+    """Raise :class:`InputError` if the folder that a command's `out` names is there already."""
+    if folder.exists():
+        raise InputError(f"out={str(folder)!r}: exists already; remove it or name another folder")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary path to make a folder at; it becomes `folder` if the block ends well, and else goes.
+
+    Raises :class:`InputError` if there is one already.
+    """
+    require_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        yield Path(temporary) / folder.name
+        (Path(temporary) / folder.name).rename(folder)
 
 
 def write_json(path: str | os.PathLike, value: dict[str, Any]) -> None:

@@ -22,7 +22,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from gspn_dit import models
 from gspn_dit.config import Config
 from gspn_dit.data import decode, load_vae
 from gspn_dit.data.tiling import decode_in_tiles
@@ -32,6 +31,7 @@ from gspn_dit.diffusion.sampling import Generators
 from gspn_dit.diffusion.schedulers import own_shift, shifted
 from gspn_dit.errors import InputError
 from gspn_dit.models.chunks import scaled_chunks
+from gspn_dit.models.presets import FAMILIES
 from gspn_dit.runs import list_checkpoints
 from gspn_dit.weights import NAMED, packaged
 
@@ -257,6 +257,22 @@ class GSPNDiTPipeline(DiffusionPipeline):
         return images / np.float32(255) if output_type == "np" else [Image.fromarray(image) for image in images]
 
 
+def pipeline_of(
+    config: Config, transformer: ModelMixin, vae: AutoencoderKL, class_names: list[str] | None
+) -> GSPNDiTPipeline:
+    """The pipeline of a run's model, with the run's sampler, guidance and steps as defaults."""
+    sampling = config.sampling
+    return GSPNDiTPipeline(
+        transformer,
+        vae,
+        create_scheduler(config.diffusion.objective, sampling.sampler),
+        class_names,
+        guidance_scale=sampling.guidance_scale,
+        guidance_interval=list(sampling.guidance_interval),
+        num_inference_steps=sampling.num_inference_steps,
+    )
+
+
 def load_pipeline(path: str | os.PathLike) -> GSPNDiTPipeline:
     """The pipeline of a run (its newest checkpoint), of one checkpoint, of an exported folder, `digits` or `photos`.
 
@@ -307,19 +323,13 @@ def _newest_checkpoint(folder: Path) -> Path:
 def _load_checkpoint(folder: Path) -> GSPNDiTPipeline:
     config = Config.load(folder / "config.yaml")
     kind = json.loads((folder / "ema" / "config.json").read_text()).get("_class_name")
-    if kind not in models.__all__ or not kind:
+    family = next((family for family in FAMILIES.values() if family.__name__ == kind), None)
+    if family is None:
         raise InputError(f"{folder / 'ema' / 'config.json'}: _class_name={kind!r} is no model of gspn_dit.models")
+    transformer = family.from_pretrained(folder / "ema", use_safetensors=True)
+    vae = load_vae(config.data.vae)
     names = folder / "class_names.json"
-    sampling = config.sampling
-    return GSPNDiTPipeline(
-        transformer=getattr(models, kind).from_pretrained(folder / "ema", use_safetensors=True),
-        vae=load_vae(config.data.vae),
-        scheduler=create_scheduler(config.diffusion.objective, sampling.sampler),
-        class_names=json.loads(names.read_text()) if names.is_file() else None,
-        guidance_scale=sampling.guidance_scale,
-        guidance_interval=list(sampling.guidance_interval),
-        num_inference_steps=sampling.num_inference_steps,
-    )
+    return pipeline_of(config, transformer, vae, json.loads(names.read_text()) if names.is_file() else None)
 
 
 def _is_number(label: str) -> bool:

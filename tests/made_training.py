@@ -1,6 +1,7 @@
 """Tiny training runs, in this process or in several: their options, and what they leave."""
 
 import csv
+import time
 from pathlib import Path
 
 from gspn_dit.config import Config
@@ -37,3 +38,13 @@ def rows(run):
 def losses(run):
     """Step and exact loss of every line of metrics.csv."""
     return [(int(row["step"]), row["loss"]) for row in rows(run)]
+
+
+def wait_for(run, lines=1, process=None):
+    """Until metrics.csv has that many lines; a process that is given is to live until then."""
+    deadline = time.monotonic() + 120
+    while not ((Path(run) / "metrics.csv").is_file() and len(rows(run)) >= lines):
+        if process is not None:
+            assert process.poll() is None, f"the run ended: {process.stdout and process.stdout.read()[-4000:]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

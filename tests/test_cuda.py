@@ -54,10 +54,11 @@ def kernel(request):
 
 
 def operands(b, h, w, c, k, g, *, dtype=torch.float32, device="cpu"):
-    """Random x, gates, λ, u, f, s and dy, new ones in every run."""
+    """Random x, gates, λ, u, f, s and dy, the same in every run."""
+    random = torch.Generator().manual_seed(0)
     shapes = (b, h, w, c), (b, h, w, k, 3, g), (b, h, w, k, g), (b, h, w, k, g), (b, h, w, c)
-    *tensors, grad = (torch.randn(shape, dtype=torch.float64).to(device, dtype) for shape in shapes)
-    decay, scale = torch.rand(k, c, device=device), torch.randn(k, c, device=device)
+    *tensors, grad = (torch.randn(shape, generator=random, dtype=torch.float64).to(device, dtype) for shape in shapes)
+    decay, scale = (draw(k, c, generator=random).to(device) for draw in (torch.rand, torch.randn))
     return [*tensors, decay, scale, grad]
 
 
@@ -179,7 +180,8 @@ def test_ones_count_the_lines_of_the_chunk(kernel, direction, chunk):
 def test_logits_of_any_size_stay_finite(kernel):
     x, _, *others = operands(1, 6, 5, 8, 4, 2, device=kernel.device)
     sizes = torch.tensor([-1e4, -80.0, 0.0, 80.0, 1e4], device=kernel.device)
-    gates = sizes[torch.randint(5, (1, 6, 5, 4, 3, 2), device=kernel.device)]
+    random = torch.Generator().manual_seed(0)
+    gates = sizes[torch.randint(5, (1, 6, 5, 4, 3, 2), generator=random).to(kernel.device)]
     check(kernel, x, gates, *others, 0, [0, 1, 2, 3])
 
 

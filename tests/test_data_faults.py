@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -17,6 +16,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.runs import list_checkpoints
 from gspn_dit.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 SHARD = "shard-00001.safetensors"
 
 
@@ -39,12 +39,6 @@ def store(intact, tmp_path):
     for path in intact.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def training(source, run):

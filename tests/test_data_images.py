@@ -116,6 +116,16 @@ def test_imagefolder_is_sorted_and_labelled_by_class(folder):
     assert images[0][0].shape == (3, 16, 16)
 
 
+def test_classes_called_by_numbers_are_in_alphabetical_order(tmp_path):
+    for name in ("10", "2", "1"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16), (10 * int(name),) * 3).save(tmp_path / name / "image.png")
+    images = open_images(tmp_path, 16)
+    assert images.class_names == ["1", "10", "2"]
+    pairs = [images[i] for i in range(3)]
+    assert [(int(image[0, 0, 0]), label) for image, label in pairs] == [(10, 0), (100, 1), (20, 2)]
+
+
 def test_imagefolder_names_and_counts_unreadable_files_and_goes_on(folder):
     whole = (folder / "b/5.JPEG").read_bytes()
     (folder / "b/5.JPEG").write_bytes(whole[: len(whole) // 2])
@@ -180,9 +190,34 @@ def test_centre_crop_halves_with_a_box_filter():
 
 
 def test_centre_crop_takes_the_centre():
-    pixels = np.zeros((32, 96, 3), np.uint8)
+    """Of a wide and of a tall image."""
+    pixels = np.zeros((32, 97, 3), np.uint8)
     pixels[:, 32:64] = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
-    assert (np.asarray(centre_crop(Image.fromarray(pixels), 32)) == pixels[:, 32:64]).all()
+    centre = pixels[:, 32:64]
+    assert (np.asarray(centre_crop(Image.fromarray(pixels), 32)) == centre).all()
+    tall = Image.fromarray(pixels.transpose(1, 0, 2))
+    assert (np.asarray(centre_crop(tall, 32)) == centre.transpose(1, 0, 2)).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "halves", "resized", "corner"),
+    [
+        ((71, 53), [], (43, 32), (5, 0)),
+        ((53, 63), [], (32, 38), (0, 3)),
+        ((149, 211), [(74, 105), (37, 52)], (32, 45), (0, 6)),
+        ((65, 64), [(32, 32)], (32, 32), (0, 0)),
+        ((29, 19), [], (49, 32), (8, 0)),
+    ],
+)
+def test_centre_crop_halves_then_resizes_bicubically_then_crops(size, halves, resized, corner):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    cropped = centre_crop(image, 32)
+    for half in halves:
+        image = image.resize(half, Image.Resampling.BOX)
+    (left, top), image = corner, image.resize(resized, Image.Resampling.BICUBIC)
+    expected = np.asarray(image)[top : top + 32, left : left + 32]
+    np.testing.assert_array_equal(np.asarray(cropped), expected)
 
 
 def test_every_mode_becomes_the_rgb_one_sees():

@@ -1,16 +1,13 @@
 """Reference files in ADM's format: made, read back, and shared out over processes."""
 
 import json
-import os
-import subprocess
-import sys
 import tracemalloc
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launched import finish, launch
 from made_inception import random_inception, write_noise
 
 from gspn_dit.data import LatentStore, decode, encode, load_vae, open_images, sample_posterior
@@ -26,7 +23,6 @@ from gspn_dit.fid.reference import Options, choose, main, open_source
 from gspn_dit.options import command
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(rank-deficient|so no sfid|no precision)")
-ROOT = Path(__file__).parents[1]
 COUNT = 12
 KEPT = 8
 
@@ -65,15 +61,13 @@ class one_thread:
         torch.set_num_threads(self.threads)
 
 
-def launch(processes, script, options):
-    """Run a script under accelerate, as a user does."""
-    arguments = [f"--{key}={value}" for key, value in options.items()]
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
-         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-         script, *arguments],
-        check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT,
-    )  # fmt: skip
+def launch_two(script, options, logs):
+    """Run a script in two processes; what each has printed."""
+    launcher = ["--multi_gpu", "--log_dir", logs, "--tee", 1]
+    finish(launch(2, script, *(f"--{key}={value}" for key, value in options.items()), launcher=launcher))
+    printed = {file.parent.name: file.read_text() for file in logs.glob("*/attempt_0/*/stdout.log")}
+    assert sorted(printed) == ["0", "1"]
+    return printed["0"], printed["1"]
 
 
 @pytest.mark.slow
@@ -116,7 +110,8 @@ def test_scoring_against_the_file_is_scoring_against_its_images(inception, folde
 @pytest.mark.slow
 def test_two_processes_make_the_reference_of_one(inception, folder, reference, tmp_path):
     options = {"data": folder, "out": tmp_path / "two.npz", "num-images": KEPT, "weights": inception[1]}
-    launch(2, "fid/reference.py", options)
+    first, second = launch_two("fid/reference.py", options, tmp_path / "logs")
+    assert f"statistics of {COUNT} images" in first and second == ""
     with np.load(reference) as one, np.load(tmp_path / "two.npz") as two:
         np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
         for name in ("mu", "sigma", "mu_s", "sigma_s"):
@@ -130,12 +125,12 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     arrays = {"arr_0": torch.stack(images).permute(0, 2, 3, 1).numpy(), "labels": np.array(labels)}
     np.savez_compressed(tmp_path / "samples.npz", **arrays)
     options = {"samples": tmp_path / "samples.npz", "reference": "digits:test", "features": "digits"}
-    done = launch(2, "fid/evaluate.py", {**options, "out": tmp_path / "two.json"})
+    first, second = launch_two("fid/evaluate.py", {**options, "out": tmp_path / "two.json"}, tmp_path / "logs")
     with one_thread():
         arguments = [f"--{key}={value}" for key, value in {**options, "out": tmp_path / "one.json"}.items()]
         command(score, ScoreOptions, prog="fid/evaluate.py", argv=arguments)
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert json.loads(done.stdout) == two  # one of them prints
+    assert json.loads(first) == two and second == ""  # one of them prints
     assert {"fd", "inception_score", "precision", "recall", "class_accuracy"} <= set(two)
     assert set(one) == set(two)
     for key, value in two.items():

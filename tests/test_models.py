@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import runpy
 import subprocess
 import sys
 
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import gspn_dit
@@ -17,8 +19,9 @@ from gspn_dit.models import DiT, GSPNDiT, create_model, list_models
 from gspn_dit.models import __main__ as table
 from gspn_dit.models.counting import count_macs, count_parameters
 from gspn_dit.models.dit import Attention
-from gspn_dit.models.embeddings import sincos_positions
+from gspn_dit.models.embeddings import TimestepEmbedding, sincos_positions
 from gspn_dit.models.gspn import GSPNBlock
+from gspn_dit.models.layers import SquaredReLU
 
 SMALL = {
     "dit-ti-2": {"width": 32, "depth": 3, "num_heads": 2},
@@ -135,6 +138,47 @@ def test_positions_are_sines_and_cosines_of_column_then_row(height, width):
             angles = [[place * f for f in frequencies] for place in (column, row)]
             closed = [wave(angle) for axis in angles for wave in (math.sin, math.cos) for angle in axis]
             torch.testing.assert_close(table[row, column], torch.tensor(closed), atol=1e-5, rtol=0)
+
+
+def test_times_are_cosines_then_sines_at_128_frequencies():
+    embedding, waves = TimestepEmbedding(16), []
+    embedding.mlp.register_forward_pre_hook(lambda module, inputs: waves.append(inputs[0]))
+    times = [0.0, 1.0, 123.4, 999.0]
+    embedding(torch.tensor(times))
+    angles = [[t * 10_000 ** (-i / 128) for i in range(128)] for t in times]
+    closed = [[wave(angle) for wave in (math.cos, math.sin) for angle in row] for row in angles]
+    torch.testing.assert_close(waves[0], torch.tensor(closed), atol=2e-4, rtol=0)
+
+
+def test_dit_is_diffusers_dit():
+    """At t = 0 alone: elsewhere diffusers' frequencies end at 1/10000, the published ones one step before."""
+    ours = small("dit-ti-2", depth=2)
+    theirs = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6,
+    ).eval()  # fmt: skip
+    weights, renamed = ours.state_dict(), {}
+    for kind in ("weight", "bias"):
+        renamed[f"pos_embed.proj.{kind}"] = weights[f"x_embedder.proj.{kind}"]
+        renamed[f"proj_out_1.{kind}"] = weights[f"final_layer.adaLN_modulation.1.{kind}"]
+        renamed[f"proj_out_2.{kind}"] = weights[f"final_layer.linear.{kind}"]
+        for i in range(2):
+            a, b = f"blocks.{i}", f"transformer_blocks.{i}"
+            for name, part in zip("qkv", weights[f"{a}.attn.qkv.{kind}"].chunk(3), strict=True):
+                renamed[f"{b}.attn1.to_{name}.{kind}"] = part
+            renamed[f"{b}.attn1.to_out.0.{kind}"] = weights[f"{a}.attn.proj.{kind}"]
+            renamed[f"{b}.norm1.linear.{kind}"] = weights[f"{a}.adaLN_modulation.1.{kind}"]
+            renamed[f"{b}.ff.net.0.proj.{kind}"] = weights[f"{a}.mlp.fc1.{kind}"]
+            renamed[f"{b}.ff.net.2.{kind}"] = weights[f"{a}.mlp.fc2.{kind}"]
+            for name, layer in (("linear_1", 0), ("linear_2", 2)):  # diffusers has a copy in every block
+                renamed[f"{b}.norm1.emb.timestep_embedder.{name}.{kind}"] = weights[f"t_embedder.mlp.{layer}.{kind}"]
+            labels = "embedding_table.weight"
+            renamed[f"{b}.norm1.emb.class_embedder.{labels}"] = weights[f"y_embedder.{labels}"]
+    loaded = theirs.load_state_dict(renamed, strict=False)
+    assert not loaded.unexpected_keys and all("pos_embed" in key for key in loaded.missing_keys)
+    latents, labels = inputs(3)[0], torch.tensor([1, 10, 3])
+    expected = theirs(latents, torch.zeros(3, dtype=torch.long), labels).sample
+    torch.testing.assert_close(ours(latents, torch.zeros(3), labels), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_dit_at_another_size_is_the_dit_made_for_that_size():
@@ -258,6 +302,44 @@ def test_compiles_as_one_graph(name):
         torch.testing.assert_close(one, other)
 
 
+def test_squared_relu_is_zero_below_zero_and_the_square_above():
+    assert SquaredReLU()(torch.tensor([-3.0, -0.5, 0.0, 0.5, 3.0])).tolist() == [0, 0, 0, 0.25, 9]
+    assert isinstance(create_model("gspn-dit-ti-2").blocks[0].mlp.act, SquaredReLU)
+
+
+def test_a_gspn_block_is_its_formula():
+    """y = core(conv₇(W norm(x))), z = conv₃(W y); the block adds W (z ⊙ max(z, 0)) to x, the joined input."""
+    block = small("gspn-ti-2").blocks[3]
+    x, kept = torch.randn(2, 2, 4, 6, 32)
+
+    def filtered(y, conv):
+        return F.conv2d(y.movedim(-1, 1), conv.weight, conv.bias, padding="same", groups=32).movedim(1, -1)
+
+    weight = {name: layer.weight for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+    joined = x @ weight["join"][:, :32].T + kept @ weight["join"][:, 32:].T + block.join.bias
+    normed = F.layer_norm(joined, (32,), block.norm.weight, block.norm.bias)
+    y = block.core(filtered(normed @ weight["proj_in"].T, block.conv_in))
+    z = filtered(y @ weight["proj_core"].T, block.conv_out)
+    expected = joined + (z * z.clamp(min=0)) @ weight["proj_out"].T
+    torch.testing.assert_close(block(x, kept), expected, atol=1e-4, rtol=1e-4)
+    assert (block.conv_in.kernel_size, block.conv_out.kernel_size) == ((7, 7), (3, 3))
+
+
+def test_gspn_keeps_the_first_half_and_joins_it_mirrored_in_the_second():
+    model = small("gspn-ti-2")
+    latents, timesteps, labels = inputs()
+    b = model.blocks
+    condition = (model.t_embedder(timesteps) + model.y_embedder(labels))[:, None, None]
+    x = model.x_embedder(latents) + condition
+    first = b[0](x)
+    second = b[1](first)
+    y = b[4](b[3](b[2](second), second), first)
+    y = F.layer_norm(y, (32,), model.norm.weight, model.norm.bias)
+    shift, scale = model.final_layer.adaLN_modulation(condition).chunk(2, dim=-1)
+    y = model.final_layer.linear(F.layer_norm(y, (32,), eps=1e-6) * (1 + scale) + shift)
+    torch.testing.assert_close(model(latents, timesteps, labels), model.unpatchify(y), atol=1e-4, rtol=1e-4)
+
+
 def test_stochastic_depth_keeps_or_drops_whole_branches_and_rises_with_depth():
     torch.manual_seed(0)
     block = GSPNBlock(16, chunk=2, drop_chance=0.5, joins=False)
@@ -340,12 +422,14 @@ def test_the_package_is_light_to_import_and_finds_its_names():
         _ = gspn_dit.nothing
 
 
-def test_the_table_counts_the_models_asked_for():
-    command = [sys.executable, "-m", "gspn_dit.models", "--names", "[dit-xl-2,gspn-s-2]"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_table_counts_the_models_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["models", "--names", "[dit-xl-2,gspn-s-2]"])
+    runpy.run_module("gspn_dit.models", run_name="__main__", alter_sys=True)
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[1:]] == [
         ["dit-xl-2", "675,129,632", "118.6", "524.5"],
-        ["gspn-s-2", "20,151,812", lines[2].split()[2], lines[2].split()[3]],
+        ["gspn-s-2", "20,151,812", "4.8", "19.2"],
     ]
 
 

@@ -16,6 +16,7 @@ from gspn_dit.models.mixers import MIXERS, GSPNMixer, LinearAttentionMixer
 
 SIZE = {"width": 32, "depth": 3, "num_groups": 2, "sample_size": 8, "num_classes": 10}
 mixers = pytest.mark.parametrize("mixer", MIXERS)
+other_mixers = pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer != "gspn"])  # test_models.py has it
 
 
 def small(mixer: str, **overrides) -> GSPNDiT:
@@ -37,7 +38,7 @@ def on_meta(mixer: str) -> GSPNDiT:
         return create_model("gspn-dit-s-2", mixer=mixer)
 
 
-@mixers
+@other_mixers
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 10), (2, 2)])
 def test_any_size_divisible_by_the_patch(mixer, height, width):
     y = small(mixer)(*inputs(height, width))
@@ -45,7 +46,7 @@ def test_any_size_divisible_by_the_patch(mixer, height, width):
     assert y.isfinite().all()
 
 
-@mixers
+@other_mixers
 def test_save_and_load_is_bit_equal(mixer, tmp_path):
     model = small(mixer)
     model.save_pretrained(tmp_path)
@@ -78,7 +79,7 @@ def test_a_config_from_before_there_was_a_choice_is_of_scans():
     assert GSPNDiT.from_config(config).config.mixer == "gspn"
 
 
-@mixers
+@other_mixers
 def test_bf16_autocast_is_close_to_float32_and_trains(mixer):
     model = small(mixer).train()
     exact = model(*inputs())
@@ -89,13 +90,24 @@ def test_bf16_autocast_is_close_to_float32_and_trains(mixer):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@mixers
+@other_mixers
 def test_compiles_as_one_graph(mixer):
     torch._dynamo.reset()
     model = small(mixer)
     torch.testing.assert_close(
         torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs()), model(*inputs()), atol=1e-4, rtol=1e-4
     )
+
+
+@mixers
+def test_a_mixer_projects_its_normed_groups_and_the_direct_path(mixer):
+    """y = W (mix(v) / its groups' root mean squares + d ⊙ v), v the filtered values."""
+    layer = small(mixer).blocks[0].mixer
+    x = torch.randn(2, 4, 6, 32)
+    value = layer.conv(layer.value(x))
+    groups = layer.mix(value).unflatten(-1, (2, 16))
+    joined = (groups / groups.square().mean(-1, keepdim=True).sqrt()).flatten(-2) + layer.direct * value
+    torch.testing.assert_close(layer(x), layer.proj(joined), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("mixer", "reach"), [("attention", 20), ("linear", 20), ("conv", 4)])

@@ -291,7 +291,7 @@ def test_threads_and_repeats_give_the_same_bits(backend):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_works_under_autocast_and_checkpointing():
+def test_works_under_checkpointing():
     from torch.utils.checkpoint import checkpoint
 
     inputs = operands(1, 4, 4, 8, 4, 2, dtype=torch.float32, requires_grad=True)
@@ -299,8 +299,27 @@ def test_works_under_autocast_and_checkpointing():
     expected = scan(*inputs, chunk=2)
     for a, b in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True):
         assert torch.equal(a, b)
+
+
+def test_autocast_leaves_its_inputs_as_they_are(backend):
+    """Float32 values are scanned in float32; what a linear layer makes of them under autocast, in bfloat16."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 8 + 4 * 4 * 2)
+    *inputs, _, decay, scale = operands(1, 4, 4, 8, 4, 2, dtype=torch.float32)
+    options = {"decay": decay, "scale": scale, "chunk": 2, "backend": backend}
+
+    def mixed():
+        x, gates, lam = layer(inputs[0]).split((8, 24, 8), dim=-1)
+        return propagate(x, gates.unflatten(-1, (4, 3, 2)), lam.unflatten(-1, (4, 2)), **options)
+
     with torch.autocast("cpu", torch.bfloat16):
-        assert scan(*[t.bfloat16() for t in inputs[:4]], *inputs[4:]).dtype == torch.bfloat16
+        exact, rounded = propagate(*inputs, **options), mixed()
+    assert torch.equal(exact, propagate(*inputs, **options))
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - mixed()).norm() < 0.02 * mixed().norm()
+    (grad,) = torch.autograd.grad(rounded.float().square().sum(), layer.weight)
+    (expected,) = torch.autograd.grad(mixed().square().sum(), layer.weight)
+    assert (grad - expected).norm() < 0.03 * expected.norm()
 
 
 def bad_calls():

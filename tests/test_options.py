@@ -1,8 +1,11 @@
 """Options as a person types them: what is taken, and what is answered when it cannot be."""
 
 import dataclasses
+import importlib
 import os
+import typing
 
+import docstring_parser
 import pytest
 
 from gspn_dit.config import Config
@@ -46,6 +49,31 @@ def test_yaml_words_are_words(tmp_path):
     assert config.model.overrides == {"global_layers": [0, -1], "chunk": None}
     assert (config.sampling.sampler, config.sampling.guidance_interval) == (None, (0.2, 0.7))
     assert options("--training.max-steps", "7", "--config", path).training.max_steps == 1000  # later ones win
+
+
+COMMANDS = (
+    *("gspn_dit." + name for name in ("ops.__main__", "models.__main__", "config", "sample", "export", "data.encode")),
+    *("gspn_dit.fid." + name for name in ("classifier", "evaluate", "reference")),
+    *("gspn_dit.training." + name for name in ("budget", "posthoc_ema", "small_vae")),
+    *("benchmarks." + name for name in ("block_budget", "depthwise", "higher", "operator", "quality", "resolution")),
+    "benchmarks.store",
+)
+
+
+def own_options(kind):
+    """A command's dataclass and those within it."""
+    hints = typing.get_type_hints(kind).values()
+    return [kind, *(each for hint in hints if dataclasses.is_dataclass(hint) for each in own_options(hint))]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_every_command_is_explained(name):
+    module = importlib.import_module(name)
+    kind = next(getattr(module, each) for each in ("Options", "SampleOptions", "Config") if hasattr(module, each))
+    for each in own_options(kind):
+        explained = {param.arg_name: param.description for param in docstring_parser.parse(each.__doc__ or "").params}
+        for field in dataclasses.fields(each):
+            assert explained.get(field.name), f"{each.__qualname__}.{field.name}"
 
 
 @pytest.mark.parametrize("text", ["", "# nothing yet\n"])

@@ -211,6 +211,11 @@ def other_channels(ema):
     (ema / "config.json").write_text(json.dumps({**config, "width": 96}))
 
 
+def other_class(ema):
+    config = json.loads((ema / "config.json").read_text())
+    (ema / "config.json").write_text(json.dumps({**config, "_class_name": "create_model"}))
+
+
 def other_names(ema):
     (ema.parent / "class_names.json").write_text("[")
 
@@ -220,7 +225,7 @@ def half_the_weights(ema):
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [other_channels, other_names, half_the_weights])
+@pytest.mark.parametrize("damage", [other_channels, other_class, other_names, half_the_weights])
 def test_a_damaged_checkpoint_is_said_in_one_line(tmp_path, damage):
     run = make_run(tmp_path / "run")
     damage(run / "checkpoints" / "step-0000002" / "ema")

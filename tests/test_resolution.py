@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
-from made_runs import tiny_model, tiny_vae
+from made_runs import tiny_vae
 from PIL import Image
+from test_pipeline import pipeline
 
 from gspn_dit.data import decode
 from gspn_dit.data.tiling import decode_in_tiles, mosaic, tile_side
@@ -19,13 +20,6 @@ from gspn_dit.errors import InputError
 from gspn_dit.models import create_model, layers
 from gspn_dit.models.chunks import scaled_chunks
 from gspn_dit.models.layers import FeedForward
-from gspn_dit.pipeline import GSPNDiTPipeline
-
-
-def pipeline(name="gspn-dit-ti-2", objective="flow", **options) -> GSPNDiTPipeline:
-    pipe = GSPNDiTPipeline(tiny_model(name, objective), tiny_vae(), create_scheduler(objective), **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def chunks(model) -> list[int | None]:

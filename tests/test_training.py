@@ -1,11 +1,12 @@
 """Training as users start it, in one process: real components, tiny models."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,19 +15,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from made_runs import make_run
-from made_training import TRAIN, config, losses, options, rows
+from made_runs import make_run, tiny_vae
+from made_training import TRAIN, config, losses, options, rows, wait_for
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training_stream import make_store
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from gspn_dit.config import Config
+from gspn_dit.data import encode_moments
 from gspn_dit.errors import InputError
 from gspn_dit.models import create_model
+from gspn_dit.models.gspn_dit import GSPNDiTBlock
 from gspn_dit.pipeline import load_pipeline
 from gspn_dit.training.checkpoints import EMA_WEIGHTS, list_checkpoints
-from gspn_dit.training.loop import NonFiniteLoss, train
+from gspn_dit.training.evaluation import draw_samples
+from gspn_dit.training.loop import NonFiniteLoss, clean_latents, train
 from gspn_dit.training.record import running_mean
 from gspn_dit.training.setup import check_launch, start_from
 
@@ -37,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["gspn-dit", "gspn"])
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path, store, model):
-    changes = ["--training.max_steps", 60, "--training.checkpoint_every", 7, "--training.warmup_steps", 5,
+    changes = ["--training.max_steps", 100, "--training.checkpoint_every", 7, "--training.warmup_steps", 5,
                "--training.lr_schedule", "cosine", "--resume", "auto"]  # fmt: skip
     if model == "gspn":  # draws its own random numbers: stochastic depth
         changes += ["--model.name", "gspn-ti-1", "--model.overrides", "{width: 32, depth: 3, stochastic_depth: 0.9}"]
@@ -46,18 +52,80 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path, store, model):
     command = [sys.executable, TRAIN, *options(killed, store, *changes)]
     for kill_after in (9, 30):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while not ((killed / "metrics.csv").is_file() and len(rows(killed)) >= kill_after):
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(killed, kill_after, process)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL and len(rows(killed)) < 100
     subprocess.run(command, check=True, capture_output=True)
     assert losses(killed) == losses(tmp_path / "whole")
-    assert [step for step, _ in losses(killed)] == list(range(1, 61))
+    assert [step for step, _ in losses(killed)] == list(range(1, 101))
     assert len(list_checkpoints(killed)) == 3  # the newest, no more
     assert not list((killed / "checkpoints").glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def mirrored(tmp_path_factory):
+    """A store that holds mirrored latents too."""
+    return make_store(tmp_path_factory.mktemp("mirrored") / "store", flipped=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, mirrored):
+    """The losses of a run of four steps that no option changed."""
+    run = tmp_path_factory.mktemp("plain") / "run"
+    train(config(run, mirrored, "--training.max_steps", 4))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return losses(run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--seed 1",
+        "--diffusion.class_dropout 0.9",
+        "--diffusion.time_sampling logit-normal",
+        "--data.horizontal_flip true",
+        "--training.weight_decay 10",
+        "--training.warmup_steps 8",
+        "--training.lr_schedule cosine",
+        "--training.adam_beta1 0.5",
+        "--training.adam_beta2 0.5",
+        "--training.max_grad_norm 0.01",
+        "--training.mixed_precision bf16",
+    ],
+)
+def test_an_option_is_heeded(tmp_path, mirrored, plain, change):
+    train(config(tmp_path / "run", mirrored, "--training.max_steps", 4, *change.split()))
+    assert losses(tmp_path / "run") != plain
+
+
+def test_a_warm_up_s_first_step_is_a_step_at_its_share_of_the_learning_rate(tmp_path, store):
+    for name, rate, steps in (("warm", 1e-3, 10), ("tenth", 1e-4, 0)):
+        train(config(tmp_path / name, store, "--training.learning_rate", rate, "--training.warmup_steps", steps,
+                     "--training.max_steps", 1))  # fmt: skip
+    warm, tenth = (load_file(list_checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in ("warm", "tenth"))
+    for key in warm:
+        torch.testing.assert_close(warm[key], tenth[key], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["moments", "images"])
+def test_what_is_learned_is_drawn_from_the_posterior(kind):
+    vae, noise = tiny_vae(), torch.randn(2, 4, 8, 8)
+    if kind == "moments":
+        mean, std = torch.randn(2, 4, 8, 8), 3.0
+        batch = {"moments": torch.cat([mean, torch.full_like(mean, 2 * math.log(std))], dim=1)}
+    else:
+        batch = {"image": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)}
+        mean, logvar = encode_moments(vae, batch["image"]).chunk(2, dim=1)
+        std = torch.exp(0.5 * logvar)
+    latents = clean_latents({**batch, "posterior_noise": noise}, vae, vae.config)
+    torch.testing.assert_close(latents, (mean + std * noise) * vae.config.scaling_factor)
+
+
+def test_a_line_s_loss_is_the_mean_since_the_line_before(tmp_path, store):
+    for every in (1, 4):
+        train(config(tmp_path / str(every), store, "--training.log_every", every))
+    each, means = ([float(loss) for _, loss in losses(tmp_path / str(every))] for every in (1, 4))
+    assert means == pytest.approx([sum(each[:4]) / 4, sum(each[4:]) / 4], rel=1e-12)
 
 
 def test_the_mean_loss_between_lines_survives_a_resume(tmp_path, store):
@@ -113,12 +181,31 @@ def test_every_family_learns_the_data(tmp_path, store, name):
     ids=["flow-bf16", "ddpm-bf16", "ddpm-checkpointing", "flow-compile"],
 )
 def test_options_change_speed_and_not_the_losses(tmp_path, store, objective, changes, tolerance):
+    counters.clear()
     for name, more in (("plain", []), ("changed", changes)):
         train(config(tmp_path / name, store, "--diffusion.objective", objective, *more))
         AcceleratorState._reset_state(reset_partial_state=True)
     plain, changed = ([float(loss) for _, loss in losses(tmp_path / name)] for name in ("plain", "changed"))
     assert len(set(plain)) == 8
+    if "--training.mixed_precision" in changes:
+        assert plain != changed
+    if "--training.compile" in changes:
+        assert counters["stats"]["unique_graphs"] > 0
     torch.testing.assert_close(torch.tensor(changed), torch.tensor(plain), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize(("checkpointing", "times"), [("false", 1), ("true", 2)])
+def test_gradient_checkpointing_runs_every_block_twice_a_step(tmp_path, store, monkeypatch, checkpointing, times):
+    runs, forward = [], GSPNDiTBlock.forward
+
+    def counted(block, *inputs):
+        runs.append(block)
+        return forward(block, *inputs)
+
+    monkeypatch.setattr(GSPNDiTBlock, "forward", counted)
+    changes = ["--training.gradient_checkpointing", checkpointing, "--training.max_steps", 2]
+    train(config(tmp_path / "run", store, *changes))
+    assert list(Counter(map(id, runs)).values()) == [2 * times] * 2
 
 
 def test_clipping_bounds_the_step_and_reports_the_whole_norm(tmp_path, store):
@@ -126,6 +213,9 @@ def test_clipping_bounds_the_step_and_reports_the_whole_norm(tmp_path, store):
         train(config(tmp_path / name, store, "--training.max_grad_norm", norm, "--training.max_steps", 1))
     free, clipped = (float(rows(tmp_path / name)[0]["grad_norm"]) for name in ("free", "clipped"))
     assert free == clipped > 1e-4
+    state = load_file(list_checkpoints(tmp_path / "clipped")[-1] / "optimizer.safetensors")
+    first = torch.cat([value.flatten() for key, value in state.items() if key.endswith(".exp_avg")])
+    assert first.norm().item() == pytest.approx((1 - 0.9) * 1e-4, rel=1e-2)  # 1 - β₁ of the clipped gradient
 
 
 def test_accumulation_is_the_configuration_s_whatever_the_environment_says(tmp_path, store, monkeypatch):
@@ -169,7 +259,9 @@ def test_a_run_leaves_what_it_should(tmp_path):
     assert [path.name for path in list_checkpoints(run)] == ["step-0000006"]
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-0000004.png", "step-0000006.png"]
     assert Image.open(run / "loss.png").size[0] > 500
-    assert list((run / "logs").rglob("events*"))
+    events = EventAccumulator(str(next((run / "logs").rglob("events*")).parent)).Reload()
+    tracked = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert tracked == [(step, pytest.approx(float(loss), rel=1e-6)) for step, loss in losses(run)]
     assert Config.load(run / "config.yaml") == Config.load(run / "checkpoints" / "step-0000006" / "config.yaml")
     assert json.loads((run / "class_names.json").read_text()) == [str(digit) for digit in range(10)]
     assert {"step", "loss", "learning_rate", "grad_norm", "images_per_second"} == set(rows(run)[0])
@@ -225,14 +317,23 @@ def test_ways_to_split_a_training_that_its_checkpoints_do_not_know_are_refused(t
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
-def test_sampling_uses_the_averaged_weights(tmp_path, store):
-    run = tmp_path / "run"
-    train(config(run, store, "--training.ema_decay", 0.0))  # the average is the last weights
-    (checkpoint,) = list_checkpoints(run)[-1:]
-    average = load_file(checkpoint / "ema" / "diffusion_pytorch_model.safetensors")
-    weights = load_file(checkpoint / "model.safetensors")
-    assert average.keys() == weights.keys()
-    assert all(torch.equal(average[key], weights[key]) for key in weights)
+def test_the_average_takes_in_the_weights_of_every_step(tmp_path, store):
+    run, decay = tmp_path / "run", 0.25
+    train(config(run, store, "--training.ema_decay", decay, "--training.checkpoint_every", 1))
+    before, after = list_checkpoints(run)[-2:]
+    old, new = (load_file(checkpoint / EMA_WEIGHTS) for checkpoint in (before, after))
+    weights = load_file(after / "model.safetensors")
+    assert old.keys() == new.keys() == weights.keys()
+    for key in weights:
+        torch.testing.assert_close(new[key], decay * old[key] + (1 - decay) * weights[key], rtol=0, atol=1e-6)
+
+
+def test_a_training_grid_is_what_the_checkpoint_draws(tmp_path):
+    run, again = tmp_path / "run", tmp_path / "again.png"
+    options = config(run, "digits", "--training.sample_every", 8, "--training.learning_rate", 1e-2)
+    train(options)
+    draw_samples(load_pipeline(run), options, again)
+    assert again.read_bytes() == (run / "samples" / "step-0000008.png").read_bytes()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, store):

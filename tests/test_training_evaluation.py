@@ -3,28 +3,24 @@
 import csv
 import shutil
 
+import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from made_training import config, losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_fid_images import write_images
 
 from gspn_dit.errors import InputError
 from gspn_dit.fid.evaluate import evaluate
+from gspn_dit.pipeline import GSPNDiTPipeline
 from gspn_dit.runs import list_checkpoints
 from gspn_dit.training import evaluation
 from gspn_dit.training.loop import train
 from gspn_dit.training.record import Record
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 SCORED = ["--evaluation.every", 2, "--evaluation.num_samples", 12, "--evaluation.reference", "digits:test",
           "--evaluation.features", "digits", "--evaluation.batch_size", 5, "--training.checkpoint_every", 2,
           "--training.max_steps", 4]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """A process has one accelerator for life; here several runs share a process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def scores(run):
@@ -46,6 +42,20 @@ def test_scores_go_to_the_record_and_the_trackers_and_survive_a_resume(tmp_path)
     shutil.rmtree(list_checkpoints(cut)[-1])
     train(config(cut, "digits", *SCORED, "--resume", "auto"))
     assert scores(cut) == scores(run) and losses(cut) == losses(run)
+
+
+def test_the_grid_and_the_evaluation_draw_what_their_options_say(tmp_path, monkeypatch):
+    drawn, call = [], GSPNDiTPipeline.__call__
+
+    def spied(pipe, labels, **options):
+        drawn.append((len(labels), options.get("guidance_scale", pipe.config.guidance_scale)))
+        return call(pipe, labels, **options)
+
+    monkeypatch.setattr(GSPNDiTPipeline, "__call__", spied)
+    train(config(tmp_path / "run", "digits", *SCORED, "--evaluation.every", 4, "--evaluation.guidance_scale", 3,
+                 "--training.sample_every", 4, "--sampling.num_images", 6, "--sampling.guidance_scale", 2))  # fmt: skip
+    assert drawn == [(6, 2), (5, 3), (5, 3), (2, 3)]
+    assert scores(tmp_path / "run")[0]["num_samples"] == "12.0"
 
 
 def test_a_failing_evaluation_or_grid_warns_and_training_goes_on(tmp_path, monkeypatch, capsys):
@@ -79,9 +89,14 @@ def test_scores_of_other_columns_are_kept_aside(tmp_path):
 
 
 def test_what_cannot_be_evaluated_stops_at_start(tmp_path):
+    write_images(tmp_path / "small", size=(16, 16))
+    np.savez_compressed(tmp_path / "of-inception.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
     for changes, named in (
         (["--evaluation.reference", tmp_path / "nowhere"], r"^evaluation\.reference="),
         (["--evaluation.weights", tmp_path / "nowhere"], r"^evaluation\.weights="),
+        (["--evaluation.reference", tmp_path / "small"], r"^evaluation\.reference=.*its images are 16x16"),
+        (["--evaluation.reference", tmp_path / "of-inception.npz"], r"^evaluation\.reference=.*Inception's features"),
+        (["--data.source", "photos", "--data.image_size", 64], r"^evaluation\.features='digits': takes 32x32.* 64x64"),
     ):
         with pytest.raises(InputError, match=named):
             train(config(tmp_path / "run", "digits", *SCORED, *changes))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from made_faults import finished, killed_at, limited_to, start, text
-from made_training import ROOT, config, losses, options, rows
+from made_training import ROOT, config, losses, options, rows, wait_for
 from safetensors.torch import load_file, save_file
 from test_training_stream import make_store
 
@@ -219,15 +219,17 @@ def test_two_runs_in_one_folder(tmp_path, store):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sigterm_saves_a_checkpoint_and_ends_the_run_well(tmp_path, store, workers):
     run, log = tmp_path / "run", tmp_path / "log"
-    changes = ["--training.max_steps", 60, "--training.checkpoint_every", 1000, "--data.num_workers", workers]
-    process = start(options(run, store, *changes), log)
+    changes = ["--training.checkpoint_every", 100_000, "--data.num_workers", workers]
+    process = start(options(run, store, *changes, "--training.max_steps", 100_000), log)
     wait_for(run, 3)
     os.killpg(process.pid, signal.SIGTERM)  # to its data workers too, as a scheduler may
     sent = time.monotonic()
     assert finished(process) == 0, text(log)
     assert time.monotonic() - sent < 30
     (checkpoint,) = list_checkpoints(run)
-    assert f"SIGTERM: stopped after step {checkpoint_step(checkpoint)}, saved as {checkpoint}" in text(log)
+    step = checkpoint_step(checkpoint)
+    assert f"SIGTERM: stopped after step {step}, saved as {checkpoint}" in text(log)
+    changes += ["--training.max_steps", step + 10]
     train(config(run, store, *changes, "--resume", "auto"))
     train(config(tmp_path / "whole", store, *changes))
     assert losses(run) == losses(tmp_path / "whole")
@@ -244,20 +246,11 @@ def rewrite_sums(checkpoint):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"files": _sums(checkpoint)}))
 
 
-def wait_for(run, lines=1):
-    """Until metrics.csv has that many lines."""
-    deadline = time.monotonic() + 60
-    while not ((run / "metrics.csv").is_file() and len(rows(run)) >= lines):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_checkpoint_of_another_version_is_refused_by_the_weights_name(run, store):
     newest = list_checkpoints(run)[-1]
     weights = load_file(newest / "model.safetensors")
     name = next(key for key in weights if key.endswith("mixer.scale"))
     save_file(weights | {name: weights[name][:, :1].clone()}, newest / "model.safetensors")
-    metadata = json.loads((newest / "metadata.json").read_text())
-    (newest / "metadata.json").write_text(json.dumps(metadata | {"files": _sums(newest)}))
+    rewrite_sums(newest)
     with pytest.raises(InputError, match=rf"{re.escape(name)} has shape \(4, 1\), the model's has .*train anew"):
         train(config(run, store, *RESUME))

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from made_training import config
 from safetensors.torch import load_file
 from test_training_stream import make_store
@@ -28,14 +27,8 @@ from gspn_dit.training.posthoc_ema import (
     main,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STEPS = 2000
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """A process has one accelerator for life; here several runs share a process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def snapshot(step, sigma_rel):
@@ -167,6 +160,9 @@ def test_bad_input_is_named(tmp_path):
     train(config(tmp_path / "other", store, "--training.max_steps", 4, "--training.posthoc_ema_every", 2))
     with pytest.raises(InputError, match=r"^step=3: .*nearest is 2, the newest 4"):
         main(Options(run=str(tmp_path / "other"), sigma_rel=0.1, out=str(tmp_path / "out"), step=3))
+    (tmp_path / "other" / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"^run=.*has no config\.yaml"):
+        main(Options(run=str(tmp_path / "other"), sigma_rel=0.1, out=str(tmp_path / "out")))
     with pytest.raises(InputError, match=r"^sigma_rel=0\.3"):
         Options(run="run", sigma_rel=0.3, out="out")
     assert not (tmp_path / "out").exists()

@@ -3,14 +3,12 @@
 import json
 import shutil
 import signal
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from launched import finish, kill_one_process, launch
-from made_training import ROOT, TRAIN, TRAIN_MANY, config, losses, options, rows
+from made_training import ROOT, TRAIN, TRAIN_MANY, config, losses, options, rows, wait_for
 from safetensors.torch import load_file
 from test_training_evaluation import SCORED, scores
 
@@ -110,12 +108,3 @@ def test_an_error_under_the_launcher_is_one_line(tmp_path, store):
     printed = finish(launch(2, TRAIN, *options(tmp_path / "run", tmp_path / "nowhere")), status=1)
     (said,) = [line for line in printed.splitlines() if "error: " in line and "train_dit.py" in line]
     assert "data.source=" in said and not (tmp_path / "run").exists()
-
-
-def wait_for(run, lines, process):
-    """Until metrics.csv has that many lines."""
-    deadline = time.monotonic() + 60
-    while not ((Path(run) / "metrics.csv").is_file() and len(rows(run)) >= lines):
-        assert process.poll() is None, process.stdout.read()[-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

@@ -6,7 +6,7 @@ import os
 
 from gspn_dit.data.digits import Digits
 from gspn_dit.data.imagefolder import ImageFolder
-from gspn_dit.data.images import ImageDataset, UnreadableImage
+from gspn_dit.data.images import ImageDataset
 from gspn_dit.data.latents import LatentStore, how_to_encode, is_latent_store, is_unfinished_store
 from gspn_dit.data.photos import Photos
 from gspn_dit.data.vae import decode, downsampling, encode_moments, load_vae, sample_posterior
@@ -15,10 +15,10 @@ from gspn_dit.errors import InputError
 __all__ = [
     "ImageDataset",
     "LatentStore",
-    "UnreadableImage",
     "decode",
     "downsampling",
     "encode_moments",
+    "how_to_encode",
     "is_latent_store",
     "load_vae",
     "open_images",

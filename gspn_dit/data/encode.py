@@ -7,7 +7,9 @@ still missing matters to a run, so one that was killed goes on with any number o
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +29,8 @@ from gspn_dit.errors import InputError, renamed
 from gspn_dit.files import begin_or_continue
 from gspn_dit.options import command, require
 from gspn_dit.weights import NAMED
+
+Batch = tuple[Tensor, list[int], list[UnreadableImage]]  # images (n, 3, H, W), their labels, files without one
 
 
 @dataclass
@@ -139,35 +143,38 @@ def encode_shards(
     loader = iter(
         DataLoader(_Loadable(images), batch_sampler=batches, num_workers=options.num_workers, collate_fn=_together)
     )
-    side = options.image_size // downsampling(vae)
-    empty = torch.empty(0, 2 * vae.config.latent_channels, side, side)
     with tqdm(total=sum(map(len, shards.values())), desc="encode", unit="image", disable=not show) as bar:
         for name, indices in shards.items():
-            moments, flipped, labels, skipped = [empty], [empty], [], []
-            for _ in range(0, len(indices), step):
-                pixels, batch_labels, faults = next(loader)
-                for unreadable in faults:
-                    bar.write(f"unreadable image, left out: {unreadable}")
-                    skipped.append(unreadable.path)
-                if batch_labels:
-                    pixels = pixels.to(vae.device)
-                    moments.append(encode_moments(vae, pixels).cpu())
-                    if options.horizontal_flip:
-                        flipped.append(encode_moments(vae, pixels.flip(-1)).cpu())
-                    labels += batch_labels
-                bar.update(len(batch_labels) + len(faults))
-            write_shard(
-                out / name,
-                half(moments),
-                half(flipped) if options.horizontal_flip else None,
-                torch.tensor(labels, dtype=torch.int64),
-                skipped,
-            )
+            of_shard = islice(loader, len(range(0, len(indices), step)))
+            write_shard(out / name, *encode_shard(of_shard, vae, options, bar))
 
 
-def _together(
-    samples: list[tuple[Tensor, int] | UnreadableImage],
-) -> tuple[Tensor, list[int], list[UnreadableImage]]:
+def encode_shard(
+    batches: Iterable[Batch], vae: AutoencoderKL, options: Options, bar: tqdm
+) -> tuple[Tensor, Tensor | None, Tensor, list[str]]:
+    """What :func:`write_shard` writes of a shard's batches: moments, those of the mirror images, labels, skipped files.
+
+    Raises :class:`InputError` if a moment is not finite in float16.
+    """
+    side = options.image_size // downsampling(vae)
+    empty = torch.empty(0, 2 * vae.config.latent_channels, side, side)
+    moments, flipped, labels, skipped = [empty], [empty], [], []
+    for pixels, batch_labels, faults in batches:
+        for unreadable in faults:
+            bar.write(f"unreadable image, left out: {unreadable}")
+            skipped.append(unreadable.path)
+        if batch_labels:
+            pixels = pixels.to(vae.device)
+            moments.append(encode_moments(vae, pixels).cpu())
+            if options.horizontal_flip:
+                flipped.append(encode_moments(vae, pixels.flip(-1)).cpu())
+            labels += batch_labels
+        bar.update(len(batch_labels) + len(faults))
+    mirrored = half(flipped) if options.horizontal_flip else None
+    return half(moments), mirrored, torch.tensor(labels, dtype=torch.int64), skipped
+
+
+def _together(samples: list[tuple[Tensor, int] | UnreadableImage]) -> Batch:
     """The images (n, 3, H, W) of those that could be read, their labels, and the others.
 
     In one tensor, for each that a worker sends holds a file descriptor.

@@ -14,7 +14,6 @@ write any shard, and a store is the same however many wrote it or how often it w
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
 import os
 from collections.abc import Collection
@@ -25,13 +24,12 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from gspn_dit.errors import InputError
-from gspn_dit.files import replacing, write_json
+from gspn_dit.files import replacing, save_tensors, sha256, write_json
 
 FORMAT_VERSION = 1
 
@@ -183,7 +181,7 @@ def verify(folder: str | os.PathLike) -> int:
         except InputError as error:
             faults.append(str(error).partition(":")[0])
             continue
-        if checksum(folder / shard["file"]) != shard["sha256"]:
+        if sha256(folder / shard["file"]) != shard["sha256"]:
             faults.append(f"shard {folder / shard['file']} has changed since it was written")
     if faults:
         raise InputError(f"{'; '.join(faults)}: {REMEDY}")
@@ -194,8 +192,7 @@ def write_shard(path: Path, moments: Tensor, flipped: Tensor | None, labels: Ten
     """Write one shard, atomically; `skipped` names the files of its range that could not be read."""
     tensors = {"moments": moments, "labels": labels} | ({} if flipped is None else {"moments_flipped": flipped})
     with replacing(path) as temporary:
-        # safetensors' own save_file makes files that no other user may read
-        temporary.write_bytes(save(tensors, metadata={"skipped": json.dumps(skipped)}))
+        save_tensors(tensors, temporary, {"skipped": json.dumps(skipped)})
 
 
 def write_manifest(
@@ -253,7 +250,7 @@ def _known_checksums(folder: Path, rewritten: Collection[str]) -> dict[str, str]
     return {shard["file"]: shard["sha256"] for shard in shards if shard["file"] not in rewritten}
 
 
-def describe_shard(path: Path, num_classes: int, sha256: str | None = None) -> dict[str, Any]:
+def describe_shard(path: Path, num_classes: int, known_sha256: str | None = None) -> dict[str, Any]:
     """What the manifest needs to know of a shard, whose checksum is computed unless it is given.
 
     Raises :class:`InputError` if the shard is damaged.
@@ -270,7 +267,7 @@ def describe_shard(path: Path, num_classes: int, sha256: str | None = None) -> d
         "file": path.name,
         "count": count,
         "bytes": path.stat().st_size,
-        "sha256": sha256 or checksum(path),
+        "sha256": known_sha256 or sha256(path),
         "shape": shape,
         "class_counts": labels.bincount(minlength=num_classes).tolist(),
         "skipped": skipped,
@@ -314,9 +311,3 @@ def check_labels(path: Path, labels: Tensor, num_classes: int) -> None:
             f"shard {path} holds labels outside 0 … {num_classes - 1} "
             f"({len(wrong)} of {len(labels)}, first {int(labels[first])} at its image {first}): {REMEDY}"
         )
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,13 +15,13 @@ from typing import Literal, Self
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from gspn_dit.data import open_images
 from gspn_dit.errors import InputError
-from gspn_dit.files import replacing
+from gspn_dit.files import replacing, save_tensors
 from gspn_dit.options import command, require
 
 NUM_FEATURES = 64
@@ -208,7 +208,7 @@ def main(options: Options) -> None:
     print(f"held-out accuracy: {accuracy(model, *images_and_labels(kind, 'test')):.2%}")
 
     with replacing(out) as temporary:
-        temporary.write_bytes(save(model.state_dict()))
+        save_tensors(model.state_dict(), temporary)
     print(f"weights: {out} ({out.stat().st_size / 1e6:.2f} MB)")
 
 

@@ -120,7 +120,7 @@ def evaluate(
     given = reference if isinstance(reference, ReferenceStatistics) else None
     reference_images = given.images if given else reference
     _check_samples(samples, extractor)
-    _check_reference(reference, reference_images, samples, extractor)
+    check_reference(reference, samples.image_size, extractor)
     widths = layer_widths(extractor, samples.image_size)
     has_neighbours = reference_images is not None and min(len(samples), len(reference_images)) > NEIGHBOURS
     if processes.is_main:
@@ -251,20 +251,23 @@ def _check_samples(samples: ImageSet, extractor: Extractor) -> None:
         )
 
 
-def _check_reference(
-    reference: ImageSet | ReferenceStatistics, images: ImageSet | None, samples: ImageSet, extractor: Extractor
+def check_reference(
+    reference: ImageSet | ReferenceStatistics, image_size: tuple[int, int], extractor: Extractor
 ) -> None:
-    if isinstance(reference, ReferenceStatistics) and extractor.name != "inception":
+    """Raise :class:`InputError` if samples of that (height, width) cannot be compared with the reference."""
+    given = isinstance(reference, ReferenceStatistics)
+    if given and extractor.name != "inception":
         raise InputError(
             f"reference={reference.source}: its mu and sigma are of Inception's features, not of "
             f"features={extractor.name}; wanted images"
         )
+    images = reference.images if given else reference
     if images is None:
         return
-    if not isinstance(reference, ReferenceStatistics):
+    if not given:
         _check_images("reference", images, extractor)
-    if images.image_size != samples.image_size:
-        (height, width), (sample_height, sample_width) = images.image_size, samples.image_size
+    if images.image_size != image_size:
+        (height, width), (sample_height, sample_width) = images.image_size, image_size
         raise InputError(
             f"reference={reference.source}: its images are {height}x{width}, the samples "
             f"{sample_height}x{sample_width}; wanted one size"

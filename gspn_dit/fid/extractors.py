@@ -6,7 +6,6 @@ file from outside reaches it: ours are opened here, as plain tensors.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from gspn_dit.errors import InputError
 from gspn_dit.fid.classifier import Classifier, DigitsClassifier, PhotosClassifier
+from gspn_dit.files import sha256
 from gspn_dit.weights import packaged
 
 FeatureName = Literal["inception", "digits", "photos"]
@@ -70,8 +70,7 @@ class Extractor:
     @property
     def weights_sha256(self) -> str:
         """SHA-256 of the weights file, in hex."""
-        with self.weights.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(self.weights)
 
 
 def create_extractor(name: FeatureName, weights: str | None = None, *, device: torch.device | str = "cpu") -> Extractor:
@@ -176,14 +175,6 @@ class ClassifierFeatures(FeatureExtractorBase):
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
         return "logits" if metric == "isc" else "64"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return True
-
-    @classmethod
-    def get_dummy_input_for_compile(cls) -> Tensor:
-        return torch.zeros(1, 3, cls.kind.image_size, cls.kind.image_size, dtype=torch.uint8)
 
 
 class DigitsFeatures(ClassifierFeatures):

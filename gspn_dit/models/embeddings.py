@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 
@@ -32,18 +33,19 @@ class TimestepEmbedding(nn.Module):
     (B,) on the scale 0 to 1000, whole or not, to (B, C).
     """
 
-    num_frequencies = 256
+    frequency_embedding_size = 256
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(self.frequency_embedding_size, width), nn.SiLU(), nn.Linear(width, width))
         for layer in (self.mlp[0], self.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        angles = timesteps.float()[:, None] * _frequencies(self.num_frequencies // 2, timesteps.device)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        waves = get_timestep_embedding(
+            timesteps.float(), self.frequency_embedding_size, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
@@ -65,14 +67,9 @@ def sincos_positions(height: int, width: int, channels: int, device: torch.devic
     A quarter of the channels each: sine and cosine of the column, sine and cosine of the row, at channels / 4
     frequencies from 1 down to nearly 1/10000 ("Attention Is All You Need", section 3.5, once for each axis).
     """
-    frequencies = _frequencies(channels // 4, device)
+    frequencies = torch.exp(torch.arange(channels // 4, device=device) * (-math.log(10_000) / (channels // 4)))
     column = torch.arange(width, device=device)[:, None] * frequencies  # (W, C/4)
     row = torch.arange(height, device=device)[:, None] * frequencies  # (H, C/4)
     column, row = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in (column, row))
     table = torch.cat([column.expand(height, -1, -1), row[:, None].expand(-1, width, -1)], dim=-1)
     return table[None]
-
-
-def _frequencies(count: int, device: torch.device | None) -> Tensor:
-    """10000^(-i/count) for i = 0 … count - 1."""
-    return torch.exp(torch.arange(count, device=device) * (-math.log(10_000) / count))

@@ -12,8 +12,10 @@ from gspn_dit.options import command
 
 @dataclass
 class Options:
-    """Args:
-    require: Look for this one alone, and end with an error if it is missing.
+    """Which backends to look for.
+
+    Args:
+        require: Look for this one alone, and end with an error if it is missing.
     """
 
     require: Literal["cpu", "cuda"] | None = None

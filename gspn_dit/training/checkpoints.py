@@ -16,7 +16,6 @@ of (seed, step) and the process.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -35,7 +34,7 @@ from torch.utils.data import Dataset
 
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError
-from gspn_dit.files import save_tensors
+from gspn_dit.files import save_tensors, sha256
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.runs import list_checkpoints
 from gspn_dit.training.ema import Average
@@ -310,16 +309,11 @@ def _sums(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of a checkpoint but its metadata, by name."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "metadata.json")
     with ThreadPoolExecutor() as hashers:
-        sums = hashers.map(_sha256, paths)
+        sums = hashers.map(sha256, paths)
         return {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": found}
             for path, found in zip(paths, sums, strict=True)
         }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(folder: Path) -> None:

@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor
 
 from gspn_dit.config import Config
-from gspn_dit.diffusion import create_scheduler, image_generator
-from gspn_dit.errors import renamed
-from gspn_dit.fid.evaluate import evaluate
+from gspn_dit.diffusion import image_generator
+from gspn_dit.drawing import draw_grid
+from gspn_dit.errors import InputError, renamed
+from gspn_dit.fid.evaluate import check_reference, evaluate
 from gspn_dit.fid.extractors import create_extractor
 from gspn_dit.fid.images import ImageSet, ReferenceStatistics, open_reference
-from gspn_dit.pictures import save_grid
 from gspn_dit.pipeline import GSPNDiTPipeline
 from gspn_dit.training.processes import StopRequest
+from gspn_dit.training.record import attempt, note, warn
 
 EVALUATION = "evaluation.csv"
-
-T = TypeVar("T")
-
-
-def create_pipeline(model: ModelMixin, vae: AutoencoderKL, config: Config, class_names: list[str]) -> GSPNDiTPipeline:
-    """The pipeline of a model in training, silent, with the run's sampler and sampling defaults."""
-    sampling = config.sampling
-    pipeline = GSPNDiTPipeline(
-        model,
-        vae,
-        create_scheduler(config.diffusion.objective, sampling.sampler),
-        class_names,
-        guidance_scale=sampling.guidance_scale,
-        guidance_interval=list(sampling.guidance_interval),
-        num_inference_steps=sampling.num_inference_steps,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def draw_samples(pipeline: GSPNDiTPipeline, config: Config, path: Path) -> None:
@@ -50,30 +29,13 @@ def draw_samples(pipeline: GSPNDiTPipeline, config: Config, path: Path) -> None:
 
     Training goes on after any failure, which is warned of.
     """
-    count, classes = config.sampling.num_images, pipeline.transformer.config.num_classes
-    labels = [i * classes // count if count < classes else i % classes for i in range(count)]
-    generators = [image_generator(config.seed, i) for i in range(count)]
-
-    def draw() -> None:
-        images = pipeline(labels, generator=generators, output_type="uint8", mixed_precision=precision(config)).images
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(images, path)
-
-    if problem := attempt(draw)[1]:
-        print(f"train_dit.py: warning: no {path} ({problem}); training goes on", file=sys.stderr)
+    options = {"count": config.sampling.num_images, "seed": config.seed, "mixed_precision": precision(config)}
+    note(f"no {path}", lambda: draw_grid(pipeline, path, **options))
 
 
 def precision(config: Config) -> str | None:
     """What the transformer is autocast to in training, and so when it draws."""
     return None if config.training.mixed_precision == "no" else config.training.mixed_precision
-
-
-def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
-    """The result of some work, or what went wrong."""
-    try:
-        return work(), None
-    except Exception as error:
-        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 class Evaluator:
@@ -84,7 +46,7 @@ class Evaluator:
         accelerator: The run's.
 
     Raises:
-        InputError: If the features or the reference cannot be had.
+        InputError: If the features or the reference cannot be had, or do not suit the samples or each other.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
@@ -93,10 +55,16 @@ class Evaluator:
             options, size = config.evaluation, config.data.image_size
             with renamed(weights="evaluation.weights", reference="evaluation.reference"):
                 self.extractor = create_extractor(options.features, options.weights, device=accelerator.device)
+                if (side := self.extractor.image_size) not in (None, size):
+                    raise InputError(
+                        f"evaluation.features={options.features!r}: takes {side}x{side}, "
+                        f"the samples are {size}x{size}; wanted features of that size"
+                    )
                 self.reference = open_reference(options.reference, (size, size))
-            if isinstance(self.reference, ReferenceStatistics):
-                # Its images are for precision and recall, which are not asked for here.
-                self.reference = dataclasses.replace(self.reference, images=None)
+                if isinstance(self.reference, ReferenceStatistics):
+                    # Its images are for precision and recall, which are not asked for here.
+                    self.reference = dataclasses.replace(self.reference, images=None)
+                check_reference(self.reference, (size, size), self.extractor)
 
     @property
     def columns(self) -> list[str]:
@@ -109,17 +77,16 @@ class Evaluator:
 
         Training goes on after any failure: nothing here is worth a run.
         """
-        images, problem = attempt(lambda: self._draw(pipeline, stop))
+        images, problem = attempt(self._draw, pipeline, stop)
         problems = gather_object([problem])
         row = None
         if not any(problems):
             images = self._together(images)
             if self.accelerator.is_main_process:
-                row, problem = attempt(lambda: self._score(images, pipeline, step))
+                row, problem = attempt(self._score, images, pipeline, step)
                 problems = [problem]
         if self.accelerator.is_main_process and any(problems):
-            reason = next(filter(None, problems))
-            print(f"train_dit.py: warning: no evaluation at step {step} ({reason}); training goes on", file=sys.stderr)
+            warn(f"no evaluation at step {step}", next(filter(None, problems)))
         return row
 
     def _draw(self, pipeline: GSPNDiTPipeline, stop: StopRequest) -> Tensor:

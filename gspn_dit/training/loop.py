@@ -8,8 +8,9 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data import encode_moments, sample_posterior
 from gspn_dit.data.vae import LatentScaling
 from gspn_dit.errors import InputError
-from gspn_dit.pipeline import GSPNDiTPipeline
+from gspn_dit.pipeline import GSPNDiTPipeline, pipeline_of
 from gspn_dit.training.checkpoints import (
     CheckpointNotWritten,
     TrainingState,
@@ -37,10 +38,10 @@ from gspn_dit.training.checkpoints import (
     save_checkpoint,
 )
 from gspn_dit.training.ema import Average, exponential, power_function
-from gspn_dit.training.evaluation import EVALUATION, attempt, create_pipeline, draw_samples
+from gspn_dit.training.evaluation import EVALUATION, draw_samples
 from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, list_snapshots, save_snapshot
 from gspn_dit.training.processes import EveryonesError, StopRequest, claimed, heed_only_the_parent, on_main, together
-from gspn_dit.training.record import Record, read_metrics
+from gspn_dit.training.record import Record, note, read_metrics
 from gspn_dit.training.setup import Parts, check_launch, check_options, open_parts, start_from
 from gspn_dit.training.sharding import whole
 
@@ -108,7 +109,7 @@ def train(config: Config) -> None:
             return checkpoint
 
         checkpoint = on_main(claim, accelerator.is_main_process)
-        _train(config, accelerator, parts, checkpoint, stop)
+        take_steps(config, accelerator, parts, checkpoint, stop)
     accelerator.end_training()
 
 
@@ -127,9 +128,99 @@ def check_nothing_lost(run: Path) -> None:
         )
 
 
-def _train(config: Config, accelerator: Accelerator, parts: Parts, checkpoint: Path | None, stop: StopRequest) -> None:
-    options, run, class_names = config.training, Path(config.output_dir), parts.source.class_names
-    if config.model.init_from and checkpoint is None:
+@dataclass
+class Training:
+    """A run while it trains.
+
+    Args:
+        config: Its options.
+        accelerator: What its processes share.
+        parts: What it is made of.
+        model: Its network, as accelerate wraps it.
+        state: What its steps change.
+        stop: Whether this process is asked to stop.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    parts: Parts
+    model: nn.Module
+    state: TrainingState
+    stop: StopRequest
+
+
+def take_steps(
+    config: Config, accelerator: Accelerator, parts: Parts, checkpoint: Path | None, stop: StopRequest
+) -> None:
+    """Train from a checkpoint, or None for the first step, to the last step or a request to stop."""
+    options, run = config.training, Path(config.output_dir)
+    model, state = prepare(config, accelerator, parts, is_new=checkpoint is None)
+    done = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
+    if checkpoint:
+        done = load_checkpoint(accelerator, checkpoint, state)
+    step, loss_sum, loss_count = done["step"], done["loss_sum"], done["loss_count"]
+    training = Training(config, accelerator, parts, model, state, stop)
+    record, scores = open_records(training, step, checkpoint)
+    logged_step, logged_time, overflows = step, time.perf_counter(), 0
+    batches = load_batches(training, step)
+    stopping = False
+    with tqdm(
+        total=options.max_steps, initial=step, desc=run.name, unit="step", disable=not accelerator.is_main_process
+    ) as bar:
+        while step < options.max_steps and not stopping:
+            step += 1
+            learning_rate = learning_rate_at(step, options)
+            for group in state.optimizer.param_groups:
+                group["lr"] = learning_rate
+            may_skip = options.mixed_precision == "fp16" and overflows < MOST_OVERFLOWS
+            loss, grad_norm, stopping = take_step(training, batches, step, may_skip)
+            overflows = 0 if math.isfinite(grad_norm) else overflows + 1
+
+            loss_sum, loss_count = loss_sum + loss, loss_count + 1
+            bar.update()
+            speed = options.batch_size * (step - logged_step) / (time.perf_counter() - logged_time)
+            bar.set_postfix_str(
+                f"loss {loss:.4f}, lr {learning_rate:.1e}, grad {grad_norm:.2f}, {speed:.0f} images/s", refresh=False
+            )
+            if step % options.log_every == 0 or step == options.max_steps:
+                metrics = {
+                    "loss": loss_sum / loss_count,
+                    "learning_rate": learning_rate,
+                    "grad_norm": grad_norm,
+                    "images_per_second": speed,
+                }
+                note(f"the trackers have no step {step}", accelerator.log, metrics, step)
+                if record:
+                    note(f"metrics.csv has no step {step}", record.append, {"step": step, **metrics})
+                logged_step, logged_time, loss_sum, loss_count = step, time.perf_counter(), 0.0, 0
+            pause = time.perf_counter()
+            if _due(step, options.posthoc_ema_every, options):
+                save_snapshot(accelerator, run, state, step)
+            if stopping or _due(step, options.checkpoint_every, options):
+                metadata = {
+                    "step": step,
+                    "loss_sum": loss_sum,
+                    "loss_count": loss_count,
+                    "num_images": len(parts.source),
+                }
+                checkpoint = save_checkpoint(accelerator, config, state, parts.source.class_names, metadata)
+            if not stopping:
+                draw_and_score(training, step, record, scores)
+            logged_time += time.perf_counter() - pause  # images/s is of training alone
+    if record and stopping:
+        print(f"SIGTERM: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
+    elif record:
+        note(f"loss.png is without step {step}", lambda: print(f"loss curve  {record.draw()}"))
+        print(f"checkpoint  {checkpoint}")
+
+
+def prepare(config: Config, accelerator: Accelerator, parts: Parts, is_new: bool) -> tuple[nn.Module, TrainingState]:
+    """The model as accelerate wraps it, and what steps change, with the optimiser as accelerate wraps that.
+
+    Raises :class:`InputError` if a new run cannot start from the weights it names.
+    """
+    options = config.training
+    if config.model.init_from and is_new:
         together(lambda: start_from(parts.model, config.model.init_from))
     if options.gradient_checkpointing:
         parts.model.enable_gradient_checkpointing()
@@ -152,127 +243,110 @@ def _train(config: Config, accelerator: Accelerator, parts: Parts, checkpoint: P
         {sigma: Average(parts.model, power_function(gamma_of(sigma))) for sigma in options.sigma_rels},
         model_config,
     )
-    done = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
-    if checkpoint:
-        done = load_checkpoint(accelerator, checkpoint, state)
-    step, loss_sum, loss_count = done["step"], done["loss_sum"], done["loss_count"]
-    parts.steps.first = step
-    batches = DataLoader(
-        parts.stream,
-        batch_sampler=parts.steps,
-        num_workers=config.data.num_workers,
-        persistent_workers=config.data.num_workers > 0,
-        pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=heed_only_the_parent,
-        generator=torch.Generator(),  # its own: a loader draws a seed, and the model's random state must not feel that
+    model.train()
+    return model, state
+
+
+def open_records(training: Training, step: int, checkpoint: Path | None) -> tuple[Record | None, Record | None]:
+    """metrics.csv and evaluation.csv on the main process, which describes the run in its folder; and the trackers.
+
+    What they and the snapshots hold of later steps than `step` goes. None for what there is not here.
+    """
+    config, accelerator, parts = training.config, training.accelerator, training.parts
+    accelerator.init_trackers("gspn-dit")
+    if not accelerator.is_main_process:
+        return None, None
+    run, class_names = Path(config.output_dir), parts.source.class_names
+    config.save(run / "config.yaml")
+    (run / "class_names.json").write_text(json.dumps(class_names))
+    record = Record(run / "metrics.csv", step)
+    scores = Record(run / EVALUATION, step, parts.evaluator.columns) if parts.evaluator else None
+    drop_snapshots(run, step)
+    where = f"step {step}, {checkpoint}" if checkpoint else "step 0"
+    weights = sum(p.numel() for p in parts.model.parameters())
+    print(
+        f"{config.model.name}: {weights / 1e6:.1f} M parameters; {len(parts.source):,} images of "
+        f"{len(class_names)} classes; {accelerator.num_processes} × {accelerator.device.type}; from {where}"
+    )
+    return record, scores
+
+
+def load_batches(training: Training, step: int) -> Iterator[dict[str, Tensor]]:
+    """This process's micro-batches of the steps after `step`, in order."""
+    training.parts.steps.first = step
+    workers = training.config.data.num_workers
+    return iter(
+        DataLoader(
+            training.parts.stream,
+            batch_sampler=training.parts.steps,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=training.accelerator.device.type == "cuda",
+            worker_init_fn=heed_only_the_parent,
+            generator=torch.Generator(),  # its own: a loader draws a seed, which the model's random state must not feel
+        )
     )
 
-    accelerator.init_trackers("gspn-dit")
-    record = scores = None
-    if accelerator.is_main_process:
-        config.save(run / "config.yaml")
-        (run / "class_names.json").write_text(json.dumps(class_names))
-        record = Record(run / "metrics.csv", step)
-        if parts.evaluator:
-            scores = Record(run / EVALUATION, step, parts.evaluator.columns)
-        drop_snapshots(run, step)
-        where = f"step {step}, {checkpoint}" if checkpoint else "step 0"
-        weights = sum(p.numel() for p in parts.model.parameters())
-        print(
-            f"{config.model.name}: {weights / 1e6:.1f} M parameters; {len(parts.source):,} images of "
-            f"{len(class_names)} classes; {accelerator.num_processes} × {accelerator.device.type}; from {where}"
-        )
 
-    model.train()
-    logged_step, logged_time, overflows = step, time.perf_counter(), 0
-    micro_batches = iter(batches)
-    stopping = False
-    with tqdm(
-        total=options.max_steps, initial=step, desc=run.name, unit="step", disable=not accelerator.is_main_process
-    ) as bar:
-        while step < options.max_steps and not stopping:
-            step += 1
-            learning_rate = learning_rate_at(step, options)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))  # for what a model draws itself
-            losses, finite = [], True
-            for micro in range(options.gradient_accumulation_steps):
-                batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(micro_batches).items()}
-                latents = clean_latents(batch, parts.vae, parts.scaling)
-                last = micro + 1 == options.gradient_accumulation_steps
-                with nullcontext() if last else accelerator.no_sync(model):  # gradients meet once a step
-                    with accelerator.autocast():
-                        times = parts.objective.times(batch["u"])
-                        loss = parts.objective.loss(model, latents, batch["class_label"], times, batch["noise"]).mean()
-                    accelerator.backward(loss / options.gradient_accumulation_steps)
-                losses.append(loss.detach())
-                finite = latents.isfinite().all() & finite
-            # One exchange a step: the loss, whether its data were numbers, and whether any process is asked to stop.
-            told = torch.stack([torch.stack(losses).mean(), finite.float(), loss.new_tensor(float(stop.requested))])
-            loss, finite, stopping = accelerator.reduce(told, "mean").tolist()
-            grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
-            # fp16's loss scaling skips steps whose gradients overflow, and halves its scale until they do not
-            overflows = 0 if math.isfinite(grad_norm) else overflows + 1
-            if not math.isfinite(loss) or overflows > (MOST_OVERFLOWS if options.mixed_precision == "fp16" else 0):
-                raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
-            optimizer.step()
-            optimizer.zero_grad()
-            for average in (state.ema, *state.power_emas.values()):
-                average.update(parts.model, step)
+def take_step(
+    training: Training, batches: Iterator[dict[str, Tensor]], step: int, may_skip: bool
+) -> tuple[float, float, bool]:
+    """One optimiser step: its loss, the gradient's norm before clipping, and whether any process is asked to stop.
 
-            loss_sum, loss_count = loss_sum + loss, loss_count + 1
-            bar.update()
-            speed = options.batch_size * (step - logged_step) / (time.perf_counter() - logged_time)
-            bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {learning_rate:.1e}, grad {grad_norm:.2f}, {speed:.0f} images/s", refresh=False
-            )
-            if step % options.log_every == 0 or step == options.max_steps:
-                metrics = {
-                    "loss": loss_sum / loss_count,
-                    "learning_rate": learning_rate,
-                    "grad_norm": grad_norm,
-                    "images_per_second": speed,
-                }
-                note("the trackers have no", step, accelerator.log, metrics, step)
-                if record:
-                    note("metrics.csv has no", step, record.append, {"step": step, **metrics})
-                logged_step, logged_time, loss_sum, loss_count = step, time.perf_counter(), 0.0, 0
-            pause = time.perf_counter()
-            if _due(step, options.posthoc_ema_every, options):
-                save_snapshot(accelerator, run, state, step)
-            if stopping or _due(step, options.checkpoint_every, options):
-                metadata = {
-                    "step": step,
-                    "loss_sum": loss_sum,
-                    "loss_count": loss_count,
-                    "num_images": len(parts.source),
-                }
-                checkpoint = save_checkpoint(accelerator, config, state, class_names, metadata)
-            drawn, scored = _due(step, options.sample_every, options), _due(step, config.evaluation.every, options)
-            if (drawn or scored) and not stopping:
-                pipeline = averaged_pipeline(config, parts, state.ema, class_names)
-                if drawn and record:
-                    note("loss.png is without", step, record.draw)
-                    draw_samples(pipeline, config, run / "samples" / f"step-{step:07d}.png")
-                accelerator.wait_for_everyone()
-                if scored and (row := parts.evaluator.score(pipeline, step, stop)):
-                    note(f"{EVALUATION} has no", step, scores.append, row)
-                    named = {f"evaluation/{name}": row[name] for name in row if name != "step"}
-                    note("the trackers have no", step, accelerator.log, named, step)
-                del pipeline
-            logged_time += time.perf_counter() - pause  # images/s is of training alone
-    if record and stopping:
-        print(f"SIGTERM: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
-    elif record:
-        note("loss.png is without", step, lambda: print(f"loss curve  {record.draw()}"))
-        print(f"checkpoint  {checkpoint}")
+    Args:
+        batches: Of :func:`load_batches`; as many are taken as a step accumulates.
+        may_skip: Whether a gradient that is not finite only leaves the step out, as fp16's loss scaling does.
+
+    Raises:
+        NonFiniteLoss: On every process, before the weights, the optimiser or the averages have changed.
+    """
+    config, accelerator, parts, model = training.config, training.accelerator, training.parts, training.model
+    state, options = training.state, config.training
+    torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))  # for what a model draws itself
+    losses, finite = [], True
+    for micro in range(options.gradient_accumulation_steps):
+        batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(batches).items()}
+        latents = clean_latents(batch, parts.vae, parts.scaling)
+        last = micro + 1 == options.gradient_accumulation_steps
+        with nullcontext() if last else accelerator.no_sync(model):  # gradients meet once a step
+            with accelerator.autocast():
+                times = parts.objective.times(batch["u"])
+                loss = parts.objective.loss(model, latents, batch["class_label"], times, batch["noise"]).mean()
+            accelerator.backward(loss / options.gradient_accumulation_steps)
+        losses.append(loss.detach())
+        finite = latents.isfinite().all() & finite
+    # One exchange a step: the loss, whether its data were numbers, and whether any process is asked to stop.
+    told = torch.stack([torch.stack(losses).mean(), finite.float(), loss.new_tensor(float(training.stop.requested))])
+    loss, finite, stopping = accelerator.reduce(told, "mean").tolist()
+    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
+    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_skip):
+        raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    for average in (state.ema, *state.power_emas.values()):
+        average.update(state.model, step)
+    return loss, grad_norm, stopping > 0
 
 
-def note(what: str, step: int, work: Callable[..., object], *arguments: object) -> None:
-    """Do what a run can go on without; if it fails, say so."""
-    if problem := attempt(lambda: work(*arguments))[1]:
-        print(f"train_dit.py: warning: {what} step {step} ({problem}); training goes on", file=sys.stderr)
+def draw_and_score(training: Training, step: int, record: Record | None, scores: Record | None) -> None:
+    """The loss curve, the grid of samples and the evaluation of a step, where they are due; every process calls this.
+
+    A failure is warned of, and training goes on.
+    """
+    config, accelerator, parts = training.config, training.accelerator, training.parts
+    drawn = _due(step, config.training.sample_every, config.training)
+    scored = _due(step, config.evaluation.every, config.training)
+    if not drawn and not scored:
+        return
+    pipeline = averaged_pipeline(config, parts, training.state.ema)
+    if drawn and record:
+        note(f"loss.png is without step {step}", record.draw)
+        draw_samples(pipeline, config, Path(config.output_dir) / "samples" / f"step-{step:07d}.png")
+    accelerator.wait_for_everyone()
+    if scored and (row := parts.evaluator.score(pipeline, step, training.stop)):
+        note(f"{EVALUATION} has no step {step}", scores.append, row)
+        named = {f"evaluation/{name}": row[name] for name in row if name != "step"}
+        note(f"the trackers have no step {step}", accelerator.log, named, step)
 
 
 def learning_rate_at(step: int, options: TrainingConfig) -> float:
@@ -296,15 +370,17 @@ def clean_latents(batch: dict[str, Tensor], vae: AutoencoderKL | None, scaling: 
     return sample_posterior(scaling, moments, batch["posterior_noise"])
 
 
-def averaged_pipeline(config: Config, parts: Parts, ema: Average, class_names: list[str]) -> GSPNDiTPipeline:
-    """The pipeline of the averaged weights, which it shares memory with unless FSDP has split them.
+def averaged_pipeline(config: Config, parts: Parts, ema: Average) -> GSPNDiTPipeline:
+    """The pipeline of the averaged weights, silent; it shares memory with them unless FSDP has split them.
 
     Every process calls this: what is split comes together on all of them.
     """
     with torch.device("meta"):
         model = parts.build().eval()
     model.load_state_dict({name: whole(tensor) for name, tensor in ema.tensors.items()}, assign=True)
-    return create_pipeline(model.requires_grad_(False), parts.vae, config, class_names)
+    pipeline = pipeline_of(config, model.requires_grad_(False), parts.vae, parts.source.class_names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _due(step: int, every: int, options: TrainingConfig) -> bool:

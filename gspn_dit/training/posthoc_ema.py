@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +29,12 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
 from gspn_dit.errors import InputError
-from gspn_dit.files import replacing, save_tensors
+from gspn_dit.files import new_folder, replacing, require_new, save_tensors
 from gspn_dit.options import command, require
 from gspn_dit.training.checkpoints import EMA_WEIGHTS, DiskWork, TrainingState, collect
 
 FOLDER = "posthoc-ema"
+OF_THE_RUN = ("config.yaml", "class_names.json")  # what a folder to sample from has of its run
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,7 @@ class Options:
 def main(options: Options) -> None:
     """Make the averaged weights of any width from a run's snapshots, as a checkpoint folder to sample from."""
     run, out = Path(options.run), Path(options.out)
-    if out.exists():
-        raise InputError(f"out={options.out!r}: exists already; remove it or name another folder")
+    require_new(out)
     there = list_snapshots(run)
     if not there:
         raise InputError(f"run={options.run!r}: has no snapshots in {FOLDER}/; train with --training.posthoc-ema-every")
@@ -170,10 +169,11 @@ def main(options: Options) -> None:
         steps = sorted({snapshot.step for snapshot in there})
         near = min(steps, key=lambda each: abs(each - step))
         raise InputError(f"step={step}: no snapshot of that step; the nearest is {near}, the newest {steps[-1]}")
+    for name in (*OF_THE_RUN, f"{FOLDER}/config.json"):
+        if not (run / name).is_file():
+            raise InputError(f"run={options.run!r}: has no {name}; restore it")
     weights, rest = coefficients(snapshots, options.sigma_rel, step)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        folder = Path(temporary) / out.name
+    with new_folder(out) as folder:
         (folder / EMA_WEIGHTS).parent.mkdir(parents=True)
         try:
             tensors = reconstruct(snapshots, weights)
@@ -181,9 +181,8 @@ def main(options: Options) -> None:
             raise InputError(f"run={options.run!r}: a snapshot cannot be read ({error}); remove it") from error
         save_tensors(tensors, folder / EMA_WEIGHTS, {"format": "pt"})
         shutil.copy(run / FOLDER / "config.json", folder / "ema")
-        for name in ("config.yaml", "class_names.json"):
+        for name in OF_THE_RUN:
             shutil.copy(run / name, folder)
-        folder.rename(out)
     print(
         f"{out}: step {step}, sigma_rel {options.sigma_rel:g} (γ = {gamma_of(options.sigma_rel):.3f}) from "
         f"{len(snapshots)} snapshots; {rest:.2%} of the profile is out of their reach"

@@ -30,14 +30,14 @@ class EveryonesError(InputError):
 
 def together(work: Callable[[], T]) -> T:
     """Do it on every process; an :class:`InputError` of one is everyone's, so that none waits for one that left."""
-    result, problem = _attempt(work)
+    result, problem = _result_or_problem(work)
     _raise_first(gather_object([problem]))
     return result
 
 
 def on_main(work: Callable[[], T], is_main: bool) -> T:
     """Do it on the main process alone; its result, or its :class:`InputError`, is everyone's."""
-    result, problem = broadcast_object_list(list(_attempt(work) if is_main else (None, None)))
+    result, problem = broadcast_object_list(list(_result_or_problem(work) if is_main else (None, None)))
     _raise_first([problem])
     return result
 
@@ -109,7 +109,7 @@ def _await_parent() -> None:
     os._exit(0)
 
 
-def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
+def _result_or_problem(work: Callable[[], T]) -> tuple[T | None, str | None]:
     try:
         return work(), None
     except InputError as error:

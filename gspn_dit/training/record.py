@@ -1,4 +1,4 @@
-"""A run's record: metrics.csv and evaluation.csv, and the curve drawn from the first."""
+"""A run's record: metrics.csv and evaluation.csv, the curve drawn from the first, and warnings of what it lacks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import csv
 import errno
 import io
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from gspn_dit.files import replacing
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "images_per_second")
+
+T = TypeVar("T")
 
 
 class Record:
@@ -92,6 +96,25 @@ def draw_loss(rows: list[dict[str, float]], name: str, path: Path) -> None:
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def note(what: str, work: Callable[..., object], *arguments: object) -> None:
+    """Do what a run can go on without; if it fails, warn of `what` it has not."""
+    if problem := attempt(work, *arguments)[1]:
+        warn(what, problem)
+
+
+def attempt(work: Callable[..., T], *arguments: object) -> tuple[T | None, str | None]:
+    """The result of some work, or what went wrong."""
+    try:
+        return work(*arguments), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def warn(what: str, problem: str) -> None:
+    """Say that training goes on after a problem, and what it has not because of it."""
+    print(f"train_dit.py: warning: {what} ({problem}); training goes on", file=sys.stderr)
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:

@@ -1,13 +1,12 @@
 """Train a small packaged VAE: `python -m gspn_dit.training.small_vae --data photos --out FOLDER`.
 
-AutoencoderKLs, 4 times down to 4 channels, without attention: of the digits, and of the photographs for any size.
+AutoencoderKLs of 4 latent channels at a quarter of the image's side, without attention; the photographs' is for images
+of any size.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +24,7 @@ from tqdm import trange
 from gspn_dit.data.digits import IMAGE_SIZE, Digits
 from gspn_dit.data.photos import Photos
 from gspn_dit.data.vae import decode, encode_moments, sample_posterior
-from gspn_dit.errors import InputError
+from gspn_dit.files import new_folder, require_new
 from gspn_dit.options import command, require
 from gspn_dit.training.linear_start import start_linear
 
@@ -145,8 +144,7 @@ def main(options: Options) -> None:
     noisy latents, so that what a diffusion model leaves unfinished still decodes to a clean image.
     """
     out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out={options.out!r} exists already: choose another folder, or remove it first")
+    require_new(out)
     torch.manual_seed(options.seed)
     source = SOURCES[options.data]()
     vae = new_vae(source)
@@ -154,10 +152,8 @@ def main(options: Options) -> None:
     vae.eval().requires_grad_(False)
     vae.register_to_config(scaling_factor=scaling_factor(vae, source.images))
     errors = [(name, reconstruction_error(vae, images)) for name, images in source.held_out()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
-        vae.save_pretrained(Path(temporary) / "vae")
-        os.replace(Path(temporary) / "vae", out)
+    with new_folder(out) as folder:
+        vae.save_pretrained(folder)
     print(f"{out}: scaling factor {vae.config.scaling_factor:.4f}")
     for name, error in errors:
         print(f"{name}, pixels in [0, 1]: mean squared error {error:.6f}, PSNR {psnr(error):.2f} dB")

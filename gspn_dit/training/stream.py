@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from gspn_dit.config import DataConfig
-from gspn_dit.data import ImageDataset, LatentStore, is_latent_store, open_images
-from gspn_dit.data.latents import how_to_encode
+from gspn_dit.data import ImageDataset, LatentStore, how_to_encode, is_latent_store, open_images
 from gspn_dit.errors import InputError
 from gspn_dit.weights import NAMED
 
