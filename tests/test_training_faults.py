@@ -209,6 +209,7 @@ def test_two_runs_in_one_folder(tmp_path, store):
     first.kill()
     first.join()
     before = len(rows(run))
+    (run / "metrics.csv").unlink()  # so that lines below are of the second
     again = start(options(run, store, *endless, "--resume", "auto"), tmp_path / "log")  # a lock dies with its process
     wait_for(run, 2)
     os.kill(again.pid, signal.SIGTERM)
