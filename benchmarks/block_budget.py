@@ -169,12 +169,12 @@ def by_kernel(options: Options, events: EventList) -> dict[str, float]:
     return totals
 
 
-def median(options: Options, call: Callable[[], Tensor]) -> float:
+def median(device: str, call: Callable[[], object]) -> float:
     """Median milliseconds of a call; on a GPU of its replayed graph, in which nothing waits for Python.
 
     On a GPU it comes before profiling, which leaves something behind that slows later calls.
     """
-    if options.device == "cuda":
+    if device == "cuda":
         return cuda_timing.graph_ms([call], CALLS)
     return statistics.median(median_ms(call, CALLS) for _ in range(3))
 
@@ -184,14 +184,14 @@ def fastest_product(options: Options, dtype: torch.dtype) -> float:
     rates = []
     for n in PRODUCTS[options.device]:
         a, b = (torch.randn(n, n, dtype=dtype, device=options.device) for _ in range(2))
-        rates.append(2e3 * n**3 / median(options, lambda a=a, b=b: a @ b))
+        rates.append(2e3 * n**3 / median(options.device, lambda a=a, b=b: a @ b))
     return max(rates)
 
 
 def fastest_copy(options: Options, like: Tensor) -> float:
     """Bytes a second, read and written, of copies of a tensor."""
     target = torch.empty_like(like)
-    return 2e3 * like.numel() * like.element_size() / median(options, lambda: target.copy_(like))
+    return 2e3 * like.numel() * like.element_size() / median(options.device, lambda: target.copy_(like))
 
 
 def tables(options: Options) -> list[str]:
@@ -201,9 +201,9 @@ def tables(options: Options) -> list[str]:
         result = call()
     flop_rate = fastest_product(options, getattr(torch, options.dtype))
     byte_rate = fastest_copy(options, result)
-    eager = median(options, call)
+    eager = median(options.device, call)
     compiled_call = block_call(options, compiled=True)
-    compiled = median(options, compiled_call)
+    compiled = median(options.device, compiled_call)
     times = by_operation(options, profiled(options, call), set(costs.by_name))
     lines = [
         "| operation, eager | calls | ms | MFLOP | MB | floor, ms | over its floor |",

@@ -9,8 +9,6 @@ of shifted maps, which torch.compile makes one kernel of, is what to try where t
 from __future__ import annotations
 
 import copy
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,13 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import cuda_timing
+from benchmarks.block_budget import median
 from benchmarks.machine import machine
-from benchmarks.operator import median_ms
 from gspn_dit.models.layers import DepthwiseConv
 from gspn_dit.options import command, require
 
-REPEATS = 30
 PIXELS = (256, 1024)
 BATCHES = {"cpu": 16, "cuda": 64}  # at 256 pixels
 WIDTHS = {"cpu": 384, "cuda": 1152}
@@ -85,20 +81,13 @@ def ways(options: Options, conv: DepthwiseConv) -> dict[str, torch.nn.Module]:
     return made
 
 
-def median(options: Options, call: Callable[[], object]) -> float:
-    """Median milliseconds of a call; on a GPU of its replayed graph."""
-    if options.device == "cuda":
-        return cuda_timing.graph_ms([call], REPEATS)
-    return statistics.median(median_ms(call, REPEATS) for _ in range(3))
-
-
 def rows(options: Options, pixels: int) -> list[str]:
     """A line of the table for every way at one size."""
     dtype, width, side = getattr(torch, options.dtype), WIDTHS[options.device], pixels // 16
     batch = max(1, BATCHES[options.device] * 256**2 // pixels**2)
     x = torch.randn(batch, side, side, width, dtype=dtype, requires_grad=True)
     grad, target = torch.randn_like(x), torch.empty_like(x)
-    copied = median(options, lambda: target.copy_(grad))
+    copied = median(options.device, lambda: target.copy_(grad))
     conv = DepthwiseConv(width, options.kernel_size).to(dtype)
     lines, wanted = [], None
     for name, module in ways(options, conv).items():
@@ -117,7 +106,7 @@ def rows(options: Options, pixels: int) -> list[str]:
             error = (result - other).float().abs().max() / other.float().abs().max()
             if not error < 0.02:
                 raise RuntimeError(f"{name}: {error:.1%} off the convolution's")
-        ms = [median(options, call) for call in (forward, both)]
+        ms = [median(options.device, call) for call in (forward, both)]
         lines.append(
             f"| {pixels} px | {name} | {ms[0]:.3f} | {copied / ms[0]:.0%} | {ms[1]:.3f} | {3 * copied / ms[1]:.0%} |"
         )

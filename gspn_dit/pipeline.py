@@ -287,7 +287,7 @@ def load_pipeline(path: str | os.PathLike) -> GSPNDiTPipeline:
         return _load_checkpoint(_newest_checkpoint(folder))
     except InputError as error:
         raise InputError(f"model={str(path)!r}: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # as a damaged folder may raise
+    except (OSError, ValueError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:  # damaged files
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
         raise InputError(f"model={str(path)!r}: its files cannot be read ({reason}); make them again") from error
 

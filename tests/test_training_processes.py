@@ -18,8 +18,11 @@ from gspn_dit.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 FSDP = ("--config_file", str(ROOT / "configs" / "accelerate" / "fsdp.yaml"))
+# torch 2.8, on the CPU: gloo gives FSDP2 the sum of gradients for their mean, and compiled blocks that are recomputed
+# corrupt memory (blocks without scans too). Neither with 2.11.
+SOUND = torch.__version__ >= "2.11"
 EVERYTHING = ["--training.mixed_precision", "bf16", "--training.gradient_checkpointing", "true",
-              "--training.compile", "true" if shutil.which("c++") else "false"]  # fmt: skip
+              "--training.compile", "true" if SOUND and shutil.which("c++") else "false"]  # fmt: skip
 AVERAGES = ["--training.posthoc_ema_every", 4]
 
 
@@ -44,7 +47,13 @@ def train_many(folder, runs, launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [("--multi_gpu",), FSDP], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(("--multi_gpu",), id="ddp"),
+        pytest.param(FSDP, id="fsdp2", marks=pytest.mark.skipif(not SOUND, reason="gloo gives the sum for the mean")),
+    ],
+)
 def test_two_processes_learn_as_one_and_their_checkpoints_are_the_same(tmp_path, store, one, launcher):
     begun = tmp_path / "begun"
     shutil.copytree(one, begun)
@@ -58,6 +67,8 @@ def test_two_processes_learn_as_one_and_their_checkpoints_are_the_same(tmp_path,
     ], launcher)  # fmt: skip
     for run, tolerance in (("two", 1e-4), ("begun", 1e-4), ("everything", 2e-2)):
         torch.testing.assert_close(values(tmp_path / run), values(one), rtol=tolerance, atol=0)
+    ours, theirs = ([float(row["grad_norm"]) for row in rows(run)] for run in (tmp_path / "two", one))
+    assert ours == pytest.approx(theirs, rel=1e-3)
     for name in ("model", "optimizer", "ema/diffusion_pytorch_model", "power-ema-0.05", "power-ema-0.1"):
         ours, theirs = (load_file(list_checkpoints(run)[-1] / f"{name}.safetensors") for run in (tmp_path / "two", one))
         assert ours.keys() == theirs.keys() and len(ours) > 20

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any, Self
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, is_grad_enabled, nn
+from torch.utils.checkpoint import checkpoint
 
 from gspn_dit.errors import InputError
 from gspn_dit.models.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding
@@ -85,6 +87,10 @@ class LatentModel(ModelMixin, ConfigMixin):
         self._check_inputs(latents, timesteps, class_labels)
         condition = self.t_embedder(timesteps) + self.y_embedder(class_labels)
         return self.x_embedder(latents), condition[:, None, None]
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
+        """As diffusers', but for the default function: theirs asks for torch's version, which stops torch.compile."""
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or partial(checkpoint, use_reentrant=False))
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """A block, recomputed in the backward pass where `enable_gradient_checkpointing()` asked for it."""

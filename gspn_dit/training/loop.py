@@ -225,7 +225,7 @@ def prepare(config: Config, accelerator: Accelerator, parts: Parts, is_new: bool
     if options.gradient_checkpointing:
         parts.model.enable_gradient_checkpointing()
     if options.compile:
-        parts.model.compile()
+        parts.model.compile(dynamic=False)  # a run's batches are of one shape
     optimizer = torch.optim.AdamW(
         [p for p in parts.model.parameters() if p.requires_grad],
         lr=options.learning_rate,
@@ -318,7 +318,8 @@ def take_step(
     # One exchange a step: the loss, whether its data were numbers, and whether any process is asked to stop.
     told = torch.stack([torch.stack(losses).mean(), finite.float(), loss.new_tensor(float(training.stop.requested))])
     loss, finite, stopping = accelerator.reduce(told, "mean").tolist()
-    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
+    # In one piece: with FSDP2, torch 2.8 returns each process's part of the norm.
+    grad_norm = float(whole(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)))
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_skip):
         raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
     state.optimizer.step()
