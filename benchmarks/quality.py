@@ -192,7 +192,8 @@ class Cell:
         before = self.seconds
         self.model.train()
         if self.options.compile:
-            self.model.compile()
+            torch.compiler.reset()  # after eight models of one class it would compile no more
+            self.model.compile(dynamic=False)
         # losses stay on the device until they are saved: reading one would wait for the step
         for batch in self._batches():
             self.losses.append(self._train_step(batch))
