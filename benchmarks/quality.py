@@ -36,7 +36,7 @@ from gspn_dit.diffusion import create_objective, create_scheduler, denoise, imag
 from gspn_dit.errors import InputError
 from gspn_dit.files import begin_or_continue, replacing, write_json
 from gspn_dit.models import create_model
-from gspn_dit.models.counting import count_macs, count_parameters
+from gspn_dit.models.counting import count_macs
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.ops.backends import kernel
 from gspn_dit.options import command, require
@@ -221,7 +221,7 @@ class Cell:
             "model": self.spec,
             "seed": self.seed,
             "steps": self.step,
-            "parameters": count_parameters(counted),
+            "parameters": counted.num_parameters(),
             "gmacs": count_macs(counted, self.task.latent_shape[1:]) / 1e9,
             "training_seconds": self.seconds,
             "machine": self.machine,

@@ -33,7 +33,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.models.chunks import scaled_chunks
 from gspn_dit.models.presets import FAMILIES
 from gspn_dit.runs import list_checkpoints
-from gspn_dit.weights import NAMED, packaged
+from gspn_dit.weights import PACKAGED, packaged
 
 _PIXELS_A_DECODE = 2**20  # together; an image of more is decoded in tiles
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -280,7 +280,7 @@ def load_pipeline(path: str | os.PathLike) -> GSPNDiTPipeline:
 
     Raises :class:`InputError` if there is none of these, or its files cannot be read.
     """
-    folder = packaged(str(path)) if str(path) in NAMED else Path(path)
+    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
     try:
         if (folder / "model_index.json").is_file():
             return GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
@@ -297,7 +297,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path | None:
 
     A run in training goes on writing checkpoints: who loads twice finds it once. Raises :class:`InputError`.
     """
-    folder = packaged(str(path)) if str(path) in NAMED else Path(path)
+    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
     try:
         return None if (folder / "model_index.json").is_file() else _newest_checkpoint(folder).resolve()
     except InputError as error:

@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the n
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_training_stream import make_store
+from made_store import make_store
 
 
 @pytest.fixture(autouse=True)

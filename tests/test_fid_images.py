@@ -201,7 +201,7 @@ def test_bad_options_end_the_command_in_one_line(tmp_path, capsys):
     refused(tmp_path, capsys, tmp_path / "samples", ["features", "clip"], features="clip")
     refused(tmp_path, capsys, tmp_path / "samples", ["out=", "folder"], out=tmp_path)
     refused(tmp_path, capsys, tmp_path / "samples", ["device='abacus'"], device="abacus")
-    refused(tmp_path, capsys, tmp_path / "samples", ["weights=nowhere.safetensors"], weights="nowhere.safetensors")
+    refused(tmp_path, capsys, tmp_path / "samples", ["weights='nowhere.safetensors'"], weights="nowhere.safetensors")
 
 
 def test_metrics_already_there_survive_a_failed_run(tmp_path, capsys):

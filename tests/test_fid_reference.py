@@ -20,7 +20,7 @@ from gspn_dit.fid.extractors import create_extractor
 from gspn_dit.fid.images import open_reference, open_samples
 from gspn_dit.fid.moments import Statistics
 from gspn_dit.fid.npz import read_images, write_reference
-from gspn_dit.fid.reference import Options, choose, main, open_source
+from gspn_dit.fid.reference import Options, choose, main, open_data
 from gspn_dit.options import command
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(rank-deficient|so no sfid|no precision)")
@@ -143,7 +143,7 @@ def test_a_stores_images_are_its_vaes_pictures(tmp_path):
     pixels = write_noise(tmp_path / "data" / "class", 0, 256, seed=4, count=10)
     encode.main(encode.Options(data=str(tmp_path / "data"), vae="digits", image_size=64, out=str(tmp_path / "store"),
                                num_workers=0))  # fmt: skip
-    images = open_source(Options(data=str(tmp_path / "store"), out="x.npz"), torch.device("cpu"))
+    images = open_data(Options(data=str(tmp_path / "store"), out="x.npz"), torch.device("cpu"))
     assert (len(images), images.image_size) == (10, (64, 64))
     vae, store = load_vae("digits"), LatentStore(tmp_path / "store")
     pictures = decode(vae, sample_posterior(store, store.moments(3)[None], torch.zeros(())))
@@ -210,7 +210,7 @@ def test_the_same_reference_is_the_same_file(tmp_path):
         ({"data": "digits", "seed": -1}, ["seed=-1"]),
         ({"data": "digits", "vae": "digits"}, ["vae='digits'", "no latent store"]),
         ({"data": "digits", "out": "reference.zip"}, ["out='reference.zip'", ".npz"]),
-        ({"data": "digits", "weights": "nowhere.pth"}, ["weights=nowhere.pth", "no such file"]),
+        ({"data": "digits", "weights": "nowhere.pth"}, ["weights='nowhere.pth'", "no such file"]),
     ],
 )
 def test_bad_options_end_the_command_in_one_line(tmp_path, capsys, options, named):

@@ -17,7 +17,7 @@ import gspn_dit
 from gspn_dit.errors import InputError
 from gspn_dit.models import DiT, GSPNDiT, create_model, list_models
 from gspn_dit.models import __main__ as table
-from gspn_dit.models.counting import count_macs, count_parameters
+from gspn_dit.models.counting import count_macs
 from gspn_dit.models.dit import Attention
 from gspn_dit.models.embeddings import TimestepEmbedding, sincos_positions
 from gspn_dit.models.gspn import GSPNBlock
@@ -75,12 +75,12 @@ def test_labels_start_as_published_but_in_gspn_dit_at_unit_scale(name, std):
 )
 def test_parameters_are_as_published(name, parameters, trainable):
     model = on_meta(name)
-    assert (count_parameters(model), count_parameters(model, trainable_only=True)) == (parameters, trainable)
+    assert (model.num_parameters(), model.num_parameters(only_trainable=True)) == (parameters, trainable)
 
 
 @pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("gspn-dit-")])
 def test_gspn_dit_has_at_most_65_6_percent_of_the_parameters_of_dit(name):
-    assert count_parameters(on_meta(name)) <= 0.656 * count_parameters(on_meta(name.removeprefix("gspn-")))
+    assert on_meta(name).num_parameters() <= 0.656 * on_meta(name.removeprefix("gspn-")).num_parameters()
 
 
 @pytest.mark.parametrize(("size", "gmacs"), [("s", "6.1"), ("b", "23.0"), ("l", "80.7"), ("xl", "118.6")])

@@ -11,7 +11,7 @@ from torch import nn
 
 from gspn_dit.errors import InputError
 from gspn_dit.models import GSPNDiT, create_model
-from gspn_dit.models.counting import count_macs, count_parameters
+from gspn_dit.models.counting import count_macs
 from gspn_dit.models.mixers import MIXERS, GSPNMixer, LinearAttentionMixer
 
 SIZE = {"width": 32, "depth": 3, "num_groups": 2, "sample_size": 8, "num_classes": 10}
@@ -158,7 +158,7 @@ def test_mixers_differ_in_their_own_layers_alone():
     ]
     assert all(other == shared[0] for other in shared)
     rest = sum(shape.numel() for shape in shared[0].values())
-    extra = {mixer: count_parameters(model) - rest for mixer, model in models.items()}
+    extra = {mixer: model.num_parameters() - rest for mixer, model in models.items()}
     attention = 12 * (2 * 384**2 + 2 * 384)
     scans = 12 * (384 * 24 + (24 + 1) * 6 * 16 + 2 * 4 * 384)
     assert extra == {"gspn": scans, "attention": attention, "linear": attention, "conv": 12 * 50 * 384}

@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from made_runs import make_run, tiny_vae
+from made_store import make_store
 from made_training import TRAIN, config, losses, options, rows, wait_for
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training_stream import make_store
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 

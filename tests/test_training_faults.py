@@ -14,9 +14,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from made_faults import finished, killed_at, limited_to, start, text
+from made_store import make_store
 from made_training import ROOT, config, losses, options, rows, wait_for
 from safetensors.torch import load_file, save_file
-from test_training_stream import make_store
 
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from made_store import make_store
 from made_training import config
 from safetensors.torch import load_file
-from test_training_stream import make_store
 
 from gspn_dit.errors import InputError
 from gspn_dit.pipeline import load_pipeline

@@ -5,38 +5,15 @@ import pickle
 
 import pytest
 import torch
+from made_store import make_store
 from torch.utils.data import DataLoader
 
 from gspn_dit.config import DataConfig, TrainingConfig
 from gspn_dit.data import LatentStore, open_images
-from gspn_dit.data.latents import write_json, write_manifest, write_shard
 from gspn_dit.errors import InputError
 from gspn_dit.training.ema import Average, exponential
 from gspn_dit.training.loop import learning_rate_at
 from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
-
-
-def make_store(folder, *, images=24, classes=3, size=(4, 4), image_size=32, flipped=False, vae="digits",
-               not_a_number=None):  # fmt: skip
-    """A latent store of made moments: the mean of image i is i everywhere, its mirror's -i; almost no variance.
-
-    Latents are a twelfth of that, so that they are of order 1."""
-    folder.mkdir(parents=True)
-    moments = torch.full((images, 8, *size), -20.0)
-    moments[:, :4] = torch.arange(images).view(-1, 1, 1, 1)
-    if not_a_number is not None:
-        moments[not_a_number] = float("nan")
-    mirrored = torch.cat([-moments[:, :4], moments[:, 4:]], dim=1)
-    labels = torch.arange(images) % classes
-    settings = {
-        "data": "made", "split": "train", "class_names": [f"class {i}" for i in range(classes)],
-        "image_size": image_size, "source_images": images, "flipped": flipped, "vae": vae,
-        "scaling_factor": 1 / 12, "shift_factor": None, "shard_size": images,
-    }  # fmt: skip
-    write_json(folder / "encode.json", settings)
-    write_shard(folder / "shard-00000.safetensors", moments.half(), mirrored.half() if flipped else None, labels, [])
-    write_manifest(folder, settings, ["shard-00000.safetensors"])
-    return folder
 
 
 def stream_of(folder, **changes):

@@ -28,7 +28,7 @@ from gspn_dit.devices import join_processes
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.files import begin_or_continue
 from gspn_dit.options import command, require
-from gspn_dit.weights import NAMED
+from gspn_dit.weights import PACKAGED
 
 Batch = tuple[Tensor, list[int], list[UnreadableImage]]  # images (n, 3, H, W), their labels, files without one
 
@@ -195,7 +195,7 @@ def half(moments: list[Tensor]) -> Tensor:
 
 def stable_name(name: str) -> str:
     """A local folder by its absolute path, so that the store can be read from anywhere; any other name as it is."""
-    return os.path.abspath(name) if name not in NAMED and os.path.isdir(name) else name
+    return os.path.abspath(name) if name not in PACKAGED and os.path.isdir(name) else name
 
 
 class _Loadable(Dataset):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gspn_dit.errors import InputError
-from gspn_dit.weights import NAMED, packaged
+from gspn_dit.weights import PACKAGED, packaged
 
 
 class LatentScaling(Protocol):
@@ -33,7 +33,7 @@ def load_vae(name_or_folder: str | os.PathLike) -> AutoencoderKL:
         InputError: If there is no such VAE, it cannot be fetched, or the folder holds something else.
     """
     name = str(name_or_folder)
-    source = packaged(name) / "vae" if name in NAMED else Path(name_or_folder)
+    source = packaged(name) / "vae" if name in PACKAGED else Path(name_or_folder)
     remedy = (
         "give `digits`, `photos`, a folder with an AutoencoderKL's config.json and weights, or a hub name that can be "
         "reached"

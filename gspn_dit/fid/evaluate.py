@@ -54,6 +54,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require(not Path(self.out).is_dir(), "out", self.out, "the name of a file to write, this is a folder")
+        require(self.weights is None or Path(self.weights).is_file(), "weights", self.weights, "a file: no such file")
 
 
 def main(options: Options) -> None:

@@ -66,6 +66,7 @@ class Options:
     def __post_init__(self) -> None:
         require(Path(self.out).suffix == ".npz", "out", self.out, "a file name ending in .npz")
         require(not Path(self.out).is_dir(), "out", self.out, "the name of a file to write, this is a folder")
+        require(self.weights is None or Path(self.weights).is_file(), "weights", self.weights, "a file: no such file")
         for key in ("image_size", "num_images"):
             if getattr(self, key) is not None:
                 require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
@@ -80,7 +81,7 @@ def main(options: Options) -> None:
     out = Path(options.out)
     make_folder_of(out)
     with launched(options.device) as (processes, device):
-        images = open_source(options, device)
+        images = open_data(options, device)
         chosen = choose(len(images), options.num_images, options.seed)
         extractor = create_extractor("inception", options.weights, device=device)
         widths = layer_widths(extractor, images.image_size)
@@ -98,7 +99,7 @@ def main(options: Options) -> None:
         print(f"{out}: statistics of {len(images)} images, and {len(chosen)} of them")
 
 
-def open_source(options: Options, device: torch.device) -> ImageSet:
+def open_data(options: Options, device: torch.device) -> ImageSet:
     """The images that a reference is made of.
 
     Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gspn_dit.models.counting import count_macs, count_parameters
+from gspn_dit.models.counting import count_macs
 from gspn_dit.models.presets import create_model, find_preset, list_models
 from gspn_dit.options import command
 
@@ -32,7 +32,7 @@ def main(options: Options) -> None:
         with torch.device("meta"):
             model = create_model(name)
         small, large = (f"{count_macs(model, (side, side)) / 1e9:.1f}" for side in (32, 64))  # latents, 8× smaller
-        print(f"{name:<16}{count_parameters(model):>14,}{small:>14}{large:>10}", flush=True)
+        print(f"{name:<16}{model.num_parameters():>14,}{small:>14}{large:>10}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,13 @@
-"""What a model costs: its parameters, and the multiplications of one forward pass."""
+"""What one forward pass of a model costs in multiplications (`model.num_parameters()` counts its parameters)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gspn_dit.models.latent_model import LatentModel
-
-
-def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
-    """Numbers in the model's parameters, in ones, not in 2^20."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
 def count_macs(model: LatentModel, latent_size: tuple[int, int]) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.models.layers import DepthwiseConv, FinalLayer, chunk_by_layer, linear, whole
+from gspn_dit.models.layers import DepthwiseConv, FinalLayer, chunk_by_layer, is_whole, linear
 from gspn_dit.ops import propagate
 from gspn_dit.ops.reference import DIRECTIONS
 
@@ -54,7 +54,7 @@ class GSPN(LatentModel):
         out_channels: int = 8,
         num_classes: int = 1000,
     ) -> None:
-        if not whole(depth) or depth < 3 or depth % 2 == 0:
+        if not is_whole(depth) or depth < 3 or depth % 2 == 0:
             raise InputError(f"depth={depth!r}: give an odd number from 3, for n in-blocks, a middle and n out-blocks")
         if not isinstance(stochastic_depth, int | float) or not 0 <= stochastic_depth < 1:
             raise InputError(f"stochastic_depth={stochastic_depth!r}: give a chance in [0, 1)")

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gspn_dit.errors import InputError
 from gspn_dit.models.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding
-from gspn_dit.models.layers import whole
+from gspn_dit.models.layers import is_whole
 
 
 class LatentModel(ModelMixin, ConfigMixin):
@@ -112,7 +112,7 @@ class LatentModel(ModelMixin, ConfigMixin):
     def _checked_sample_size(self, sample_size: int | Sequence[int]) -> tuple[int, int]:
         size = tuple(sample_size) if isinstance(sample_size, Sequence) else (sample_size, sample_size)
         p = self.patch_size
-        if len(size) != 2 or not all(whole(side) and side >= 1 and side % p == 0 for side in size):
+        if len(size) != 2 or not all(is_whole(side) and side >= 1 and side % p == 0 for side in size):
             raise InputError(f"sample_size={sample_size!r}: give a side or (height, width) divisible by patch_size={p}")
         return size
 
@@ -130,5 +130,5 @@ class LatentModel(ModelMixin, ConfigMixin):
 
 def require_count(name: str, value: object) -> None:
     """Raise :class:`InputError` unless the value is a whole number from 1."""
-    if not whole(value) or value < 1:
+    if not is_whole(value) or value < 1:
         raise InputError(f"{name}={value!r}: give a whole number from 1")

@@ -63,7 +63,7 @@ class DepthwiseConv(nn.Conv2d):
     """
 
     def __init__(self, width: int, kernel_size: int, bias: bool = True) -> None:
-        if not whole(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
+        if not is_whole(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"conv_kernel={kernel_size!r}: give an odd number, so that the filter has a centre")
         super().__init__(width, width, kernel_size, padding=kernel_size // 2, groups=width, bias=bias)
 
@@ -115,15 +115,15 @@ def chunk_by_layer(chunk: int | None, global_layers: int | Sequence[int], depth:
     Raises:
         InputError: A chunk below 1, a count outside 0 … depth or an index outside the layers.
     """
-    if chunk is not None and not (whole(chunk) and chunk >= 1):
+    if chunk is not None and not (is_whole(chunk) and chunk >= 1):
         raise InputError(f"chunk={chunk!r}: give a number of lines from 1, or None for global scans in every layer")
-    if whole(global_layers):
+    if is_whole(global_layers):
         if not 0 <= global_layers <= depth:
             raise InputError(f"global_layers={global_layers}: give a count from 0 to the {depth} layers there are")
         chosen = set(range(depth - global_layers, depth))
     else:
         indices = isinstance(global_layers, Sequence)
-        if not indices or not all(whole(i) and -depth <= i < depth for i in global_layers):
+        if not indices or not all(is_whole(i) and -depth <= i < depth for i in global_layers):
             raise InputError(
                 f"global_layers={global_layers!r}: give a count, or a list of indices of the layers 0 to {depth - 1}"
             )
@@ -131,6 +131,6 @@ def chunk_by_layer(chunk: int | None, global_layers: int | Sequence[int], depth:
     return [None if i in chosen else chunk for i in range(depth)]
 
 
-def whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
     """Whether a value is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)

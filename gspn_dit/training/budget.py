@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from gspn_dit.models import create_model
-from gspn_dit.models.counting import count_macs, count_parameters
+from gspn_dit.models.counting import count_macs
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.presets import find_preset
 from gspn_dit.options import command, require
@@ -90,7 +90,7 @@ def count_cost(name: str, image_size: int) -> Cost:
         model = create_model(name, sample_size=side)
     kept = activation_bytes(lambda: create_model(name, sample_size=side), side)
     inputs = activation_bytes(lambda: _checkpointing(create_model(name, sample_size=side)), side)
-    return Cost(count_parameters(model), count_macs(model, (side, side)), kept, inputs + kept / len(model.blocks))
+    return Cost(model.num_parameters(), count_macs(model, (side, side)), kept, inputs + kept / len(model.blocks))
 
 
 def activation_bytes(build: Callable[[], LatentModel], side: int) -> float:

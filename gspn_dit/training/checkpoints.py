@@ -197,7 +197,7 @@ def collect(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return collected
 
 
-def find_checkpoint(config: Config, source: Dataset) -> Path | None:
+def checkpoint_to_resume(config: Config, source: Dataset) -> Path | None:
     """The newest checkpoint of the run that is whole; None if it has none at all.
 
     One that is damaged is said to be, and set aside as `damaged-step-…`.

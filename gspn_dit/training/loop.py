@@ -32,7 +32,7 @@ from gspn_dit.pipeline import GSPNDiTPipeline, pipeline_of
 from gspn_dit.training.checkpoints import (
     CheckpointNotWritten,
     TrainingState,
-    find_checkpoint,
+    checkpoint_to_resume,
     last_good,
     load_checkpoint,
     save_checkpoint,
@@ -103,7 +103,7 @@ def train(config: Config) -> None:
 
         def claim() -> Path | None:
             stack.enter_context(claimed(run))
-            checkpoint = find_checkpoint(config, parts.source)
+            checkpoint = checkpoint_to_resume(config, parts.source)
             if checkpoint is None:
                 check_nothing_lost(run)
             return checkpoint

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from gspn_dit.config import DataConfig
 from gspn_dit.data import ImageDataset, LatentStore, how_to_encode, is_latent_store, open_images
 from gspn_dit.errors import InputError
-from gspn_dit.weights import NAMED
+from gspn_dit.weights import PACKAGED
 
 _ORDER = 1 << 63  # keys from here up are epochs' orders, below are samples
 
@@ -30,7 +30,7 @@ def open_source(config: DataConfig, seed: int) -> ImageDataset | LatentStore:
     Raises:
         InputError: If it is not there, or a store was made for another image size, VAE or mirroring.
     """
-    if config.source not in NAMED and not Path(config.source).is_dir():
+    if config.source not in PACKAGED and not Path(config.source).is_dir():
         raise InputError(
             f"data.source={config.source!r}: no such folder; give `digits`, `photos`, a folder of class/*.jpg or a "
             f"latent store; {how_to_encode(config.source)}"

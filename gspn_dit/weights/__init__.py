@@ -4,7 +4,7 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 
-NAMED = ("digits", "photos")  # what has a VAE, a classifier and a diffusion model here
+PACKAGED = ("digits", "photos")  # what has a VAE, a classifier and a diffusion model here
 
 
 def packaged(name: str) -> Path:
