@@ -27,7 +27,7 @@ GSPN_DEVICE char* shared_memory() {
   return gspn_shared_memory;
 }
 
-// Copies 8 or 16 bytes from global to shared memory without passing through registers; wait_copies() before a barrier
+// Copies 4, 8 or 16 bytes from global to shared memory without passing through registers; wait_copies() before a barrier
 // makes them visible.
 template <int kBytes>
 GSPN_DEVICE void copy_async(void* shared, const void* global) {
