@@ -6,12 +6,14 @@ import math
 import runpy
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gspn_dit
 from gspn_dit.errors import InputError
@@ -285,6 +287,34 @@ def test_bf16_autocast_is_close_to_float32_and_trains(name):
     rounded.float().square().mean().backward()
     assert (rounded.float() - exact).norm() <= 0.05 * exact.norm()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="fake CUDA tensors ask torch 2.8 for a driver")
+def test_cudas_autocast_leaves_gspn_dits_map_in_bfloat16():
+    """There, not on a CPU, norms and powers become float32, and with them every map up to the next product."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model = create_model("gspn-dit-ti-2", depth=2)
+        maps = []
+        for module in model.blocks.modules():
+            module.register_forward_hook(lambda module, inputs, y: maps.extend([inputs[0].dtype, y.dtype]))
+        with cuda_autocast():
+            y = model(torch.zeros(2, 4, 32, 32), torch.zeros(2), torch.zeros(2, dtype=torch.long))
+            assert model.blocks[0].mixer.norm(torch.zeros(2, 8, 8, 192, dtype=torch.bfloat16)).dtype == torch.bfloat16
+            assert nn.functional.layer_norm(y, y.shape).dtype == torch.float32  # as CUDA's autocast has it
+    assert len(maps) >= 2 * 2 * 10
+    assert set(maps) == {torch.bfloat16}
+
+
+@contextmanager
+def cuda_autocast():
+    """CUDA's autocast to bfloat16, which torch.autocast has only where there is a GPU."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
 
 
 @families

@@ -73,12 +73,12 @@ def denoise(
     null_labels = torch.full_like(class_labels, model.null_class)
 
     latents = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
-    for step, timestep in enumerate(progress(scheduler.timesteps)):
+    levels = (scheduler.timesteps.cpu().double() / 1000).clamp(max=1).tolist()  # a shifted one may be rounded up from 1
+    for step, (timestep, level) in enumerate(zip(progress(scheduler.timesteps), levels, strict=True)):
         inputs = latents
         if hasattr(scheduler, "scale_model_input"):
             inputs = scheduler.scale_model_input(latents, timestep)
         inputs, timesteps = inputs.to(dtype), timestep.float().expand(len(latents))
-        level = min(float(timestep) / 1000, 1.0)  # a shifted one may be rounded up from 1
         guided = guidance_scale != 1 and low <= level <= high
         if guided:
             output, unconditional = (

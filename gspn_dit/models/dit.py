@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gspn_dit.errors import InputError
 from gspn_dit.models.embeddings import sincos_positions
 from gspn_dit.models.latent_model import LatentModel, require_count
-from gspn_dit.models.layers import FeedForward, FinalLayer, linear, modulate
+from gspn_dit.models.layers import FeedForward, FinalLayer, LayerNorm, linear, modulate
 
 
 class DiT(LatentModel):
@@ -81,9 +81,9 @@ class DiTBlock(nn.Module):
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm1 = LayerNorm(width)
         self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm2 = LayerNorm(width)
         self.mlp = FeedForward(width, mlp_ratio)
         # Zero: every gate starts shut and the block is the identity.
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, zero=True))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
 from gspn_dit.models.latent_model import LatentModel, require_count
-from gspn_dit.models.layers import FeedForward, SquaredReLU, chunk_by_layer, linear, modulate
+from gspn_dit.models.layers import FeedForward, LayerNorm, SquaredReLU, chunk_by_layer, linear, modulate
 from gspn_dit.models.mixers import MIXERS
 
 
@@ -97,9 +97,9 @@ class GSPNDiTBlock(nn.Module):
 
     def __init__(self, width: int, rank: int, mlp_ratio: float, mixer: nn.Module) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm1 = LayerNorm(width)
         self.mixer = mixer
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm2 = LayerNorm(width)
         self.mlp = FeedForward(width, mlp_ratio, SquaredReLU())
         self.modulation = nn.Sequential(linear(rank, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
 
@@ -115,7 +115,7 @@ class SharedFinalLayer(nn.Module):
 
     def __init__(self, width: int, patch_values: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_final = LayerNorm(width)
         self.modulation_offset = nn.Parameter(torch.zeros(2, width))
         self.linear = linear(width, patch_values, zero=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,22 @@ class SquaredReLU(nn.Module):
     """max(x, 0)², the activation of Primer (arXiv 2109.08668)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.relu().square()
+        x = x.relu()
+        return x * x  # not square(), of which autocast on CUDA makes float32
+
+
+class LayerNorm(nn.LayerNorm):
+    """DiT's norm over channels, without weights of its own, in its input's dtype.
+
+    Autocast on CUDA, not on a CPU, would make a float32 map of a bfloat16 one, and keep it so up to the next product.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x.device):
+            return super().forward(x)
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -79,7 +95,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, patch_values: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_final = LayerNorm(width)
         self.linear = linear(width, patch_values, zero=True)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, zero=True))
 
@@ -134,3 +150,8 @@ def chunk_by_layer(chunk: int | None, global_layers: int | Sequence[int], depth:
 def is_whole(value: object) -> bool:
     """Whether a value is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def without_autocast(device: torch.device) -> torch.autocast | nullcontext:
+    """A block whose operations stay in their operands' dtype; on the meta device, which has no autocast, any block."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

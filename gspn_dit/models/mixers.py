@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspn_dit.models.layers import DepthwiseConv, linear
+from gspn_dit.models.layers import DepthwiseConv, linear, without_autocast
 from gspn_dit.ops import propagate
 from gspn_dit.ops.reference import DIRECTIONS
 
@@ -59,9 +58,10 @@ class Mixer(nn.Module):
         return torch.addcmul(self.norm(mixed).to(value.dtype), self.direct.to(value.dtype), value)
 
     def norm(self, y: Tensor) -> Tensor:
-        """Each group's channels over their root mean square."""
+        """Each group's channels over their root mean square, in y's dtype."""
         groups = y.unflatten(-1, (self.num_groups, -1))
-        return F.rms_norm(groups, groups.shape[-1:], eps=1e-6).flatten(-2)
+        with without_autocast(y.device):
+            return F.rms_norm(groups, groups.shape[-1:], eps=1e-6).flatten(-2)
 
 
 class GSPNMixer(Mixer):
@@ -169,8 +169,3 @@ MIXERS: dict[str, type[Mixer]] = {
     "linear": LinearAttentionMixer,
     "conv": ConvMixer,
 }
-
-
-def without_autocast(device: torch.device) -> torch.autocast | nullcontext:
-    """A block whose products stay in their operands' dtype; on the meta device, which has no autocast, any block."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -179,8 +179,9 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
             name, _, kind = key.rpartition(".")
             # A copy: the file's memory would keep it open, and NFS keeps a folder of which a file is open.
             parameter, value = parameters[name], file.get_tensor(key).clone()
-            # AdamW's count of steps is one number, on the CPU; the rest is shaped as the parameter.
-            state.optimizer.state[parameter][kind] = like(value, parameter.detach()) if value.ndim else value
+            # AdamW's count of steps is one number, on the parameter's device; the rest is shaped as the parameter.
+            value = like(value, parameter.detach()) if value.ndim else value.to(parameter.device)
+            state.optimizer.state[parameter][kind] = value
     metadata = json.loads((checkpoint / "metadata.json").read_text())
     if accelerator.scaler is not None and "scaler" in metadata:
         accelerator.scaler.load_state_dict(metadata["scaler"])

@@ -231,6 +231,7 @@ def prepare(config: Config, accelerator: Accelerator, parts: Parts, is_new: bool
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.weight_decay,
+        fused=True,
     )
     # FSDP2 warns that nobody may change the model's output in place; nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -316,10 +317,12 @@ def take_step(
         losses.append(loss.detach())
         finite = latents.isfinite().all() & finite
     # One exchange a step: the loss, whether its data were numbers, and whether any process is asked to stop.
-    told = torch.stack([torch.stack(losses).mean(), finite.float(), loss.new_tensor(float(training.stop.requested))])
-    loss, finite, stopping = accelerator.reduce(told, "mean").tolist()
+    stop_requested = loss.new_full((), training.stop.requested)
+    told = accelerator.reduce(torch.stack([torch.stack(losses).mean(), finite.float(), stop_requested]), "mean")
     # In one piece: with FSDP2, torch 2.8 returns each process's part of the norm.
-    grad_norm = float(whole(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)))
+    grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
+    # Nothing before this waits for the device, and only this does.
+    loss, finite, stopping, grad_norm = torch.cat([told, grad_norm.reshape(1)]).tolist()
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_skip):
         raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
     state.optimizer.step()
@@ -379,7 +382,7 @@ def averaged_pipeline(config: Config, parts: Parts, ema: Average) -> GSPNDiTPipe
     with torch.device("meta"):
         model = parts.build().eval()
     model.load_state_dict({name: whole(tensor) for name, tensor in ema.tensors.items()}, assign=True)
-    pipeline = pipeline_of(config, model.requires_grad_(False), parts.vae, parts.source.class_names)
+    pipeline = pipeline_of(config, model, parts.vae, parts.source.class_names)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
