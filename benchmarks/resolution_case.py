@@ -141,8 +141,7 @@ def random_model(case: Case) -> LatentModel:
     if case.step == "forward":
         model = model.to(getattr(torch, case.dtype)).eval().requires_grad_(False)
     if case.compiled:
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        model.compile_repeated_blocks(dynamic=False)
     return model
 
 

@@ -332,6 +332,16 @@ def test_compiles_as_one_graph(name):
         torch.testing.assert_close(one, other)
 
 
+@families
+def test_blocks_compile_by_themselves_as_diffusers_compiles_them(name):
+    torch._dynamo.reset()
+    model = small(name)
+    eager = model(*inputs())
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(model(*inputs()), eager)
+    assert all(block._compiled_call_impl is not None for block in model.blocks)
+
+
 def test_squared_relu_is_zero_below_zero_and_the_square_above():
     assert SquaredReLU()(torch.tensor([-3.0, -0.5, 0.0, 0.5, 3.0])).tolist() == [0, 0, 0, 0.25, 9]
     assert isinstance(create_model("gspn-dit-ti-2").blocks[0].mlp.act, SquaredReLU)

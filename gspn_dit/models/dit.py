@@ -35,6 +35,7 @@ class DiT(LatentModel):
     """
 
     _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]  # what FSDP shards and gathers as one
+    _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]  # what compile_repeated_blocks compiles one by one
 
     @register_to_config
     def __init__(

@@ -39,6 +39,7 @@ class GSPN(LatentModel):
     """
 
     _no_split_modules: ClassVar[list[str]] = ["GSPNBlock"]  # what FSDP shards and gathers as one
+    _repeated_blocks: ClassVar[list[str]] = ["GSPNBlock"]  # what compile_repeated_blocks compiles one by one
 
     @register_to_config
     def __init__(

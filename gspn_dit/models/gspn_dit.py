@@ -41,6 +41,7 @@ class GSPNDiT(LatentModel):
     """
 
     _no_split_modules: ClassVar[list[str]] = ["GSPNDiTBlock"]  # what FSDP shards and gathers as one
+    _repeated_blocks: ClassVar[list[str]] = ["GSPNDiTBlock"]  # what compile_repeated_blocks compiles one by one
 
     @register_to_config
     def __init__(
