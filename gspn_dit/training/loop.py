@@ -231,7 +231,7 @@ def prepare(config: Config, accelerator: Accelerator, parts: Parts, is_new: bool
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.weight_decay,
-        fused=True,
+        fused=accelerator.device.type == "cuda",
     )
     # FSDP2 warns that nobody may change the model's output in place; nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
