@@ -96,7 +96,7 @@ def count_cost(name: str, image_size: int) -> Cost:
 def activation_bytes(build: Callable[[], LatentModel], side: int) -> float:
     """Bytes that one more image of latents side × side makes the backward pass keep, by the CPU's autocast rules.
 
-    A GPU's differs for `gspn` alone, whose norms it runs in float32.
+    A GPU's are nearly the same; `gspn`'s norms are in float32 there.
     """
     with FakeTensorMode():
         model = build()
