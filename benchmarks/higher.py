@@ -4,8 +4,9 @@
 SECONDS] [--out PREFIX]` draws the same images with every model at every size, with and without the noise shift and the
 scaled chunks of `sample.py`, and compares them with the real images of the trained size: a crop of that size of every
 image, which asks whether the detail is right, and every image as a whole, downsized, which asks whether the subject is.
-It writes PREFIX.json, PREFIX.md and PREFIX.png after every row. What is in PREFIX.json, and the images in --images, are
-kept: the same command goes on where the last one stopped. Without --features it measures time and memory alone.
+It writes PREFIX.json, PREFIX.md and PREFIX.png after every row, and in the end PREFIX-images.png, the first image of
+every model at every size. What is in PREFIX.json, and the images in --images, are kept: the same command goes on where
+the last one stopped. Without --features it measures time and memory alone.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Options:
         threads: Threads of the CPU.
         images: Folder for the images.
         time_budget: Seconds after which no row is begun and the one under way is given up.
-        out: Where the results go, without the .json, .md and .png.
+        out: Where the results go, without the .json, .md, .png and -images.png.
     """
 
     models: list[str] = field(default_factory=lambda: ["digits"])
@@ -300,9 +301,32 @@ def plot(results: Results, path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("side of the image, pixels")
         axis.grid(alpha=0.3)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.axes[-1].legend(frameon=False, fontsize=8)
     figure.suptitle(f"Trained at {results.trained} px\n{results.settings['machine']}")
     figure.savefig(path, dpi=120, format="png")
+
+
+def show(results: Results, path: Path) -> None:
+    """The first image of every row without the shift, whole, at one size: a line a model, a column a size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cases = dict(results.cases())
+    lines = [(label, scale) for label, switches in results.switches.items() for shift, scale in switches if not shift]
+    sizes = sorted(results.options.pixels)
+    figure = Figure(figsize=(2.6 * len(sizes), 2.75 * len(lines)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(lines), len(sizes), squeeze=False).flat
+    for axis, ((label, scale), pixels) in zip(axes, product(lines, sizes), strict=True):
+        case = cases[row_key(label, pixels, None, scale if pixels != results.trained else None)]
+        if not (Path(case.folder) / image_file(0)).exists():
+            axis.set_axis_off()
+            continue
+        axis.imshow(image_of(case, 0))
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_title(f"{label}, {STYLES[None, scale][1]}, {pixels} px", fontsize=8)
+    figure.savefig(path, dpi=80, format="png")
 
 
 def main(options: Options) -> None:
@@ -311,6 +335,7 @@ def main(options: Options) -> None:
     results = Results(options)
     if results.extractor and "held out" not in results.rows:
         results.add("held out", results.held_out())
+    before = len(results.rows)
     for key, case in results.cases():
         if key in results.rows:
             continue
@@ -324,6 +349,9 @@ def main(options: Options) -> None:
         results.add(key, {"model": label, "pixels": case.pixels, "shift": case.shift, "chunk_scale": case.chunk_scale,
                           **figures})  # fmt: skip
         print(f"{key}: {json.dumps(figures)}", flush=True)
+    if len(results.rows) > before:
+        with replacing(results.path.with_name(f"{results.path.stem}-images.png")) as temporary:
+            show(results, temporary)
     print(report(results))
 
 

@@ -15,6 +15,7 @@ from benchmarks.higher_case import Case, draw
 from gspn_dit.errors import InputError
 from gspn_dit.fid.images import ImageSet
 from gspn_dit.options import parse
+from gspn_dit.pictures import load_image
 
 
 @pytest.fixture
@@ -46,6 +47,10 @@ def test_rows_resume_and_other_settings_are_refused(options, monkeypatch):
     table = results.path.with_suffix(".md").read_text()
     assert table.count("| ours |") == 3 and table.count("×2") == 1
     assert len(plots) == 4 and results.path.with_suffix(".png").exists()
+
+    shown = torch.from_numpy(load_image(results.path.with_name("higher-images.png"))).float()
+    left, right = shown[shown.shape[0] // 2].chunk(2)  # an image each, not paper
+    assert left.std() > 10 and right.std() > 10
 
     def stop(case, seconds):
         drawn.append(case)
