@@ -319,9 +319,8 @@ def take_step(
     # One exchange a step: the loss, whether its data were numbers, and whether any process is asked to stop.
     stop_requested = loss.new_full((), training.stop.requested)
     told = accelerator.reduce(torch.stack([torch.stack(losses).mean(), finite.float(), stop_requested]), "mean")
-    # In one piece: with FSDP2, torch 2.8 returns each process's part of the norm.
+    # Whole: with FSDP2, torch 2.8 returns each process's part of the norm. Only tolist() waits for the device.
     grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
-    # Nothing before this waits for the device, and only this does.
     loss, finite, stopping, grad_norm = torch.cat([told, grad_norm.reshape(1)]).tolist()
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_skip):
         raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
