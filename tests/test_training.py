@@ -32,9 +32,10 @@ from gspn_dit.models.gspn_dit import GSPNDiTBlock
 from gspn_dit.pipeline import load_pipeline
 from gspn_dit.training.checkpoints import EMA_WEIGHTS, list_checkpoints
 from gspn_dit.training.evaluation import draw_samples
-from gspn_dit.training.loop import NonFiniteLoss, clean_latents, train
+from gspn_dit.training.loop import train
 from gspn_dit.training.record import running_mean
 from gspn_dit.training.setup import check_launch, start_from
+from gspn_dit.training.step import NonFiniteLoss, clean_latents
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -23,7 +23,8 @@ from gspn_dit.errors import InputError
 from gspn_dit.options import parse
 from gspn_dit.runs import checkpoint_step, list_checkpoints
 from gspn_dit.training.checkpoints import _sums
-from gspn_dit.training.loop import NonFiniteLoss, train
+from gspn_dit.training.loop import train
+from gspn_dit.training.step import NonFiniteLoss
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 RESUME = ["--training.max_steps", 12, "--resume", "auto"]
