@@ -12,6 +12,7 @@ import yaml
 
 from gspn_dit.files import replacing
 from gspn_dit.options import parse, require
+from gspn_dit.precision import MixedPrecision
 
 
 @dataclass
@@ -90,7 +91,8 @@ class TrainingConfig:
         posthoc_ema_every: Steps between snapshots of the power-function averages, from which
             `python -m gspn_dit.training.posthoc_ema` makes an average of any width; 0 for none.
         posthoc_ema_sigma_rels: Those averages' relative widths.
-        mixed_precision: `no`, `bf16` or `fp16`.
+        mixed_precision: `auto` is bf16 where the device has instructions for it and float32 elsewhere; `no` is
+            float32; or `bf16`, or `fp16`.
         gradient_checkpointing: Recompute blocks in the backward pass to save memory.
         compile: Run the model through torch.compile.
         log_every: Steps between lines in metrics.csv and the trackers.
@@ -113,7 +115,7 @@ class TrainingConfig:
     ema_decay: float = 0.9999
     posthoc_ema_every: int = 0
     posthoc_ema_sigma_rels: list[float] = field(default_factory=lambda: [0.05, 0.10])
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: MixedPrecision = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
     log_every: int = 100

@@ -51,7 +51,7 @@ def begin(folder: Path, settings: dict[str, Any], labels: Sequence[int]) -> list
             "empty it or name another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    begin_or_continue(folder / SETTINGS_FILE, settings, "out", ignored=("model",))
+    begin_or_continue(folder / SETTINGS_FILE, settings, "out", ignored=("model",), absent={"mixed_precision": "no"})
     for torn in folder.glob(".*.png.tmp"):
         torn.unlink()
     with replacing(folder / "labels.csv") as temporary, open(temporary, "w", newline="") as file:

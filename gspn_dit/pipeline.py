@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -32,11 +32,11 @@ from gspn_dit.diffusion.schedulers import own_shift, shifted
 from gspn_dit.errors import InputError
 from gspn_dit.models.chunks import scaled_chunks
 from gspn_dit.models.presets import FAMILIES
+from gspn_dit.precision import MixedPrecision, autocast, choose_precision
 from gspn_dit.runs import list_checkpoints
 from gspn_dit.weights import PACKAGED, packaged
 
 _PIXELS_A_DECODE = 2**20  # together; an image of more is decoded in tiles
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 
 
@@ -108,7 +108,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] | None = None,
         shift: float | Literal["auto"] | None = None,
         chunk_scale: float | Literal["auto"] | None = None,
-        mixed_precision: Literal["bf16", "fp16"] | None = None,
+        mixed_precision: MixedPrecision = "no",
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict] | None = None,
@@ -128,7 +128,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 scheduler's own by :meth:`side_ratio`, as Stable Diffusion 3 does; None leaves it.
             chunk_scale: How many times as long as in training the chunks of local scans are; `auto` takes
                 :meth:`side_ratio`; None leaves them.
-            mixed_precision: What the transformer is autocast to; the sampler and the VAE stay as they are.
+            mixed_precision: What the transformer is autocast to; the sampler and the VAE stay as they are. `no` is
+                the weights' own float32, on every machine; `auto` is bf16 where the device has instructions for it.
             output_type: `pil`; `np` float (B, H, W, 3) or `pt` float (B, 3, H, W), in [0, 1]; `uint8` (B, 3, H, W),
                 the bytes of the others; `latent`.
             return_dict: Give an `ImagePipelineOutput`; else a tuple.
@@ -139,8 +140,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
         """
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"output_type={output_type!r}: wanted one of {', '.join(_OUTPUT_TYPES)}")
-        if mixed_precision not in (None, *_DTYPES):
-            raise InputError(f"mixed_precision={mixed_precision!r}: wanted one of {', '.join(_DTYPES)}, or None")
+        if mixed_precision not in (names := get_args(MixedPrecision)):
+            raise InputError(f"mixed_precision={mixed_precision!r}: wanted one of {', '.join(names)}")
         labels = self.class_ids([class_labels] if isinstance(class_labels, Integral | str) else class_labels)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise InputError(f"generator: a list of {len(generator)} for {len(labels)} class_labels; wanted one each")
@@ -155,8 +156,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 return None
             return (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents")
 
-        autocast = torch.autocast(device.type, _DTYPES[mixed_precision]) if mixed_precision else nullcontext()
-        with self._chunks(chunk_scale), autocast:
+        with self._chunks(chunk_scale), autocast(device, choose_precision(mixed_precision, device).name):
             latents = denoise(
                 self.transformer,
                 self.scheduler if shift is None else shifted(self.scheduler, shift),

@@ -28,6 +28,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.options import require
 from gspn_dit.pictures import load_image, save_grid, save_npz
 from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline
+from gspn_dit.precision import MixedPrecision, Precision, agreed_precision
 
 BATCH_SIZE = 16
 
@@ -50,7 +51,8 @@ class SampleOptions:
             noisy, `auto` takes √(pixels / trained pixels).
         chunk_scale: How many times as long as in training the chunks of local scans are; `auto` takes the side over
             the trained side.
-        mixed_precision: What the transformer computes in: `bf16` or `fp16`, far faster on a GPU, or `no` for float32.
+        mixed_precision: What the transformer computes in: `auto` takes bf16 where the device has instructions for it
+            and float32 elsewhere; `no` is float32; or `bf16`, or `fp16`.
         seed: Image i is a function of (seed, i), whatever the batch size and the number of processes.
         batch_size: Images at a time, in each process; if not given, 16 or the fewer that have the pixels of 16 images
             of the trained size.
@@ -72,7 +74,7 @@ class SampleOptions:
     sampler: str | None = None
     shift: float | Literal["auto"] | None = None
     chunk_scale: float | Literal["auto"] | None = None
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: MixedPrecision = "auto"
     seed: int = 0
     batch_size: int | None = None
     height: int | None = None
@@ -131,13 +133,15 @@ def main(options: SampleOptions) -> None:
     labels = choose_labels(pipe, options)
     if options.sampler is not None:
         pipe.scheduler = create_scheduler(objective_of(pipe.scheduler), options.sampler)
-    choices = resolve(pipe, options)
+    precision = agreed_precision(options.mixed_precision, device)
+    choices = resolve(pipe, options, precision)
     missing: list[int] = []
     if processes.is_main_process:
         for folder in output_folders(options).values():
             folder.mkdir(parents=True, exist_ok=True)
         settings = describe(pipe, options, choices) | {"model": str(checkpoint or options.model)}
         missing = start(options, settings, labels)
+        precision.say()
     (missing,) = broadcast_object_list([missing])
     draw_missing(
         pipe.to(device),
@@ -169,7 +173,7 @@ def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
     return [classes[int(draw * len(classes))] for draw in draws]
 
 
-def resolve(pipe: GSPNDiTPipeline, options: SampleOptions) -> dict[str, Any]:
+def resolve(pipe: GSPNDiTPipeline, options: SampleOptions, precision: Precision) -> dict[str, Any]:
     """The options of the pipeline's call, with its own defaults in their places. Raises :class:`InputError`."""
     own, factor = pipe.config, downsampling(pipe.vae)
     height, width = (factor * side for side in pipe.latent_size(options.height, options.width))
@@ -179,7 +183,7 @@ def resolve(pipe: GSPNDiTPipeline, options: SampleOptions) -> dict[str, Any]:
         "num_inference_steps": options.num_inference_steps or own.num_inference_steps,
         "height": height,
         "width": width,
-        "mixed_precision": None if options.mixed_precision == "no" else options.mixed_precision,
+        "mixed_precision": precision.name,
     }
     check_steps(pipe.scheduler, choices["num_inference_steps"])
     shift, chunk_scale = pipe.size_switches(height, width, options.shift, options.chunk_scale)

@@ -133,7 +133,8 @@ def test_the_training_command_prints_the_error_of_what_it_saves_and_repeats_itse
     for name in ("first", "again"):
         arguments = ["--data", "digits", "--out", str(tmp_path / name), "--steps", "4", "--batch-size", "8"]
         command(small_vae.main, small_vae.Options, prog="small_vae", argv=arguments)
-    lines = capsys.readouterr().out.splitlines()
+    said, *lines = capsys.readouterr().out.splitlines()
+    assert said == lines.pop(2) == "computing in float32 (mixed_precision no)"
     weights = [(tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes() for name in ("first", "again")]
     assert weights[0] == weights[1]
     assert lines[0].partition(": ")[2] == lines[2].partition(": ")[2]

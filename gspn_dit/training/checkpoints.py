@@ -6,7 +6,8 @@ runs/NAME/checkpoints/step-0001000/
     ema/                         the averaged model, as from_pretrained reads it
     power-ema-0.05.safetensors … the post-hoc EMA's running averages, if it is on
     config.yaml, class_names.json   what sampling needs to know
-    metadata.json                step, images in the data, loss since the last log line, every file's size and SHA-256
+    metadata.json                step, images in the data, loss since the last log line, what the mixed precision came
+                                 to, every file's size and SHA-256
 
 Every tensor is whole, however many processes trained and whether or not FSDP split the model over them, so that a run
 continues on any number of processes, with or without FSDP. No random state is kept: all there is to draw is a function
@@ -36,6 +37,7 @@ from gspn_dit.config import Config
 from gspn_dit.errors import InputError
 from gspn_dit.files import save_tensors, sha256
 from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.precision import Precision
 from gspn_dit.runs import list_checkpoints
 from gspn_dit.training.ema import Average
 from gspn_dit.training.sharding import fill, like, whole
@@ -198,10 +200,10 @@ def collect(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return collected
 
 
-def checkpoint_to_resume(config: Config, source: Dataset) -> Path | None:
+def checkpoint_to_resume(config: Config, source: Dataset, precision: Precision) -> Path | None:
     """The newest checkpoint of the run that is whole; None if it has none at all.
 
-    One that is damaged is said to be, and set aside as `damaged-step-…`.
+    One that is damaged is said to be, and set aside as `damaged-step-…`; so are changes of options and of precision.
 
     Raises:
         InputError: If the configuration or its data does not continue the run, or every checkpoint is damaged.
@@ -225,7 +227,7 @@ def checkpoint_to_resume(config: Config, source: Dataset) -> Path | None:
             f"({checkpoints[-1].name}: {damaged[checkpoints[-1]]}); restore one, or name another folder"
         )
     check_resumable(checkpoint, config, source)
-    say_changes(checkpoint, config)
+    say_changes(checkpoint, config, precision)
     for path, problem in damaged.items():
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -276,13 +278,18 @@ def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
 UNSAID = ("resume", "output_dir", "model.init_from")  # the last has no effect: the run has weights of its own
 
 
-def say_changes(checkpoint: Path, config: Config) -> None:
-    """Print which options differ from those that a checkpoint was made with."""
+def say_changes(checkpoint: Path, config: Config, precision: Precision) -> None:
+    """Print which options differ from those that a checkpoint was made with, and whether the precision does."""
     before, now = (_flat(dataclasses.asdict(c)) for c in (Config.load(checkpoint / "config.yaml"), config))
     changed = [key for key in now if key not in UNSAID and before.get(key) != now[key]]
     if changed:
         changes = ", ".join(f"{key} {before.get(key)!r} → {now[key]!r}" for key in changed)
         print(f"changed since {checkpoint.name}: {changes}")
+    metadata = json.loads((checkpoint / "metadata.json").read_text())
+    computed_in = metadata.get("mixed_precision", before["training.mixed_precision"])
+    if computed_in != precision.name:
+        why = precision.reason if precision.asked == "auto" else "as asked"
+        print(f"changed since {checkpoint.name}: mixed_precision {computed_in} → {precision.name}: {why}")
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

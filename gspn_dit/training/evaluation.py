@@ -24,18 +24,13 @@ from gspn_dit.training.record import attempt, note, warn
 EVALUATION = "evaluation.csv"
 
 
-def draw_samples(pipeline: GSPNDiTPipeline, config: Config, path: Path) -> None:
+def draw_samples(pipeline: GSPNDiTPipeline, config: Config, accelerator: Accelerator, path: Path) -> None:
     """A grid of samples, the classes spread over it; the same noise each time, so that grids of a run compare.
 
     Training goes on after any failure, which is warned of.
     """
-    options = {"count": config.sampling.num_images, "seed": config.seed, "mixed_precision": precision(config)}
+    options = {"count": config.sampling.num_images, "seed": config.seed, "mixed_precision": accelerator.mixed_precision}
     note(f"no {path}", lambda: draw_grid(pipeline, path, **options))
-
-
-def precision(config: Config) -> str | None:
-    """What the transformer is autocast to in training, and so when it draws."""
-    return None if config.training.mixed_precision == "no" else config.training.mixed_precision
 
 
 class Evaluator:
@@ -103,7 +98,7 @@ class Evaluator:
                 [i % pipeline.transformer.config.num_classes for i in batch],
                 guidance_scale=options.guidance_scale,
                 generator=[image_generator(self.config.seed, i) for i in batch],
-                mixed_precision=precision(self.config),
+                mixed_precision=self.accelerator.mixed_precision,
                 output_type="uint8",
             )
             images.append(drawn.images.cpu())

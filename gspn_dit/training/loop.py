@@ -24,6 +24,7 @@ from tqdm import tqdm
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.errors import InputError
 from gspn_dit.pipeline import GSPNDiTPipeline, pipeline_of
+from gspn_dit.precision import agreed_precision
 from gspn_dit.training.checkpoints import (
     CheckpointNotWritten,
     TrainingState,
@@ -76,9 +77,10 @@ def train(config: Config) -> None:
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_PAUSE)  # the processes meet
     together(lambda: check_options(config))
     run = Path(config.output_dir)
+    precision = agreed_precision(config.training.mixed_precision, PartialState().device)
     # A view of DDP's buckets for gradients saves a copy of them.
     accelerator = Accelerator(
-        mixed_precision=config.training.mixed_precision,
+        mixed_precision=precision.name,
         log_with=config.training.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "logs")),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours, whatever the environment says
@@ -94,12 +96,14 @@ def train(config: Config) -> None:
 
         def claim() -> Path | None:
             stack.enter_context(claimed(run))
-            checkpoint = checkpoint_to_resume(config, parts.source)
+            checkpoint = checkpoint_to_resume(config, parts.source, precision)
             if checkpoint is None:
                 check_nothing_lost(run)
             return checkpoint
 
         checkpoint = on_main(claim, accelerator.is_main_process)
+        if accelerator.is_main_process:
+            precision.say()
         take_steps(config, accelerator, parts, checkpoint, stop)
     accelerator.end_training()
 
@@ -142,7 +146,7 @@ def take_steps(
             learning_rate = learning_rate_at(step, options)
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate
-            may_skip = options.mixed_precision == "fp16" and overflows < MOST_OVERFLOWS
+            may_skip = accelerator.mixed_precision == "fp16" and overflows < MOST_OVERFLOWS
             loss, grad_norm, stopping = take_step(training, batches, step, may_skip)
             overflows = 0 if math.isfinite(grad_norm) else overflows + 1
 
@@ -172,6 +176,7 @@ def take_steps(
                     "loss_sum": loss_sum,
                     "loss_count": loss_count,
                     "num_images": len(parts.source),
+                    "mixed_precision": accelerator.mixed_precision,
                 }
                 checkpoint = save_checkpoint(accelerator, config, state, parts.source.class_names, metadata)
             if not stopping:
@@ -272,7 +277,7 @@ def draw_and_score(training: Training, step: int, record: Record | None, scores:
     pipeline = averaged_pipeline(config, parts, training.state.ema)
     if drawn and record:
         note(f"loss.png is without step {step}", record.draw)
-        draw_samples(pipeline, config, Path(config.output_dir) / "samples" / f"step-{step:07d}.png")
+        draw_samples(pipeline, config, accelerator, Path(config.output_dir) / "samples" / f"step-{step:07d}.png")
     accelerator.wait_for_everyone()
     if scored and (row := parts.evaluator.score(pipeline, step, training.stop)):
         note(f"{EVALUATION} has no step {step}", scores.append, row)

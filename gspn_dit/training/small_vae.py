@@ -26,6 +26,7 @@ from gspn_dit.data.photos import Photos
 from gspn_dit.data.vae import decode, encode_moments, sample_posterior
 from gspn_dit.files import new_folder, require_new
 from gspn_dit.options import command, require
+from gspn_dit.precision import Precision, autocast, choose_precision
 from gspn_dit.training.linear_start import start_linear
 
 BATCH_SIZE = 100
@@ -34,7 +35,7 @@ BATCH_SIZE = 100
 class DigitShifts:
     """The 4,500 training digits, a batch drawn with a random shift of up to 2 pixels."""
 
-    block_out_channels, sample_size, autocast, linear = (8, 16, 48), IMAGE_SIZE, False, False
+    block_out_channels, sample_size, linear = (8, 16, 48), IMAGE_SIZE, False
 
     def __init__(self) -> None:
         self.images = Digits("train").images
@@ -55,7 +56,7 @@ class PhotoCrops:
     """Square crops of the photographs at 64 or 128 pixels, half of them mirrored, from twice enlarged to the whole."""
 
     # sample_size is the side of the tiles that diffusers' tiled decoding takes.
-    block_out_channels, sample_size, autocast, linear = (16, 32, 64), 512, True, True
+    block_out_channels, sample_size, linear = (16, 32, 64), 512, True
 
     def __init__(self) -> None:
         self.photographs = Photos().photographs
@@ -90,9 +91,9 @@ class PhotoCrops:
 
 SOURCES = {"digits": DigitShifts, "photos": PhotoCrops}
 RECIPES = {
-    "digits": {"steps": 3500, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 0},
-    "photos": {"steps": 3600, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 100},
-}
+    "digits": {"steps": 3500, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 0, "mixed_precision": "no"},
+    "photos": {"steps": 3600, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 100, "mixed_precision": "auto"},
+}  # fmt: skip
 
 
 def _stacked(images: Photos, count: int) -> Tensor:
@@ -111,6 +112,8 @@ class Options:
         batch_size: Images a step.
         learning_rate: Peak of AdamW's rate, which falls to 0 along a cosine.
         warmup_steps: Steps over which the rate rises first.
+        mixed_precision: `auto` trains in bf16 where this CPU has instructions for it and in float32 elsewhere; or `no`
+            (float32), or `bf16`.
         kl_weight: Weight of the posterior's KL divergence per latent value, against the error per pixel.
         latent_noise: Standard deviation of the noise, in units of the latents', that the decoder learns to see through.
         seed: Seed of the weights and every draw.
@@ -122,6 +125,7 @@ class Options:
     batch_size: int | None = None
     learning_rate: float | None = None
     warmup_steps: int | None = None
+    mixed_precision: Literal["auto", "no", "bf16"] | None = None
     kl_weight: float = 1e-3
     latent_noise: float = 0.1
     seed: int = 0
@@ -148,7 +152,9 @@ def main(options: Options) -> None:
     torch.manual_seed(options.seed)
     source = SOURCES[options.data]()
     vae = new_vae(source)
-    train(vae, source, options)
+    precision = choose_precision(options.mixed_precision, vae.device)
+    precision.say()
+    train(vae, source, options, precision)
     vae.eval().requires_grad_(False)
     vae.register_to_config(scaling_factor=scaling_factor(vae, source.images))
     errors = [(name, reconstruction_error(vae, images)) for name, images in source.held_out()]
@@ -176,7 +182,7 @@ def new_vae(source: DigitShifts | PhotoCrops) -> AutoencoderKL:
     return vae
 
 
-def train(vae: AutoencoderKL, source: DigitShifts | PhotoCrops, options: Options) -> None:
+def train(vae: AutoencoderKL, source: DigitShifts | PhotoCrops, options: Options, precision: Precision) -> None:
     """Fit the VAE to batches of the source."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
@@ -186,7 +192,7 @@ def train(vae: AutoencoderKL, source: DigitShifts | PhotoCrops, options: Options
     bar = trange(options.steps, desc=f"{options.data} VAE", unit="step")
     for _ in bar:
         pixels = source.batch(options.batch_size) / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16, enabled=source.autocast):
+        with autocast(vae.device, precision.name):
             posterior = vae.encode(pixels).latent_dist
             latents = posterior.mean + posterior.std * torch.randn_like(posterior.std)
             latents = latents + options.latent_noise * latents.detach().std() * torch.randn_like(latents)
