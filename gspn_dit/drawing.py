@@ -52,7 +52,7 @@ def begin(folder: Path, settings: dict[str, Any], labels: Sequence[int]) -> list
         )
     folder.mkdir(parents=True, exist_ok=True)
     begin_or_continue(folder / SETTINGS_FILE, settings, "out", ignored=("model",))
-    for torn in folder.glob(".*.png.tmp"):
+    for torn in folder.glob(".*.tmp"):
         torn.unlink()
     with replacing(folder / "labels.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.writer(file)
