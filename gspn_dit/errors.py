@@ -1,10 +1,12 @@
 """The one exception for input that a person can mend, and what a machine could not give, in words."""
 
 import errno
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 
 
 class InputError(ValueError):
@@ -24,6 +26,20 @@ def renamed(**names: str) -> Iterator[None]:
         if not equals or argument not in names:
             raise
         raise InputError(f"{names[argument]}={rest}") from error
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a number, and neither infinite nor nan."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_guidance(scale: object, interval: object, group: str = "") -> None:
+    """Raise :class:`InputError` for a guidance_scale or a guidance_interval, options of `group`, that cannot be."""
+    if not is_finite(scale) or scale < 1:
+        raise InputError(f"{group}guidance_scale={scale!r}: wanted 1 (none) or more")
+    pair = isinstance(interval, Sequence) and len(interval) == 2 and all(map(is_finite, interval))
+    if not pair or not 0 <= interval[0] < interval[1] <= 1:
+        raise InputError(f"{group}guidance_interval={interval!r}: wanted two numbers, 0 <= low < high <= 1")
 
 
 _REMEDIES = {

@@ -35,7 +35,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     there in the end. A link stays, and the file it leads to is replaced. What is no regular file (a device, a pipe,
     /dev/stdout) is written into. An OSError of it names `path`.
     """
-    if _is_stream(path):
+    if is_stream(path):
         with tempfile.TemporaryDirectory() as folder, _naming(path, folder):
             temporary = Path(folder) / Path(path).name
             yield temporary
@@ -65,7 +65,7 @@ def _naming(path: str | os.PathLike, temporary: str | os.PathLike) -> Iterator[N
         raise
 
 
-def _is_stream(path: str | os.PathLike) -> bool:
+def is_stream(path: str | os.PathLike) -> bool:
     """Whether a path leads to what is neither a file nor a folder, or is an open file of this process's."""
     return _descriptor(path) is not None or (os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)))
 
@@ -96,7 +96,7 @@ def check_place(path: str | os.PathLike, option: str = "out", *, folder: bool = 
 
     Raises :class:`InputError`: no folder there, or one that cannot be written to, a link to nowhere, too little room.
     """
-    if not folder and _is_stream(path):
+    if not folder and is_stream(path):
         return
     named, real = f"{option}={str(path)!r}", Path(os.path.realpath(path))
     if os.path.lexists(real) and real.is_dir() != folder:
@@ -235,8 +235,15 @@ def begin_or_continue(path: Path, settings: dict[str, Any], option: str, ignored
 
     Raises :class:`InputError`, naming the first key that differs, with both values.
     """
-    if not path.exists():
+    if path.exists():
+        check_begun(path, settings, option, ignored)
+    else:
         write_json(path, settings)
+
+
+def check_begun(path: Path, settings: dict[str, Any], option: str, ignored: tuple[str, ...] = ()) -> None:
+    """Raise :class:`InputError` if there is such a file and it is of other settings; as :func:`begin_or_continue`."""
+    if not path.exists():
         return
     try:
         begun = json.loads(path.read_text())

@@ -85,7 +85,9 @@ def parse(
                 raise error.__cause__ from None
             raise InputError(_readable(str(error), given, kinds)) from error
         values = {f.name: namespace[f.name] for f in dataclasses.fields(options)}
-        return options(**values)
+        made = options(**values)
+        _require_finite(made)
+        return made
     except InputError as error:
         if not exit_on_error:
             raise
@@ -141,6 +143,16 @@ def fail(error: InputError, prog: str) -> None:
 def _is_first() -> bool:
     """Whether this is the first of a machine's processes."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _require_finite(options: object, prefix: str = "") -> None:
+    """Raise :class:`InputError` for an infinite number or nan, which no option's range holds."""
+    for key, value in ((prefix + f.name, getattr(options, f.name)) for f in dataclasses.fields(options)):
+        if dataclasses.is_dataclass(value):
+            _require_finite(value, f"{key}.")
+        numbers = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
+        finite = all(not isinstance(number, float) or math.isfinite(number) for number in numbers)
+        require(finite, key, value, "a finite number")
 
 
 def _kinds(options: type, prefix: str = "") -> dict[str, Any]:
