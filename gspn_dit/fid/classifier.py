@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from gspn_dit.data import open_images
 from gspn_dit.errors import InputError
-from gspn_dit.files import replacing, save_tensors
+from gspn_dit.files import check_place, replacing, save_tensors
 from gspn_dit.options import command, require
 
 NUM_FEATURES = 64
@@ -202,6 +202,7 @@ class Options:
 def main(options: Options) -> None:
     """Train the classifier of a data set on its training split, and print its held-out accuracy."""
     out = Path(options.out)
+    check_place(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     kind = CLASSIFIERS[options.data]
     model = train(kind, *images_and_labels(kind, "train"), seed=options.seed, epochs=options.epochs)
