@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers.utils.logging import disable_progress_bar
-from tqdm import tqdm
 
 from gspn_dit.data import downsampling
 from gspn_dit.devices import join_processes
@@ -28,6 +27,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.options import require
 from gspn_dit.pictures import load_image, save_grid, save_npz
 from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline
+from gspn_dit.progress import progress
 
 BATCH_SIZE = 16
 
@@ -220,7 +220,7 @@ def assemble(options: SampleOptions, labels: list[int], image_size: tuple[int, i
     """Put the grid or the npz together from the folder of images, and remove a folder that nobody asked for."""
     paths = [options.folder / image_file(i) for i in range(len(labels))]
     if options.npz is not None:
-        bar = tqdm(paths, desc="npz", unit="image", leave=False)
+        bar = progress(paths, desc="npz", unit="image", leave=False)
         ids = np.array(labels, dtype=np.int64)
         batches = (load_image(path)[None] for path in bar)
         save_npz(batches, (len(labels), *image_size, 3), options.npz, arr_1=ids, labels=ids)
