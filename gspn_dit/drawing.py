@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from tqdm import tqdm
 
 from gspn_dit.diffusion import image_generator
 from gspn_dit.errors import InputError
 from gspn_dit.files import begin_or_continue, replacing
 from gspn_dit.pictures import save_grid, save_image
 from gspn_dit.pipeline import GSPNDiTPipeline
+from gspn_dit.progress import progress
 
 SETTINGS_FILE = "settings.json"
 IGNORED = ("model",)  # of the settings: where it lies, as its weights are there
@@ -100,7 +100,9 @@ def draw_missing(
     shown = processes.is_main_process
     pipe.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None if shown else True)
     done = len(labels) - len(missing)
-    with tqdm(total=len(labels), initial=done, desc="sampling", unit="image", smoothing=0, disable=not shown) as bar:
+    with progress(
+        total=len(labels), initial=done, desc="sampling", unit="image", smoothing=0, disable=not shown
+    ) as bar:
         next_look = 0.0
         for batch in batches[processes.process_index :: processes.num_processes]:
             images = pipe(

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers.utils.logging import disable_progress_bar
-from tqdm import tqdm
 
 from gspn_dit.data import downsampling
 from gspn_dit.devices import join_processes, memory_of
@@ -44,6 +43,7 @@ from gspn_dit.options import require
 from gspn_dit.pictures import load_image, save_grid, save_npz
 from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline, unguided
 from gspn_dit.precision import MixedPrecision, Precision, agreed_precision
+from gspn_dit.progress import progress
 
 BATCH_SIZE = 16
 _LEAST_FILE = 4096  # bytes that an image takes on a disk: a block
@@ -163,7 +163,7 @@ def main(options: SampleOptions) -> None:
     with ExitStack() as stack:
         if processes.is_main_process:
             if pipe.config.class_dropout in (0, 1) and options.guidance_scale is None:
-                tqdm.write(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
+                print(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
             for folder in output_folders(options).values():
                 folder.mkdir(parents=True, exist_ok=True)
             settings = describe(pipe, options, choices) | {"model": str(checkpoint or options.model)}
@@ -283,7 +283,7 @@ def assemble(options: SampleOptions, labels: list[int], pipe: GSPNDiTPipeline) -
     """Put the grid or the npz together from the folder of images, and empty a folder that nobody asked for."""
     paths = [options.folder / image_file(i) for i in range(len(labels))]
     if options.npz is not None:
-        bar = tqdm(paths, desc="npz", unit="image", leave=False)
+        bar = progress(paths, desc="npz", unit="image", leave=False)
         ids = np.array(labels, dtype=np.int64)
         batches = (load_image(path)[None] for path in bar)
         save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz, arr_1=ids, labels=ids)
