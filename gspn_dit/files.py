@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gspn_dit.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -33,6 +33,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file that others may read like any other file; safetensors' own is its owner's alone."""
+    from safetensors.torch import save_file  # and torch: a configuration is written and read without
+
     path = Path(path)
     path.touch()
     mode = path.stat().st_mode

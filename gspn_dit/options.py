@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import math
 import os
 import re
@@ -93,16 +94,24 @@ def parse(
 
 
 def command(
-    main: Callable[[Options], None],
+    main: Callable[[Options], None] | str,
     options: type[Options],
     *,
     prog: str,
     argv: Sequence[str] | None = None,
+    description: str | None = None,
     positional: Sequence[str] = (),
 ) -> None:
-    """Run a command: parse its options, call it, and turn an :class:`InputError` into one line and exit status 2."""
-    parsed = parse(options, argv, prog=prog, description=(main.__doc__ or "").strip() or None, positional=positional)
+    """Run a command: parse its options, call it, and turn an :class:`InputError` into one line and exit status 2.
+
+    `main` may be given as `module:function`, which is imported when the options are known to be right.
+    """
+    description = description or (getattr(main, "__doc__", None) if callable(main) else None)
+    parsed = parse(options, argv, prog=prog, description=description, positional=positional)
     try:
+        if isinstance(main, str):
+            module, _, function = main.partition(":")
+            main = getattr(importlib.import_module(module), function)
         main(parsed)
     except InputError as error:
         fail(error, prog)

@@ -7,11 +7,15 @@ beside it, which then goes.
 
 from __future__ import annotations
 
+from gspn_dit.commands import SampleOptions, run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("sample", prog="python -m gspn_dit.sample"))
+
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,99 +29,10 @@ from gspn_dit.diffusion import create_scheduler, objective_of
 from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.drawing import begin, draw_missing, image_file, weights_sha256
 from gspn_dit.errors import InputError
-from gspn_dit.options import require
 from gspn_dit.pictures import load_image, save_grid, save_npz
 from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline
 
 BATCH_SIZE = 16
-
-
-@dataclass
-class SampleOptions:
-    """What to draw, from what, and where to.
-
-    Args:
-        model: A run, a checkpoint folder, an exported folder, `digits` or `photos`.
-        class_labels: Class ids or names between commas (names alone where classes are called by numbers); all classes
-            if not given.
-        labels: `balanced` takes these classes in turn, `random` draws each image's by the seed.
-        num_images: How many images.
-        guidance_scale: Classifier-free guidance, 1 for none; the model's own default if not given.
-        guidance_interval: Share of the noise levels at which guidance acts, 0 clean and 1 pure noise.
-        num_inference_steps: Denoising steps; the model's own default if not given.
-        sampler: `ddpm`, `ddim` or `dpm++` for a ddpm model; `euler` or `heun` for a flow model.
-        shift: Of a flow model's noise levels at another size than trained: a number above 1 keeps more of the steps
-            noisy, `auto` takes √(pixels / trained pixels).
-        chunk_scale: How many times as long as in training the chunks of local scans are; `auto` takes the side over
-            the trained side.
-        mixed_precision: What the transformer computes in: `bf16` or `fp16`, far faster on a GPU, or `no` for float32.
-        seed: Image i is a function of (seed, i), whatever the batch size and the number of processes.
-        batch_size: Images at a time, in each process; if not given, 16 or the fewer that have the pixels of 16 images
-            of the trained size.
-        height: Pixels; the trained size if not given.
-        width: Pixels; the trained size if not given.
-        out: A `.png` for one grid, or a folder for single PNGs and labels.csv; `samples.png` unless there is `npz`.
-        npz: A file for the images as ADM has them, uint8 (N, H, W, 3) `arr_0` and labels `arr_1`; without a name, the
-            name of the folder `out` and `.npz`.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
-    """
-
-    model: str = "digits"
-    class_labels: str | None = None
-    labels: Literal["balanced", "random"] = "balanced"
-    num_images: int = 16
-    guidance_scale: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-    num_inference_steps: int | None = None
-    sampler: str | None = None
-    shift: float | Literal["auto"] | None = None
-    chunk_scale: float | Literal["auto"] | None = None
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    seed: int = 0
-    batch_size: int | None = None
-    height: int | None = None
-    width: int | None = None
-    out: str | None = None
-    npz: bool | str | None = None
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        require(self.num_images >= 1, "num_images", self.num_images, "1 or more")
-        if self.batch_size is not None:
-            require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
-        if self.num_inference_steps is not None:
-            require(self.num_inference_steps >= 1, "num_inference_steps", self.num_inference_steps, "1 or more")
-        if self.guidance_scale is not None:
-            require(self.guidance_scale >= 1, "guidance_scale", self.guidance_scale, "1 (none) or more")
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            require(0 <= low < high <= 1, "guidance_interval", self.guidance_interval, "0 <= low < high <= 1")
-        self.npz = self.npz or None
-        if self.out is None and self.npz is None:
-            self.out = "samples.png"
-        if self.out is not None:
-            require(self.single_files or Path(self.out).suffix == ".png", "out", self.out, "a .png file or a folder")
-        if self.npz is True:
-            require(self.single_files, "npz", True, "a file name, or --out with a folder that gives it its name")
-            self.npz = f"{Path(self.out)}.npz"
-        if self.npz is not None:
-            require(Path(self.npz).suffix == ".npz", "npz", self.npz, "a file name ending in .npz")
-
-    @property
-    def single_files(self) -> bool:
-        """Whether `out` is a folder."""
-        if not self.out:
-            return False
-        return self.out.endswith(("/", os.sep)) or not Path(self.out).suffix or Path(self.out).is_dir()
-
-    @property
-    def folder(self) -> Path:
-        """Where the single images go: `out`, or a hidden folder beside the one file that is made of them."""
-        if self.single_files:
-            return Path(self.out)
-        path = Path(self.out or self.npz)
-        return path.with_name(f".{path.name}.images")
 
 
 def main(options: SampleOptions) -> None:

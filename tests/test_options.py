@@ -8,11 +8,10 @@ import typing
 import docstring_parser
 import pytest
 
+from gspn_dit.commands import VERBS, ExportOptions, SampleOptions
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError, renamed
-from gspn_dit.export import Options as Export
 from gspn_dit.options import parse
-from gspn_dit.sample import SampleOptions
 
 
 def options(*argv, of=Config):
@@ -51,13 +50,7 @@ def test_yaml_words_are_words(tmp_path):
     assert options("--training.max-steps", "7", "--config", path).training.max_steps == 1000  # later ones win
 
 
-COMMANDS = (
-    *("gspn_dit." + name for name in ("ops.__main__", "models.__main__", "config", "sample", "export", "data.encode")),
-    *("gspn_dit.fid." + name for name in ("classifier", "evaluate", "reference")),
-    *("gspn_dit.training." + name for name in ("budget", "posthoc_ema", "small_vae")),
-    *("benchmarks." + name for name in ("block_budget", "depthwise", "higher", "operator", "quality", "resolution")),
-    "benchmarks.store",
-)
+BENCHMARKS = ("block_budget", "depthwise", "higher", "operator", "quality", "resolution", "store")
 
 
 def own_options(kind):
@@ -66,10 +59,9 @@ def own_options(kind):
     return [kind, *(each for hint in hints if dataclasses.is_dataclass(hint) for each in own_options(hint))]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*VERBS, *BENCHMARKS])
 def test_every_option_of_every_command_is_explained(name):
-    module = importlib.import_module(name)
-    kind = next(getattr(module, each) for each in ("Options", "SampleOptions", "Config") if hasattr(module, each))
+    kind = VERBS[name].options if name in VERBS else importlib.import_module(f"benchmarks.{name}").Options
     for each in own_options(kind):
         explained = {param.arg_name: param.description for param in docstring_parser.parse(each.__doc__ or "").params}
         for field in dataclasses.fields(each):
@@ -152,10 +144,10 @@ def test_a_switch_that_may_be_told_more():
 
 def test_bare_words_are_the_options_that_a_command_names():
     def given(*argv):
-        return parse(Export, argv, positional=("model", "out"), exit_on_error=False)
+        return parse(ExportOptions, argv, positional=("model", "out"), exit_on_error=False)
 
-    assert given("run", "folder") == given("--model", "run", "--out", "folder") == Export("run", "folder")
-    assert given("run", "--out", "folder") == Export("run", "folder")
+    assert given("run", "folder") == given("--model", "run", "--out", "folder") == ExportOptions("run", "folder")
+    assert given("run", "--out", "folder") == ExportOptions("run", "folder")
     with pytest.raises(InputError, match="'third'"):
         given("run", "folder", "third")
     with pytest.raises(InputError, match="out"):
