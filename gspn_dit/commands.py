@@ -7,12 +7,15 @@ options of `gspn-dit train` are :mod:`gspn_dit.config`'s.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from gspn_dit.config import Config
+from gspn_dit.errors import check_guidance
+from gspn_dit.files import is_stream
 from gspn_dit.options import command, require
 
 
@@ -72,16 +75,16 @@ class SampleOptions:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         if self.num_inference_steps is not None:
             require(self.num_inference_steps >= 1, "num_inference_steps", self.num_inference_steps, "1 or more")
-        if self.guidance_scale is not None:
-            require(self.guidance_scale >= 1, "guidance_scale", self.guidance_scale, "1 (none) or more")
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            require(0 <= low < high <= 1, "guidance_interval", self.guidance_interval, "0 <= low < high <= 1")
+        check_guidance(
+            1 if self.guidance_scale is None else self.guidance_scale,
+            (0, 1) if self.guidance_interval is None else self.guidance_interval,
+        )
         self.npz = self.npz or None
         if self.out is None and self.npz is None:
             self.out = "samples.png"
         if self.out is not None:
-            require(self.single_files or Path(self.out).suffix == ".png", "out", self.out, "a .png file or a folder")
+            fits = self.single_files or is_stream(self.out) or Path(self.out).suffix == ".png"
+            require(fits, "out", self.out, f"a .png file or a folder, which a slash at its end makes it: {self.out}/")
         if self.npz is True:
             require(self.single_files, "npz", True, "a file name, or --out with a folder that gives it its name")
             self.npz = f"{Path(self.out)}.npz"
@@ -91,7 +94,7 @@ class SampleOptions:
     @property
     def single_files(self) -> bool:
         """Whether `out` is a folder."""
-        if not self.out:
+        if not self.out or is_stream(self.out):
             return False
         return self.out.endswith(("/", os.sep)) or not Path(self.out).suffix or Path(self.out).is_dir()
 
@@ -99,8 +102,11 @@ class SampleOptions:
     def folder(self) -> Path:
         """Where the single images go: `out`, or a hidden folder beside the one file that is made of them."""
         if self.single_files:
-            return Path(self.out)
+            path = Path(self.out)
+            return Path(os.path.realpath(path)) if path.is_symlink() else path
         path = Path(self.out or self.npz)
+        if is_stream(path):  # there is no writing beside it
+            return Path(tempfile.gettempdir()) / f".{path.name}.{os.getuid()}.images"
         return path.with_name(f".{path.name}.images")
 
 
@@ -365,12 +371,18 @@ class Verb:
     options: type
     help: str
     positional: tuple[str, ...] = ()
+    continues: bool = False  # the same command, given again, goes on where it was
 
 
 VERBS = {
-    "encode": Verb("gspn_dit.data.encode:main", EncodeOptions, "Encode images into a store of latents, or verify one."),
+    "encode": Verb(
+        "gspn_dit.data.encode:main",
+        EncodeOptions,
+        "Encode images into a store of latents, or verify one.",
+        continues=True,
+    ),
     "train": Verb("gspn_dit.training.loop:main", Config, "Train a class-conditional latent diffusion transformer."),
-    "sample": Verb("gspn_dit.sample:main", SampleOptions, "Draw images from a trained model."),
+    "sample": Verb("gspn_dit.sample:main", SampleOptions, "Draw images from a trained model.", continues=True),
     "reference": Verb(
         "gspn_dit.fid.reference:main",
         ReferenceOptions,
@@ -417,4 +429,5 @@ def run(name: str, *, prog: str | None = None, argv: Sequence[str] | None = None
         argv=argv,
         description=verb.help,
         positional=verb.positional,
+        continues=verb.continues,
     )

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from gspn_dit.data import open_images
 from gspn_dit.errors import InputError
-from gspn_dit.files import replacing, save_tensors
+from gspn_dit.files import check_place, replacing, save_tensors
 
 NUM_FEATURES = 64
 BATCH_SIZE = 64
@@ -183,6 +183,7 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
 def main(options: Options) -> None:
     """Train the classifier of a data set on its training split, and print its held-out accuracy."""
     out = Path(options.out)
+    check_place(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     kind = CLASSIFIERS[options.data]
     epochs = options.epochs or kind.epochs

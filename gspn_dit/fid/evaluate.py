@@ -33,7 +33,7 @@ from gspn_dit.fid.metrics import (
 from gspn_dit.fid.moments import Moments, Statistics
 from gspn_dit.fid.neighbours import NEIGHBOURS, Points, precision_recall
 from gspn_dit.fid.processes import ALONE, Processes, launched
-from gspn_dit.files import replacing
+from gspn_dit.files import check_place, replacing
 
 
 def main(options: Options) -> None:
@@ -58,6 +58,7 @@ def main(options: Options) -> None:
 
 def make_folder_of(out: Path) -> None:
     """Make the folder that a file is to be written into. Raises :class:`InputError`."""
+    check_place(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
