@@ -94,15 +94,15 @@ def test_what_is_saved_is_loaded(tmp_path):
         ("--global-batch-size 256", "did you mean --training.batch-size?"),
         ("--training.compile", "--training.compile: no value; wanted true or false"),
         ("--training.compile --seed 1", "--training.compile: no value; wanted true or false"),
-        ("--training.max-steps many", "training.max_steps='many': wanted a whole number"),
-        ("--training.max-steps 1.5", "training.max_steps='1.5': wanted a whole number"),
-        ("--training.learning-rate fast", "training.learning_rate='fast': wanted a number"),
-        ("--resume maybe", "resume='maybe': wanted auto or no"),
-        ("--sampling.guidance-interval 0.5", "wanted [number,number]"),
-        ("--seed -1", "seed=-1: wanted a whole number from 0"),
-        ("--seed 2147483648", "seed=2147483648: wanted a whole number from 0"),
+        ("--training.max-steps many", "--training.max-steps='many': wanted a whole number"),
+        ("--training.max-steps 1.5", "--training.max-steps='1.5': wanted a whole number"),
+        ("--training.learning-rate fast", "--training.learning-rate='fast': wanted a number"),
+        ("--resume maybe", "--resume='maybe': wanted auto or no"),
+        ("--sampling.guidance-interval 0.5", "--sampling.guidance-interval='0.5': wanted number,number"),
+        ("--seed -1", "--seed=-1: wanted a whole number from 0"),
+        ("--seed 2147483648", "--seed=2147483648: wanted a whole number from 0"),
         ("runs/digits", "'runs/digits': wanted `--option value`"),
-        ("--config nowhere.yaml", "config='nowhere.yaml': cannot be read"),
+        ("--config nowhere.yaml", "--config='nowhere.yaml': cannot be read"),
     ],
 )
 def test_the_answer_names_what_was_typed_and_what_is_wanted(argv, answer):
@@ -159,7 +159,9 @@ def test_help_lists_the_options(capsys):
         parse(Config, ["--help"], prog="train_dit.py")
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    assert "--training.max_steps" in printed
+    assert "--training.max-steps N" in printed
+    assert "--training.trackers TEXT,…" in printed
+    assert "trackers+" not in printed  # which is refused
     assert "--training CONFIG" not in printed  # the group, which takes no value
 
 
