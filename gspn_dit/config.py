@@ -13,7 +13,8 @@ import yaml
 from gspn_dit.errors import check_guidance
 from gspn_dit.files import replacing
 from gspn_dit.options import parse, require
-from gspn_dit.precision import MixedPrecision
+
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
 @dataclass

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Any
 
 from gspn_dit.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOCK_FILE = ".lock"
 
@@ -185,6 +185,8 @@ def _locked(path: Path, wait: Callable[[str], None]) -> IO[str]:
 
 def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file that others may read like any other file; safetensors' own is its owner's alone."""
+    from safetensors.torch import save_file  # and torch: a configuration is written and read without
+
     path = Path(path)
     path.touch()
     mode = path.stat().st_mode

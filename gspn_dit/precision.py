@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from accelerate.utils import gather_object
 
-MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+from gspn_dit.config import MixedPrecision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # what /proc/cpuinfo calls x86's instructions, and ARM's

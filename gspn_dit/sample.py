@@ -7,15 +7,17 @@ beside it, which then goes.
 
 from __future__ import annotations
 
+from gspn_dit.commands import SampleOptions, run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("sample", prog="python -m gspn_dit.sample"))
+
 import math
-import os
 import sys
-import tempfile
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,108 +39,15 @@ from gspn_dit.drawing import (
     image_file,
     weights_sha256,
 )
-from gspn_dit.errors import InputError, check_guidance
+from gspn_dit.errors import InputError
 from gspn_dit.files import LOCK_FILE, alone_in, check_begun, check_place, in_bytes, is_stream
-from gspn_dit.options import require
 from gspn_dit.pictures import load_image, save_grid, save_npz
 from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline, unguided
-from gspn_dit.precision import MixedPrecision, Precision, agreed_precision
+from gspn_dit.precision import Precision, agreed_precision
 from gspn_dit.progress import progress
 
 BATCH_SIZE = 16
 _LEAST_FILE = 4096  # bytes that an image takes on a disk: a block
-
-
-@dataclass
-class SampleOptions:
-    """What to draw, from what, and where to.
-
-    Args:
-        model: A run, a checkpoint folder, an exported folder, `digits` or `photos`.
-        class_labels: Class ids or names between commas (names alone where classes are called by numbers); all classes
-            if not given.
-        labels: `balanced` takes these classes in turn, `random` draws each image's by the seed.
-        num_images: How many images.
-        guidance_scale: Classifier-free guidance, 1 for none; the model's own default if not given.
-        guidance_interval: Share of the noise levels at which guidance acts, 0 clean and 1 pure noise.
-        num_inference_steps: Denoising steps; the model's own default if not given.
-        sampler: `ddpm`, `ddim` or `dpm++` for a ddpm model; `euler` or `heun` for a flow model.
-        shift: Of a flow model's noise levels at another size than trained: a number above 1 keeps more of the steps
-            noisy, `auto` takes √(pixels / trained pixels).
-        chunk_scale: How many times as long as in training the chunks of local scans are; `auto` takes the side over
-            the trained side.
-        mixed_precision: What the transformer computes in: `auto` takes bf16 where the device has instructions for it
-            and float32 elsewhere; `no` is float32; or `bf16`, or `fp16`.
-        seed: Image i is a function of (seed, i), whatever the batch size and the number of processes.
-        batch_size: Images at a time, in each process; if not given, 16 or the fewer that have the pixels of 16 images
-            of the trained size.
-        height: Pixels; the trained size if not given.
-        width: Pixels; the trained size if not given.
-        out: A `.png` for one grid, or a folder for single PNGs and labels.csv; `samples.png` unless there is `npz`.
-        npz: A file for the images as ADM has them, uint8 (N, H, W, 3) `arr_0` and labels `arr_1`; without a name, the
-            name of the folder `out` and `.npz`.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
-    """
-
-    model: str = "digits"
-    class_labels: str | None = None
-    labels: Literal["balanced", "random"] = "balanced"
-    num_images: int = 16
-    guidance_scale: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-    num_inference_steps: int | None = None
-    sampler: str | None = None
-    shift: float | Literal["auto"] | None = None
-    chunk_scale: float | Literal["auto"] | None = None
-    mixed_precision: MixedPrecision = "auto"
-    seed: int = 0
-    batch_size: int | None = None
-    height: int | None = None
-    width: int | None = None
-    out: str | None = None
-    npz: bool | str | None = None
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        require(self.num_images >= 1, "num_images", self.num_images, "1 or more")
-        if self.batch_size is not None:
-            require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
-        if self.num_inference_steps is not None:
-            require(self.num_inference_steps >= 1, "num_inference_steps", self.num_inference_steps, "1 or more")
-        check_guidance(
-            1 if self.guidance_scale is None else self.guidance_scale,
-            (0, 1) if self.guidance_interval is None else self.guidance_interval,
-        )
-        self.npz = self.npz or None
-        if self.out is None and self.npz is None:
-            self.out = "samples.png"
-        if self.out is not None:
-            fits = self.single_files or is_stream(self.out) or Path(self.out).suffix == ".png"
-            require(fits, "out", self.out, f"a .png file or a folder, which a slash at its end makes it: {self.out}/")
-        if self.npz is True:
-            require(self.single_files, "npz", True, "a file name, or --out with a folder that gives it its name")
-            self.npz = f"{Path(self.out)}.npz"
-        if self.npz is not None:
-            require(Path(self.npz).suffix == ".npz", "npz", self.npz, "a file name ending in .npz")
-
-    @property
-    def single_files(self) -> bool:
-        """Whether `out` is a folder."""
-        if not self.out or is_stream(self.out):
-            return False
-        return self.out.endswith(("/", os.sep)) or not Path(self.out).suffix or Path(self.out).is_dir()
-
-    @property
-    def folder(self) -> Path:
-        """Where the single images go: `out`, or a hidden folder beside the one file that is made of them."""
-        if self.single_files:
-            path = Path(self.out)
-            return Path(os.path.realpath(path)) if path.is_symlink() else path
-        path = Path(self.out or self.npz)
-        if is_stream(path):  # there is no writing beside it
-            return Path(tempfile.gettempdir()) / f".{path.name}.{os.getuid()}.images"
-        return path.with_name(f".{path.name}.images")
 
 
 def main(options: SampleOptions) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -19,6 +18,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gspn_dit.commands import EncodeOptions as Options
+from gspn_dit.commands import run
 from gspn_dit.data import open_images
 from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.latents import verify, write_manifest, write_shard
@@ -26,54 +27,11 @@ from gspn_dit.data.vae import downsampling, encode_moments, load_vae
 from gspn_dit.devices import join_processes
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.files import begin_or_continue, check_place
-from gspn_dit.options import command, require
-from gspn_dit.precision import MixedPrecision, agreed_precision, autocast
+from gspn_dit.precision import agreed_precision, autocast
 from gspn_dit.progress import Bar, Lines, progress
 from gspn_dit.weights import PACKAGED
 
 Batch = tuple[Tensor, list[int], list[UnreadableImage]]  # images (n, 3, H, W), their labels, files without one
-
-
-@dataclass
-class Options:
-    """What to encode, or what to verify.
-
-    Args:
-        data: `digits`, `photos`, or a folder of `class/*.jpg`.
-        vae: `digits`, `photos`, a hub name or a local folder of a diffusers AutoencoderKL.
-        image_size: Side of the square images in pixels.
-        out: The store's folder; a run that was interrupted continues there.
-        split: Of digits and photos; a folder is one split.
-        horizontal_flip: Encode every image's mirror image too, for training with horizontal flips.
-        batch_size: Images the VAE encodes at once.
-        shard_size: Images a shard file.
-        num_workers: Processes that read images; 0 reads in this one.
-        mixed_precision: What the VAE computes in. `no` is float32, for the store's float16 rounds latents by 3e-4 (root
-            mean square, packaged VAEs), and bf16 moves them by 1e-2 to 2e-2, fp16 by 2e-3; or `auto`, `bf16`, `fp16`.
-        device: `auto` takes the accelerator if there is one.
-        verify: Instead of encoding, compare this finished store's shards with their checksums.
-    """
-
-    data: str | None = None
-    vae: str | None = None
-    image_size: int | None = None
-    out: str | None = None
-    split: Literal["train", "test"] = "train"
-    horizontal_flip: bool = False
-    batch_size: int = 32
-    shard_size: int = 4096
-    num_workers: int = 4
-    mixed_precision: MixedPrecision = "no"
-    device: str = "auto"
-    verify: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.verify is None:
-            for key in ("data", "vae", "image_size", "out"):
-                require(getattr(self, key) is not None, key, None, f"a value; encoding needs --{key.replace('_', '-')}")
-        for key in ("batch_size", "shard_size"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
 
 
 def main(options: Options) -> None:
@@ -221,4 +179,4 @@ class _Loadable(Dataset):
 
 
 if __name__ == "__main__":
-    command(main, Options, prog="python -m gspn_dit.data.encode", continues=True)
+    run("encode", prog="python -m gspn_dit.data.encode")

@@ -6,11 +6,16 @@ one.
 
 from __future__ import annotations
 
+from gspn_dit.commands import ClassifierOptions as Options
+from gspn_dit.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("classifier", prog="python -m gspn_dit.fid.classifier"))
+
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +26,6 @@ from torch import Tensor, nn
 from gspn_dit.data import open_images
 from gspn_dit.errors import InputError
 from gspn_dit.files import check_place, replacing, save_tensors
-from gspn_dit.options import command, require
 from gspn_dit.progress import figure, progress
 
 NUM_FEATURES = 64
@@ -176,36 +180,14 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
     return (predicted == labels).float().mean().item()
 
 
-@dataclass
-class Options:
-    """Training of a classifier.
-
-    Args:
-        data: What it is of: `digits` or `photos`.
-        out: The safetensors file to write.
-        seed: Seed of the weights, the order and the augmentation.
-        epochs: Passes over the training images; None takes 36 for the digits and 4 for the photos.
-    """
-
-    data: Literal["digits", "photos"]
-    out: str
-    seed: int = 0
-    epochs: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.epochs is None:
-            self.epochs = CLASSIFIERS[self.data].epochs
-        require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        require(not Path(self.out).is_dir(), "out", self.out, "the name of a file to write, this is a folder")
-
-
 def main(options: Options) -> None:
     """Train the classifier of a data set on its training split, and print its held-out accuracy."""
     out = Path(options.out)
     check_place(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     kind = CLASSIFIERS[options.data]
-    model = train(kind, *images_and_labels(kind, "train"), seed=options.seed, epochs=options.epochs)
+    epochs = options.epochs or kind.epochs
+    model = train(kind, *images_and_labels(kind, "train"), seed=options.seed, epochs=epochs)
     print(f"held-out accuracy: {accuracy(model, *images_and_labels(kind, 'test')):.2%}")
 
     with replacing(out) as temporary:
@@ -252,7 +234,3 @@ def _convolution(channels_in: int, channels_out: int, kernel_size: int, stride: 
         nn.BatchNorm2d(channels_out),
         nn.ReLU(),
     )
-
-
-if __name__ == "__main__":
-    command(main, Options, prog="python -m gspn_dit.fid.classifier")

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from gspn_dit.commands import EvaluateOptions as Options
+from gspn_dit.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("evaluate", prog="python -m gspn_dit.fid.evaluate"))
+
 import json
 import warnings
 from collections.abc import Sequence
@@ -13,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gspn_dit.errors import InputError
-from gspn_dit.fid.extractors import Extractor, FeatureName, create_extractor
+from gspn_dit.fid.extractors import Extractor, create_extractor
 from gspn_dit.fid.features import Accumulator, layer_widths, observe
 from gspn_dit.fid.images import ImageSet, ReferenceStatistics, open_reference, open_samples
 from gspn_dit.fid.metrics import (
@@ -28,33 +34,6 @@ from gspn_dit.fid.moments import Moments, Statistics
 from gspn_dit.fid.neighbours import NEIGHBOURS, Points, precision_recall
 from gspn_dit.fid.processes import ALONE, Processes, launched
 from gspn_dit.files import check_place, replacing
-from gspn_dit.options import require
-
-
-@dataclass
-class Options:
-    """Evaluation of generated images.
-
-    Args:
-        samples: Folder of images (labels.csv beside them: file,label), or an npz of uint8 NHWC arr_0 (and labels).
-        reference: What to compare with: a folder, an npz of images, an ADM reference npz (mu, sigma, mu_s, sigma_s and
-            arr_0; `python fid/reference.py` makes one), or `digits`, `photos`, `digits:test`, `photos:test`.
-        features: `inception`, or `digits` or `photos` for the packaged classifier of those.
-        out: The JSON file to write.
-        weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
-        device: `auto` takes the accelerator if there is one, and each process of `accelerate launch` its own.
-    """
-
-    samples: str
-    reference: str
-    features: FeatureName
-    out: str
-    weights: str | None = None
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        require(not Path(self.out).is_dir(), "out", self.out, "the name of a file to write, this is a folder")
-        require(self.weights is None or Path(self.weights).is_file(), "weights", self.weights, "a file: no such file")
 
 
 def main(options: Options) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from gspn_dit.commands import ReferenceOptions as Options
+from gspn_dit.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("reference", prog="python -m gspn_dit.fid.reference"))
+
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,42 +40,6 @@ from gspn_dit.options import require
 
 ADM_IMAGES = 10_000
 DECODED_TOGETHER = 8
-
-
-@dataclass
-class Options:
-    """A reference file in ADM's format.
-
-    Args:
-        data: `digits`, `photos`, `digits:test`, `photos:test`, a folder of images, or a latent store.
-        out: The npz file to write.
-        image_size: Side in pixels that a folder of `class/*.jpg` is cropped to as ADM does; null takes a folder's
-            images as they are.
-        num_images: How many images go into the file, for precision and recall, drawn at random; null takes ADM's
-            10000, or all if there are fewer. The statistics are of all images.
-        seed: Of the draw.
-        vae: What decodes a latent store; null takes the VAE that made it.
-        weights: Inception's weights file; null takes torch-fidelity's download.
-        device: `auto` takes the accelerator if there is one, and each process of `accelerate launch` its own.
-    """
-
-    data: str
-    out: str
-    image_size: int | None = None
-    num_images: int | None = None
-    seed: int = 0
-    vae: str | None = None
-    weights: str | None = None
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        require(Path(self.out).suffix == ".npz", "out", self.out, "a file name ending in .npz")
-        require(not Path(self.out).is_dir(), "out", self.out, "the name of a file to write, this is a folder")
-        require(self.weights is None or Path(self.weights).is_file(), "weights", self.weights, "a file: no such file")
-        for key in ("image_size", "num_images"):
-            if getattr(self, key) is not None:
-                require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
 def main(options: Options) -> None:

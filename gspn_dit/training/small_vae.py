@@ -6,12 +6,16 @@ of any size.
 
 from __future__ import annotations
 
+from gspn_dit.commands import SmallVAEOptions as Options
+from gspn_dit.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("small-vae", prog="python -m gspn_dit.training.small_vae"))
+
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +28,6 @@ from gspn_dit.data.digits import IMAGE_SIZE, Digits
 from gspn_dit.data.photos import Photos
 from gspn_dit.data.vae import decode, encode_moments, sample_posterior
 from gspn_dit.files import new_folder, require_new
-from gspn_dit.options import command, require
 from gspn_dit.precision import Precision, autocast, choose_precision
 from gspn_dit.progress import figure, progress
 from gspn_dit.training.linear_start import start_linear
@@ -101,46 +104,6 @@ def _stacked(images: Photos, count: int) -> Tensor:
     return torch.stack([images[i][0] for i in range(count)])
 
 
-@dataclass
-class Options:
-    """How a packaged VAE is trained; what is null comes from the recipe of its data.
-
-    Args:
-        data: What it is for: `digits` or `photos`.
-        out: Folder to write, in diffusers' layout; it must not exist yet.
-        steps: Optimiser steps.
-        batch_size: Images a step.
-        learning_rate: Peak of AdamW's rate, which falls to 0 along a cosine.
-        warmup_steps: Steps over which the rate rises first.
-        mixed_precision: `auto` trains in bf16 where this CPU has instructions for it and in float32 elsewhere; or `no`
-            (float32), or `bf16`.
-        kl_weight: Weight of the posterior's KL divergence per latent value, against the error per pixel.
-        latent_noise: Standard deviation of the noise, in units of the latents', that the decoder learns to see through.
-        seed: Seed of the weights and every draw.
-    """
-
-    data: Literal["digits", "photos"]
-    out: str
-    steps: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    warmup_steps: int | None = None
-    mixed_precision: Literal["auto", "no", "bf16"] | None = None
-    kl_weight: float = 1e-3
-    latent_noise: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for key, value in RECIPES[self.data].items():
-            if getattr(self, key) is None:
-                setattr(self, key, value)
-        for key in ("steps", "batch_size"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        for key in ("warmup_steps", "kl_weight", "latent_noise"):
-            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
-
-
 def main(options: Options) -> None:
     """Train the VAE of a data set and print its reconstruction error on images it did not see.
 
@@ -149,6 +112,9 @@ def main(options: Options) -> None:
     """
     out = Path(options.out)
     require_new(out)
+    for key, value in RECIPES[options.data].items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
     torch.manual_seed(options.seed)
     source = SOURCES[options.data]()
     vae = new_vae(source)
@@ -231,7 +197,3 @@ def reconstruction_error(vae: AutoencoderKL, images: Tensor) -> float:
 def psnr(error: float) -> float:
     """Peak signal-to-noise ratio in dB of a mean squared error of values in [0, 1]."""
     return -10 * math.log10(error)
-
-
-if __name__ == "__main__":
-    command(main, Options, prog="python -m gspn_dit.training.small_vae")
