@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,19 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_place(path: str | os.PathLike, option: str = "out", *, folder: bool = False, size: int = 0) -> None:
+    """Look, before long work, whether a file or folder of that size can be written.
+
+    Raises :class:`InputError`.
+    """
+    named, real = f"{option}={str(path)!r}", Path(os.path.realpath(path))
+    there = next(place for place in (real if folder else real.parent, *real.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{named}: {str(there)!r} is no folder that can be written to; choose another path")
+    if shutil.disk_usage(there).free < max(size, 1):
+        raise InputError(f"{named}: {str(there)!r} has no room for {size} bytes; make room, or choose another path")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
