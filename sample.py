@@ -4,4 +4,4 @@ from gspn_dit.options import command
 from gspn_dit.sample import SampleOptions, main
 
 if __name__ == "__main__":
-    command(main, SampleOptions, prog="sample.py")
+    command(main, SampleOptions, prog="sample.py", continues=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from gspn_dit.errors import check_guidance
 from gspn_dit.files import replacing
 from gspn_dit.options import parse, require
 
@@ -161,9 +162,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require(self.num_inference_steps >= 1, "sampling.num_inference_steps", self.num_inference_steps, "1 or more")
-        require(self.guidance_scale >= 1, "sampling.guidance_scale", self.guidance_scale, "1 (none) or more")
-        low, high = self.guidance_interval
-        require(0 <= low < high <= 1, "sampling.guidance_interval", self.guidance_interval, "0 <= low < high <= 1")
+        check_guidance(self.guidance_scale, self.guidance_interval, "sampling.")
         require(self.num_images >= 1, "sampling.num_images", self.num_images, "1 or more")
 
 
@@ -196,7 +195,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require(self.every >= 0, "evaluation.every", self.every, "0 or more")
         require(self.num_samples >= 2, "evaluation.num_samples", self.num_samples, "2 or more")
-        require(self.guidance_scale >= 1, "evaluation.guidance_scale", self.guidance_scale, "1 (none) or more")
+        check_guidance(self.guidance_scale, (0, 1), "evaluation.")
         require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "1 or more")
         given = self.reference is not None or not self.every
         require(given, "evaluation.reference", self.reference, "images or statistics to compare with")

@@ -31,6 +31,7 @@ from gspn_dit.pictures import save_grid, save_image
 from gspn_dit.pipeline import GSPNDiTPipeline
 
 SETTINGS_FILE = "settings.json"
+IGNORED = ("model",)  # of the settings: where it lies, as its weights are there
 
 
 def image_file(i: int) -> str:
@@ -51,8 +52,8 @@ def begin(folder: Path, settings: dict[str, Any], labels: Sequence[int]) -> list
             "empty it or name another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    begin_or_continue(folder / SETTINGS_FILE, settings, "out", ignored=("model",))
-    for torn in folder.glob(".*.png.tmp"):
+    begin_or_continue(folder / SETTINGS_FILE, settings, "out", IGNORED)
+    for torn in folder.glob(".*.tmp"):
         torn.unlink()
     with replacing(folder / "labels.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.writer(file)
@@ -61,10 +62,11 @@ def begin(folder: Path, settings: dict[str, Any], labels: Sequence[int]) -> list
     return [i for i in range(len(labels)) if i not in found]
 
 
-def finished_images(folder: Path) -> set[int]:
-    """The numbers of the images that are in a folder."""
+def finished_images(folder: Path, below: float = math.inf) -> set[int]:
+    """The numbers of the images that are in a folder, of those below a number."""
     names = os.listdir(folder) if folder.is_dir() else []
-    return {int(name.removesuffix(".png")) for name in names if re.fullmatch(r"[0-9]{6,}\.png", name)}
+    found = {int(name.removesuffix(".png")) for name in names if re.fullmatch(r"[0-9]{6,}\.png", name)}
+    return {i for i in found if i < below}
 
 
 def draw_missing(
@@ -130,7 +132,15 @@ def draw_grid(pipe: GSPNDiTPipeline, path: Path, *, count: int, seed: int, **opt
     generators = [image_generator(seed, i) for i in range(count)]
     images = pipe(labels, generator=generators, output_type="uint8", **options).images
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(images, path)
+    save_grid(images, path, captions(pipe, labels))
+
+
+def captions(pipe: GSPNDiTPipeline, labels: Sequence[int]) -> list[str] | None:
+    """The names of images' classes, or their ids where there are no names; None where there is one class or none."""
+    if pipe.transformer.config.num_classes == 1 or pipe.config.class_dropout == 1:
+        return None
+    names = pipe.config.class_names
+    return [names[label] if names else str(label) for label in labels]
 
 
 def weights_sha256(*modules: nn.Module) -> str:

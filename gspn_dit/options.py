@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, machine_fault
 
 Options = TypeVar("Options")
 
@@ -85,7 +85,9 @@ def parse(
                 raise error.__cause__ from None
             raise InputError(_readable(str(error), given, kinds)) from error
         values = {f.name: namespace[f.name] for f in dataclasses.fields(options)}
-        return options(**values)
+        made = options(**values)
+        _require_finite(made)
+        return made
     except InputError as error:
         if not exit_on_error:
             raise
@@ -99,20 +101,58 @@ def command(
     prog: str,
     argv: Sequence[str] | None = None,
     positional: Sequence[str] = (),
+    continues: bool = False,
 ) -> None:
-    """Run a command: parse its options, call it, and turn an :class:`InputError` into one line and exit status 2."""
+    """Run a command: parse its options and call it.
+
+    What a person or the machine is the cause of becomes one line: an :class:`InputError` with exit status 2, a full
+    disk or memory with 1, Ctrl-C with 130. Anything else is a fault of the program, and keeps its traceback.
+
+    Args:
+        main: The command.
+        options: The dataclass that it takes.
+        prog: Its name.
+        argv: Its command line; this process's if not given.
+        positional: As :func:`parse`.
+        continues: Whether the same command, given again, goes on where it was.
+    """
     parsed = parse(options, argv, prog=prog, description=(main.__doc__ or "").strip() or None, positional=positional)
     try:
         main(parsed)
     except InputError as error:
         fail(error, prog)
+    except KeyboardInterrupt:
+        if _is_first():
+            print(f"{prog}: interrupted{'; the same command goes on here' if continues else ''}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        place = getattr(parsed, "out", None) or getattr(parsed, "output_dir", None)
+        if (fault := machine_fault(error, place)) is None:
+            raise
+        print(f"{prog}: error: {fault}", file=sys.stderr)  # of any process: the others may have no such trouble
+        raise SystemExit(1) from None
 
 
 def fail(error: InputError, prog: str) -> None:
     """Print the error as one line, of a machine's processes the first alone, and exit with status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if _is_first():
         print(f"{prog}: error: {error}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _is_first() -> bool:
+    """Whether this is the first of a machine's processes."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _require_finite(options: object, prefix: str = "") -> None:
+    """Raise :class:`InputError` for an infinite number or nan, which no option's range holds."""
+    for key, value in ((prefix + f.name, getattr(options, f.name)) for f in dataclasses.fields(options)):
+        if dataclasses.is_dataclass(value):
+            _require_finite(value, f"{key}.")
+        numbers = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
+        finite = all(not isinstance(number, float) or math.isfinite(number) for number in numbers)
+        require(finite, key, value, "a finite number")
 
 
 def _kinds(options: type, prefix: str = "") -> dict[str, Any]:

@@ -7,9 +7,13 @@ beside it, which then goes.
 
 from __future__ import annotations
 
+import math
 import os
-import shutil
+import sys
+import tempfile
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +24,27 @@ from diffusers.utils.logging import disable_progress_bar
 from tqdm import tqdm
 
 from gspn_dit.data import downsampling
-from gspn_dit.devices import join_processes
+from gspn_dit.devices import join_processes, memory_of
 from gspn_dit.diffusion import create_scheduler, objective_of
 from gspn_dit.diffusion.sampling import check_steps
-from gspn_dit.drawing import begin, draw_missing, image_file, weights_sha256
-from gspn_dit.errors import InputError
+from gspn_dit.drawing import (
+    IGNORED,
+    SETTINGS_FILE,
+    begin,
+    captions,
+    draw_missing,
+    finished_images,
+    image_file,
+    weights_sha256,
+)
+from gspn_dit.errors import InputError, check_guidance
+from gspn_dit.files import LOCK_FILE, alone_in, check_begun, check_place, in_bytes, is_stream
 from gspn_dit.options import require
 from gspn_dit.pictures import load_image, save_grid, save_npz
-from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline
+from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline, unguided
 
 BATCH_SIZE = 16
+_LEAST_FILE = 4096  # bytes that an image takes on a disk: a block
 
 
 @dataclass
@@ -88,16 +103,16 @@ class SampleOptions:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         if self.num_inference_steps is not None:
             require(self.num_inference_steps >= 1, "num_inference_steps", self.num_inference_steps, "1 or more")
-        if self.guidance_scale is not None:
-            require(self.guidance_scale >= 1, "guidance_scale", self.guidance_scale, "1 (none) or more")
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            require(0 <= low < high <= 1, "guidance_interval", self.guidance_interval, "0 <= low < high <= 1")
+        check_guidance(
+            1 if self.guidance_scale is None else self.guidance_scale,
+            (0, 1) if self.guidance_interval is None else self.guidance_interval,
+        )
         self.npz = self.npz or None
         if self.out is None and self.npz is None:
             self.out = "samples.png"
         if self.out is not None:
-            require(self.single_files or Path(self.out).suffix == ".png", "out", self.out, "a .png file or a folder")
+            fits = self.single_files or is_stream(self.out) or Path(self.out).suffix == ".png"
+            require(fits, "out", self.out, f"a .png file or a folder, which a slash at its end makes it: {self.out}/")
         if self.npz is True:
             require(self.single_files, "npz", True, "a file name, or --out with a folder that gives it its name")
             self.npz = f"{Path(self.out)}.npz"
@@ -107,7 +122,7 @@ class SampleOptions:
     @property
     def single_files(self) -> bool:
         """Whether `out` is a folder."""
-        if not self.out:
+        if not self.out or is_stream(self.out):
             return False
         return self.out.endswith(("/", os.sep)) or not Path(self.out).suffix or Path(self.out).is_dir()
 
@@ -115,8 +130,11 @@ class SampleOptions:
     def folder(self) -> Path:
         """Where the single images go: `out`, or a hidden folder beside the one file that is made of them."""
         if self.single_files:
-            return Path(self.out)
+            path = Path(self.out)
+            return Path(os.path.realpath(path)) if path.is_symlink() else path
         path = Path(self.out or self.npz)
+        if is_stream(path):  # there is no writing beside it
+            return Path(tempfile.gettempdir()) / f".{path.name}.{os.getuid()}.images"
         return path.with_name(f".{path.name}.images")
 
 
@@ -128,41 +146,67 @@ def main(options: SampleOptions) -> None:
     # of a run in training the newest checkpoint changes: one process says which it is
     (checkpoint,) = broadcast_object_list([find_checkpoint(options.model) if processes.is_main_process else None])
     pipe = load_pipeline(checkpoint or options.model)
-    labels = choose_labels(pipe, options)
     if options.sampler is not None:
         pipe.scheduler = create_scheduler(objective_of(pipe.scheduler), options.sampler)
     choices = resolve(pipe, options)
+    batch_size = min(options.num_images, options.batch_size or batch_of(pipe, choices))
+    latent_size = pipe.latent_size(choices["height"], choices["width"])
+    shape = (batch_size, pipe.transformer.config.in_channels, *latent_size)
+    pipe.check_memory(shape, choices["guidance_scale"], choices["mixed_precision"], device)
+    check_room(options, (choices["height"], choices["width"]))
+    labels = choose_labels(pipe, options)
     missing: list[int] = []
-    if processes.is_main_process:
-        for folder in output_folders(options).values():
-            folder.mkdir(parents=True, exist_ok=True)
-        settings = describe(pipe, options, choices) | {"model": str(checkpoint or options.model)}
-        missing = start(options, settings, labels)
-    (missing,) = broadcast_object_list([missing])
-    draw_missing(
-        pipe.to(device),
-        options.folder,
-        labels,
-        missing,
-        processes,
-        seed=options.seed,
-        batch_size=options.batch_size or batch_of(pipe, choices),
-        **choices,
-    )
-    if processes.is_main_process:
-        assemble(options, labels, (choices["height"], choices["width"]))
-        print(f"{len(labels)} images: {', '.join(path for path in (options.out, options.npz) if path is not None)}")
+    with ExitStack() as stack:
+        if processes.is_main_process:
+            if pipe.config.class_dropout in (0, 1) and options.guidance_scale is None:
+                tqdm.write(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
+            for folder in output_folders(options).values():
+                folder.mkdir(parents=True, exist_ok=True)
+            settings = describe(pipe, options, choices) | {"model": str(checkpoint or options.model)}
+            if options.single_files:
+                check_begun(options.folder / SETTINGS_FILE, settings, "out", IGNORED)  # before it waits for a stranger
+            if not options.single_files:
+                stack.callback(remove_if_empty, options.folder)
+            stack.enter_context(alone_in(options.folder, partial(say_who, options.folder)))
+            missing = start(options, settings, labels)
+        (missing,) = broadcast_object_list([missing])
+        draw_missing(
+            pipe.to(device),
+            options.folder,
+            labels,
+            missing,
+            processes,
+            seed=options.seed,
+            batch_size=batch_size,
+            **choices,
+        )
+        if processes.is_main_process:
+            assemble(options, labels, pipe)
+            print(f"{len(labels)} images: {', '.join(path for path in (options.out, options.npz) if path is not None)}")
     processes.destroy_process_group()
 
 
+def say_who(folder: Path, holder: str) -> None:
+    """Tell the person whom this process waits for."""
+    print(f"sample.py: {holder} is drawing into {folder}; waiting for its end", file=sys.stderr)
+
+
 def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
-    """The class id of every image; the first are the same however many there are."""
+    """The class id of every image; the first are the same however many there are.
+
+    Raises :class:`InputError` for what is no class, or more of them than images to take them in turn.
+    """
     if options.class_labels is None:
         classes = list(range(pipe.transformer.config.num_classes))
     elif options.class_labels in (pipe.config.class_names or []):  # one name, which may hold commas
         classes = pipe.class_ids([options.class_labels])
     else:
         classes = pipe.class_ids([label.strip() for label in options.class_labels.split(",")])
+    if options.class_labels is not None and options.labels == "balanced" and len(classes) > options.num_images:
+        raise InputError(
+            f"num_images={options.num_images}: fewer than the {len(classes)} class_labels, so that some would have no "
+            f"image; give {len(classes)} or more, fewer labels, or --labels random"
+        )
     if options.labels == "balanced":
         return [classes[i % len(classes)] for i in range(options.num_images)]
     draws = np.random.Generator(np.random.Philox(key=options.seed)).random(options.num_images)
@@ -173,9 +217,10 @@ def resolve(pipe: GSPNDiTPipeline, options: SampleOptions) -> dict[str, Any]:
     """The options of the pipeline's call, with its own defaults in their places. Raises :class:`InputError`."""
     own, factor = pipe.config, downsampling(pipe.vae)
     height, width = (factor * side for side in pipe.latent_size(options.height, options.width))
+    scale, interval = pipe.guidance(options.guidance_scale, options.guidance_interval)
     choices = {
-        "guidance_scale": own.guidance_scale if options.guidance_scale is None else options.guidance_scale,
-        "guidance_interval": options.guidance_interval or own.guidance_interval,
+        "guidance_scale": scale,
+        "guidance_interval": interval,
         "num_inference_steps": options.num_inference_steps or own.num_inference_steps,
         "height": height,
         "width": width,
@@ -206,36 +251,49 @@ def describe(pipe: GSPNDiTPipeline, options: SampleOptions, choices: dict[str, A
 
 
 def start(options: SampleOptions, settings: dict[str, Any], labels: list[int]) -> list[int]:
-    """Begin or continue the folder of images; a hidden one that other settings left is begun anew."""
+    """Begin or continue the folder of images, alone in it; a hidden one that other settings left is begun anew."""
     try:
         return begin(options.folder, settings, labels)
     except InputError:
         if options.single_files:
             raise
-        shutil.rmtree(options.folder)
+        clear(options.folder)
         return begin(options.folder, settings, labels)
 
 
-def assemble(options: SampleOptions, labels: list[int], image_size: tuple[int, int]) -> None:
-    """Put the grid or the npz together from the folder of images, and remove a folder that nobody asked for."""
+def remove_if_empty(folder: Path) -> None:
+    """Remove a hidden folder, unless it holds what a cut run goes on from, or another's lock."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def clear(folder: Path) -> None:
+    """Remove what is in a hidden folder of images, but for its lock."""
+    for path in folder.iterdir():
+        if path.name != LOCK_FILE:
+            path.unlink()
+
+
+def assemble(options: SampleOptions, labels: list[int], pipe: GSPNDiTPipeline) -> None:
+    """Put the grid or the npz together from the folder of images, and empty a folder that nobody asked for."""
     paths = [options.folder / image_file(i) for i in range(len(labels))]
     if options.npz is not None:
         bar = tqdm(paths, desc="npz", unit="image", leave=False)
         ids = np.array(labels, dtype=np.int64)
         batches = (load_image(path)[None] for path in bar)
-        save_npz(batches, (len(labels), *image_size, 3), options.npz, arr_1=ids, labels=ids)
+        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz, arr_1=ids, labels=ids)
     if not options.single_files:
         if options.out is not None:
             images = np.stack([load_image(path) for path in paths])
-            save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), options.out)
-        shutil.rmtree(options.folder)
+            save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), options.out, captions(pipe, labels))
+        clear(options.folder)
 
 
 def output_folders(options: SampleOptions) -> dict[str, Path]:
     """The folders that `out` and `npz` are written to, of those that are given."""
     folders = {}
-    if options.out is not None:
-        folders["out"] = Path(options.out) if options.single_files else Path(options.out).parent
+    if options.out is not None and not is_stream(options.out):
+        folders["out"] = options.folder if options.single_files else Path(options.out).parent
     if options.npz is not None:
         folders["npz"] = Path(options.npz).parent
     return folders
@@ -243,15 +301,24 @@ def output_folders(options: SampleOptions) -> dict[str, Path]:
 
 def check_outputs(options: SampleOptions) -> None:
     """Raise :class:`InputError` if the outputs cannot be written, or old images would stay among the new."""
-    for key, folder in output_folders(options).items():
+    for key in output_folders(options):
         path = getattr(options, key)
-        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise InputError(f"{key}={path!r}: {str(there)!r} is no folder that can be written to; choose another path")
-        if Path(path).is_dir() and folder != Path(path):
-            raise InputError(f"{key}={path!r}: is a folder; wanted a file name")
+        check_place(path, key, folder=key == "out" and options.single_files, size=options.num_images * _LEAST_FILE)
     if options.single_files:
-        new = {image_file(i) for i in range(options.num_images)}
-        if stale := sorted(path.name for path in Path(options.out).glob("*.png") if path.name not in new):
+        ours = set(map(image_file, finished_images(options.folder, below=options.num_images)))
+        if stale := sorted(path.name for path in Path(options.out).glob("*.png") if path.name not in ours):
             raise InputError(f"out={options.out!r}: {len(stale)} PNGs of another run would stay there ({stale[0]}, …); "
                              "empty it or name another folder")  # fmt: skip
+
+
+def check_room(options: SampleOptions, image_size: tuple[int, int]) -> None:
+    """Raise :class:`InputError` if the npz has no room on its disk, or the grid none in memory."""
+    size = options.num_images * math.prod(image_size) * 3
+    if options.npz is not None:
+        check_place(options.npz, "npz", size=size)
+    memory = memory_of(torch.device("cpu"))
+    if options.out is not None and not options.single_files and 2 * size > memory:  # the images, and the grid of them
+        raise InputError(
+            f"out={options.out!r}: a grid of {options.num_images} images takes over {in_bytes(2 * size)}, and the "
+            f"memory is {in_bytes(memory)}; give a folder for single files, or fewer"
+        )

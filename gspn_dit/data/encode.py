@@ -26,7 +26,7 @@ from gspn_dit.data.latents import verify, write_manifest, write_shard
 from gspn_dit.data.vae import downsampling, encode_moments, load_vae
 from gspn_dit.devices import join_processes
 from gspn_dit.errors import InputError, renamed
-from gspn_dit.files import begin_or_continue
+from gspn_dit.files import begin_or_continue, check_place
 from gspn_dit.options import command, require
 from gspn_dit.weights import PACKAGED
 
@@ -123,9 +123,10 @@ def begin(out: Path, settings: dict[str, Any]) -> None:
     Raises:
         InputError: If it was begun with others, or holds something else.
     """
+    check_place(out, folder=True)
     path = out / "encode.json"
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(entry.suffix != ".tmp" for entry in out.iterdir())):
+        if out.exists() and any(entry.suffix != ".tmp" for entry in out.iterdir()):
             raise InputError(f"out={str(out)!r} holds something that is no latent store: choose another folder")
         out.mkdir(parents=True, exist_ok=True)
     begin_or_continue(path, settings, "out")
@@ -212,4 +213,4 @@ class _Loadable(Dataset):
 
 
 if __name__ == "__main__":
-    command(main, Options, prog="python -m gspn_dit.data.encode")
+    command(main, Options, prog="python -m gspn_dit.data.encode", continues=True)

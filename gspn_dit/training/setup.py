@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.pipeline import load_pipeline
+from gspn_dit.pipeline import load_pipeline, unguided
 from gspn_dit.training.evaluation import Evaluator
 from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
 
@@ -125,6 +126,13 @@ def check_options(config: Config) -> None:
     with renamed(sampler="sampling.sampler", num_inference_steps="sampling.num_inference_steps"):
         scheduler = create_scheduler(config.diffusion.objective, config.sampling.sampler)
         check_steps(scheduler, config.sampling.num_inference_steps)
+    if (dropout := config.diffusion.class_dropout) in (0, 1):
+        if config.evaluation.guidance_scale > 1:
+            raise InputError(
+                f"evaluation.guidance_scale={config.evaluation.guidance_scale}: {unguided(dropout)}; give 1"
+            )
+        if config.sampling.guidance_scale > 1 and PartialState().is_main_process:
+            print(f"samples are drawn at guidance_scale 1: {unguided(dropout)}", file=sys.stderr)
     if taken := sorted({"sample_size", "in_channels", "out_channels", "num_classes"} & config.model.overrides.keys()):
         raise InputError(f"model.overrides.{taken[0]}: the data and the objective set it; leave it out")
     if config.training.mixed_precision == "fp16" and PartialState().device.type == "cpu":
