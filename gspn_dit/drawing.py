@@ -1,7 +1,7 @@
 """Images into files: many into one folder, by any number of processes, in as many runs as it takes; or one grid.
 
     settings.json      what the images are a function of; written first
-    labels.csv         file,label of every image there will be
+    labels.csv         file,label of every image there will be, and the class's name where it has one
     000000.png …       image i, whole or not there
 
 Image i depends on the settings and i alone, so a folder is the same however it was shared out or cut short.
@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from tqdm import tqdm
 
 from gspn_dit.diffusion import image_generator
 from gspn_dit.errors import InputError
 from gspn_dit.files import begin_or_continue, replacing
 from gspn_dit.pictures import save_grid, save_image
 from gspn_dit.pipeline import GSPNDiTPipeline
+from gspn_dit.progress import progress
 
 SETTINGS_FILE = "settings.json"
 IGNORED = ("model",)  # of the settings: where it lies, as its weights are there
@@ -39,7 +39,9 @@ def image_file(i: int) -> str:
     return f"{i:06d}.png"
 
 
-def begin(folder: Path, settings: dict[str, Any], labels: Sequence[int]) -> list[int]:
+def begin(
+    folder: Path, settings: dict[str, Any], labels: Sequence[int], class_names: Sequence[str] | None = None
+) -> list[int]:
     """Begin a folder of images, or continue it, and return which are still to be drawn; one process does this.
 
     Raises:
@@ -57,8 +59,9 @@ def begin(folder: Path, settings: dict[str, Any], labels: Sequence[int]) -> list
         torn.unlink()
     with replacing(folder / "labels.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["file", "label"])
-        table.writerows([image_file(i), label] for i, label in enumerate(labels))
+        table.writerow(["file", "label", *(["name"] if class_names else [])])
+        names = [[class_names[label]] if class_names else [] for label in labels]
+        table.writerows([image_file(i), label, *name] for i, (label, name) in enumerate(zip(labels, names, strict=True)))
     return [i for i in range(len(labels)) if i not in found]
 
 
@@ -99,7 +102,9 @@ def draw_missing(
     shown = processes.is_main_process
     pipe.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None if shown else True)
     done = len(labels) - len(missing)
-    with tqdm(total=len(labels), initial=done, desc="sampling", unit="image", smoothing=0, disable=not shown) as bar:
+    with progress(
+        total=len(labels), initial=done, desc="sampling", unit="image", smoothing=0, disable=not shown
+    ) as bar:
         next_look = 0.0
         for batch in batches[processes.process_index :: processes.num_processes]:
             images = pipe(

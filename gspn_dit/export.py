@@ -56,7 +56,7 @@ def save_samples(pipe: GSPNDiTPipeline, checkpoint: Path | None, path: Path) -> 
     if drawn and drawn.is_file():
         shutil.copyfile(drawn, path)
         return
-    pipe.set_progress_bar_config(desc=path.name)
+    pipe.set_progress_bar_config(desc=path.name, disable=None)
     draw_grid(pipe.to(choose_device()), path, count=GRID_IMAGES, seed=0)
 
 

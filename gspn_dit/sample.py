@@ -42,6 +42,7 @@ from gspn_dit.files import LOCK_FILE, alone_in, check_begun, check_place, in_byt
 from gspn_dit.options import require
 from gspn_dit.pictures import load_image, save_grid, save_npz
 from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline, unguided
+from gspn_dit.progress import progress
 
 BATCH_SIZE = 16
 _LEAST_FILE = 4096  # bytes that an image takes on a disk: a block
@@ -168,7 +169,7 @@ def main(options: SampleOptions) -> None:
             if not options.single_files:
                 stack.callback(remove_if_empty, options.folder)
             stack.enter_context(alone_in(options.folder, partial(say_who, options.folder)))
-            missing = start(options, settings, labels)
+            missing = start(options, settings, labels, pipe.config.class_names)
         (missing,) = broadcast_object_list([missing])
         draw_missing(
             pipe.to(device),
@@ -250,15 +251,17 @@ def describe(pipe: GSPNDiTPipeline, options: SampleOptions, choices: dict[str, A
     }
 
 
-def start(options: SampleOptions, settings: dict[str, Any], labels: list[int]) -> list[int]:
+def start(
+    options: SampleOptions, settings: dict[str, Any], labels: list[int], class_names: list[str] | None
+) -> list[int]:
     """Begin or continue the folder of images, alone in it; a hidden one that other settings left is begun anew."""
     try:
-        return begin(options.folder, settings, labels)
+        return begin(options.folder, settings, labels, class_names)
     except InputError:
         if options.single_files:
             raise
         clear(options.folder)
-        return begin(options.folder, settings, labels)
+        return begin(options.folder, settings, labels, class_names)
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -278,10 +281,13 @@ def assemble(options: SampleOptions, labels: list[int], pipe: GSPNDiTPipeline) -
     """Put the grid or the npz together from the folder of images, and empty a folder that nobody asked for."""
     paths = [options.folder / image_file(i) for i in range(len(labels))]
     if options.npz is not None:
-        bar = tqdm(paths, desc="npz", unit="image", leave=False)
+        bar = progress(paths, desc="npz", unit="image", leave=False)
         ids = np.array(labels, dtype=np.int64)
         batches = (load_image(path)[None] for path in bar)
-        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz, arr_1=ids, labels=ids)
+        arrays = {"arr_1": ids, "labels": ids}
+        if pipe.config.class_names:
+            arrays["class_names"] = np.array(pipe.config.class_names)
+        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz, **arrays)
     if not options.single_files:
         if options.out is not None:
             images = np.stack([load_image(path) for path in paths])

@@ -18,7 +18,6 @@ from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from gspn_dit.data import open_images
 from gspn_dit.data.images import ImageDataset, UnreadableImage
@@ -28,6 +27,7 @@ from gspn_dit.devices import join_processes
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.files import begin_or_continue, check_place
 from gspn_dit.options import command, require
+from gspn_dit.progress import Bar, Lines, progress
 from gspn_dit.weights import PACKAGED
 
 Batch = tuple[Tensor, list[int], list[UnreadableImage]]  # images (n, 3, H, W), their labels, files without one
@@ -144,14 +144,14 @@ def encode_shards(
     loader = iter(
         DataLoader(_Loadable(images), batch_sampler=batches, num_workers=options.num_workers, collate_fn=_together)
     )
-    with tqdm(total=sum(map(len, shards.values())), desc="encode", unit="image", disable=not show) as bar:
+    with progress(total=sum(map(len, shards.values())), desc="encode", unit="image", disable=not show) as bar:
         for name, indices in shards.items():
             of_shard = islice(loader, len(range(0, len(indices), step)))
             write_shard(out / name, *encode_shard(of_shard, vae, options, bar))
 
 
 def encode_shard(
-    batches: Iterable[Batch], vae: AutoencoderKL, options: Options, bar: tqdm
+    batches: Iterable[Batch], vae: AutoencoderKL, options: Options, bar: Bar | Lines
 ) -> tuple[Tensor, Tensor | None, Tensor, list[str]]:
     """What :func:`write_shard` writes of a shard's batches: moments, those of the mirror images, labels, skipped files.
 

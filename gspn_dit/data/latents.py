@@ -26,10 +26,10 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from gspn_dit.errors import InputError
 from gspn_dit.files import replacing, save_tensors, sha256, write_json
+from gspn_dit.progress import progress
 
 FORMAT_VERSION = 1
 
@@ -175,7 +175,7 @@ def verify(folder: str | os.PathLike) -> int:
         for key, value in _begun(folder).items()
         if manifest.get(key) != value
     ]
-    for shard in tqdm(manifest["shards"], desc="verify", unit="shard"):
+    for shard in progress(manifest["shards"], desc="verify", unit="shard"):
         try:
             check_size(folder, shard)
         except InputError as error:
@@ -215,7 +215,7 @@ def write_manifest(
     processes = PartialState()
     known = {} if rewritten is None else _known_checksums(folder, rewritten)
     mine = files[processes.process_index :: processes.num_processes]
-    bar = tqdm(mine, desc="checksums", unit="shard", disable=not processes.is_main_process)
+    bar = progress(mine, desc="checksums", unit="shard", disable=not processes.is_main_process)
     count = len(settings["class_names"])
     described = dict(gather_object([(name, describe_shard(folder / name, count, known.get(name))) for name in bar]))
     shards = [described[name] for name in files]

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from gspn_dit.data import open_images
 from gspn_dit.data.photos import PHOTOGRAPHS
 from gspn_dit.errors import InputError
 from gspn_dit.files import check_place, replacing, save_tensors
 from gspn_dit.options import command, require
+from gspn_dit.progress import figure, progress
 
 NUM_FEATURES = 64
 BATCH_SIZE = 64
@@ -233,7 +233,7 @@ def _train(model: Classifier, images: Tensor, labels: Tensor, epochs: int, gener
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     steps = epochs * (len(images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-    with tqdm(total=steps, unit="step", desc="training") as bar:
+    with progress(total=steps, unit="step", desc="training") as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator)
             for batch in order[: len(order) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
@@ -244,7 +244,7 @@ def _train(model: Classifier, images: Tensor, labels: Tensor, epochs: int, gener
                 optimizer.step()
                 schedule.step()
                 bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.set_postfix_str(f"loss {figure(loss.item())}", refresh=False)
     return model.eval().requires_grad_(False)
 
 

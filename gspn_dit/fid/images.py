@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from gspn_dit.data import open_images
 from gspn_dit.data.imagefolder import SUFFIXES, to_rgb
@@ -20,6 +19,7 @@ from gspn_dit.data.images import ImageDataset
 from gspn_dit.errors import InputError
 from gspn_dit.fid.moments import Statistics
 from gspn_dit.fid.npz import members, read_images, read_notes, read_statistics
+from gspn_dit.progress import progress
 
 LABELS_FILE = "labels.csv"
 NAMED = {
@@ -147,7 +147,7 @@ def _open_folder(folder: Path, argument: str) -> ImageSet:
     if not files:
         raise InputError(f"{argument}={folder}: no images in it; wanted files ending in {' '.join(SUFFIXES)}")
     first = _header_size(files[0])
-    for file in tqdm(files, desc=f"checking {argument}", unit="image", leave=False):
+    for file in progress(files, desc=f"checking {argument}", unit="image", leave=False):
         if (size := _header_size(file)) != first:
             raise InputError(
                 f"{argument}={folder}: images differ in size, {files[0].name} is {_size(first)} and "

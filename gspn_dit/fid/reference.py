@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gspn_dit.data import (
     LatentStore,
@@ -33,6 +32,7 @@ from gspn_dit.fid.npz import Notes, write_reference
 from gspn_dit.fid.processes import launched
 from gspn_dit.files import check_place
 from gspn_dit.options import require
+from gspn_dit.progress import progress
 
 ADM_IMAGES = 10_000
 DECODED_TOGETHER = 8
@@ -167,7 +167,7 @@ def choose(count: int, wanted: int | None, seed: int) -> list[int]:
 
 def read_chosen(images: ImageSet, chosen: list[int]) -> Iterator[np.ndarray]:
     """Batches uint8 (n, H, W, 3) of the chosen images."""
-    with ThreadPoolExecutor() as readers, tqdm(total=len(chosen), desc="writing", unit="image") as bar:
+    with ThreadPoolExecutor() as readers, progress(total=len(chosen), desc="writing", unit="image") as bar:
         for start in range(0, len(chosen), BATCH_SIZE):
             batch = images.batch(chosen[start : start + BATCH_SIZE], readers)
             yield batch.permute(0, 2, 3, 1).numpy()

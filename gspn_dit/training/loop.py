@@ -19,11 +19,11 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, p
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.errors import InputError
 from gspn_dit.pipeline import GSPNDiTPipeline, pipeline_of
+from gspn_dit.progress import figure, progress
 from gspn_dit.training.checkpoints import (
     CheckpointNotWritten,
     TrainingState,
@@ -134,8 +134,13 @@ def take_steps(
     logged_step, logged_time, overflows = step, time.perf_counter(), 0
     batches = load_batches(training, step)
     stopping = False
-    with tqdm(
-        total=options.max_steps, initial=step, desc=run.name, unit="step", disable=not accelerator.is_main_process
+    with progress(
+        total=options.max_steps,
+        initial=step,
+        desc=run.name,
+        unit="step",
+        by_hand=True,
+        disable=not accelerator.is_main_process,
     ) as bar:
         while step < options.max_steps and not stopping:
             step += 1
@@ -147,14 +152,17 @@ def take_steps(
             overflows = 0 if math.isfinite(grad_norm) else overflows + 1
 
             loss_sum, loss_count = loss_sum + loss, loss_count + 1
-            bar.update()
+            mean = loss_sum / loss_count  # since the last line
             speed = options.batch_size * (step - logged_step) / (time.perf_counter() - logged_time)
+            bar.update()
             bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {learning_rate:.1e}, grad {grad_norm:.2f}, {speed:.0f} images/s", refresh=False
+                f"loss {figure(mean)}, lr {learning_rate:.4g}, grad {figure(grad_norm)}, {figure(speed)} images/s",
+                refresh=False,
             )
             if step % options.log_every == 0 or step == options.max_steps:
+                bar.line()
                 metrics = {
-                    "loss": loss_sum / loss_count,
+                    "loss": mean,
                     "learning_rate": learning_rate,
                     "grad_norm": grad_norm,
                     "images_per_second": speed,

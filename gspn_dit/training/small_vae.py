@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
-from tqdm import trange
 
 from gspn_dit.data.digits import IMAGE_SIZE, Digits
 from gspn_dit.data.photos import Photos
 from gspn_dit.data.vae import decode, encode_moments, sample_posterior
 from gspn_dit.files import new_folder, require_new
 from gspn_dit.options import command, require
+from gspn_dit.progress import figure, progress
 from gspn_dit.training.linear_start import start_linear
 
 BATCH_SIZE = 100
@@ -183,7 +183,7 @@ def train(vae: AutoencoderKL, source: DigitShifts | PhotoCrops, options: Options
     if options.warmup_steps:
         rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / options.warmup_steps, total_iters=options.warmup_steps)
         schedule = torch.optim.lr_scheduler.ChainedScheduler([rise, schedule])
-    bar = trange(options.steps, desc=f"{options.data} VAE", unit="step")
+    bar = progress(range(options.steps), desc=f"{options.data} VAE", unit="step")
     for _ in bar:
         pixels = source.batch(options.batch_size) / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16, enabled=source.autocast):
@@ -201,7 +201,8 @@ def train(vae: AutoencoderKL, source: DigitShifts | PhotoCrops, options: Options
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(reconstruction=f"{reconstruction.item():.4f}", kl=f"{kl.item():.2f}", refresh=False)
+        shown = f"reconstruction {figure(reconstruction.item())}, kl {figure(kl.item())}"
+        bar.set_postfix_str(shown, refresh=False)
 
 
 def scaling_factor(vae: AutoencoderKL, images: Tensor) -> float:
