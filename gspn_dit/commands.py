@@ -118,7 +118,8 @@ class EvaluateOptions:
     Args:
         samples: Folder of images (labels.csv beside them: file,label), or an npz of uint8 NHWC arr_0 (and labels).
         reference: What to compare with: a folder, an npz of images, an ADM reference npz (mu, sigma, mu_s, sigma_s and
-            arr_0; `python fid/reference.py` makes one), or `digits`, `photos`, `digits:test`, `photos:test`.
+            arr_0; `python fid/reference.py` makes one, of any features), or `digits`, `photos`, `digits:test`,
+            `photos:test`.
         features: `inception`, or `digits` or `photos` for the packaged classifier of those.
         out: The JSON file to write.
         weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
@@ -150,7 +151,8 @@ class ReferenceOptions:
             10000, or all if there are fewer. The statistics are of all images.
         seed: Of the draw.
         vae: What decodes a latent store; null takes the VAE that made it.
-        weights: Inception's weights file; null takes torch-fidelity's download.
+        features: `inception`, or `digits` or `photos` for the packaged classifier of those.
+        weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
         device: `auto` takes the accelerator if there is one, and each process of `accelerate launch` its own.
     """
 
@@ -160,6 +162,7 @@ class ReferenceOptions:
     num_images: int | None = None
     seed: int = 0
     vae: str | None = None
+    features: Literal["inception", "digits", "photos"] = "inception"
     weights: str | None = None
     device: str = "auto"
 
@@ -393,7 +396,7 @@ VERBS = {
     "reference": Verb(
         "gspn_dit.fid.reference:main",
         ReferenceOptions,
-        "Make a reference file: FID's and sFID's statistics of all images of a source, and some of the images.",
+        "Make a reference file: statistics of the features of all images of a source, and some of the images.",
     ),
     "evaluate": Verb(
         "gspn_dit.fid.evaluate:main",

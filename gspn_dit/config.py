@@ -179,8 +179,8 @@ class EvaluationConfig:
     Args:
         every: Steps between evaluations; 0 for none.
         num_samples: Images drawn, their classes in turn.
-        reference: What they are compared with: an npz of mu and sigma (`fid/reference.py` makes one); or a folder, an
-            npz of images or a named dataset, which are gone through at every evaluation.
+        reference: What they are compared with: an npz of mu and sigma (`fid/reference.py` makes one, of any features);
+            or a folder, an npz of images or a named dataset, which are gone through at a run's first evaluation.
         features: `inception`, or `digits` or `photos` for the packaged classifier of those.
         weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
         guidance_scale: Classifier-free guidance; 1 is none.

@@ -1,7 +1,7 @@
 """Images into files: many into one folder, by any number of processes, in as many runs as it takes; or one grid.
 
     settings.json      what the images are a function of; written first
-    labels.csv         file,label of every image there will be
+    labels.csv         file,label of every image there will be, and the class's name where it has one
     000000.png …       image i, whole or not there
 
 Image i depends on the settings and i alone, so a folder is the same however it was shared out or cut short.
@@ -40,7 +40,9 @@ def image_file(i: int) -> str:
     return f"{i:06d}.png"
 
 
-def begin(folder: Path, settings: dict[str, Any], labels: Sequence[int]) -> list[int]:
+def begin(
+    folder: Path, settings: dict[str, Any], labels: Sequence[int], class_names: Sequence[str] | None = None
+) -> list[int]:
     """Begin a folder of images, or continue it, and return which are still to be drawn; one process does this.
 
     Raises:
@@ -58,8 +60,9 @@ def begin(folder: Path, settings: dict[str, Any], labels: Sequence[int]) -> list
         torn.unlink()
     with replacing(folder / "labels.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["file", "label"])
-        table.writerows([image_file(i), label] for i, label in enumerate(labels))
+        table.writerow(["file", "label", *(["name"] if class_names else [])])
+        for i, label in enumerate(labels):
+            table.writerow([image_file(i), label, *([class_names[label]] if class_names else [])])
     return [i for i in range(len(labels)) if i not in found]
 
 

@@ -81,7 +81,7 @@ def main(options: SampleOptions) -> None:
             else:
                 stack.callback(remove_if_empty, options.folder)
             stack.enter_context(alone_in(options.folder, partial(say_who, options.folder)))
-            missing = start(options, settings, labels)
+            missing = start(options, settings, labels, pipe.config.class_names)
             precision.say()
         (missing,) = broadcast_object_list([missing])
         draw_missing(
@@ -164,15 +164,17 @@ def describe(pipe: GSPNDiTPipeline, options: SampleOptions, choices: dict[str, A
     }
 
 
-def start(options: SampleOptions, settings: dict[str, Any], labels: list[int]) -> list[int]:
+def start(
+    options: SampleOptions, settings: dict[str, Any], labels: list[int], class_names: list[str] | None
+) -> list[int]:
     """Begin or continue the folder of images, alone in it; a hidden one that other settings left is begun anew."""
     try:
-        return begin(options.folder, settings, labels)
+        return begin(options.folder, settings, labels, class_names)
     except InputError:
         if options.single_files:
             raise
         clear(options.folder)
-        return begin(options.folder, settings, labels)
+        return begin(options.folder, settings, labels, class_names)
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -195,7 +197,10 @@ def assemble(options: SampleOptions, labels: list[int], pipe: GSPNDiTPipeline) -
         bar = progress(paths, desc="npz", unit="image", leave=False)
         ids = np.array(labels, dtype=np.int64)
         batches = (load_image(path)[None] for path in bar)
-        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz, arr_1=ids, labels=ids)
+        arrays = {"arr_1": ids, "labels": ids}
+        if pipe.config.class_names:
+            arrays["class_names"] = np.array(pipe.config.class_names)
+        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz, **arrays)
     if not options.single_files:
         if options.out is not None:
             images = np.stack([load_image(path) for path in paths])

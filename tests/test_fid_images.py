@@ -54,6 +54,19 @@ def test_labels_may_be_in_any_order_and_name_files_in_subfolders(tmp_path):
     assert open_samples(str(tmp_path)).labels == [2, 5]
 
 
+def test_the_classes_names_come_with_the_labels(tmp_path):
+    pixels = write_images(tmp_path / "folder", labels=[3, 1, 3])
+    assert open_samples(str(tmp_path / "folder")).class_names is None
+    (tmp_path / "folder" / "labels.csv").write_text("file,label,name\n0.png,3,cat\n1.png,1,\"a, b\"\n2.png,3,cat\n")
+    named = open_samples(str(tmp_path / "folder"))
+    assert (named.labels, named.class_names) == ([3, 1, 3], {3: "cat", 1: "a, b"})
+    np.savez(tmp_path / "batch.npz", arr_0=pixels, labels=np.array([1, 1, 0]), class_names=np.array(["fish", "cat"]))
+    assert open_samples(str(tmp_path / "batch.npz")).class_names == {0: "fish", 1: "cat"}
+    np.savez(tmp_path / "batch.npz", arr_0=pixels, class_names=np.array([1, 2]))
+    with pytest.raises(InputError, match=r"class_names is int64 \(2,\); wanted text"):
+        open_samples(str(tmp_path / "batch.npz"))
+
+
 def test_named_references_are_the_splits():
     assert len(open_reference("digits", (32, 32))) == 4500
     held_out = open_reference("digits:test", (32, 32))
@@ -150,12 +163,19 @@ def test_a_bad_npz_ends_the_command_in_one_line(tmp_path, capsys, arrays, named)
 @pytest.mark.parametrize(
     ("arrays", "named"),
     [
-        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, ["of Inception's features", "features=digits"]),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, ["=inception", "fid/reference.py --features digits"]),
         ({"mu": np.zeros(64), "sigma": np.eye(64)}, ["mu is float64 (64,)", "(2048,)"]),
         ({"mu": np.zeros(2048), "sigma": np.eye(64)}, ["sigma is float64 (64, 64)", "(2048, 2048)"]),
         ({"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, ["mu is float64 (2048,)", "finite"]),
         ({"mu": np.zeros(2048, int), "sigma": np.eye(2048)}, ["mu is int64 (2048,)", "finite floats"]),
         ({"mu": np.zeros(2048)}, ["mu without sigma"]),
+        ({"mu": np.zeros(64), "sigma": np.eye(64), "features": "photos"}, ["=photos, not of features=digits"]),
+        ({"mu": np.zeros(64), "sigma": np.eye(64), "features": "clip"}, ["features=clip", "inception, digits, photos"]),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048), "features": "digits"}, ["mu is float64 (2048,)", "(64,)"]),
+        (
+            {"mu": np.zeros(64), "sigma": np.eye(64), "features": "digits", "weights_sha256": "5" * 64},
+            ["555555555555…", "digits_classifier.safetensors", "--weights"],
+        ),
         ({"sigma_s": np.eye(2023)}, ["sigma_s without mu_s"]),
         ({"mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}, ["mu_s and sigma_s without mu and sigma"]),
         (

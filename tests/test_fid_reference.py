@@ -19,13 +19,14 @@ from gspn_dit.fid.evaluate import main as score
 from gspn_dit.fid.extractors import create_extractor
 from gspn_dit.fid.images import open_reference, open_samples
 from gspn_dit.fid.moments import Statistics
-from gspn_dit.fid.npz import read_images, write_reference
+from gspn_dit.fid.npz import Notes, read_images, read_notes, write_reference
 from gspn_dit.fid.reference import Options, choose, main, open_data
 from gspn_dit.options import command
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(rank-deficient|so no sfid|no precision)")
 COUNT = 12
 KEPT = 8
+NOTES = Notes("inception", "0" * 64, None)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,7 @@ def test_a_reference_file_holds_statistics_of_all_images_and_some_of_them(incept
     with np.load(reference) as arrays:
         shapes = {name: (arrays[name].dtype, arrays[name].shape) for name in arrays}
         found = dict(arrays)
+    assert [shapes.pop(name)[1] for name in ("features", "weights_sha256")] == [(), ()]
     assert shapes == {
         "arr_0": (np.uint8, (KEPT, 64, 64, 3)),
         "mu": (np.float64, (2048,)),
@@ -107,6 +109,25 @@ def test_scoring_against_the_file_is_scoring_against_its_images(inception, folde
     assert from_file["sfid"] == pytest.approx(from_images["sfid"], rel=1e-5)
     assert (from_file["precision_recall_reference"], from_images["precision_recall_reference"]) == (KEPT, COUNT)
     assert from_file["precision"] <= from_images["precision"]  # more of the same images: a larger manifold
+
+
+def test_a_classifiers_statistics_are_its_images_and_say_whose_they_are(tmp_path):
+    dataset = open_images("digits", 32, split="test")
+    images, labels = zip(*(dataset[i] for i in range(0, 500, 5)), strict=True)
+    pixels = torch.stack(images).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "samples.npz", arr_0=pixels, labels=np.array(labels))
+    file, extractor = tmp_path / "digits.npz", create_extractor("digits")
+    main(Options(data="digits:test", out=str(file), features="digits", num_images=KEPT))
+    assert read_notes(file, "reference") == Notes("digits", extractor.weights_sha256, dataset.class_names)
+    samples = open_samples(str(tmp_path / "samples.npz"))
+    from_file = evaluate(samples, open_reference(str(file), (32, 32)), extractor)
+    from_images = evaluate(samples, open_reference("digits:test", (32, 32)), extractor)
+    assert from_file["fd"] == pytest.approx(from_images["fd"], rel=1e-9)
+    assert from_file["class_accuracy"] == from_images["class_accuracy"] > 0.9
+    assert from_file["reference_statistics"] == "mu and sigma of the file"
+    assert from_file["precision_recall_reference"] == KEPT and "sfid" not in from_file
+    with pytest.raises(InputError, match=r"its mu and sigma are of features=digits, not of features=photos"):
+        evaluate(samples, open_reference(str(file), (32, 32)), create_extractor("photos"))
 
 
 @pytest.mark.slow
@@ -165,7 +186,7 @@ def test_images_are_written_as_they_come_and_read_from_where_they_are(tmp_path):
             yield np.full((32, 256, 256, 3), i // 32, dtype=np.uint8)
 
     tracemalloc.start()
-    write_reference(tmp_path / "reference.npz", batches(), shape, statistics(2048), statistics(2023))
+    write_reference(tmp_path / "reference.npz", batches(), shape, statistics(2048), statistics(2023), NOTES)
     images, labels = read_images(tmp_path / "reference.npz", "samples")
     assert images.shape == shape and labels is None
     assert all((images[i] == i // 32).all() for i in (0, 31, 32, 1023))
@@ -185,7 +206,7 @@ def test_a_file_that_could_not_be_finished_is_not_there(tmp_path):
         raise InputError("1.png: not a readable image")
 
     with pytest.raises(InputError, match="not a readable image"):
-        write_reference(tmp_path / "reference.npz", broken(), (4, 8, 8, 3), statistics(2048), statistics(2023))
+        write_reference(tmp_path / "reference.npz", broken(), (4, 8, 8, 3), statistics(2048), statistics(2023), NOTES)
     assert [path.name for path in tmp_path.iterdir()] == ["reference.npz"]
     assert (tmp_path / "reference.npz").read_bytes() == b"the one before"
 
@@ -193,7 +214,7 @@ def test_a_file_that_could_not_be_finished_is_not_there(tmp_path):
 def test_the_same_reference_is_the_same_file(tmp_path):
     for name in ("a", "b"):
         batch = [np.ones((2, 8, 8, 3), dtype=np.uint8)]
-        write_reference(tmp_path / f"{name}.npz", batch, (2, 8, 8, 3), statistics(2048), statistics(2023))
+        write_reference(tmp_path / f"{name}.npz", batch, (2, 8, 8, 3), statistics(2048), statistics(2023), NOTES)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     assert zipfile.ZipFile(tmp_path / "a.npz").testzip() is None
 
@@ -211,6 +232,8 @@ def test_the_same_reference_is_the_same_file(tmp_path):
         ({"data": "digits", "vae": "digits"}, ["vae='digits'", "no latent store"]),
         ({"data": "digits", "out": "reference.zip"}, ["out='reference.zip'", ".npz"]),
         ({"data": "digits", "weights": "nowhere.pth"}, ["weights='nowhere.pth'", "no such file"]),
+        ({"data": "digits", "features": "clip"}, ["features='clip'", "inception or digits or photos"]),
+        ({"data": "photos:test", "image-size": 64, "features": "digits"}, ["data=photos:test", "64x64", "32x32"]),
     ],
 )
 def test_bad_options_end_the_command_in_one_line(tmp_path, capsys, options, named):

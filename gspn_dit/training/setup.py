@@ -94,7 +94,7 @@ def open_parts(config: Config, accelerator: Accelerator) -> Parts:
         horizontal_flip=config.data.horizontal_flip,
         seed=config.seed,
     )
-    evaluator = Evaluator(config, accelerator) if config.evaluation.every else None
+    evaluator = Evaluator(config, accelerator, source.class_names) if config.evaluation.every else None
     return Parts(source, stream, steps, vae, scaling, objective, build, model, evaluator)
 
 
