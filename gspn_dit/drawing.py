@@ -60,9 +60,9 @@ def begin(
         torn.unlink()
     with replacing(folder / "labels.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["file", "label", *(["name"] if class_names else [])])
-        for i, label in enumerate(labels):
-            table.writerow([image_file(i), label, *([class_names[label]] if class_names else [])])
+        table.writerow(["file", "label", "name"][: 3 if class_names else 2])
+        names = ([class_names[label]] if class_names else [] for label in labels)
+        table.writerows([image_file(i), labels[i], *name] for i, name in enumerate(names))
     return [i for i in range(len(labels)) if i not in found]
 
 

@@ -1,5 +1,6 @@
 """What can be scored, and what is refused with one line that names it."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from gspn_dit.errors import InputError
-from gspn_dit.fid.evaluate import Options, main
+from gspn_dit.fid.evaluate import Options, evaluate, main
 from gspn_dit.fid.images import open_reference, open_samples
 from gspn_dit.options import command
 
@@ -231,6 +232,45 @@ def test_metrics_already_there_survive_a_failed_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path / "samples", "digits:test", tmp_path / "metrics.json")
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"fd": 1.0}
+
+
+def test_the_figures_are_printed_before_they_are_written(tmp_path, capsys, monkeypatch):
+    """A disk that is full shows only then, and hours of work are on the screen."""
+    write_images(tmp_path / "samples")
+    out = tmp_path / "metrics.json"
+
+    def and_then_the_place_is_lost(*arguments):
+        figures = evaluate(*arguments)
+        out.mkdir()
+        return figures
+
+    monkeypatch.setattr("gspn_dit.fid.evaluate.evaluate", and_then_the_place_is_lost)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "samples", "digits:test", out)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1
+    assert json.loads(printed.out)["num_samples"] == 3
+    line = printed.err.rstrip("\n").splitlines()[-1]
+    assert line.startswith("fid/evaluate.py: error: ") and str(out) in line and "Traceback" not in printed.err
+
+
+def test_figures_that_cannot_be_printed_are_written(tmp_path, monkeypatch):
+    write_images(tmp_path / "samples")
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", full)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "samples", "digits:test", tmp_path / "metrics.json")
+        patch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_samples"] == 3
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    write_images(tmp_path / "samples")
+    break_image(tmp_path / "samples")  # which would be refused next
+    (tmp_path / "file").write_bytes(b"")
+    refused(tmp_path, capsys, tmp_path / "samples", ["out=", "file"], out=tmp_path / "file" / "metrics.json")
 
 
 def run(samples, reference, out, features="digits", **options):

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,16 +63,6 @@ class one_thread:
 
     def __exit__(self, *_):
         torch.set_num_threads(self.threads)
-
-
-def launch_two(script, options, logs):
-    """Run a script in two processes; what each has printed."""
-    launcher = ["--multi_gpu", "--log_dir", logs, "--tee", 1]
-    finish(launch(2, script, *(f"--{key}={value}" for key, value in options.items()), launcher=launcher))
-    printed = {file.parent.name: file.read_text() for file in logs.glob("*/attempt_0/*/stdout.log")}
-    assert sorted(printed) == ["0", "1"]
-    first, second = (re.sub(r"^\[Gloo\].*\n", "", printed[rank], flags=re.M) for rank in "01")  # older torch's own
-    return first, second
 
 
 @pytest.mark.slow
@@ -131,30 +123,36 @@ def test_a_classifiers_statistics_are_its_images_and_say_whose_they_are(tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_reference_of_one(inception, folder, reference, tmp_path):
-    options = {"data": folder, "out": tmp_path / "two.npz", "num-images": KEPT, "weights": inception[1]}
-    first, second = launch_two("fid/reference.py", options, tmp_path / "logs")
-    assert f"statistics of {COUNT} images" in first and second == ""
-    with np.load(reference) as one, np.load(tmp_path / "two.npz") as two:
-        np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
-        for name in ("mu", "sigma", "mu_s", "sigma_s"):
-            assert np.abs(one[name] - two[name]).max() <= 1e-13 * np.abs(one[name]).max()
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_figures_of_one(tmp_path):
+def test_two_processes_make_the_reference_and_the_figures_of_one(tmp_path):
     dataset = open_images("digits", 32, split="test")
     images, labels = zip(*(dataset[i] for i in range(0, 500, 3)), strict=True)
     arrays = {"arr_0": torch.stack(images).permute(0, 2, 3, 1).numpy(), "labels": np.array(labels)}
     np.savez_compressed(tmp_path / "samples.npz", **arrays)
-    options = {"samples": tmp_path / "samples.npz", "reference": "digits:test", "features": "digits"}
-    first, second = launch_two("fid/evaluate.py", {**options, "out": tmp_path / "two.json"}, tmp_path / "logs")
+
+    def options(name):
+        made = {"data": "digits:test", "features": "digits", "num-images": KEPT, "out": tmp_path / f"{name}.npz"}
+        scored = {"samples": tmp_path / "samples.npz", "reference": "digits:test", "features": "digits"}
+        both = (made, {**scored, "out": tmp_path / f"{name}.json"})
+        return [[f"--{key}={value}" for key, value in each.items()] for each in both]
+
+    logs, launcher = tmp_path / "logs", ["--multi_gpu", "--log_dir", tmp_path / "logs", "--tee", 1]
+    finish(launch(2, Path(__file__).with_name("score_many.py"), json.dumps(options("two")), launcher=launcher))
+    printed = {file.parent.name: file.read_text() for file in logs.glob("*/attempt_0/*/stdout.log")}
+    assert sorted(printed) == ["0", "1"]
+    first, second = (re.sub(r"^\[Gloo\].*\n", "", printed[rank], flags=re.M) for rank in "01")  # older torch's own
     with one_thread():
-        arguments = [f"--{key}={value}" for key, value in {**options, "out": tmp_path / "one.json"}.items()]
-        command(score, ScoreOptions, prog="fid/evaluate.py", argv=arguments)
+        for (main_of, kind), argv in zip(((main, Options), (score, ScoreOptions)), options("one"), strict=True):
+            command(main_of, kind, prog="here", argv=argv)
+
+    said, _, figures = first.partition("\n")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert json.loads(first) == two and second == ""  # one of them prints
-    assert {"fd", "inception_score", "precision", "recall", "class_accuracy"} <= set(two)
+    assert "statistics of 500 images" in said and json.loads(figures) == two and second == ""  # one of them prints
+    with np.load(tmp_path / "one.npz") as one_file, np.load(tmp_path / "two.npz") as two_file:
+        assert one_file.files == two_file.files
+        for name in ("mu", "sigma"):
+            assert np.abs(one_file[name] - two_file[name]).max() <= 1e-13 * np.abs(one_file[name]).max()
+        np.testing.assert_array_equal(one_file["arr_0"], two_file["arr_0"])
+    assert {"fd", "classifier_score", "precision", "recall", "class_accuracy"} <= set(two)
     assert set(one) == set(two)
     for key, value in two.items():
         assert value == (pytest.approx(one[key], rel=1e-10) if isinstance(value, float) else one[key]), key
@@ -217,6 +215,15 @@ def test_the_same_reference_is_the_same_file(tmp_path):
         write_reference(tmp_path / f"{name}.npz", batch, (2, 8, 8, 3), statistics(2048), statistics(2023), NOTES)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     assert zipfile.ZipFile(tmp_path / "a.npz").testzip() is None
+
+
+def test_a_disk_without_room_is_seen_before_the_work(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_500_000))
+    options = Options(data="digits:test", out=str(tmp_path / "reference.npz"), features="digits")
+    with pytest.raises(InputError, match=r"reference\.npz.*1\.6 MB are to be written.*room for 1\.5 MB"):
+        main(options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
