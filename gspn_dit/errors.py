@@ -1,5 +1,7 @@
-"""The one exception for input that a person can mend."""
+"""The one exception for input that a person can mend, and warnings in one line."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,3 +23,9 @@ def renamed(**names: str) -> Iterator[None]:
         if not equals or argument not in names:
             raise
         raise InputError(f"{names[argument]}={rest}") from error
+
+
+def warn(message: str) -> None:
+    """Print a warning as one line; of a machine's processes the first alone does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr)

@@ -29,10 +29,13 @@ class Options:
     Args:
         model: A run, or one checkpoint of it.
         out: The folder to write; it must not exist yet.
+        vae: A folder or hub name of a VAE in place of the run's own: one that lies elsewhere now, or whose decoder was
+            trained further.
     """
 
     model: str
     out: str
+    vae: str | None = None
 
 
 def main(options: Options) -> None:
@@ -40,7 +43,7 @@ def main(options: Options) -> None:
     out = Path(options.out)
     require_new(out)
     checkpoint = find_checkpoint(options.model)
-    pipeline = load_pipeline(checkpoint or options.model)
+    pipeline = load_pipeline(checkpoint or options.model, options.vae)
     with new_folder(out) as folder:
         pipeline.save_pretrained(folder)
         for path in folder.rglob("*.json"):

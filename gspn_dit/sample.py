@@ -20,10 +20,11 @@ from diffusers.utils.logging import disable_progress_bar
 from tqdm import tqdm
 
 from gspn_dit.data import downsampling
+from gspn_dit.data.vae import weights_sha256
 from gspn_dit.devices import join_processes
 from gspn_dit.diffusion import create_scheduler, objective_of
 from gspn_dit.diffusion.sampling import check_steps
-from gspn_dit.drawing import begin, draw_missing, image_file, weights_sha256
+from gspn_dit.drawing import begin, draw_missing, image_file
 from gspn_dit.errors import InputError
 from gspn_dit.options import require
 from gspn_dit.pictures import load_image, save_grid, save_npz
@@ -38,6 +39,8 @@ class SampleOptions:
 
     Args:
         model: A run, a checkpoint folder, an exported folder, `digits` or `photos`.
+        vae: A folder or hub name of a VAE in place of the model's own: one that lies elsewhere now, or whose decoder
+            was trained further.
         class_labels: Class ids or names between commas (names alone where classes are called by numbers); all classes
             if not given.
         labels: `balanced` takes these classes in turn, `random` draws each image's by the seed.
@@ -63,6 +66,7 @@ class SampleOptions:
     """
 
     model: str = "digits"
+    vae: str | None = None
     class_labels: str | None = None
     labels: Literal["balanced", "random"] = "balanced"
     num_images: int = 16
@@ -127,7 +131,7 @@ def main(options: SampleOptions) -> None:
     processes, device = join_processes(options.device)
     # of a run in training the newest checkpoint changes: one process says which it is
     (checkpoint,) = broadcast_object_list([find_checkpoint(options.model) if processes.is_main_process else None])
-    pipe = load_pipeline(checkpoint or options.model)
+    pipe = load_pipeline(checkpoint or options.model, options.vae)
     labels = choose_labels(pipe, options)
     if options.sampler is not None:
         pipe.scheduler = create_scheduler(objective_of(pipe.scheduler), options.sampler)

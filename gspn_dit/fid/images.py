@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gspn_dit.data import open_images
-from gspn_dit.data.imagefolder import SUFFIXES, to_rgb
+from gspn_dit.data.imagefolder import SUFFIXES, find_images, say_left_out, to_rgb
 from gspn_dit.errors import InputError
 from gspn_dit.fid.moments import Statistics
 from gspn_dit.fid.npz import members, read_images, read_statistics
 
 LABELS_FILE = "labels.csv"
+WITH_SAMPLES = (LABELS_FILE, "settings.json")  # what sample.py writes beside its images
 NAMED = {
     "digits": ("digits", "train"),
     "digits:test": ("digits", "test"),
@@ -127,8 +129,9 @@ def open_reference(source: str, image_size: tuple[int, int]) -> ImageSet | Refer
 
 
 def _open_folder(folder: Path, argument: str) -> ImageSet:
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    files = sorted(path for path in found if not path.name.startswith("."))
+    images, others = find_images(folder)
+    files = sorted(map(Path, images))
+    say_left_out(folder, [path for path in others if os.path.basename(path) not in WITH_SAMPLES])
     if not files:
         raise InputError(f"{argument}={folder}: no images in it; wanted files ending in {' '.join(SUFFIXES)}")
     first = _header_size(files[0])

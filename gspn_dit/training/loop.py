@@ -94,7 +94,7 @@ def train(config: Config) -> None:
 
         def claim() -> Path | None:
             stack.enter_context(claimed(run))
-            checkpoint = checkpoint_to_resume(config, parts.source)
+            checkpoint = checkpoint_to_resume(config, parts.source, parts.vae_record)
             if checkpoint is None:
                 check_nothing_lost(run)
             return checkpoint
@@ -172,6 +172,7 @@ def take_steps(
                     "loss_sum": loss_sum,
                     "loss_count": loss_count,
                     "num_images": len(parts.source),
+                    "vae": parts.vae_record,
                 }
                 checkpoint = save_checkpoint(accelerator, config, state, parts.source.class_names, metadata)
             if not stopping:
