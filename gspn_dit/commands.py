@@ -17,6 +17,7 @@ from gspn_dit.config import Config, MixedPrecision
 from gspn_dit.errors import check_guidance
 from gspn_dit.files import is_stream
 from gspn_dit.options import command, require
+from gspn_dit.weights import PACKAGED
 
 
 @dataclass
@@ -25,6 +26,8 @@ class SampleOptions:
 
     Args:
         model: A run, a checkpoint folder, an exported folder, `digits` or `photos`.
+        vae: A folder or hub name of a VAE in place of the model's own: one that lies elsewhere now, or whose decoder
+            was trained further.
         class_labels: Class ids or names between commas (names alone where classes are called by numbers); all classes
             if not given.
         labels: `balanced` takes these classes in turn, `random` draws each image's by the seed.
@@ -51,6 +54,7 @@ class SampleOptions:
     """
 
     model: str = "digits"
+    vae: str | None = None
     class_labels: str | None = None
     labels: Literal["balanced", "random"] = "balanced"
     num_images: int = 16
@@ -187,6 +191,7 @@ class EncodeOptions:
         out: The store's folder; a run that was interrupted continues there.
         split: Of digits and photos; a folder is one split.
         horizontal_flip: Encode every image's mirror image too, for training with horizontal flips.
+        exif_orientation: Turn images as their EXIF orientation says; ADM, and so every published figure, does not.
         batch_size: Images the VAE encodes at once.
         shard_size: Images a shard file.
         num_workers: Processes that read images; 0 reads in this one.
@@ -202,6 +207,7 @@ class EncodeOptions:
     out: str | None = None
     split: Literal["train", "test"] = "train"
     horizontal_flip: bool = False
+    exif_orientation: bool = False
     batch_size: int = 32
     shard_size: int = 4096
     num_workers: int = 4
@@ -225,19 +231,23 @@ class ExportOptions:
     Args:
         model: A run, or one checkpoint of it.
         out: The folder to write; it must not exist yet.
+        vae: A folder or hub name of a VAE in place of the run's own: one that lies elsewhere now, or whose decoder was
+            trained further.
     """
 
     model: str
     out: str
+    vae: str | None = None
 
 
 @dataclass
 class SmallVAEOptions:
-    """How a packaged VAE is trained; what is null comes from the recipe of its data.
+    """How a small VAE is trained; what is null comes from the recipe of its data, a folder's is that of the photos.
 
     Args:
-        data: What it is for: `digits` or `photos`.
+        data: What it is for: `digits`, `photos`, or a folder of images, at any depth.
         out: Folder to write, in diffusers' layout; it must not exist yet.
+        image_size: Side in pixels of the images that the diffusion model is to learn, of a folder's.
         steps: Optimiser steps.
         batch_size: Images a step.
         learning_rate: Peak of AdamW's rate, which falls to 0 along a cosine.
@@ -249,8 +259,9 @@ class SmallVAEOptions:
         seed: Seed of the weights and every draw.
     """
 
-    data: Literal["digits", "photos"]
+    data: str
     out: str
+    image_size: int | None = None
     steps: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
@@ -261,6 +272,12 @@ class SmallVAEOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.data in PACKAGED:
+            require(self.image_size is None, "image_size", self.image_size, f"none: {self.data} have theirs")
+        else:
+            require(Path(self.data).is_dir(), "data", self.data, "digits, photos or a folder of images that exists")
+            good = self.image_size is not None and self.image_size >= 16 and self.image_size % 4 == 0
+            require(good, "image_size", self.image_size, "a multiple of 4 pixels from 16; a folder of images needs it")
         for key in ("steps", "batch_size"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         for key in ("warmup_steps", "kl_weight", "latent_noise"):

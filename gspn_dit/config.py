@@ -13,6 +13,7 @@ import yaml
 from gspn_dit.errors import check_guidance
 from gspn_dit.files import replacing
 from gspn_dit.options import parse, require
+from gspn_dit.weights import absolute
 
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
@@ -32,6 +33,9 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
 
+    def __post_init__(self) -> None:
+        _make_absolute(self, "init_from")
+
 
 @dataclass
 class DataConfig:
@@ -42,6 +46,8 @@ class DataConfig:
         vae: `digits`, `photos`, a hub name or a local folder of a diffusers AutoencoderKL.
         image_size: Side of the square images in pixels.
         horizontal_flip: Mirror half of the images, at random.
+        exif_orientation: Turn a folder's images as their EXIF orientation says; ADM, and so every published figure,
+            does not. A store has it as it was encoded.
         num_workers: Processes that read data, per training process; 0 reads in the training process itself.
     """
 
@@ -49,11 +55,13 @@ class DataConfig:
     vae: str = "stabilityai/sd-vae-ft-ema"
     image_size: int = 256
     horizontal_flip: bool = True
+    exif_orientation: bool = False
     num_workers: int = 4
 
     def __post_init__(self) -> None:
         require(self.image_size >= 1, "data.image_size", self.image_size, "a positive number of pixels")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        _make_absolute(self, "source", "vae")
 
 
 @dataclass
@@ -202,6 +210,7 @@ class EvaluationConfig:
         require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "1 or more")
         given = self.reference is not None or not self.every
         require(given, "evaluation.reference", self.reference, "images or statistics to compare with")
+        _make_absolute(self, "reference", "weights")
 
 
 @dataclass
@@ -242,6 +251,13 @@ class Config:
     def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
         """Read a YAML file, with `--key value` strings over it. Raises :class:`InputError`."""
         return parse(cls, ["--config", str(path), *overrides], exit_on_error=False)
+
+
+def _make_absolute(options: object, *keys: str) -> None:
+    """What is there by a relative path is found from any folder, and so is what a run's config.yaml names."""
+    for key in keys:
+        if (value := getattr(options, key)) is not None:
+            setattr(options, key, absolute(value))
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,6 @@ Image i depends on the settings and i alone, so a folder is the same however it 
 from __future__ import annotations
 
 import csv
-import hashlib
 import math
 import os
 import re
@@ -19,9 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from torch import nn
 
 from gspn_dit.diffusion import image_generator
 from gspn_dit.errors import InputError
@@ -147,13 +144,3 @@ def captions(pipe: GSPNDiTPipeline, labels: Sequence[int]) -> list[str] | None:
         return None
     names = pipe.config.class_names
     return [names[label] if names else str(label) for label in labels]
-
-
-def weights_sha256(*modules: nn.Module) -> str:
-    """SHA-256 of modules' parameters and buffers, with their names, in hexadecimal: what tells two models apart."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -31,7 +31,7 @@ def main(options: Options) -> None:
     out = Path(options.out)
     require_new(out)
     checkpoint = find_checkpoint(options.model)
-    pipeline = load_pipeline(checkpoint or options.model)
+    pipeline = load_pipeline(checkpoint or options.model, options.vae)
     with new_folder(out) as folder:
         pipeline.save_pretrained(folder)
         for path in folder.rglob("*.json"):

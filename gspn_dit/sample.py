@@ -25,6 +25,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers.utils.logging import disable_progress_bar
 
 from gspn_dit.data import downsampling
+from gspn_dit.data.vae import weights_sha256
 from gspn_dit.devices import join_processes, memory_of
 from gspn_dit.diffusion import create_scheduler, objective_of
 from gspn_dit.diffusion.sampling import check_steps
@@ -37,7 +38,6 @@ from gspn_dit.drawing import (
     draw_missing,
     finished_images,
     image_file,
-    weights_sha256,
 )
 from gspn_dit.errors import InputError
 from gspn_dit.files import LOCK_FILE, alone_in, check_begun, check_place, in_bytes, is_stream
@@ -57,7 +57,7 @@ def main(options: SampleOptions) -> None:
     processes, device = join_processes(options.device)
     # of a run in training the newest checkpoint changes: one process says which it is
     (checkpoint,) = broadcast_object_list([find_checkpoint(options.model) if processes.is_main_process else None])
-    pipe = load_pipeline(checkpoint or options.model)
+    pipe = load_pipeline(checkpoint or options.model, options.vae)
     if options.sampler is not None:
         pipe.scheduler = create_scheduler(objective_of(pipe.scheduler), options.sampler)
     precision = agreed_precision(options.mixed_precision, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from gspn_dit.data import open_images
-from gspn_dit.data.imagefolder import SUFFIXES, to_rgb
+from gspn_dit.data.imagefolder import SUFFIXES, find_images, say_left_out, to_rgb
 from gspn_dit.data.images import ImageDataset
 from gspn_dit.errors import InputError
 from gspn_dit.fid.moments import Statistics
@@ -22,6 +23,7 @@ from gspn_dit.fid.npz import members, read_images, read_notes, read_statistics
 from gspn_dit.progress import progress
 
 LABELS_FILE = "labels.csv"
+WITH_SAMPLES = (LABELS_FILE, "settings.json")  # what sample.py writes beside its images
 NAMED = {
     "digits": ("digits", "train"),
     "digits:test": ("digits", "test"),
@@ -142,8 +144,9 @@ def of_dataset(source: str, dataset: ImageDataset) -> ImageSet:
 
 
 def _open_folder(folder: Path, argument: str) -> ImageSet:
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    files = sorted(path for path in found if not path.name.startswith("."))
+    images, others = find_images(folder)
+    files = sorted(map(Path, images))
+    say_left_out(folder, [path for path in others if os.path.basename(path) not in WITH_SAMPLES])
     if not files:
         raise InputError(f"{argument}={folder}: no images in it; wanted files ending in {' '.join(SUFFIXES)}")
     first = _header_size(files[0])

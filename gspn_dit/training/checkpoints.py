@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gspn_dit.config import Config
+from gspn_dit.data.vae import NORMALISATION, is_same_place
 from gspn_dit.errors import InputError
 from gspn_dit.files import save_tensors, sha256
 from gspn_dit.models.latent_model import LatentModel
@@ -200,7 +201,9 @@ def collect(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return collected
 
 
-def checkpoint_to_resume(config: Config, source: Dataset, precision: Precision) -> Path | None:
+def checkpoint_to_resume(
+    config: Config, source: Dataset, vae_record: dict[str, Any], precision: Precision
+) -> Path | None:
     """The newest checkpoint of the run that is whole; None if it has none at all.
 
     One that is damaged is said to be, and set aside as `damaged-step-…`; so are changes of options and of precision.
@@ -226,7 +229,7 @@ def checkpoint_to_resume(config: Config, source: Dataset, precision: Precision) 
             f"output_dir={config.output_dir!r}: no checkpoint of its {len(checkpoints)} is whole "
             f"({checkpoints[-1].name}: {damaged[checkpoints[-1]]}); restore one, or name another folder"
         )
-    check_resumable(checkpoint, config, source)
+    check_resumable(checkpoint, config, source, vae_record)
     say_changes(checkpoint, config, precision)
     for path, problem in damaged.items():
         aside = path.with_name(f"damaged-{path.name}")
@@ -252,11 +255,11 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
+def check_resumable(checkpoint: Path, config: Config, source: Dataset, vae_record: dict[str, Any]) -> None:
     """Raise :class:`InputError` unless a configuration and its data continue the run that a checkpoint is of."""
     saved = Config.load(checkpoint / "config.yaml")
     for key in ("seed", "model.name", "model.overrides", "diffusion.objective", "data.image_size",
-                "data.vae", "training.batch_size"):  # fmt: skip
+                "training.batch_size"):  # fmt: skip
         before, now = _value(saved, key), _value(config, key)
         if before != now:
             raise InputError(f"{key}={now!r}: the run in {config.output_dir} has {before!r}; set it back")
@@ -266,13 +269,40 @@ def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
             f"training.posthoc_ema_sigma_rels: the run in {config.output_dir} has not averaged at {missing[0]:g} from "
             f"its start, it has {saved.training.sigma_rels}; set them back (training.posthoc_ema_every=0 is none)"
         )
-    num_images = json.loads((checkpoint / "metadata.json").read_text())["num_images"]
+    metadata = json.loads((checkpoint / "metadata.json").read_text())
+    check_same_vae(metadata.get("vae") or {"name": saved.data.vae, "sha256": None}, vae_record, config)
+    num_images = metadata["num_images"]
     class_names = json.loads((checkpoint / "class_names.json").read_text())
     if (num_images, class_names) != (len(source), source.class_names):
         raise InputError(
             f"data.source={config.data.source!r}: it has {len(source)} images of {len(source.class_names)} classes, "
             f"and the run in {config.output_dir} began with {num_images} of {len(class_names)}; restore it"
         )
+
+
+def check_same_vae(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
+    """Raise :class:`InputError` unless latents of a run's data are those of the VAE that it began with.
+
+    Args:
+        before: The record of a checkpoint; of one from before there were any, the name alone and None for the hashes.
+        now: That of the data.
+        config: The run's.
+    """
+    if before["sha256"] and now["sha256"]:
+        same = before["sha256"]["encoder"] == now["sha256"]["encoder"]
+    else:
+        same = is_same_place(before["name"], now["name"])
+    if not same:
+        raise InputError(
+            f"data.vae={config.data.vae!r}: the run in {config.output_dir} has {before['name']!r}, and this is not the "
+            "same; name that VAE, wherever it lies"
+        )
+    for key in NORMALISATION:
+        if before.get(key, now[key]) != now[key]:
+            raise InputError(
+                f"data.source={config.data.source!r}: the latents' {key} is {now[key]}, and the run in "
+                f"{config.output_dir} began with {before[key]}; set it back"
+            )
 
 
 UNSAID = ("resume", "output_dir", "model.init_from")  # the last has no effect: the run has weights of its own

@@ -101,7 +101,7 @@ def train(config: Config) -> None:
 
         def claim() -> Path | None:
             stack.enter_context(claimed(run))
-            checkpoint = checkpoint_to_resume(config, parts.source, precision)
+            checkpoint = checkpoint_to_resume(config, parts.source, parts.vae_record, precision)
             if checkpoint is None:
                 check_nothing_lost(run)
             return checkpoint
@@ -190,6 +190,7 @@ def take_steps(
                     "loss_count": loss_count,
                     "num_images": len(parts.source),
                     "mixed_precision": accelerator.mixed_precision,
+                    "vae": parts.vae_record,
                 }
                 checkpoint = save_checkpoint(accelerator, config, state, parts.source.class_names, metadata)
             if not stopping:
