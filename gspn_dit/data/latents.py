@@ -8,7 +8,8 @@ A store is a folder of
 
 Moments are the mean and log-variance of the VAE's posterior, so that each epoch samples it anew. Shard k holds images
 [k·shard_size, (k+1)·shard_size) of the dataset, less the unreadable ones, which its metadata names: any process can
-write any shard, and a store is the same however many wrote it or how often it was interrupted.
+write any shard, and a store is the same however many wrote it or how often it was interrupted. A finished store is only
+ever added to by renames: a shard that is truncated while it is mapped kills its readers (SIGBUS).
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def open_latents(
     if isinstance(source, LatentStore):
         drawn = bool(config.training.sample_every or config.evaluation.every)
         vae = open_vae_of(source, config, drawn)
-        if vae is not None:
+        if drawn:
             adopt_normalisation(vae, source, config.data.source)
         count = min(STORED_LOOKED_AT, len(source))
         looked_at = torch.stack([source.moments(k * len(source) // count) for k in range(count)])
