@@ -117,7 +117,10 @@ def open_store(options: Options, device: torch.device) -> ImageSet:
         return torch.cat([decode(vae, part.to(device)).cpu() for part in latents.split(DECODED_TOGETHER)])
 
     size = (store.image_size, store.image_size)
-    return ImageSet(options.data, len(store), size, lambda i: read_together([i])[0], read_together=read_together)
+    names = dict(enumerate(store.class_names))
+    return ImageSet(
+        options.data, len(store), size, lambda i: read_together([i])[0], None, read_together, class_names=names
+    )
 
 
 def choose(count: int, wanted: int | None, seed: int) -> list[int]:
