@@ -301,11 +301,12 @@ def output_folders(options: SampleOptions) -> dict[str, Path]:
 
 def check_outputs(options: SampleOptions) -> None:
     """Raise :class:`InputError` if the outputs cannot be written, or old images would stay among the new."""
+    finished = finished_images(options.folder, below=options.num_images)
+    size = (options.num_images - len(finished)) * _LEAST_FILE
     for key in output_folders(options):
-        path = getattr(options, key)
-        check_place(path, key, folder=key == "out" and options.single_files, size=options.num_images * _LEAST_FILE)
+        check_place(getattr(options, key), key, folder=key == "out" and options.single_files, size=size)
     if options.single_files:
-        ours = set(map(image_file, finished_images(options.folder, below=options.num_images)))
+        ours = set(map(image_file, finished))
         if stale := sorted(path.name for path in Path(options.out).glob("*.png") if path.name not in ours):
             raise InputError(f"out={options.out!r}: {len(stale)} PNGs of another run would stay there ({stale[0]}, …); "
                              "empty it or name another folder")  # fmt: skip
