@@ -158,14 +158,15 @@ def main(options: SampleOptions) -> None:
     missing: list[int] = []
     with ExitStack() as stack:
         if processes.is_main_process:
-            if pipe.config.class_dropout in (0, 1) and options.guidance_scale is None:
-                tqdm.write(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
+            if pipe.config.class_dropout in (0, 1):
+                print(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
             for folder in output_folders(options).values():
-                folder.mkdir(parents=True, exist_ok=True)
+                if folder != options.folder:
+                    folder.mkdir(parents=True, exist_ok=True)
             settings = describe(pipe, options, choices) | {"model": str(checkpoint or options.model)}
             if options.single_files:
                 check_begun(options.folder / SETTINGS_FILE, settings, "out", IGNORED)  # before it waits for a stranger
-            if not options.single_files:
+            else:
                 stack.callback(remove_if_empty, options.folder)
             stack.enter_context(alone_in(options.folder, partial(say_who, options.folder)))
             missing = start(options, settings, labels)
@@ -188,7 +189,7 @@ def main(options: SampleOptions) -> None:
 
 def say_who(folder: Path, holder: str) -> None:
     """Tell the person whom this process waits for."""
-    print(f"sample.py: {holder} is drawing into {folder}; waiting for its end", file=sys.stderr)
+    print(f"{holder} is drawing into {folder}; waiting for its end", file=sys.stderr)
 
 
 def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
