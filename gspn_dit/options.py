@@ -75,6 +75,8 @@ def parse(
         parser.parse_args(["--help"])
     try:
         given = _given(argv, kinds, positional)
+        for key, value in given:
+            require(value != "", key, "", "a value, or leave it out")
         try:
             namespace: Namespace = parser.parse_args([f"--{key}={value}" for key, value in given])
             namespace = parser.instantiate(namespace)

@@ -17,12 +17,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from gspn_dit.data import open_images
 from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.latents import verify, write_manifest, write_shard
 from gspn_dit.data.vae import downsampling, encode_moments, load_vae
+from gspn_dit.data.workers import load
 from gspn_dit.devices import join_processes
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.files import begin_or_continue
@@ -140,9 +141,7 @@ def encode_shards(
     """
     step = options.batch_size
     batches = [indices[start : start + step] for indices in shards.values() for start in range(0, len(indices), step)]
-    loader = iter(
-        DataLoader(_Loadable(images), batch_sampler=batches, num_workers=options.num_workers, collate_fn=_together)
-    )
+    loader = load(_Loadable(images), batches, options.num_workers, collate_fn=_together)
     with progress(total=sum(map(len, shards.values())), desc="encode", unit="image", disable=not show) as bar:
         for name, indices in shards.items():
             of_shard = islice(loader, len(range(0, len(indices), step)))
