@@ -24,6 +24,7 @@ from gspn_dit.files import write_json
 from gspn_dit.models import create_model
 from gspn_dit.pictures import save_image
 from gspn_dit.pipeline import GSPNDiTPipeline, load_pipeline
+from gspn_dit.precision import choose_precision
 from gspn_dit.progress import progress
 from gspn_dit.sample import SampleOptions, batch_of, choose_labels, describe, resolve
 
@@ -75,7 +76,8 @@ def draw(case: Case) -> None:
         num_inference_steps=case.num_inference_steps,
         out=f"{case.folder}/",
     )
-    choices, labels, folder = resolve(pipe, options), choose_labels(pipe, options), Path(case.folder)
+    precision = choose_precision("no", torch.device(case.device))
+    choices, labels, folder = resolve(pipe, options, precision), choose_labels(pipe, options), Path(case.folder)
     missing = begin(folder, describe(pipe, options, choices), labels)
     record = folder / CALLS_FILE
     costs: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"calls": []}

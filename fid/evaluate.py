@@ -1,7 +1,6 @@
 """Score generated images: `python fid/evaluate.py --help`."""
 
-from gspn_dit.fid.evaluate import Options, main
-from gspn_dit.options import command
+from gspn_dit.commands import run
 
 if __name__ == "__main__":
-    command(main, Options, prog="fid/evaluate.py")
+    run("evaluate", prog="fid/evaluate.py")

@@ -1,7 +1,6 @@
 """Make a reference file that samples are scored against: `python fid/reference.py --help`."""
 
-from gspn_dit.fid.reference import Options, main
-from gspn_dit.options import command
+from gspn_dit.commands import run
 
 if __name__ == "__main__":
-    command(main, Options, prog="fid/reference.py")
+    run("reference", prog="fid/reference.py")

@@ -25,6 +25,13 @@ def choose_device(name: str = "auto") -> torch.device:
         raise InputError(f"device={name!r}: {reason}; give `auto`, `cpu` or a device that is there") from error
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has in all: a CUDA GPU its own, any other the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def join_processes(device: str = "auto") -> tuple[PartialState, torch.device]:
     """The processes that `accelerate launch` started, this one among them, and the device of this one.
 

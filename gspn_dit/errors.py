@@ -1,7 +1,13 @@
-"""The one exception for input that a person can mend."""
+"""The one exception for input that a person can mend, and what a machine could not give, in words."""
 
-from collections.abc import Iterator
+import errno
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 
 
 class InputError(ValueError):
@@ -21,3 +27,58 @@ def renamed(**names: str) -> Iterator[None]:
         if not equals or argument not in names:
             raise
         raise InputError(f"{names[argument]}={rest}") from error
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a number, and neither infinite nor nan."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_guidance(scale: object, interval: object, group: str = "") -> None:
+    """Raise :class:`InputError` for a guidance_scale or a guidance_interval, options of `group`, that cannot be."""
+    if not is_finite(scale) or scale < 1:
+        raise InputError(f"{group}guidance_scale={scale!r}: wanted 1 (none) or more")
+    pair = isinstance(interval, Sequence) and len(interval) == 2 and all(map(is_finite, interval))
+    if not pair or not 0 <= interval[0] < interval[1] <= 1:
+        raise InputError(f"{group}guidance_interval={interval!r}: wanted two numbers, 0 <= low < high <= 1")
+
+
+_REMEDIES = {
+    "make room there": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "see to its permissions": (errno.EACCES, errno.EPERM),
+    "name another place": (errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+    "see to that disk": (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV),
+    "raise the limit of open files (`ulimit -n`)": (errno.EMFILE, errno.ENFILE),
+}
+
+
+def machine_fault(error: BaseException, place: str | None = None) -> str | None:
+    """What the machine could not give, and the remedy, in one line: memory, room or rights on a disk.
+
+    None if that is not what is wrong: then it is a fault of the program, or of something that it has no name for.
+
+    Args:
+        error: What was raised.
+        place: Where the work was to be written, for errors that do not say.
+    """
+    said = " ".join(str(error).split())
+    torchs = isinstance(error, RuntimeError) and re.search("out of memory|DefaultCPUAllocator", said)
+    if torchs or isinstance(error, MemoryError):
+        asked = re.search(r"allocate ([0-9][0-9.]* ?[A-Za-z]+)", said)
+        more = f" (for {asked[1]} more)" if asked else ""
+        return f"not enough memory{more}; fewer images at a time or smaller ones need less"
+    number, path = None, place
+    if isinstance(error, OSError):
+        number, path = error.errno, error.filename or place
+        if number == errno.ENOENT and error.filename and not os.path.isdir(os.path.dirname(error.filename) or "."):
+            return f"{path}: there is no such folder; make it, or name another place"
+    elif type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error ([0-9]+)\)", said)):
+        number = int(found[1])
+    remedy = next((remedy for remedy, numbers in _REMEDIES.items() if number in numbers), None)
+    return remedy and f"{f'{path}: ' if path else ''}{os.strerror(number)}; {remedy}"
+
+
+def warn(message: str) -> None:
+    """Print a warning as one line; of a machine's processes the first alone does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr)

@@ -7,32 +7,23 @@ run's sampling defaults, with a model card and its grid of samples. `sample.py -
 
 from __future__ import annotations
 
+from gspn_dit.commands import ExportOptions as Options
+from gspn_dit.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("export", prog="python -m gspn_dit.export"))
+
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from gspn_dit.devices import choose_device
 from gspn_dit.drawing import draw_grid
 from gspn_dit.files import new_folder, require_new
 from gspn_dit.model_card import GRID_FILE, model_card
-from gspn_dit.options import command
 from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline
 
 GRID_IMAGES = 16
-
-
-@dataclass
-class Options:
-    """What to export, and where to.
-
-    Args:
-        model: A run, or one checkpoint of it.
-        out: The folder to write; it must not exist yet.
-    """
-
-    model: str
-    out: str
 
 
 def main(options: Options) -> None:
@@ -40,7 +31,7 @@ def main(options: Options) -> None:
     out = Path(options.out)
     require_new(out)
     checkpoint = find_checkpoint(options.model)
-    pipeline = load_pipeline(checkpoint or options.model)
+    pipeline = load_pipeline(checkpoint or options.model, options.vae)
     with new_folder(out) as folder:
         pipeline.save_pretrained(folder)
         for path in folder.rglob("*.json"):
@@ -65,7 +56,3 @@ def _forget_origin(path: Path) -> None:
     values = json.loads(path.read_text())
     if values.pop("_name_or_path", None) is not None:
         path.write_text(json.dumps(values, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    command(main, Options, prog="python -m gspn_dit.export", positional=("model", "out"))

@@ -6,21 +6,28 @@ types and impossible values stop at start with the key's name and exit status 2,
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import importlib
+import json
+import logging
 import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import docstring_parser
 import yaml
-from jsonargparse import SUPPRESS, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, machine_fault
 
 Options = TypeVar("Options")
 
@@ -62,59 +69,217 @@ def parse(
     their order. On bad input it prints one line and exits with status 2, or raises :class:`InputError` if
     `exit_on_error` is false.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    usage = f"%(prog)s {' '.join(map(str.upper, positional))} [--option value …]" if positional else None
-    parser = ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", help="a YAML file of the options below")
-    parser.add_class_arguments(options, nested_key=None)
-    kinds = _kinds(options)
-    if {"-h", "--help"} & set(argv):
-        for action in parser._actions:  # a group is no option: its options are
-            if any(key.startswith(f"{action.dest}.") for key in kinds):
-                action.help = SUPPRESS
-        parser.parse_args(["--help"])
     try:
-        given = _given(argv, kinds, positional)
-        for key, value in given:
-            require(value != "", key, "", "a value, or leave it out")
-        try:
-            namespace: Namespace = parser.parse_args([f"--{key}={value}" for key, value in given])
-            namespace = parser.instantiate(namespace)
-        except InputError:
-            raise
-        except Exception as error:
-            if isinstance(error.__cause__, InputError):
-                raise error.__cause__ from None
-            raise InputError(_readable(str(error), given, kinds)) from error
-        values = {f.name: namespace[f.name] for f in dataclasses.fields(options)}
-        return options(**values)
+        return _parsed(options, argv, prog, description, positional)[0]
     except InputError as error:
         if not exit_on_error:
             raise
-        fail(error, parser.prog)
+        fail(error, prog or Path(sys.argv[0]).name)
 
 
 def command(
-    main: Callable[[Options], None],
+    main: Callable[[Options], None] | str,
     options: type[Options],
     *,
     prog: str,
     argv: Sequence[str] | None = None,
+    description: str | None = None,
     positional: Sequence[str] = (),
+    continues: bool = False,
 ) -> None:
-    """Run a command: parse its options, call it, and turn an :class:`InputError` into one line and exit status 2."""
-    parsed = parse(options, argv, prog=prog, description=(main.__doc__ or "").strip() or None, positional=positional)
+    """Run a command: parse its options and call it.
+
+    What a person or the machine is the cause of becomes one line: an :class:`InputError` with exit status 2, a full
+    disk or memory with 1, Ctrl-C with 130. Anything else is a fault of the program, and keeps its traceback.
+
+    Args:
+        main: The command, or where it is, `module:function`, to be imported when the options are known to be right.
+        options: The dataclass that it takes.
+        prog: Its name.
+        argv: Its command line; this process's if not given.
+        description: What it does; what `main` says if not given.
+        positional: As :func:`parse`.
+        continues: Whether the same command, given again, goes on where it was.
+    """
+    description = description or (getattr(main, "__doc__", None) if callable(main) else None)
+    parsed, given = None, []
     try:
-        main(parsed)
+        parsed, given = _parsed(options, argv, prog, description, positional)
+        with _plain_messages():
+            if isinstance(main, str):
+                module, _, function = main.partition(":")
+                main = getattr(importlib.import_module(module), function)
+            main(parsed)
     except InputError as error:
-        fail(error, prog)
+        fail(_as_given(error, given, options), prog)
+    except KeyboardInterrupt:
+        if _is_first():
+            print(f"{prog}: interrupted{'; the same command goes on here' if continues else ''}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        place = getattr(parsed, "out", None) or getattr(parsed, "output_dir", None)
+        if (fault := machine_fault(error, place)) is None:
+            raise
+        print(f"{prog}: error: {fault}", file=sys.stderr)  # of any process: the others may have no such trouble
+        raise SystemExit(1) from None
 
 
 def fail(error: InputError, prog: str) -> None:
     """Print the error as one line, of a machine's processes the first alone, and exit with status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if _is_first():
         print(f"{prog}: error: {error}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _is_first() -> bool:
+    """Whether this is the first of a machine's processes."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _require_finite(options: object, prefix: str = "") -> None:
+    """Raise :class:`InputError` for an infinite number or nan, which no option's range holds."""
+    for key, value in ((prefix + f.name, getattr(options, f.name)) for f in dataclasses.fields(options)):
+        if dataclasses.is_dataclass(value):
+            _require_finite(value, f"{key}.")
+        numbers = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
+        finite = all(not isinstance(number, float) or math.isfinite(number) for number in numbers)
+        require(finite, key, value, "a finite number")
+
+
+@contextmanager
+def _plain_messages() -> Iterator[None]:
+    """In the block a warning is one line, without the place in the code, and libraries say nothing but errors."""
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "critical")  # their errors are raised, too
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if logging.lastResort:  # what prints a record that nobody has asked for
+        logging.lastResort.setLevel(logging.ERROR)
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)  # above a bar
+
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            for kind in (DeprecationWarning, FutureWarning):  # of one library to another
+                warnings.simplefilter("ignore", kind)
+        warnings.showwarning = show
+        yield
+
+
+class _Given(NamedTuple):
+    """An option as it was typed."""
+
+    key: str
+    value: str
+    in_file: bool = False
+
+
+def _parsed(
+    options: type[Options],
+    argv: Sequence[str] | None,
+    prog: str | None,
+    description: str | None,
+    positional: Sequence[str],
+) -> tuple[Options, list[_Given]]:
+    """The options, and what was typed of them. Raises :class:`InputError`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(argv):
+        _explain(options, prog, description, positional)
+    kinds = _kinds(options)
+    given = _given(argv, kinds, positional)
+    try:
+        return _built(options, given, kinds), given
+    except InputError as error:
+        raise _as_given(error, given, options) from error
+
+
+def _built(options: type[Options], given: list[_Given], kinds: dict[str, Any]) -> Options:
+    """The options that were typed, each of its type. Raises :class:`InputError`."""
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(options, nested_key=None)
+    for key, value, _ in given:
+        require(value != "", key, "", "a value, or leave it out")  # a path of no name is the current folder
+    try:
+        namespace = parser.parse_args([f"--{key}={_as_typed(value, kinds.get(key))}" for key, value, _ in given])
+        namespace = parser.instantiate(namespace)
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise InputError(_readable(str(error), given, kinds)) from error
+    made = options(**{f.name: namespace[f.name] for f in dataclasses.fields(options)})
+    _require_finite(made)
+    return made
+
+
+def _as_given(error: InputError, given: list[_Given], options: type) -> InputError:
+    """The error with its option as it was typed: `--key`, but for one that a YAML file gave."""
+    kinds, named = _kinds(options), re.match(r"[\w.]+(?==|: )", str(error))
+    if named is None or not _is_option(named[0], kinds):
+        return error
+    files = [in_file for key, _, in_file in given if f"{named[0]}.".startswith(f"{key}.")]
+    if files and files[-1]:
+        return error
+    return InputError(_flag(named[0]) + str(error)[named.end() :])
+
+
+def _flag(key: str) -> str:
+    """An option as the command line has it."""
+    return "--" + key.replace("_", "-")
+
+
+def _explain(options: type, prog: str | None, description: str | None, positional: Sequence[str]) -> NoReturn:
+    """Print what a command does and what each option is, and end with status 0."""
+    bare = "".join(f"{word.upper()} " for word in positional)
+    page = argparse.ArgumentParser(prog=prog, usage=f"%(prog)s {bare}[--option value …]", description=description)
+    page.add_argument("--config", metavar="FILE", help="a YAML file of the options below; later ones win")
+    _explain_group(page, options, "")
+    page.parse_args(["--help"])
+    raise SystemExit(0)
+
+
+def _explain_group(page: argparse.ArgumentParser, options: type, prefix: str) -> None:
+    """Add a dataclass's options to a page, those of the dataclasses in it after its own."""
+    said = docstring_parser.parse(options.__doc__ or "")
+    explained = {param.arg_name: " ".join((param.description or "").split()) for param in said.params}
+    group, inner = page.add_argument_group((said.short_description or "options").rstrip(".")), []
+    hints = get_type_hints(options)
+    for field in dataclasses.fields(options):
+        key, kind = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            inner.append((kind, f"{key}."))
+            continue
+        made = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if made else field.default
+        known = "" if default is None else f" (default: {_shown(default)})"
+        known = " (required)" if default is dataclasses.MISSING else known
+        text = (explained.get(field.name, "") + known).replace("%", "%%")
+        group.add_argument(_flag(key), metavar=_placeholder(kind), help=text)
+    for kind, prefix in inner:
+        _explain_group(page, kind, prefix)
+
+
+def _placeholder(kind: Any) -> str:
+    """What stands for an option's value in its explanation."""
+    words = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if get_origin(kind) in (list, tuple):
+        ends = "…" if get_origin(kind) is list else _placeholder(get_args(kind)[-1])
+        return f"{_placeholder(get_args(kind)[0])},{ends}"
+    if get_origin(kind) is dict:
+        return "{NAME: VALUE}"
+    return words.get(kind) or "|".join(_placeholder(each) for each in get_args(kind) if each is not type(None))
+
+
+def _shown(value: object) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(_shown, value)) or "[]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _kinds(options: type, prefix: str = "") -> dict[str, Any]:
@@ -125,21 +290,23 @@ def _kinds(options: type, prefix: str = "") -> dict[str, Any]:
     return kinds
 
 
-def _given(argv: Sequence[str], kinds: dict[str, Any], positional: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """The (key, value) pairs of a command line, those of its YAML files in their places."""
+def _given(argv: Sequence[str], kinds: dict[str, Any], positional: Sequence[str] = ()) -> list[_Given]:
+    """What a command line gives, with what its YAML files give in their places."""
     given, words, bare = [], list(argv), list(positional)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
+            if word.startswith("-") and _is_option(_key(word), kinds):
+                raise InputError(f"{word}: options have two hyphens; wanted -{word}")
             if bare:
-                given.append((bare.pop(0), word))
+                given.append(_Given(bare.pop(0), word))
                 continue
-            after = f" after --{given[-1][0].replace('_', '-')} {given[-1][1]}" if given else ""
+            after = f" after {_flag(given[-1].key)} {given[-1].value}" if given else ""
             raise InputError(f"{word!r}{after}: wanted `--option value`, several values with commas between them")
         typed, equals, value = word.partition("=")
-        key = typed[2:].replace("-", "_")
+        key = _key(typed)
         if key != "config":
-            _check_key(key, typed, kinds, lambda known: "--" + known.replace("_", "-"))
+            _check_key(key, typed, kinds, _flag)
         if not equals:
             if words and not words[0].startswith("--"):
                 value = words.pop(0)
@@ -147,24 +314,29 @@ def _given(argv: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]
                 value = "true"
             else:
                 raise InputError(f"{typed}: no value; wanted {_wanted(kinds.get(key, str))}")
-        given += _from_yaml(value, kinds) if key == "config" else [(key, _as_typed(value, kinds.get(key)))]
+        given += _from_yaml(value, kinds) if key == "config" else [_Given(key, value)]
     return given
 
 
-def _from_yaml(path: str, kinds: dict[str, Any]) -> list[tuple[str, str]]:
-    """The (key, value) pairs of a YAML file, values as they are written: `no` is a word there, not false."""
+def _key(typed: str) -> str:
+    """The option that was typed, with hyphens or underscores."""
+    return typed.partition("=")[0].lstrip("-").replace("-", "_")
+
+
+def _from_yaml(path: str, kinds: dict[str, Any]) -> list[_Given]:
+    """What a YAML file gives, values as they are written: `no` is a word there, not false."""
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise InputError(f"config={path!r}: cannot be read ({error.strerror})") from error
+        raise InputError(f"--config={path!r}: cannot be read ({error.strerror})") from error
     except yaml.MarkedYAMLError as error:
-        raise InputError(f"config={path!r}: not YAML: line {error.problem_mark.line + 1}, {error.problem}") from error
+        raise InputError(f"--config={path!r}: not YAML: line {error.problem_mark.line + 1}, {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config={path!r}: not YAML ({' '.join(str(error).split())})") from error
+        raise InputError(f"--config={path!r}: not YAML ({' '.join(str(error).split())})") from error
     if root is not None and not isinstance(root, yaml.MappingNode):
-        raise InputError(f"config={path!r}: wanted lines of `option: value`")
+        raise InputError(f"--config={path!r}: wanted lines of `option: value`")
 
-    def pairs(node: yaml.Node, key: str) -> Iterator[tuple[str, str]]:
+    def pairs(node: yaml.Node, key: str) -> Iterator[_Given]:
         if key not in kinds and isinstance(node, yaml.MappingNode):
             for name, value in node.value:
                 yield from pairs(value, f"{key}.{name.value}".removeprefix("."))
@@ -175,14 +347,19 @@ def _from_yaml(path: str, kinds: dict[str, Any]) -> list[tuple[str, str]]:
             else:
                 node.flow_style = True
                 text = yaml.serialize(node, width=math.inf).strip()
-            yield key, _as_typed(text, kinds.get(key))
+            yield _Given(key, text, in_file=True)
 
     return list(pairs(root, "")) if root else []
 
 
+def _is_option(key: str, kinds: dict[str, Any]) -> bool:
+    """Whether there is an option called so, or one that is a dictionary with such a key."""
+    return key in kinds or any(get_origin(kind) is dict and key.startswith(f"{name}.") for name, kind in kinds.items())
+
+
 def _check_key(key: str, shown: str, kinds: dict[str, Any], spell: Callable[[str], str]) -> None:
     """Raise :class:`InputError` for an option that there is not, as it was typed, with one that it may have meant."""
-    if key in kinds or any(get_origin(kind) is dict and key.startswith(name + ".") for name, kind in kinds.items()):
+    if _is_option(key, kinds):
         return
     familiar = [known for known in FAMILIAR.get(key.rpartition(".")[2], ()) if known in kinds]
     endings = [known for known in kinds if known.endswith("." + key) or known.startswith(key + ".")]
@@ -193,20 +370,35 @@ def _check_key(key: str, shown: str, kinds: dict[str, Any], spell: Callable[[str
 
 def _as_typed(value: str, kind: Any) -> str:
     """A value as a person types it, in the form the parser takes: 1e5 for a whole number, 0,1 for a list."""
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if int in kinds and re.fullmatch(r"[0-9]+\.?[0-9]*[eE]\+?[0-9]{1,2}", value) and float(value).is_integer():
         return str(int(float(value)))
-    if any(get_origin(each) in (list, tuple) for each in kinds) and value != "null" and not value.startswith("["):
-        return f"[{value}]"
+    for each in kinds:
+        if get_origin(each) in (list, tuple) and value != "null":
+            inner = get_args(each)[0]
+            items = [json.dumps(item, ensure_ascii=False) if inner is str else item for item in _items(value)]
+            return f"[{','.join(_as_typed(item, inner) for item in items)}]"
     return value
 
 
-def _readable(message: str, given: list[tuple[str, str]], kinds: dict[str, Any]) -> str:
+def _items(text: str) -> list[str]:
+    """The items of a list: between commas, with or without brackets around them, and quotes where one has a comma."""
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1].strip()
+    if not (text := text.removesuffix(",")):
+        return []
+    # the last match is the empty one after the last item
+    found = re.findall(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[^,]*?)\s*(?:,|$)""", text)[:-1]
+    return [str(yaml.safe_load(item)) if re.fullmatch("(['\"]).*\\1", item) else item for item in found]
+
+
+def _readable(message: str, given: list[_Given], kinds: dict[str, Any]) -> str:
     """The parser's message for the person: the option, the value that came, and what is wanted."""
     named = re.match(r'Parser key "([^"]+)"', message)
     if named is None or named[1] not in kinds:
         return " ".join(message.split())
-    values = [value for key, value in given if key == named[1]]
+    values = [value for key, value, _ in given if key == named[1]]
     return f"{named[1]}={values[-1] if values else None!r}: wanted {_wanted(kinds[named[1]])}"
 
 
@@ -216,9 +408,9 @@ def _wanted(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(get_args(kind))
     if get_origin(kind) is tuple:
-        return f"[{','.join(_wanted(each).removeprefix('a ') for each in get_args(kind))}]"
+        return ",".join(_wanted(each).removeprefix("a ") for each in get_args(kind))
     if get_origin(kind) is list:
-        return "a list, [first,second]"
+        return "a list, first,second"
     if get_origin(kind) is dict:
         return "{name: value, …}"
     return words.get(kind) or " or ".join(_wanted(each) for each in get_args(kind))

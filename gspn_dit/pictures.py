@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torchvision.utils import make_grid
 
 from gspn_dit.files import replacing
 
 _SMALLEST = 64  # pixels a side in a grid, below which images are enlarged by a whole factor
-_MARGIN, _PAPER = 4, 255
+_ROOM = 128  # pixels that images are enlarged to at most for the sake of their captions
+_MARGIN, _PAPER, _TEXT = 4, 255, 12
 
 
 def save_image(image: Tensor, path: str | os.PathLike) -> None:
@@ -27,22 +29,47 @@ def save_image(image: Tensor, path: str | os.PathLike) -> None:
 
 
 def load_image(path: str | os.PathLike) -> np.ndarray:
-    """What :func:`save_image` wrote, uint8 (H, W, 3)."""
-    with Image.open(path) as image:
+    """What :func:`save_image` wrote, uint8 (H, W, 3), of whatever size: Image.open takes 179 million pixels at most."""
+    with PngImageFile(path) as image:
         return np.array(image)
 
 
-def save_grid(images: Tensor, path: str | os.PathLike) -> None:
+def save_grid(images: Tensor, path: str | os.PathLike, captions: Sequence[str] | None = None) -> None:
     """Write images, uint8 (N, 3, H, W), as one PNG: a near-square grid in reading order with small white margins.
 
-    Images under 64 pixels a side are shown enlarged, pixel by pixel.
+    Images under 64 pixels a side are shown enlarged, pixel by pixel; under up to 128 where captions want the room.
+
+    Args:
+        images: The images.
+        path: The file.
+        captions: What is written over each, and cut where it is wider than the image.
     """
-    scale = max(1, math.ceil(_SMALLEST / min(images.shape[2:])))
+    font = ImageFont.load_default(size=_TEXT)
+    widest = max(map(font.getlength, captions or [""]))
+    scale = max(1, math.ceil(_SMALLEST / min(images.shape[2:])), math.ceil(min(widest, _ROOM) / images.shape[3]))
     images = images.cpu()
     if scale > 1:
         images = interpolate(images.float(), scale_factor=scale, mode="nearest").to(torch.uint8)
+    height, width = images.shape[2:]
+    line = _TEXT + _MARGIN if captions else 0
     columns = math.ceil(math.sqrt(len(images)))
-    save_image(make_grid(images, nrow=columns, padding=_MARGIN, pad_value=_PAPER), path)
+    tiles = pad(images, (0, 0, line, 0), value=_PAPER)
+    grid = make_grid(tiles, nrow=columns, padding=_MARGIN, pad_value=_PAPER).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(np.ascontiguousarray(grid))
+    pen = ImageDraw.Draw(picture)
+    for i, caption in enumerate(captions or []):
+        row, column = divmod(i, columns)
+        place = (_MARGIN + column * (width + _MARGIN), _MARGIN + row * (height + line + _MARGIN))
+        pen.text(place, _cut(caption, font, width), fill=(0, 0, 0), font=font)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text if it is no wider than so many pixels, else as much of its beginning as is, with … at its end."""
+    if font.getlength(text) <= width:
+        return text
+    return next((text[:n] + "…" for n in range(len(text), 0, -1) if font.getlength(text[:n] + "…") <= width), "")
 
 
 def save_npz(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from gspn_dit import commands as verbs
 from gspn_dit import options
 from gspn_dit.models import create_model
 from gspn_dit.models.counting import count_macs
@@ -19,6 +21,7 @@ README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "quickstart.sh"]
 FAMILIES = ("dit", "gspn", "gspn-dit")
 SIZES = ("s", "b", "l", "xl")
+STARTS = "(?:python|accelerate launch|gspn-dit)"  # of a command
 
 
 def on_meta(name: str, **overrides: object) -> torch.nn.Module:
@@ -63,11 +66,13 @@ def commands() -> list:
         blocks = [text] if document.suffix == ".sh" else re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
         lines = [line for block in blocks for line in block.splitlines()]
         text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-        lines += [line.replace("\n", " ") for line in re.findall(r"`((?:python|accelerate launch) [^`]*)`", text)]
+        lines += [line.replace("\n", " ") for line in re.findall(rf"`({STARTS} [^`]*)`", text)]
         for line in lines:
-            if not re.search(r"\b(python|accelerate launch) ", line):
+            if not re.search(rf"\b{STARTS} ", line):
                 continue
             words = shlex.split(line, comments=True)
+            if words[0] == "gspn-dit":
+                words[:1] = ["python", "-m", "gspn_dit"]
             if "-c" in words:  # bash -c 'exec accelerate launch …'
                 words = shlex.split(words[-1])
             start = next((i for i, word in enumerate(words) if word == "-m" or word.endswith(".py")), len(words))
@@ -88,15 +93,18 @@ def test_commands_are_found_in_all_documents_that_have_some():
 def test_a_documented_command_has_the_options_it_is_given(monkeypatch, program, arguments):
     parsed = []
 
-    def only_parse(main, kind, *, prog, positional=()):
-        parsed.append(options.parse(kind, arguments, positional=positional, exit_on_error=False))
+    def only_parse(main, kind, *, argv=None, positional=(), **_):
+        parsed.append(options.parse(kind, argv, positional=positional, exit_on_error=False))
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(options, "command", only_parse)
-    if program.endswith(".py"):
-        runpy.run_path(program, run_name="__main__")
-    else:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    for module in (options, verbs):
+        monkeypatch.setattr(module, "command", only_parse)
+    monkeypatch.setattr("sys.argv", [program, *arguments])
+    with suppress(SystemExit):  # of a module that has done its work
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
     assert len(parsed) == 1
 
 

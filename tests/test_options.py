@@ -8,11 +8,10 @@ import typing
 import docstring_parser
 import pytest
 
+from gspn_dit.commands import VERBS, ExportOptions, SampleOptions
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError, renamed
-from gspn_dit.export import Options as Export
 from gspn_dit.options import parse
-from gspn_dit.sample import SampleOptions
 
 
 def options(*argv, of=Config):
@@ -51,13 +50,7 @@ def test_yaml_words_are_words(tmp_path):
     assert options("--training.max-steps", "7", "--config", path).training.max_steps == 1000  # later ones win
 
 
-COMMANDS = (
-    *("gspn_dit." + name for name in ("ops.__main__", "models.__main__", "config", "sample", "export", "data.encode")),
-    *("gspn_dit.fid." + name for name in ("classifier", "evaluate", "reference")),
-    *("gspn_dit.training." + name for name in ("budget", "posthoc_ema", "small_vae")),
-    *("benchmarks." + name for name in ("block_budget", "depthwise", "higher", "operator", "quality", "resolution")),
-    "benchmarks.store",
-)
+BENCHMARKS = ("block_budget", "depthwise", "higher", "operator", "quality", "resolution", "store")
 
 
 def own_options(kind):
@@ -66,10 +59,9 @@ def own_options(kind):
     return [kind, *(each for hint in hints if dataclasses.is_dataclass(hint) for each in own_options(hint))]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*VERBS, *BENCHMARKS])
 def test_every_option_of_every_command_is_explained(name):
-    module = importlib.import_module(name)
-    kind = next(getattr(module, each) for each in ("Options", "SampleOptions", "Config") if hasattr(module, each))
+    kind = VERBS[name].options if name in VERBS else importlib.import_module(f"benchmarks.{name}").Options
     for each in own_options(kind):
         explained = {param.arg_name: param.description for param in docstring_parser.parse(each.__doc__ or "").params}
         for field in dataclasses.fields(each):
@@ -102,15 +94,15 @@ def test_what_is_saved_is_loaded(tmp_path):
         ("--global-batch-size 256", "did you mean --training.batch-size?"),
         ("--training.compile", "--training.compile: no value; wanted true or false"),
         ("--training.compile --seed 1", "--training.compile: no value; wanted true or false"),
-        ("--training.max-steps many", "training.max_steps='many': wanted a whole number"),
-        ("--training.max-steps 1.5", "training.max_steps='1.5': wanted a whole number"),
-        ("--training.learning-rate fast", "training.learning_rate='fast': wanted a number"),
-        ("--resume maybe", "resume='maybe': wanted auto or no"),
-        ("--sampling.guidance-interval 0.5", "wanted [number,number]"),
-        ("--seed -1", "seed=-1: wanted a whole number from 0"),
-        ("--seed 2147483648", "seed=2147483648: wanted a whole number from 0"),
+        ("--training.max-steps many", "--training.max-steps='many': wanted a whole number"),
+        ("--training.max-steps 1.5", "--training.max-steps='1.5': wanted a whole number"),
+        ("--training.learning-rate fast", "--training.learning-rate='fast': wanted a number"),
+        ("--resume maybe", "--resume='maybe': wanted auto or no"),
+        ("--sampling.guidance-interval 0.5", "--sampling.guidance-interval='0.5': wanted number,number"),
+        ("--seed -1", "--seed=-1: wanted a whole number from 0"),
+        ("--seed 2147483648", "--seed=2147483648: wanted a whole number from 0"),
         ("runs/digits", "'runs/digits': wanted `--option value`"),
-        ("--config nowhere.yaml", "config='nowhere.yaml': cannot be read"),
+        ("--config nowhere.yaml", "--config='nowhere.yaml': cannot be read"),
     ],
 )
 def test_the_answer_names_what_was_typed_and_what_is_wanted(argv, answer):
@@ -152,10 +144,10 @@ def test_a_switch_that_may_be_told_more():
 
 def test_bare_words_are_the_options_that_a_command_names():
     def given(*argv):
-        return parse(Export, argv, positional=("model", "out"), exit_on_error=False)
+        return parse(ExportOptions, argv, positional=("model", "out"), exit_on_error=False)
 
-    assert given("run", "folder") == given("--model", "run", "--out", "folder") == Export("run", "folder")
-    assert given("run", "--out", "folder") == Export("run", "folder")
+    assert given("run", "folder") == given("--model", "run", "--out", "folder") == ExportOptions("run", "folder")
+    assert given("run", "--out", "folder") == ExportOptions("run", "folder")
     with pytest.raises(InputError, match="'third'"):
         given("run", "folder", "third")
     with pytest.raises(InputError, match="out"):
@@ -167,7 +159,9 @@ def test_help_lists_the_options(capsys):
         parse(Config, ["--help"], prog="train_dit.py")
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    assert "--training.max_steps" in printed
+    assert "--training.max-steps N" in printed
+    assert "--training.trackers TEXT,…" in printed
+    assert "trackers+" not in printed  # which is refused
     assert "--training CONFIG" not in printed  # the group, which takes no value
 
 

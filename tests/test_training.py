@@ -415,7 +415,7 @@ def test_a_training_grid_is_what_the_checkpoint_draws(tmp_path):
     run, again = tmp_path / "run", tmp_path / "again.png"
     options = config(run, "digits", "--training.sample_every", 8, "--training.learning_rate", 1e-2)
     train(options)
-    draw_samples(load_pipeline(run), options, again)
+    draw_samples(load_pipeline(run), options, Accelerator(), again)
     assert again.read_bytes() == (run / "samples" / "step-0000008.png").read_bytes()
 
 

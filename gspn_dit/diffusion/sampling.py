@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor, nn
 
 from gspn_dit.diffusion.schedulers import SAMPLERS, objective_of
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, check_guidance
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -63,9 +64,8 @@ def denoise(
 
     Raises :class:`InputError` for options out of range, or a model that is not of the scheduler's objective.
     """
+    check_guidance(guidance_scale, guidance_interval)
     low, high = guidance_interval
-    if not 0 <= low < high <= 1:
-        raise InputError(f"guidance_interval={guidance_interval}: wanted 0 <= low < high <= 1")
     scheduler = _taking_our_variance(scheduler)
     _set_timesteps(scheduler, num_inference_steps, noise.device)
     step_options = {"generator": generator} if _accepts(scheduler.step, "generator") else {}
@@ -117,8 +117,8 @@ def check_steps(scheduler: SchedulerMixin, n: int) -> None:
     total = scheduler.config.num_train_timesteps
     least = 2 if isinstance(scheduler, DDPMScheduler) else 1  # its only step would be at t = 0, the clean end
     most = total - 1 if isinstance(scheduler, DPMSolverMultistepScheduler) else total  # its first two would coincide
-    if not least <= n <= most:
-        raise InputError(f"num_inference_steps={n}: {type(scheduler).__name__} takes {least} to {most}")
+    if not isinstance(n, Integral) or not least <= n <= most:
+        raise InputError(f"num_inference_steps={n!r}: {type(scheduler).__name__} takes {least} to {most}")
     # DDIM takes whole strides of total // n between times that are total / n apart: what they differ by adds up.
     if isinstance(scheduler, DDIMScheduler) and total % n > 0.01 * total:
         near = min((m for m in range(1, total + 1) if total % m == 0), key=lambda m: abs(m - n))

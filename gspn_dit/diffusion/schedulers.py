@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -14,7 +12,7 @@ from diffusers import (
 )
 
 from gspn_dit.diffusion.ddpm import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, is_finite
 
 SAMPLERS = {"ddpm": ("ddpm", "ddim", "dpm++"), "flow": ("euler", "heun")}
 """The samplers of each objective; the first is its default."""
@@ -74,7 +72,7 @@ def shifted(scheduler: SchedulerMixin, shift: float) -> SchedulerMixin:
 
     Raises :class:`InputError` for a shift that is not positive, or a scheduler of the ddpm objective or without shift.
     """
-    if not 0 < shift < math.inf:
+    if not is_finite(shift) or shift <= 0:
         raise InputError(f"shift={shift!r}: wanted a positive number, or auto")
     kind, option = type(scheduler), _shift_option(scheduler)
     if objective_of(scheduler) != "flow":

@@ -6,11 +6,17 @@ one.
 
 from __future__ import annotations
 
+from gspn_dit.commands import ClassifierOptions as Options
+from gspn_dit.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("classifier", prog="python -m gspn_dit.fid.classifier"))
+
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gspn_dit.data import open_images
+from gspn_dit.data.photos import PHOTOGRAPHS
 from gspn_dit.errors import InputError
-from gspn_dit.files import replacing, save_tensors
-from gspn_dit.options import command, require
+from gspn_dit.files import check_place, replacing, save_tensors
 from gspn_dit.progress import figure, progress
 
 NUM_FEATURES = 64
@@ -33,13 +39,13 @@ class Classifier(nn.Module):
 
     Attributes:
         data: The data set.
-        num_classes: Its classes.
+        class_names: Its classes, by the logits' order.
         image_size: Side of the images it was trained on, in pixels.
         epochs: Passes over the training images that the packaged weights were given.
     """
 
     data: str
-    num_classes: int
+    class_names: Sequence[str]
     image_size: int
     epochs: int
 
@@ -47,7 +53,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.stages = nn.Sequential(*stages, nn.Flatten())
         self.project = nn.Sequential(nn.Dropout(0.3), nn.Linear(width, NUM_FEATURES), nn.ReLU())
-        self.classify = nn.Linear(NUM_FEATURES, self.num_classes)
+        self.classify = nn.Linear(NUM_FEATURES, len(self.class_names))
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 RGB images (B, 3, H, W) as the network takes them: float (B, c, image_size, image_size) in [0, 1]."""
@@ -66,7 +72,7 @@ class Classifier(nn.Module):
         return self.project(self.stages(2 * pixels - 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of uint8 RGB images (B, 3, H, W)."""
+        """Logits (B, classes) of uint8 RGB images (B, 3, H, W)."""
         return self.classify(self.features(images))
 
     @classmethod
@@ -90,7 +96,7 @@ class Classifier(nn.Module):
 class DigitsClassifier(Classifier):
     """Of 32×32 digits, in grey."""
 
-    data, num_classes, image_size, epochs = "digits", 10, 32, 36
+    data, class_names, image_size, epochs = "digits", tuple("0123456789"), 32, 36
 
     def __init__(self) -> None:
         stages = [
@@ -128,7 +134,7 @@ class DigitsClassifier(Classifier):
 class PhotosClassifier(Classifier):
     """Of crops of the 16 photographs at 64×64 pixels; crops of other sizes are resized to that."""
 
-    data, num_classes, image_size, epochs = "photos", 16, 64, 4
+    data, class_names, image_size, epochs = "photos", tuple(PHOTOGRAPHS), 64, 4
 
     def __init__(self) -> None:
         stages = [
@@ -176,37 +182,16 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
     return (predicted == labels).float().mean().item()
 
 
-@dataclass
-class Options:
-    """Training of a classifier.
-
-    Args:
-        data: What it is of: `digits` or `photos`.
-        out: The safetensors file to write.
-        seed: Seed of the weights, the order and the augmentation.
-        epochs: Passes over the training images; None takes 36 for the digits and 4 for the photos.
-    """
-
-    data: Literal["digits", "photos"]
-    out: str
-    seed: int = 0
-    epochs: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.epochs is None:
-            self.epochs = CLASSIFIERS[self.data].epochs
-        require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        require(not Path(self.out).is_dir(), "out", self.out, "the name of a file to write, this is a folder")
-
-
 def main(options: Options) -> None:
     """Train the classifier of a data set on its training split, and print its held-out accuracy."""
     out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_place(out)
     kind = CLASSIFIERS[options.data]
-    model = train(kind, *images_and_labels(kind, "train"), seed=options.seed, epochs=options.epochs)
+    epochs = options.epochs or kind.epochs
+    model = train(kind, *images_and_labels(kind, "train"), seed=options.seed, epochs=epochs)
     print(f"held-out accuracy: {accuracy(model, *images_and_labels(kind, 'test')):.2%}")
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         save_tensors(model.state_dict(), temporary)
     print(f"weights: {out} ({out.stat().st_size / 1e6:.2f} MB)")
@@ -251,7 +236,3 @@ def _convolution(channels_in: int, channels_out: int, kernel_size: int, stride: 
         nn.BatchNorm2d(channels_out),
         nn.ReLU(),
     )
-
-
-if __name__ == "__main__":
-    command(main, Options, prog="python -m gspn_dit.fid.classifier")

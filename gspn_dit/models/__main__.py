@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from gspn_dit.commands import ModelsOptions as Options
+from gspn_dit.commands import run
 from gspn_dit.models.counting import count_macs
 from gspn_dit.models.presets import create_model, find_preset, list_models
-from gspn_dit.options import command
-
-
-@dataclass
-class Options:
-    """What to list.
-
-    Args:
-        names: Models to count, for example `[dit-xl-2,gspn-dit-xl-2]`; null is all of them.
-    """
-
-    names: list[str] | None = None
 
 
 def main(options: Options) -> None:
@@ -36,4 +24,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Options, prog="python -m gspn_dit.models")
+    run("models", prog="python -m gspn_dit.models")

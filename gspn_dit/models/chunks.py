@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, is_finite
 from gspn_dit.models.gspn import GSPNCore
 from gspn_dit.models.mixers import GSPNMixer
 
@@ -24,7 +24,7 @@ def scaled_chunks(model: nn.Module, scale: float) -> Iterator[None]:
     Raises :class:`InputError` if the scale is not positive or no layer of the model has a chunk.
     """
     layers = chunked_layers(model)
-    if not scale > 0:
+    if not is_finite(scale) or scale <= 0:
         raise InputError(f"chunk_scale={scale!r}: wanted a positive number, or auto")
     if not layers:
         raise InputError(f"chunk_scale={scale!r}: no layer of this {type(model).__name__} has a chunk; leave it out")

@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, int32, int64, is_grad_enabled, nn
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from gspn_dit.errors import InputError
@@ -83,7 +84,11 @@ class LatentModel(ModelMixin, ConfigMixin):
         return (model, info) if wants_info else model
 
     def embed(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, H, W, C) and their condition (B, 1, 1, C). Raises :class:`InputError` on misshapen input."""
+        """Tokens (B, H, W, C) and their condition (B, 1, 1, C).
+
+        Raises :class:`InputError` on misshapen input, and on the CPU for a label that is no class: on a GPU, where to
+        read them is to wait for all that was asked of it before, it is the embedding that fails, with an assertion.
+        """
         self._check_inputs(latents, timesteps, class_labels)
         condition = self.t_embedder(timesteps) + self.y_embedder(class_labels)
         return self.x_embedder(latents), condition[:, None, None]
@@ -124,8 +129,17 @@ class LatentModel(ModelMixin, ConfigMixin):
             raise InputError(f"latents of {height}×{width}: give a height and width divisible by the patch size, "
                              f"{self.patch_size}")  # fmt: skip
         for name, value in (("timesteps", timesteps), ("class_labels", class_labels)):
+            if not isinstance(value, Tensor):
+                raise InputError(f"{name}={value!r}: give a tensor of one for each latent, ({batch},)")
             if value.shape != (batch,):
                 raise InputError(f"{name} of shape {tuple(value.shape)}: give one for each latent, ({batch},)")
+        if class_labels.dtype not in (int64, int32):
+            raise InputError(f"class_labels of {class_labels.dtype}: give class ids, torch.long")
+        if batch and class_labels.device.type == "cpu" and type(class_labels) is Tensor and not is_compiling():
+            wrong = class_labels[(class_labels < 0) | (class_labels > self.null_class)]
+            if len(wrong):
+                raise InputError(f"class_labels: {int(wrong[0])} is among them; give 0 to {self.null_class - 1}, or "
+                                 f"{self.null_class} for no class")  # fmt: skip
 
 
 def require_count(name: str, value: object) -> None:

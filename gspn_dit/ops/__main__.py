@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
+from gspn_dit.commands import OpsOptions as Options
+from gspn_dit.commands import run
 from gspn_dit.errors import InputError
 from gspn_dit.ops.backends import BACKENDS, status
-from gspn_dit.options import command
-
-
-@dataclass
-class Options:
-    """Which backends to look for.
-
-    Args:
-        require: Look for this one alone, and end with an error if it is missing.
-    """
-
-    require: Literal["cpu", "cuda"] | None = None
 
 
 def main(options: Options) -> None:
@@ -31,4 +18,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Options, prog="python -m gspn_dit.ops")
+    run("ops", prog="python -m gspn_dit.ops")

@@ -5,8 +5,14 @@ Nothing here is measured. The tables of docs/cluster.md are this command's outpu
 
 from __future__ import annotations
 
+from gspn_dit.commands import BudgetOptions as Options
+from gspn_dit.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("budget", prog="python -m gspn_dit.training.budget"))
+
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,53 +23,11 @@ from gspn_dit.models import create_model
 from gspn_dit.models.counting import count_macs
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.presets import find_preset
-from gspn_dit.options import command, require
 
 # Bytes a parameter: float32 weights, their gradients, AdamW's two moments, the averaged weights.
 STATE_BYTES = 4 + 4 + 8 + 4
 AUTOCAST_BYTES = 2  # autocast keeps a bfloat16 copy of the weights through a step
 USABLE = 0.9  # of a GPU's memory: the rest is CUDA's, NCCL's and fragments
-
-
-@dataclass
-class Options:
-    """What to reckon with.
-
-    Args:
-        names: Models.
-        image_size: Pixels, 8 times the latents' side.
-        batch_size: Images a step over all GPUs.
-        gpus: Numbers of GPUs.
-        memory_gb: A GPU's memory, in 10^9 bytes.
-        peak_tflops: A GPU's dense bfloat16 peak; 989 is an H100 SXM's, 312 an A100's.
-        utilisation: Share of the peak that training is assumed to reach.
-        node_gpus: GPUs that a machine has.
-        node_gb_s: What a GPU sends to others of its machine, in 10^9 bytes a second; 450 is NVLink 4's.
-        network_gb_s: What a GPU sends to other machines; 50 is a 400 Gb/s adapter for each GPU.
-        steps: Steps of the whole training.
-    """
-
-    names: list[str] = field(
-        default_factory=lambda: ["dit-xl-2", "gspn-xl-2", "gspn-dit-xl-2", "gspn-dit-l-2", "gspn-dit-b-2"]
-    )
-    image_size: int = 256
-    batch_size: int = 256
-    gpus: list[int] = field(default_factory=lambda: [1, 8, 64])
-    memory_gb: float = 80.0
-    peak_tflops: float = 989.0
-    utilisation: float = 0.4
-    node_gpus: int = 8
-    node_gb_s: float = 450.0
-    network_gb_s: float = 50.0
-    steps: int = 400_000
-
-    def __post_init__(self) -> None:
-        require(self.image_size >= 16 and self.image_size % 16 == 0, "image_size", self.image_size, "a multiple of 16")
-        for number in self.gpus:
-            require(number >= 1 and self.batch_size % number == 0, "gpus", number, f"a divisor of {self.batch_size}")
-        for key in ("batch_size", "memory_gb", "peak_tflops", "node_gpus", "node_gb_s", "network_gb_s", "steps"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "more than 0")
-        require(0 < self.utilisation <= 1, "utilisation", self.utilisation, "a share up to 1")
 
 
 @dataclass
@@ -174,7 +138,3 @@ def _saved_bytes(model: LatentModel, batch: int, side: int) -> int:
     with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         model(torch.zeros(batch, model.in_channels, side, side), torch.zeros(batch), labels)
     return sum(storage.nbytes() for storage in kept.values())
-
-
-if __name__ == "__main__":
-    command(main, Options, prog="python -m gspn_dit.training.budget")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from gspn_dit.commands import run as run_command
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run_command("train", prog="python -m gspn_dit.training.loop"))
+
 import json
 import math
 import os
@@ -28,6 +33,7 @@ from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data.workers import is_of_a_dead_worker, load
 from gspn_dit.errors import InputError
 from gspn_dit.pipeline import GSPNDiTPipeline, pipeline_of
+from gspn_dit.precision import agreed_precision
 from gspn_dit.progress import figure, progress
 from gspn_dit.runs import checkpoint_step
 from gspn_dit.training.checkpoints import (
@@ -103,9 +109,10 @@ def train(config: Config) -> None:
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_PAUSE)  # the processes meet
     together(lambda: check_options(config))
     run = Path(config.output_dir)
+    precision = agreed_precision(config.training.mixed_precision, PartialState().device)
     # A view of DDP's buckets for gradients saves a copy of them.
     accelerator = Accelerator(
-        mixed_precision=config.training.mixed_precision,
+        mixed_precision=precision.name,
         log_with=config.training.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "logs")),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours, whatever the environment says
@@ -121,7 +128,7 @@ def train(config: Config) -> None:
 
         def claim() -> Path | None:
             stack.enter_context(claimed(run))
-            checkpoint = checkpoint_to_resume(config, parts.source)
+            checkpoint = checkpoint_to_resume(config, parts.source, parts.vae_record, precision)
             if checkpoint is None:
                 check_nothing_lost(run)
             return checkpoint
@@ -129,6 +136,8 @@ def train(config: Config) -> None:
         checkpoint = on_main(claim, accelerator.is_main_process)
         stopped_by = None
         if checkpoint is None or checkpoint_step(checkpoint) < config.training.max_steps:
+            if accelerator.is_main_process:
+                precision.say()
             stopped_by = take_steps(config, accelerator, parts, checkpoint, stop)
         elif accelerator.is_main_process:
             has = f"{run} is at step {checkpoint_step(checkpoint)} of training.max_steps={config.training.max_steps}"
@@ -184,7 +193,7 @@ def take_steps(
             learning_rate = learning_rate_at(step, options)
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate
-            may_skip = options.mixed_precision == "fp16" and overflows < MOST_OVERFLOWS
+            may_skip = accelerator.mixed_precision == "fp16" and overflows < MOST_OVERFLOWS
             loss, grad_norm, stopping = take_step(training, batches, step, may_skip)
             overflows = 0 if math.isfinite(grad_norm) else overflows + 1
 
@@ -217,6 +226,8 @@ def take_steps(
                     "loss_sum": loss_sum,
                     "loss_count": loss_count,
                     "num_images": len(parts.source),
+                    "mixed_precision": accelerator.mixed_precision,
+                    "vae": parts.vae_record,
                 }
                 checkpoint = save_checkpoint(accelerator, config, state, parts.source.class_names, metadata)
                 if record:
@@ -318,7 +329,7 @@ def draw_and_score(training: Training, step: int, record: Record | None, scores:
     pipeline = averaged_pipeline(config, parts, training.state.ema)
     if drawn and record:
         path = Path(config.output_dir) / "samples" / f"step-{step:07d}.png"
-        if draw_samples(pipeline, config, path):
+        if draw_samples(pipeline, config, accelerator, path):
             note(f"the trackers have no samples of step {step}", track_samples, accelerator, path, step)
     accelerator.wait_for_everyone()
     if scored and (row := parts.evaluator.score(pipeline, step, training.stop)):

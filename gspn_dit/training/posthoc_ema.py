@@ -16,12 +16,20 @@ A profile is p_γ,t(τ) = (γ+1) τ^γ / t^(γ+1) on 0 ≤ τ ≤ t (equation 1)
 
 from __future__ import annotations
 
+from gspn_dit.commands import PosthocEMAOptions as Options
+from gspn_dit.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("posthoc-ema", prog="python -m gspn_dit.training.posthoc_ema"))
+
+import json
 import math
 import re
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +37,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
 from gspn_dit.errors import InputError
-from gspn_dit.files import new_folder, replacing, require_new, save_tensors
-from gspn_dit.options import command, require
+from gspn_dit.files import new_folder, replacing, require_new, save_tensors, write_json
+from gspn_dit.runs import list_checkpoints
 from gspn_dit.training.checkpoints import EMA_WEIGHTS, DiskWork, TrainingState, collect
 
 FOLDER = "posthoc-ema"
@@ -136,26 +144,6 @@ def reconstruct(snapshots: list[Snapshot], weights: np.ndarray) -> dict[str, tor
         }
 
 
-@dataclass
-class Options:
-    """Which average to make.
-
-    Args:
-        run: The run, trained with `training.posthoc_ema_every` above 0.
-        sigma_rel: The average's width relative to its step: 0.05 is a sharp one, 0.2 a wide one.
-        out: The folder to write, which sample.py and export take as a model; it must not exist yet.
-        step: Up to which step; the newest snapshot's if not given.
-    """
-
-    run: str
-    sigma_rel: float
-    out: str
-    step: int | None = None
-
-    def __post_init__(self) -> None:
-        require(0 < self.sigma_rel <= 0.28, "sigma_rel", self.sigma_rel, "a number above 0, at most 0.28")
-
-
 def main(options: Options) -> None:
     """Make the averaged weights of any width from a run's snapshots, as a checkpoint folder to sample from."""
     run, out = Path(options.run), Path(options.out)
@@ -183,11 +171,11 @@ def main(options: Options) -> None:
         shutil.copy(run / FOLDER / "config.json", folder / "ema")
         for name in OF_THE_RUN:
             shutil.copy(run / name, folder)
+        metadata: dict[str, Any] = {"step": step}
+        if checkpoints := list_checkpoints(run):  # which note what VAE the latents are of
+            metadata["vae"] = json.loads((checkpoints[-1] / "metadata.json").read_text()).get("vae")
+        write_json(folder / "metadata.json", metadata)
     print(
         f"{out}: step {step}, sigma_rel {options.sigma_rel:g} (γ = {gamma_of(options.sigma_rel):.3f}) from "
         f"{len(snapshots)} snapshots; {rest:.2%} of the profile is out of their reach"
     )
-
-
-if __name__ == "__main__":
-    command(main, Options, prog="python -m gspn_dit.training.posthoc_ema")
