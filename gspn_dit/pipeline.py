@@ -365,6 +365,16 @@ def load_transformer(path: str | os.PathLike) -> LatentModel:
         return _load_transformer(folder / "transformer" if exported else _newest_checkpoint(folder) / "ema")
 
 
+def load_class_names(path: str | os.PathLike) -> list[str] | None:
+    """The names of its classes alone, if they have any. Raises as :func:`load_pipeline` does."""
+    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    with _reading(path):
+        if (folder / "model_index.json").is_file():
+            return json.loads((folder / "model_index.json").read_text()).get("class_names")
+        names = _newest_checkpoint(folder) / "class_names.json"
+        return json.loads(names.read_text()) if names.is_file() else None
+
+
 @contextmanager
 def _reading(path: str | os.PathLike) -> Iterator[None]:
     """In the block, files that cannot be read are an InputError of the model at `path`."""
