@@ -30,6 +30,7 @@ from benchmarks.machine import machine
 from benchmarks.operator import median_ms
 from benchmarks.resolution_case import Case, random_model
 from gspn_dit.options import command, require
+from gspn_dit.precision import choose_precision
 
 CALLS = 20
 PRODUCTS = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}  # sides of the matrices of the fastest product
@@ -46,7 +47,7 @@ class Options:
         step: forward, weights and map in `dtype`; or training: forward and backward, under autocast.
         pixels: Side of the images.
         batch: Images; by default 4 on the CPU, 64 on a GPU.
-        dtype: float32 or bfloat16.
+        dtype: float32 or bfloat16; by default the latter where the device has instructions for it.
         threads: Threads of the CPU.
         out: Also write the tables to this Markdown file.
     """
@@ -56,11 +57,13 @@ class Options:
     step: Literal["forward", "training"] = "forward"
     pixels: int = 256
     batch: int | None = None
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] | None = None
     threads: int = 2
     out: str | None = None
 
     def __post_init__(self) -> None:
+        auto = choose_precision("auto", torch.device(self.device)).dtype
+        self.dtype = self.dtype or str(auto).removeprefix("torch.")
         self.name = self.name or ("gspn-dit-s-2" if self.device == "cpu" else "gspn-dit-xl-2")
         self.batch = (4 if self.device == "cpu" else 64) if self.batch is None else self.batch
         for key in ("pixels", "batch", "threads"):

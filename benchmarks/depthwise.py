@@ -21,6 +21,7 @@ from benchmarks.block_budget import median
 from benchmarks.machine import machine
 from gspn_dit.models.layers import DepthwiseConv
 from gspn_dit.options import command, require
+from gspn_dit.precision import choose_precision
 
 PIXELS = (256, 1024)
 BATCHES = {"cpu": 16, "cuda": 64}  # at 256 pixels
@@ -34,18 +35,20 @@ class Options:
     Args:
         device: cpu or cuda.
         kernel_size: Side of the filter.
-        dtype: float32 or bfloat16.
+        dtype: float32 or bfloat16; by default the latter where the device has instructions for it.
         threads: Threads of the CPU.
         out: Also write the table to this Markdown file.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
     kernel_size: int = 3
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] | None = None
     threads: int = 2
     out: str | None = None
 
     def __post_init__(self) -> None:
+        auto = choose_precision("auto", torch.device(self.device)).dtype
+        self.dtype = self.dtype or str(auto).removeprefix("torch.")
         require(self.threads >= 1, "threads", self.threads, "1 or more")
 
 

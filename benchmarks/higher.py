@@ -31,8 +31,9 @@ from benchmarks.machine import machine
 from benchmarks.resolution import cell, line
 from benchmarks.saved_rows import saved_rows
 from gspn_dit.data import downsampling
+from gspn_dit.data.vae import weights_sha256
 from gspn_dit.diffusion import objective_of
-from gspn_dit.drawing import image_file, weights_sha256
+from gspn_dit.drawing import image_file
 from gspn_dit.fid.extractors import Extractor, FeatureName, create_extractor
 from gspn_dit.fid.features import layer_widths, observe
 from gspn_dit.fid.images import ImageSet, open_reference

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
-from tqdm import tqdm
 
 from benchmarks.resolution_case import peak_bytes
 from gspn_dit.diffusion import create_scheduler, image_generator
@@ -25,6 +24,8 @@ from gspn_dit.files import write_json
 from gspn_dit.models import create_model
 from gspn_dit.pictures import save_image
 from gspn_dit.pipeline import GSPNDiTPipeline, load_pipeline
+from gspn_dit.precision import choose_precision
+from gspn_dit.progress import progress
 from gspn_dit.sample import SampleOptions, batch_of, choose_labels, describe, resolve
 
 RANDOM = {"random-gspn-dit": "gspn-dit-ti-2", "random-dit": "dit-ti-2"}
@@ -75,12 +76,13 @@ def draw(case: Case) -> None:
         num_inference_steps=case.num_inference_steps,
         out=f"{case.folder}/",
     )
-    choices, labels, folder = resolve(pipe, options), choose_labels(pipe, options), Path(case.folder)
+    precision = choose_precision("no", torch.device(case.device))
+    choices, labels, folder = resolve(pipe, options, precision), choose_labels(pipe, options), Path(case.folder)
     missing = begin(folder, describe(pipe, options, choices), labels)
     record = folder / CALLS_FILE
     costs: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"calls": []}
     pipe = pipe.to(case.device)
-    pipe.set_progress_bar_config(desc="steps", leave=False, position=1)
+    pipe.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None)
     size = batch_of(pipe, choices)
 
     def images_of(batch: list[int], **more: Any) -> list[torch.Tensor]:
@@ -94,7 +96,7 @@ def draw(case: Case) -> None:
         added = peak_bytes(case.device, lambda: images_of(batch, num_inference_steps=2))
         costs["peak"] = {"images": len(batch), "bytes": added}
         write_json(record, costs)
-    with tqdm(total=len(labels), initial=len(labels) - len(missing), desc=folder.name, unit="image") as bar:
+    with progress(total=len(labels), initial=len(labels) - len(missing), desc=folder.name, unit="image") as bar:
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
             begun = time.perf_counter()

@@ -18,7 +18,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.ops.backends import kernel
 from gspn_dit.options import command, require
 from gspn_dit.pictures import save_grid
+from gspn_dit.precision import autocast, choose_precision
 from gspn_dit.training.ema import Average, exponential
 from gspn_dit.training.stream import StepSampler, TrainingStream
 
@@ -49,9 +50,9 @@ CHECKPOINT_SECONDS = 60
 GRID = 16  # samples in a picture
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {"width": 128, "depth": 6, "steps": 600, "batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.99,
-            "mixed_precision": "no", "held_out": 128, "samples": 256, "num_workers": 0},
+            "held_out": 128, "samples": 256, "num_workers": 0},
     "gpu": {"width": 384, "depth": 12, "steps": 5000, "batch_size": 64, "learning_rate": 5e-4, "ema_decay": 0.999,
-            "mixed_precision": "bf16", "held_out": 500, "samples": 2000, "num_workers": 8},
+            "held_out": 500, "samples": 2000, "num_workers": 8},
 }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ class Options:
         batch_size: Images a step.
         learning_rate: Peak of AdamW's learning rate, after a warm-up over 5% of the steps; then a cosine down to 0.
         ema_decay: Decay of the averaged weights, which are what is evaluated.
-        mixed_precision: `no` or `bf16`.
+        mixed_precision: `auto` is bf16 where the device has instructions for it and `no`, float32, elsewhere.
         held_out: Held-out images, each at ten times, of the held-out loss.
         samples: Images drawn for the other figures.
         inference_steps: Euler steps of a sample, without guidance.
@@ -97,7 +98,7 @@ class Options:
     batch_size: int | None = None
     learning_rate: float | None = None
     ema_decay: float | None = None
-    mixed_precision: Literal["no", "bf16"] | None = None
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     held_out: int | None = None
     samples: int | None = None
     inference_steps: int = 50
@@ -172,7 +173,7 @@ class Cell:
         self.folder, self.task, self.spec, self.seed = folder, task, spec, seed
         self.options, self.device = options, device
         self.objective = create_objective("flow")
-        self.precision = torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16")
+        self.precision = autocast(device, choose_precision(options.mixed_precision, device).name)
         torch.manual_seed(seed)
         self.model = make_model(spec, task, options).to(device)
         self.average = Average(self.model, exponential(options.ema_decay))
@@ -333,6 +334,7 @@ def main(options: Options) -> None:
     """Train every model on every data set with every seed, as far as the time goes, and report what is finished."""
     deadline = Deadline(options.time_budget)
     device = choose_device(options.device)
+    options = replace(options, mixed_precision=choose_precision(options.mixed_precision, device).name)
     kernel(device.type, device)  # raises where the reference operator would be timed for want of it
     tasks = {name: TASKS[name]() for name in options.data}
     for task in tasks.values():

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.machine import machine
+from benchmarks.machine import has_bf16, machine, results_name
 from benchmarks.resolution_case import LONGEST_WHOLE, Case
 from benchmarks.saved_rows import saved_rows
 from gspn_dit.files import replacing, write_json
@@ -30,7 +30,6 @@ from gspn_dit.options import command, require
 
 STEPS = ("forward", "training")
 TRIAL_PIXELS = 256
-DTYPES = {"cpu": ["bfloat16", "float32"], "cuda": ["bfloat16"]}
 COMPILED = {"cpu": (False, True), "cuda": (True,)}
 PIXELS = {"cpu": [128, 256, 512, 1024, 2048], "cuda": [256, 512, 1024, 2048, 4096, 8192, 16384]}
 # A batch has the pixels of one image of this side, and at least one image: enough tokens to keep the machine busy.
@@ -46,11 +45,12 @@ class Options:
         device: cpu or cuda.
         size: Size of the models: s, b, l or xl; by default s on the CPU and xl on a GPU.
         pixels: Sides of the images, multiples of 64, in the order in which they are measured.
-        dtypes: float32, bfloat16 or both, out of which every model gets its faster one; by default both on the CPU.
+        dtypes: float32, bfloat16 or both, out of which every model gets its faster one; by default both on a CPU that
+            multiplies in bfloat16, float32 on another, bfloat16 on a GPU.
         threads: Threads of the CPU.
         repeats: Most timed calls of each measurement; at least 3, and none after 3 seconds.
         time_budget: Seconds after which no measurement is begun and the one under way is given up.
-        out: Where the results go, without the .json, .md and .png.
+        out: Where the results go, without the .json, .md and .png; the default tells CPUs without AVX-512 apart.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
@@ -65,12 +65,19 @@ class Options:
     def __post_init__(self) -> None:
         self.size = self.size or ("s" if self.device == "cpu" else "xl")
         self.pixels = self.pixels or PIXELS[self.device]
-        self.dtypes = self.dtypes or DTYPES[self.device]
-        self.out = self.out or f"benchmarks/results/resolution-{self.device}"
+        self.dtypes = self.dtypes or default_dtypes(self.device)
+        self.out = self.out or f"benchmarks/results/resolution-{results_name(self.device)}"
         for pixels in self.pixels:
             require(pixels >= 64 and pixels % 64 == 0, "pixels", pixels, "multiples of 64")
         for key in ("threads", "repeats", "time_budget"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+
+
+def default_dtypes(device: str) -> list[str]:
+    """The dtypes worth trying on this machine."""
+    if device == "cuda":
+        return ["bfloat16"]
+    return ["bfloat16", "float32"] if has_bf16() else ["float32"]
 
 
 def models(size: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -199,10 +206,11 @@ def trial_lines(results: Results) -> list[str]:
     for model, step in product(models(results.options.size), STEPS):
         rows = [results.rows.get(trial.key) for trial in results.trials(model, step)]
         lines.append(line([model, step, *(cell(row, "seconds", 1e3) for row in rows)]))
-    lines.append(
-        "\nIn a forward bfloat16 is the weights' type; in training it is autocast's, over float32 weights, and the "
-        "residual stream's but DiT's, to which float32 positions are added."
-    )
+    if "bfloat16" in results.options.dtypes:
+        lines.append(
+            "\nIn a forward bfloat16 is the weights' type; in training it is autocast's, over float32 weights, and the "
+            "residual stream's but DiT's, to which float32 positions are added."
+        )
     return lines
 
 

@@ -62,8 +62,8 @@ void rescan_line(const SlabGates& gates, const Call& call, const Scan& scan, int
   }
 }
 
-// Write the gates' gradients of `sites` positions of a line: the weights' through the normalisation, λ's and u's as they
-// are. `grads` holds the weights' gradients under the weights; per_site values each.
+// Write the gates' gradients of `sites` positions of a line, or of per_site channels at one: the weights' through the
+// normalisation, λ's and u's as they are. `grads` holds the weights' gradients under the weights.
 template <typename T, typename A>
 void write_gate_grads(const Backward<T>& call, const Gates<A>& gates, const Gates<A>& grads, const Scan& scan, int k,
                       int64_t b, int64_t group, int64_t line, int64_t position, int64_t sites, int64_t per_site,
@@ -83,9 +83,9 @@ void write_gate_grads(const Backward<T>& call, const Gates<A>& gates, const Gate
     }
   }
   const auto put = [&](const Strided<T>& t, int64_t offset, int axis, const A* from) {
-    for (int64_t s = 0; s < sites; ++s)
-      scatter(gates_at(t, axis, b, scan.row(line, position + s), scan.column(line, position + s), k, group) + offset,
-              t.stride[axis], from + s * per_site, per_site);
+    T* to = gates_at(t, axis, b, scan.row(line, position), scan.column(line, position), k, group) + offset;
+    if (sites > 1) scatter(to, t.stride[scan.rows ? 2 : 1], from, sites);
+    else scatter(to, t.stride[axis], from, per_site);
   };
   for (int n = 0; n < 3; ++n) put(call.grad_gates, n * call.grad_gates.stride[4], 5, g[n]);
   put(call.grad_lam, 0, 4, grads.field[kLam]);
@@ -104,7 +104,7 @@ void unscan_line(const SlabGates& gates, const Backward<T>& call, const Scan& sc
   const Gates<A> line_gates = gates.line(scan, k, line);
   const A *__restrict decay = factors.decay, *__restrict scale = factors.scale;
   A *__restrict grad_decay = factors.grad_decay, *__restrict grad_scale = factors.grad_scale;
-  if (before) std::fill(carry_before - width, carry_before + (scan.positions + 1) * width, A(0));
+  if (before) std::fill_n(carry_before - width, 2 * width, A(0));  // the positions after those start with what j adds to j + 1
   for (int64_t j = 0; j < scan.positions; ++j) {
     const int64_t row = scan.row(line, j), column = scan.column(line, j);
     const A *__restrict value = x.at(row, column), *__restrict gy = dy.at(row, column);
@@ -145,7 +145,7 @@ void unscan_line(const SlabGates& gates, const Backward<T>& call, const Scan& sc
         grad_decay[c] += dh[c] * carried(Weights<A>{w_minus[c], w_centre[c], w_plus[c]}, minus[c], centre[c], plus[c]);
         to_minus[c] += w_minus[c] * d;
         to[c] += w_centre[c] * d;
-        to_plus[c] += w_plus[c] * d;
+        to_plus[c] = w_plus[c] * d;
         if constexpr (shared) {
           s_minus += d * minus[c];
           s_centre += d * centre[c];

@@ -1,6 +1,8 @@
 // How the CPU kernel holds gates: shared by the channels of a slab (GroupGates), or one set a channel (ChannelGates).
 #pragma once
 
+#include <limits>
+
 #include "cpu_map.h"
 #include "cpu_scan.h"
 
@@ -45,8 +47,8 @@ T* gates_at(const Strided<T>& t, int group_axis, int64_t b, int64_t row, int64_t
   return t.data + b * t.stride[0] + row * t.stride[1] + column * t.stride[2] + k * t.stride[3] + group * t.stride[group_axis];
 }
 
-// Gates that a slab's channels share, one group's: prepared for the whole map and all directions at once.
-template <typename Call>
+// Gates that a slab's channels share, one group's: prepared for the whole map and all directions at once. kOut: u is there.
+template <typename Call, bool kOut>
 class GroupGates {
  public:
   using T = typename Call::Element;
@@ -54,29 +56,42 @@ class GroupGates {
   static constexpr bool shared = true;
 
   GroupGates(const Call& call, Scratch<A>& scratch, int64_t b, int64_t channel, int64_t /* slab channels */)
-      : problem_(call.problem), sites_(call.problem.height * call.problem.width) {
-    data_ = scratch.get(problem_.num_directions * kStored * sites_);
+      : problem_(call.problem), field_size_((problem_.height * problem_.width + 2 * kLine - 1) / kLine * kLine) {
+    data_ = scratch.get(problem_.num_directions * kStored * field_size_);
     const int64_t group = channel / (problem_.channels / problem_.groups);
+    const bool fours = in_fours(call);
     for (int64_t i = 0; i < problem_.height; i += kTileRows)
-      for (int64_t j = 0; j < problem_.width; j += kTileColumns)
+      for (int64_t j = 0; j < problem_.width; j += kTileColumns) {
+        if constexpr (kTransposes<T>)
+          if (fours) {
+            read_fours(call.gates, gates_at(call.gates, 5, b, i, j, 0, group), i, j, 3, kLogitMinus);
+            read_fours(call.lam, gates_at(call.lam, 4, b, i, j, 0, group), i, j, 1, kLam);
+            if constexpr (kOut) read_fours(call.out, gates_at(call.out, 4, b, i, j, 0, group), i, j, 1, gspn::kOut);
+            continue;
+          }
         for (int k = 0; k < problem_.num_directions; ++k) {
-          const Gates<A> map = fields(k);
-          for (int n = 0; n < 3; ++n)
-            read_tile(map.field[kLogitMinus + n], call.gates,
-                      gates_at(call.gates, 5, b, i, j, k, group) + n * call.gates.stride[4], k, i, j);
-          read_tile(map.field[kLam], call.lam, gates_at(call.lam, 4, b, i, j, k, group), k, i, j);
-          if (call.out.data) read_tile(map.field[kOut], call.out, gates_at(call.out, 4, b, i, j, k, group), k, i, j);
+          const auto read = [&](int field, const Strided<const T>& t, int axis, int64_t offset) {
+            read_tile(fields(k).field[field], t, gates_at(t, axis, b, i, j, k, group) + offset, k, i, j);
+          };
+          for (int n = 0; n < 3; ++n) read(kLogitMinus + n, call.gates, 5, n * call.gates.stride[4]);
+          read(kLam, call.lam, 4, 0);
+          if constexpr (kOut) read(gspn::kOut, call.out, 4, 0);
         }
+      }
     for (int k = 0; k < problem_.num_directions; ++k) {
       const Scan scan(problem_, problem_.directions[k]);
-      if (!call.out.data) std::fill_n(fields(k).field[kOut], sites_, A(1));
-      for (int64_t i = 0; i < scan.lines; ++i) {
-        const Gates<A> line = fields(k) + i * scan.positions;
-        const int64_t last = scan.positions - 1;
-        normalise_range(line, 1, false, last > 0);
-        normalise_range(line + 1, last - 1, true, true);
-        if (last > 0) normalise_range(line + last, 1, true, false);
-      }
+      const Gates<A> map = fields(k);
+      const auto beyond_the_map = [&](int minus, int plus, A value) {
+        for (int64_t i = 0; i < scan.lines; ++i) {
+          map.field[minus][i * scan.positions] = value;
+          map.field[plus][(i + 1) * scan.positions - 1] = value;
+        }
+      };
+      // All sites in one go: a logit of -∞ leaves a neighbour next to nothing, and then it gets nothing.
+      beyond_the_map(kLogitMinus, kLogitPlus, -std::numeric_limits<A>::infinity());
+      normalise_range(map, scan.lines * scan.positions, true, true);
+      beyond_the_map(kWeightMinus, kWeightPlus, A(0));
+      if (Call::kIsBackward && !kOut) std::fill_n(map.field[gspn::kOut], scan.lines * scan.positions, A(1));
     }
   }
 
@@ -85,10 +100,10 @@ class GroupGates {
   Gates<A> line(const Scan& scan, int k, int64_t line) const { return fields(k) + line * scan.positions; }
 
   template <bool kWhole>
-  SharedLine<A> along(const Call&, const Scan& scan, int k, int64_t number, int64_t, int64_t) const {
+  SharedLine<A, kOut> along(const Call&, const Scan& scan, int k, int64_t number, int64_t, int64_t) const {
     const Gates<A> gates = line(scan, k, number);
     A* const* field = gates.field;
-    return {field[kLam], field[kOut], field[kWeightMinus], field[kWeightCentre], field[kWeightPlus]};
+    return {field[kLam], field[gspn::kOut], field[kWeightMinus], field[kWeightCentre], field[kWeightPlus]};
   }
 
   static Gates<A> site(const Gates<A>& line, const Call&, const Scan&, int, int64_t, int64_t position, bool) {
@@ -96,6 +111,7 @@ class GroupGates {
   }
 
  private:
+  static constexpr int64_t kLine = 64 / sizeof(A);
   // The map is read in tiles that stay in the nearest cache while each field is picked out, and whose columns fill pieces
   // of cache lines of a field that is laid out by columns.
   static constexpr int64_t kTileRows = 8, kTileColumns = 32;
@@ -105,7 +121,7 @@ class GroupGates {
   Gates<A> fields(int k) const {
     Gates<A> map;
     for (int f = 0; f < kNumFields; ++f)
-      map.field[f] = data_ + (k * kStored + (f < kStored ? f : f - kLogitMinus + kWeightMinus)) * sites_;
+      map.field[f] = data_ + (k * kStored + (f < kStored ? f : f - kLogitMinus + kWeightMinus)) * field_size_;
     return map;
   }
 
@@ -119,8 +135,38 @@ class GroupGates {
         gather(to + (j + c) * problem_.height + i, from + c * t.stride[2], t.stride[1], rows);
   }
 
+  // Whether the four directions' numbers lie side by side at a site, and whole tiles have eights of sites.
+  bool in_fours(const Call& call) const {
+    const auto side_by_side = [](const auto& t, int per_direction) {
+      return !t.data || (t.stride[3] == per_direction && (per_direction == 1 || t.stride[4] == 1));
+    };
+    return problem_.num_directions == 4 && problem_.height % 8 == 0 && problem_.width % 8 == 0 &&
+           side_by_side(call.gates, 3) && side_by_side(call.lam, 1) && side_by_side(call.out, 1);
+  }
+
+  // A tile of a tensor in fours: its 4 per_direction numbers a site, which go to fields from `field` on.
+  void read_fours(const Strided<const T>& t, const T* from, int64_t i, int64_t j, int per_direction, int field) const {
+    const int64_t columns = std::min(kTileColumns, problem_.width - j);
+    for (int four = 0; four < per_direction; ++four, from += 4)
+      for (const bool rows : {true, false}) {
+        A* to[4];  // null: a direction whose lines run the other way
+        for (int e = 0; e < 4; ++e) {
+          const int n = 4 * four + e, k = n / per_direction;
+          to[e] = lines_are_rows(problem_.directions[k]) == rows ? fields(k).field[field + n % per_direction] : nullptr;
+        }
+        if (!to[0] && !to[1] && !to[2] && !to[3]) continue;
+        if (rows)
+          for (int64_t r = 0; r < kTileRows; ++r)
+            for (int64_t c = 0; c < columns; c += 8)
+              transpose_4x8(from + r * t.stride[1] + c * t.stride[2], t.stride[2], to, (i + r) * problem_.width + j + c);
+        else
+          for (int64_t c = 0; c < columns; ++c)
+            transpose_4x8(from + c * t.stride[2], t.stride[1], to, (j + c) * problem_.height + i);
+      }
+  }
+
   const Problem& problem_;
-  int64_t sites_;
+  int64_t field_size_;  // a cache line more than the sites: fields of a power of two would fall into the same cache sets
   A* data_;
 };
 

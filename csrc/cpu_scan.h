@@ -5,8 +5,8 @@
 
 namespace gspn {
 
-// Gates of a line whose channels share them: one number of each, broadcast once for all vectors of a site.
-template <typename A>
+// Gates of a line whose channels share them: one number of each, broadcast once for all vectors of a site. kOut: u is there.
+template <typename A, bool kOut>
 struct SharedLine {
   const A *lam, *out, *minus, *centre, *plus;  // at position 0; the others follow
 
@@ -17,7 +17,9 @@ struct SharedLine {
     GSPN_INLINE Vector<A> out(int) const { return out_; }
     GSPN_INLINE Weights<Vector<A>> weights(int, bool, bool) const { return weights_; }
   };
-  GSPN_INLINE Site site(int64_t j) const { return {lam[j], out[j], {minus[j], centre[j], plus[j]}}; }
+  GSPN_INLINE Site site(int64_t j) const {
+    return {lam[j], kOut ? out[j] : A(1), {minus[j], centre[j], plus[j]}};
+  }
 };
 
 // Gates of a line whose channels each have their own, read where they lie. kWhole: channels lie side by side, and there

@@ -4,7 +4,7 @@
 
 #include "cpu_map.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -107,6 +107,28 @@ struct Vector {
     return (Lanes)((Bits)p.lanes + ((Bits)shifted.lanes << 23));
   }
 };
+
+#if defined(__AVX__)
+template <typename T>
+constexpr bool kTransposes = std::is_same_v<T, float>;
+
+// Four numbers side by side at each of eight sites, `step` apart: the n-th of all sites go to to[n] + offset, unless to[n]
+// is null.
+inline void transpose_4x8(const float* from, int64_t step, float* const (&to)[4], int64_t offset) {
+  __m256 site[4];  // and the fourth site after it
+  for (int s = 0; s < 4; ++s)
+    site[s] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + s * step)), _mm_loadu_ps(from + (s + 4) * step), 1);
+  const __m256 a = _mm256_unpacklo_ps(site[0], site[1]), b = _mm256_unpacklo_ps(site[2], site[3]);
+  const __m256 c = _mm256_unpackhi_ps(site[0], site[1]), d = _mm256_unpackhi_ps(site[2], site[3]);
+  if (to[0]) _mm256_storeu_ps(to[0] + offset, _mm256_shuffle_ps(a, b, 0x44));
+  if (to[1]) _mm256_storeu_ps(to[1] + offset, _mm256_shuffle_ps(a, b, 0xee));
+  if (to[2]) _mm256_storeu_ps(to[2] + offset, _mm256_shuffle_ps(c, d, 0x44));
+  if (to[3]) _mm256_storeu_ps(to[3] + offset, _mm256_shuffle_ps(c, d, 0xee));
+}
+#else
+template <typename T>
+constexpr bool kTransposes = false;
+#endif
 
 template <typename A>
 struct Bounds<Vector<A>> : Bounds<A> {};

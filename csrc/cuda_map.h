@@ -72,7 +72,10 @@ struct Channels {
     segment_lane = lane % L::kSegmentLanes;
     channel = first + part * L::kWarpChannels + segment_lane * L::kLaneChannels;
   }
-  GSPN_DEVICE int count() const { return max(0, min(L::kLaneChannels, end - channel)); }
+  // The slab's channels from this lane's first on: the lane owns its c-th where c < room(), none where room() <= 0. Not
+  // clamped to 0 … kLaneChannels: of a clamp that is then compared with its bound, ptxas 13.0 makes for sm_90 a VIMNMX.RELU
+  // whose two predicates are one register, and a lane just beyond the slab, which owns nothing, stores a whole vector.
+  GSPN_DEVICE int room() const { return end - channel; }
 };
 
 // f and s of a lane's channels in the k-th direction.
@@ -84,7 +87,7 @@ struct LaneFactors {
   GSPN_DEVICE LaneFactors(const Call& call, const Channels<L>& at, int k) {
 #pragma unroll
     for (int c = 0; c < L::kLaneChannels; ++c) {
-      const bool real = k >= 0 && c < at.count();
+      const bool real = k >= 0 && c < at.room();
       decay[c] = real ? of_channel(call.decay, call.problem, k, at.channel + c) : 1.f;
       scale[c] = real ? of_channel(call.scale, call.problem, k, at.channel + c) : 1.f;
     }
@@ -257,15 +260,15 @@ GSPN_DEVICE void read_map(T* shared, const Strided<const T>& from, const Tile& t
   }
 }
 
-// A lane's channels at one site, to a contiguous map.
+// A lane's channels at one site, to a contiguous map; `room` is Channels::room().
 template <typename L, typename T>
-GSPN_DEVICE void write_channels(T* to, const float (&v)[L::kLaneChannels], int count, bool vector) {
-  if (vector && count == L::kLaneChannels) {
+GSPN_DEVICE void write_channels(T* to, const float (&v)[L::kLaneChannels], int room, bool vector) {
+  if (vector && room >= L::kLaneChannels) {
     store_vector(to, v);
   } else {
 #pragma unroll
     for (int c = 0; c < L::kLaneChannels; ++c)
-      if (c < count) store(to[c], v[c]);
+      if (c < room) store(to[c], v[c]);
   }
 }
 

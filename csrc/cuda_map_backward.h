@@ -48,7 +48,7 @@ struct FactorSums {
         decay[c] += __shfl_xor_sync(kAllLanes, decay[c], lanes);
         scale[c] += __shfl_xor_sync(kAllLanes, scale[c], lanes);
       }
-      if (at.segment != 0 || c >= at.count()) continue;
+      if (at.segment != 0 || c >= at.room()) continue;
       if (call.grad_decay) call.grad_decay[first + c] = decay[c];
       if (call.grad_scale) call.grad_scale[first + c] = scale[c];
     }
@@ -74,7 +74,7 @@ GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, cons
 #pragma unroll
   for (int q = 0; q < L::kPositions; ++q) {
     const int position = at.segment * L::kPositions + q;
-    if (position >= axis.positions || (!kShared && at.count() == 0)) continue;
+    if (position >= axis.positions || (!kShared && at.room() <= 0)) continue;
     const int offset = line_offset + walk.shared_step[q];
     float value[kC], dy[kC], dx[kC] = {}, d[kC];
     load_vector(adjoint.x + offset, value);
@@ -114,7 +114,7 @@ GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, cons
       }
     }
     if (adjoint.last) {
-      write_channels<L>(adjoint.map_dx + (walk.map_first + q * walk.map_step + line * walk.map_line), dx, at.count(),
+      write_channels<L>(adjoint.map_dx + (walk.map_first + q * walk.map_step + line * walk.map_line), dx, at.room(),
                         adjoint.vector_dx);
     } else {
       store_vector(adjoint.dx + offset, dx);

@@ -42,7 +42,7 @@ struct Halo {
       : channels(p.channels), axis(axis_), sense(sense_), tile(plan.tile), segment(at.segment), next() {
     const int k = axis.direction(sense), tiles_along = (axis.map_positions + tile - 1) / tile;
     const int line_tiles = (axis.map_lines + tile - 1) / tile;
-    const bool real = k >= 0 && at.count() > 0;
+    const bool real = k >= 0 && at.room() > 0;
     from_minus = real && at.segment == 0 && axis.first_position > 0;
     from_plus = real && at.segment == L::kSegments - 1 && axis.first_position + axis.positions < axis.map_positions;
     side_row = 2 * tiles_along * channels;
@@ -95,7 +95,7 @@ GSPN_DEVICE void advance_line(LineValues<L>& h, SideValues& halo, const Call& ca
 #pragma unroll
     for (int q = 0; q < L::kPositions; ++q) {
       const int position = at.segment * L::kPositions + q;
-      if (position >= axis.positions || (!kShared && at.count() == 0)) continue;
+      if (position >= axis.positions || (!kShared && at.room() <= 0)) continue;
       float value[L::kLaneChannels];
       load_vector(x + line_offset + walk.shared_step[q], value);
       const auto gates = [&] {
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(128, 1)
 #pragma unroll
           for (int c = 0; c < L::kLaneChannels; ++c) sum[c] += factors.scale[c] * gates.out[gates.set(c)] * h[q][c];
           if (last) {
-            write_channels<L>(map_y + (walk.map_first + q * walk.map_step + line * walk.map_line), sum, at.count(),
+            write_channels<L>(map_y + (walk.map_first + q * walk.map_step + line * walk.map_line), sum, at.room(),
                               plan.vector_y);
           } else {
             store_vector(shared_y, sum);

@@ -110,8 +110,10 @@ struct ForwardPass {
     std::fill_n(h + scan.positions * kWidth, kWidth, A(0));
     const int along = scan.rows ? 2 : 1;  // the axis
     const int64_t x_step = call.x.stride[along], y_step = call.y.stride[along], step = scan.rows ? kWidth : x.row_stride;
-    // Along a column every site is in another page: ask for the next column's while at this one's.
-    const int64_t next_column = scan.rows ? 0 : scan.reversed ? -kWidth : kWidth;
+    // Along a column every site is in another page: ask for the next column's while at this one's. (First and last come
+    // rows, if there are any.)
+    constexpr bool asks_ahead = turn == Turn::kMiddle;
+    const int64_t next_column = scan.reversed ? -kWidth : kWidth;
     const bool past_caches = kWhole && streams();
     V decay[kVectors], scale[kVectors];
     for (int v = 0; v < kVectors; ++v) {
@@ -128,17 +130,17 @@ struct ForwardPass {
           A* kept = x_line + j * step + v * V::kLanes;
           if constexpr (reads) {
             const V taken = take(from + j * x_step, v);
-            __builtin_prefetch(from + (j + kAhead) * x_step + v * V::kLanes);
+            if (starts_line(v)) __builtin_prefetch(from + (j + kAhead) * x_step + v * V::kLanes);
             taken.store(kept);
             return taken;
           } else {
-            if (next_column) __builtin_prefetch(kept + next_column);
+            if (asks_ahead && starts_line(v)) __builtin_prefetch(kept + next_column);
             return V::load(kept);
           }
         };
         const auto leave = [&](int64_t j, int v, V out, V now) __attribute__((always_inline)) {
           A* kept = y_line + j * step + v * V::kLanes;
-          if (next_column) __builtin_prefetch(kept + next_column, 1);
+          if (asks_ahead && starts_line(v)) __builtin_prefetch(kept + next_column, 1);
           V sum = scale[v] * out * now;
           if constexpr (!reads) sum = sum + V::load(kept);
           if constexpr (writes) hand_out(to + j * y_step, v, sum, y_step, past_caches);
@@ -151,6 +153,8 @@ struct ForwardPass {
     if (past_caches) V::finish_streams();
   }
 
+  // Whether a site's v-th vector is the first in its cache line: one prefetch a line is enough.
+  static constexpr bool starts_line(int v) { return v * kVectorBytes % 64 == 0; }
   // f or s of the v-th vector of channels.
   V of_channels(const A* factor, int k, int v) const {
     const int64_t first = v * V::kLanes;
@@ -165,7 +169,7 @@ struct ForwardPass {
     const int64_t stride = call.y.stride[3], first = v * V::kLanes;
     if constexpr (std::is_same_v<T, A> && kWhole)
       if (past_caches) return sum.stream(site + first);
-    __builtin_prefetch(site + first + kAhead * y_step, 1);
+    if (starts_line(v)) __builtin_prefetch(site + first + kAhead * y_step, 1);
     if constexpr (kWhole) sum.store(site + first);
     else sum.store_some(site + first * stride, stride, channels - first);
   }
@@ -224,7 +228,8 @@ void run_forward(const Forward<T>& call, int64_t threads, int64_t first_unit, in
         ForwardPass<1, false, SlabGates, T>{call, gates, work, b, channel, std::min(kLanes, end - channel)}.run();
     }
   };
-  if (cut.shared) run_units<GroupGates<Forward<T>>>(call, cut, first_unit, last_unit, run_slab);
+  if (cut.shared && call.out.data) run_units<GroupGates<Forward<T>, true>>(call, cut, first_unit, last_unit, run_slab);
+  else if (cut.shared) run_units<GroupGates<Forward<T>, false>>(call, cut, first_unit, last_unit, run_slab);
   else run_units<ChannelGates<Forward<T>>>(call, cut, first_unit, last_unit, run_slab);
 }
 
@@ -242,7 +247,8 @@ void run_backward(const Backward<T>& call, int64_t first_unit, int64_t last_unit
     else if (width == 16) backward_slab<16>(call, gates, work, b, channel, width);
     else backward_slab<0>(call, gates, work, b, channel, width);
   };
-  if (cut.shared) run_units<GroupGates<Backward<T>>>(call, cut, first_unit, last_unit, run_slab);
+  if (cut.shared && call.out.data) run_units<GroupGates<Backward<T>, true>>(call, cut, first_unit, last_unit, run_slab);
+  else if (cut.shared) run_units<GroupGates<Backward<T>, false>>(call, cut, first_unit, last_unit, run_slab);
   else run_units<ChannelGates<Backward<T>>>(call, cut, first_unit, last_unit, run_slab);
 }
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gspn_dit.config import Config
+from gspn_dit.config import Config, MixedPrecision
 from gspn_dit.errors import check_guidance
 from gspn_dit.files import is_stream
 from gspn_dit.options import command, require
+from gspn_dit.weights import PACKAGED
 
 
 @dataclass
@@ -25,6 +26,8 @@ class SampleOptions:
 
     Args:
         model: A run, a checkpoint folder, an exported folder, `digits` or `photos`.
+        vae: A folder or hub name of a VAE in place of the model's own: one that lies elsewhere now, or whose decoder
+            was trained further.
         class_labels: Class ids or names between commas (names alone where classes are called by numbers); all classes
             if not given.
         labels: `balanced` takes these classes in turn, `random` draws each image's by the seed.
@@ -37,7 +40,8 @@ class SampleOptions:
             noisy, `auto` takes √(pixels / trained pixels).
         chunk_scale: How many times as long as in training the chunks of local scans are; `auto` takes the side over
             the trained side.
-        mixed_precision: What the transformer computes in: `bf16` or `fp16`, far faster on a GPU, or `no` for float32.
+        mixed_precision: What the transformer computes in: `auto` takes bf16 where the device has instructions for it
+            and float32 elsewhere; `no` is float32; or `bf16`, or `fp16`.
         seed: Image i is a function of (seed, i), whatever the batch size and the number of processes.
         batch_size: Images at a time, in each process; if not given, 16 or the fewer that have the pixels of 16 images
             of the trained size.
@@ -50,6 +54,7 @@ class SampleOptions:
     """
 
     model: str = "digits"
+    vae: str | None = None
     class_labels: str | None = None
     labels: Literal["balanced", "random"] = "balanced"
     num_images: int = 16
@@ -59,7 +64,7 @@ class SampleOptions:
     sampler: str | None = None
     shift: float | Literal["auto"] | None = None
     chunk_scale: float | Literal["auto"] | None = None
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: MixedPrecision = "auto"
     seed: int = 0
     batch_size: int | None = None
     height: int | None = None
@@ -117,7 +122,8 @@ class EvaluateOptions:
     Args:
         samples: Folder of images (labels.csv beside them: file,label), or an npz of uint8 NHWC arr_0 (and labels).
         reference: What to compare with: a folder, an npz of images, an ADM reference npz (mu, sigma, mu_s, sigma_s and
-            arr_0; `python fid/reference.py` makes one), or `digits`, `photos`, `digits:test`, `photos:test`.
+            arr_0; `python fid/reference.py` makes one, of any features), or `digits`, `photos`, `digits:test`,
+            `photos:test`.
         features: `inception`, or `digits` or `photos` for the packaged classifier of those.
         out: The JSON file to write.
         weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
@@ -149,7 +155,8 @@ class ReferenceOptions:
             10000, or all if there are fewer. The statistics are of all images.
         seed: Of the draw.
         vae: What decodes a latent store; null takes the VAE that made it.
-        weights: Inception's weights file; null takes torch-fidelity's download.
+        features: `inception`, or `digits` or `photos` for the packaged classifier of those.
+        weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
         device: `auto` takes the accelerator if there is one, and each process of `accelerate launch` its own.
     """
 
@@ -159,6 +166,7 @@ class ReferenceOptions:
     num_images: int | None = None
     seed: int = 0
     vae: str | None = None
+    features: Literal["inception", "digits", "photos"] = "inception"
     weights: str | None = None
     device: str = "auto"
 
@@ -183,9 +191,12 @@ class EncodeOptions:
         out: The store's folder; a run that was interrupted continues there.
         split: Of digits and photos; a folder is one split.
         horizontal_flip: Encode every image's mirror image too, for training with horizontal flips.
+        exif_orientation: Turn images as their EXIF orientation says; ADM, and so every published figure, does not.
         batch_size: Images the VAE encodes at once.
         shard_size: Images a shard file.
         num_workers: Processes that read images; 0 reads in this one.
+        mixed_precision: What the VAE computes in. `no` is float32, for the store's float16 rounds latents by 3e-4 (root
+            mean square, packaged VAEs), and bf16 moves them by 1e-2 to 2e-2, fp16 by 2e-3; or `auto`, `bf16`, `fp16`.
         device: `auto` takes the accelerator if there is one.
         verify: Instead of encoding, compare this finished store's shards with their checksums.
     """
@@ -196,9 +207,11 @@ class EncodeOptions:
     out: str | None = None
     split: Literal["train", "test"] = "train"
     horizontal_flip: bool = False
+    exif_orientation: bool = False
     batch_size: int = 32
     shard_size: int = 4096
     num_workers: int = 4
+    mixed_precision: MixedPrecision = "no"
     device: str = "auto"
     verify: str | None = None
 
@@ -218,39 +231,53 @@ class ExportOptions:
     Args:
         model: A run, or one checkpoint of it.
         out: The folder to write; it must not exist yet.
+        vae: A folder or hub name of a VAE in place of the run's own: one that lies elsewhere now, or whose decoder was
+            trained further.
     """
 
     model: str
     out: str
+    vae: str | None = None
 
 
 @dataclass
 class SmallVAEOptions:
-    """How a packaged VAE is trained; what is null comes from the recipe of its data.
+    """How a small VAE is trained; what is null comes from the recipe of its data, a folder's is that of the photos.
 
     Args:
-        data: What it is for: `digits` or `photos`.
+        data: What it is for: `digits`, `photos`, or a folder of images, at any depth.
         out: Folder to write, in diffusers' layout; it must not exist yet.
+        image_size: Side in pixels of the images that the diffusion model is to learn, of a folder's.
         steps: Optimiser steps.
         batch_size: Images a step.
         learning_rate: Peak of AdamW's rate, which falls to 0 along a cosine.
         warmup_steps: Steps over which the rate rises first.
+        mixed_precision: `auto` trains in bf16 where this CPU has instructions for it and in float32 elsewhere; or `no`
+            (float32), or `bf16`.
         kl_weight: Weight of the posterior's KL divergence per latent value, against the error per pixel.
         latent_noise: Standard deviation of the noise, in units of the latents', that the decoder learns to see through.
         seed: Seed of the weights and every draw.
     """
 
-    data: Literal["digits", "photos"]
+    data: str
     out: str
+    image_size: int | None = None
     steps: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
     warmup_steps: int | None = None
+    mixed_precision: Literal["auto", "no", "bf16"] | None = None
     kl_weight: float = 1e-3
     latent_noise: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.data in PACKAGED:
+            require(self.image_size is None, "image_size", self.image_size, f"none: {self.data} have theirs")
+        else:
+            require(Path(self.data).is_dir(), "data", self.data, "digits, photos or a folder of images that exists")
+            good = self.image_size is not None and self.image_size >= 16 and self.image_size % 4 == 0
+            require(good, "image_size", self.image_size, "a multiple of 4 pixels from 16; a folder of images needs it")
         for key in ("steps", "batch_size"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         for key in ("warmup_steps", "kl_weight", "latent_noise"):
@@ -386,7 +413,7 @@ VERBS = {
     "reference": Verb(
         "gspn_dit.fid.reference:main",
         ReferenceOptions,
-        "Make a reference file: FID's and sFID's statistics of all images of a source, and some of the images.",
+        "Make a reference file: statistics of the features of all images of a source, and some of the images.",
     ),
     "evaluate": Verb(
         "gspn_dit.fid.evaluate:main",

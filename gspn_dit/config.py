@@ -13,6 +13,9 @@ import yaml
 from gspn_dit.errors import check_guidance
 from gspn_dit.files import replacing
 from gspn_dit.options import parse, require
+from gspn_dit.weights import absolute
+
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
 @dataclass
@@ -30,6 +33,9 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
 
+    def __post_init__(self) -> None:
+        _make_absolute(self, "init_from")
+
 
 @dataclass
 class DataConfig:
@@ -40,6 +46,8 @@ class DataConfig:
         vae: `digits`, `photos`, a hub name or a local folder of a diffusers AutoencoderKL.
         image_size: Side of the square images in pixels.
         horizontal_flip: Mirror half of the images, at random.
+        exif_orientation: Turn a folder's images as their EXIF orientation says; ADM, and so every published figure,
+            does not. A store has it as it was encoded.
         num_workers: Processes that read data, per training process; 0 reads in the training process itself.
     """
 
@@ -47,11 +55,13 @@ class DataConfig:
     vae: str = "stabilityai/sd-vae-ft-ema"
     image_size: int = 256
     horizontal_flip: bool = True
+    exif_orientation: bool = False
     num_workers: int = 4
 
     def __post_init__(self) -> None:
         require(self.image_size >= 1, "data.image_size", self.image_size, "a positive number of pixels")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        _make_absolute(self, "source", "vae")
 
 
 @dataclass
@@ -91,7 +101,8 @@ class TrainingConfig:
         posthoc_ema_every: Steps between snapshots of the power-function averages, from which
             `python -m gspn_dit.training.posthoc_ema` makes an average of any width; 0 for none.
         posthoc_ema_sigma_rels: Those averages' relative widths.
-        mixed_precision: `no`, `bf16` or `fp16`.
+        mixed_precision: `auto` is bf16 where the device has instructions for it and float32 elsewhere; `no` is
+            float32; or `bf16`, or `fp16`.
         gradient_checkpointing: Recompute blocks in the backward pass to save memory.
         compile: Run the model through torch.compile.
         log_every: Steps between lines in metrics.csv and the trackers.
@@ -114,7 +125,7 @@ class TrainingConfig:
     ema_decay: float = 0.9999
     posthoc_ema_every: int = 0
     posthoc_ema_sigma_rels: list[float] = field(default_factory=lambda: [0.05, 0.10])
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: MixedPrecision = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
     log_every: int = 100
@@ -176,8 +187,8 @@ class EvaluationConfig:
     Args:
         every: Steps between evaluations; 0 for none.
         num_samples: Images drawn, their classes in turn.
-        reference: What they are compared with: an npz of mu and sigma (`fid/reference.py` makes one); or a folder, an
-            npz of images or a named dataset, which are gone through at every evaluation.
+        reference: What they are compared with: an npz of mu and sigma (`fid/reference.py` makes one, of any features);
+            or a folder, an npz of images or a named dataset, which are gone through at a run's first evaluation.
         features: `inception`, or `digits` or `photos` for the packaged classifier of those.
         weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
         guidance_scale: Classifier-free guidance; 1 is none.
@@ -199,6 +210,7 @@ class EvaluationConfig:
         require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "1 or more")
         given = self.reference is not None or not self.every
         require(given, "evaluation.reference", self.reference, "images or statistics to compare with")
+        _make_absolute(self, "reference", "weights")
 
 
 @dataclass
@@ -239,6 +251,13 @@ class Config:
     def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
         """Read a YAML file, with `--key value` strings over it. Raises :class:`InputError`."""
         return parse(cls, ["--config", str(path), *overrides], exit_on_error=False)
+
+
+def _make_absolute(options: object, *keys: str) -> None:
+    """What is there by a relative path is found from any folder, and so is what a run's config.yaml names."""
+    for key in keys:
+        if (value := getattr(options, key)) is not None:
+            setattr(options, key, absolute(value))
 
 
 def _plain(value: Any) -> Any:

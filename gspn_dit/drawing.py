@@ -1,7 +1,7 @@
 """Images into files: many into one folder, by any number of processes, in as many runs as it takes; or one grid.
 
     settings.json      what the images are a function of; written first
-    labels.csv         file,label of every image there will be
+    labels.csv         file,label of every image there will be, and the class's name where it has one
     000000.png …       image i, whole or not there
 
 Image i depends on the settings and i alone, so a folder is the same however it was shared out or cut short.
@@ -10,7 +10,6 @@ Image i depends on the settings and i alone, so a folder is the same however it 
 from __future__ import annotations
 
 import csv
-import hashlib
 import math
 import os
 import re
@@ -19,19 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from torch import nn
-from tqdm import tqdm
 
 from gspn_dit.diffusion import image_generator
 from gspn_dit.errors import InputError
 from gspn_dit.files import begin_or_continue, replacing
 from gspn_dit.pictures import save_grid, save_image
 from gspn_dit.pipeline import GSPNDiTPipeline
+from gspn_dit.progress import progress
 
 SETTINGS_FILE = "settings.json"
 IGNORED = ("model",)  # of the settings: where it lies, as its weights are there
+ABSENT = {"mixed_precision": "no"}  # what a setting that nobody was asked for stands for
 
 
 def image_file(i: int) -> str:
@@ -39,7 +37,9 @@ def image_file(i: int) -> str:
     return f"{i:06d}.png"
 
 
-def begin(folder: Path, settings: dict[str, Any], labels: Sequence[int]) -> list[int]:
+def begin(
+    folder: Path, settings: dict[str, Any], labels: Sequence[int], class_names: Sequence[str] | None = None
+) -> list[int]:
     """Begin a folder of images, or continue it, and return which are still to be drawn; one process does this.
 
     Raises:
@@ -52,13 +52,14 @@ def begin(folder: Path, settings: dict[str, Any], labels: Sequence[int]) -> list
             "empty it or name another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    begin_or_continue(folder / SETTINGS_FILE, settings, "out", IGNORED)
+    begin_or_continue(folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)
     for torn in folder.glob(".*.tmp"):
         torn.unlink()
     with replacing(folder / "labels.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["file", "label"])
-        table.writerows([image_file(i), label] for i, label in enumerate(labels))
+        table.writerow(["file", "label", "name"][: 3 if class_names else 2])
+        names = ([class_names[label]] if class_names else [] for label in labels)
+        table.writerows([image_file(i), labels[i], *name] for i, name in enumerate(names))
     return [i for i in range(len(labels)) if i not in found]
 
 
@@ -99,7 +100,9 @@ def draw_missing(
     shown = processes.is_main_process
     pipe.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None if shown else True)
     done = len(labels) - len(missing)
-    with tqdm(total=len(labels), initial=done, desc="sampling", unit="image", smoothing=0, disable=not shown) as bar:
+    with progress(
+        total=len(labels), initial=done, desc="sampling", unit="image", smoothing=0, disable=not shown
+    ) as bar:
         next_look = 0.0
         for batch in batches[processes.process_index :: processes.num_processes]:
             images = pipe(
@@ -141,13 +144,3 @@ def captions(pipe: GSPNDiTPipeline, labels: Sequence[int]) -> list[str] | None:
         return None
     names = pipe.config.class_names
     return [names[label] if names else str(label) for label in labels]
-
-
-def weights_sha256(*modules: nn.Module) -> str:
-    """SHA-256 of modules' parameters and buffers, with their names, in hexadecimal: what tells two models apart."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -78,3 +79,9 @@ def machine_fault(error: BaseException, place: str | None = None) -> str | None:
         number = int(found[1])
     remedy = next((remedy for remedy, numbers in _REMEDIES.items() if number in numbers), None)
     return remedy and f"{f'{path}: ' if path else ''}{os.strerror(number)}; {remedy}"
+
+
+def warn(message: str) -> None:
+    """Print a warning as one line; of a machine's processes the first alone does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr)

@@ -31,7 +31,7 @@ def main(options: Options) -> None:
     out = Path(options.out)
     require_new(out)
     checkpoint = find_checkpoint(options.model)
-    pipeline = load_pipeline(checkpoint or options.model)
+    pipeline = load_pipeline(checkpoint or options.model, options.vae)
     with new_folder(out) as folder:
         pipeline.save_pretrained(folder)
         for path in folder.rglob("*.json"):
@@ -47,7 +47,7 @@ def save_samples(pipe: GSPNDiTPipeline, checkpoint: Path | None, path: Path) -> 
     if drawn and drawn.is_file():
         shutil.copyfile(drawn, path)
         return
-    pipe.set_progress_bar_config(desc=path.name)
+    pipe.set_progress_bar_config(desc=path.name, disable=None)
     draw_grid(pipe.to(choose_device()), path, count=GRID_IMAGES, seed=0)
 
 

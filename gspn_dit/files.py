@@ -14,9 +14,10 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from gspn_dit.errors import InputError
@@ -226,7 +227,13 @@ def write_json(path: str | os.PathLike, value: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def begin_or_continue(path: Path, settings: dict[str, Any], option: str, ignored: tuple[str, ...] = ()) -> None:
+def begin_or_continue(
+    path: Path,
+    settings: dict[str, Any],
+    option: str,
+    ignored: tuple[str, ...] = (),
+    absent: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Write what a folder's contents are made with into it, or check that they were begun with the same.
 
     Args:
@@ -234,16 +241,23 @@ def begin_or_continue(path: Path, settings: dict[str, Any], option: str, ignored
         settings: What JSON can hold.
         option: The command's option that names the folder, for the error.
         ignored: Keys that may differ.
+        absent: What a key that is not there, or null, stands for: nobody was asked when the folder was begun.
 
     Raises :class:`InputError`, naming the first key that differs, with both values.
     """
     if path.exists():
-        check_begun(path, settings, option, ignored)
+        check_begun(path, settings, option, ignored, absent)
     else:
         write_json(path, settings)
 
 
-def check_begun(path: Path, settings: dict[str, Any], option: str, ignored: tuple[str, ...] = ()) -> None:
+def check_begun(
+    path: Path,
+    settings: dict[str, Any],
+    option: str,
+    ignored: tuple[str, ...] = (),
+    absent: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Raise :class:`InputError` if there is such a file and it is of other settings; as :func:`begin_or_continue`."""
     if not path.exists():
         return
@@ -252,9 +266,10 @@ def check_begun(path: Path, settings: dict[str, Any], option: str, ignored: tupl
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): restore it, or choose another --{option}") from error
     for key, value in json.loads(json.dumps(settings)).items():
-        if key not in ignored and begun.get(key) != value:
+        before = absent.get(key) if begun.get(key) is None else begun[key]
+        if key not in ignored and before != value:
             raise InputError(
-                f"{key}={_shorten(value)}: {path.parent} was begun with {key}={_shorten(begun.get(key))}; "
+                f"{key}={_shorten(value)}: {path.parent} was begun with {key}={_shorten(before)}; "
                 f"run with the same, or choose another --{option}"
             )
 

@@ -17,9 +17,15 @@ from gspn_dit.pipeline import GSPNDiTPipeline
 from gspn_dit.runs import checkpoint_step, list_checkpoints
 
 GRID_FILE = "samples.png"
-SCORES = ("fid", "fd", "sfid", "inception_score", "precision", "recall", "class_accuracy")
+SCORES = ("fid", "fd", "sfid", "inception_score", "classifier_score", "precision", "recall", "class_accuracy")
 # what a figure is read by, out of metrics.json
-OF_THE_SCORES = ("features", "reference", "reference_statistics", "inception_score_convention")
+OF_THE_SCORES = (
+    "features",
+    "reference",
+    "reference_statistics",
+    "inception_score_convention",
+    "classifier_score_convention",
+)
 
 
 def model_card(pipe: GSPNDiTPipeline, checkpoint: Path | None) -> str:

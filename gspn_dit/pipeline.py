@@ -8,11 +8,11 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,21 +25,22 @@ from torch import Tensor
 from gspn_dit.config import Config
 from gspn_dit.data import decode, load_vae
 from gspn_dit.data.tiling import decode_in_tiles
-from gspn_dit.data.vae import downsampling
+from gspn_dit.data.vae import adopt_normalisation, check_vae, downsampling, vae_record, vae_sha256
 from gspn_dit.devices import memory_of
 from gspn_dit.diffusion import create_scheduler, denoise
 from gspn_dit.diffusion.sampling import Generators
 from gspn_dit.diffusion.schedulers import own_shift, shifted
-from gspn_dit.errors import InputError, check_guidance
+from gspn_dit.errors import InputError, check_guidance, warn
 from gspn_dit.files import in_bytes
 from gspn_dit.models.chunks import chunked_layers, scaled_chunks
+from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.presets import FAMILIES
+from gspn_dit.precision import DTYPES, MixedPrecision, autocast, choose_precision
 from gspn_dit.runs import list_checkpoints
 from gspn_dit.weights import PACKAGED, packaged
 
 _PIXELS_A_DECODE = 2**20  # together; an image of more is decoded in tiles
 _LEAST_MAPS = 5  # of tokens at the peak of a forward: a few less than were measured (docs/resolution.md)
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 
 
@@ -87,6 +88,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
             class_dropout=class_dropout,
         )
         transformer.eval()  # one that is new has its dropout on
+        check_vae(vae, "the pipeline's")
         channels, wanted = vae.config.latent_channels, transformer.config.in_channels
         if channels != wanted:
             raise InputError(f"vae: its latents have {channels} channels, and the transformer takes {wanted}")
@@ -115,7 +117,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] | None = None,
         shift: float | Literal["auto"] | None = None,
         chunk_scale: float | Literal["auto"] | None = None,
-        mixed_precision: Literal["bf16", "fp16"] | None = None,
+        mixed_precision: MixedPrecision = "no",
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict] | None = None,
@@ -135,7 +137,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 scheduler's own by :meth:`side_ratio`, as Stable Diffusion 3 does; None leaves it.
             chunk_scale: How many times as long as in training the chunks of local scans are; `auto` takes
                 :meth:`side_ratio`; None leaves them.
-            mixed_precision: What the transformer is autocast to; the sampler and the VAE stay as they are.
+            mixed_precision: What the transformer is autocast to; the sampler and the VAE stay as they are. `no` is
+                the weights' own float32, on every machine; `auto` is bf16 where the device has instructions for it.
             output_type: `pil`; `np` float (B, H, W, 3) or `pt` float (B, 3, H, W), in [0, 1]; `uint8` (B, 3, H, W),
                 the bytes of the others; `latent`.
             return_dict: Give an `ImagePipelineOutput`; else a tuple.
@@ -146,8 +149,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
         """
         if output_type not in _OUTPUT_TYPES:
             raise InputError(f"output_type={output_type!r}: wanted one of {', '.join(_OUTPUT_TYPES)}")
-        if mixed_precision not in (None, *_DTYPES):
-            raise InputError(f"mixed_precision={mixed_precision!r}: wanted one of {', '.join(_DTYPES)}, or None")
+        if mixed_precision not in (names := get_args(MixedPrecision)):
+            raise InputError(f"mixed_precision={mixed_precision!r}: wanted one of {', '.join(names)}")
         labels = self.class_ids([class_labels] if isinstance(class_labels, Integral | str) else class_labels)
         if self.config.class_dropout == 1:
             labels = [self.transformer.null_class] * len(labels)
@@ -162,15 +165,15 @@ class GSPNDiTPipeline(DiffusionPipeline):
         shape = (len(labels), self.transformer.config.in_channels, *self.latent_size(height, width))
         shift, chunk_scale = self.size_switches(height, width, shift, chunk_scale)
         device = self._execution_device
-        self.check_memory(shape, guidance_scale, mixed_precision, device)
+        precision = choose_precision(mixed_precision, device).name
+        self.check_memory(shape, guidance_scale, precision, device)
 
         def callback(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
             if callback_on_step_end is None:
                 return None
             return (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents")
 
-        autocast = torch.autocast(device.type, _DTYPES[mixed_precision]) if mixed_precision else nullcontext()
-        with self._chunks(chunk_scale), autocast:
+        with self._chunks(chunk_scale), autocast(device, precision):
             latents = denoise(
                 self.transformer,
                 self.scheduler if shift is None else shifted(self.scheduler, shift),
@@ -232,13 +235,13 @@ class GSPNDiTPipeline(DiffusionPipeline):
         return scale, tuple(interval)
 
     def check_memory(
-        self, shape: Sequence[int], guidance_scale: float, mixed_precision: str | None, device: torch.device
+        self, shape: Sequence[int], guidance_scale: float, mixed_precision: str, device: torch.device
     ) -> None:
         """Raise :class:`InputError` for latents (B, C, h, w) that are more than a device could ever have memory for."""
         transformer, factor = self.transformer, downsampling(self.vae)
         batch, _, height, width = shape
         tokens = batch * height * width // transformer.config.patch_size**2 * (2 if guidance_scale > 1 else 1)
-        value = 2 if mixed_precision else transformer.dtype.itemsize
+        value = 2 if mixed_precision in DTYPES else transformer.dtype.itemsize
         needed, memory = _LEAST_MAPS * tokens * transformer.config.width * value, memory_of(device)
         if needed > memory:
             raise InputError(
@@ -331,18 +334,42 @@ def unguided(class_dropout: float) -> str:
     return f"trained with diffusion.class_dropout {class_dropout:g}, the model has not learned {unlearned}"
 
 
-def load_pipeline(path: str | os.PathLike) -> GSPNDiTPipeline:
+def load_pipeline(path: str | os.PathLike, vae: str | None = None) -> GSPNDiTPipeline:
     """The pipeline of a run (its newest checkpoint), of one checkpoint, of an exported folder, `digits` or `photos`.
 
     A run's or checkpoint's comes with the averaged weights, and with the run's sampler, guidance and steps as defaults.
 
+    Args:
+        path: The folder, or a packaged model's name.
+        vae: Folder or hub name of a VAE in place of the model's own. A warning says where its weights are others.
+
     Raises :class:`InputError` if there is none of these, or its files cannot be read.
     """
     folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    given = None if vae is None else load_vae(vae)
+    with _reading(path):
+        if not (folder / "model_index.json").is_file():
+            return _load_checkpoint(_newest_checkpoint(folder), given, vae)
+        replaced = {}
+        if given is not None:
+            own = load_vae(folder / "vae")
+            replaced["vae"] = _fitted(given, vae, vae_record(str(path), own.config, own))
+        return GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **replaced)
+
+
+def load_transformer(path: str | os.PathLike) -> LatentModel:
+    """The network alone of what :func:`load_pipeline` takes, which needs no VAE. Raises as that does."""
+    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    with _reading(path):
+        exported = (folder / "model_index.json").is_file()
+        return _load_transformer(folder / "transformer" if exported else _newest_checkpoint(folder) / "ema")
+
+
+@contextmanager
+def _reading(path: str | os.PathLike) -> Iterator[None]:
+    """In the block, files that cannot be read are an InputError of the model at `path`."""
     try:
-        if (folder / "model_index.json").is_file():
-            return GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
-        return _load_checkpoint(_newest_checkpoint(folder))
+        yield
     except InputError as error:
         raise InputError(f"model={str(path)!r}: {error}") from error
     except (OSError, ValueError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:  # damaged files
@@ -380,16 +407,40 @@ def _newest_checkpoint(folder: Path) -> Path:
     return checkpoints[-1]
 
 
-def _load_checkpoint(folder: Path) -> GSPNDiTPipeline:
-    config = Config.load(folder / "config.yaml")
-    kind = json.loads((folder / "ema" / "config.json").read_text()).get("_class_name")
+def _load_transformer(folder: Path) -> LatentModel:
+    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
     family = next((family for family in FAMILIES.values() if family.__name__ == kind), None)
     if family is None:
-        raise InputError(f"{folder / 'ema' / 'config.json'}: _class_name={kind!r} is no model of gspn_dit.models")
-    transformer = family.from_pretrained(folder / "ema", use_safetensors=True)
-    vae = load_vae(config.data.vae)
+        raise InputError(f"{folder / 'config.json'}: _class_name={kind!r} is no model of gspn_dit.models")
+    return family.from_pretrained(folder, use_safetensors=True)
+
+
+def _load_checkpoint(folder: Path, given: AutoencoderKL | None, name: str | None) -> GSPNDiTPipeline:
+    config = Config.load(folder / "config.yaml")
+    transformer = _load_transformer(folder / "ema")
+    metadata = folder / "metadata.json"
+    record = json.loads(metadata.read_text()).get("vae") if metadata.is_file() else None
+    if given is None:
+        name = config.data.vae
+        try:
+            given = load_vae(name)
+        except InputError as error:
+            raise InputError(f"the run's {error}; where it lies elsewhere now, name that with --vae") from error
+    if record is None:  # a run from before: numbers for each channel were not heeded
+        record = vae_record(name, given.config, None) | {"latents_mean": None, "latents_std": None}
     names = folder / "class_names.json"
-    return pipeline_of(config, transformer, vae, json.loads(names.read_text()) if names.is_file() else None)
+    class_names = json.loads(names.read_text()) if names.is_file() else None
+    return pipeline_of(config, transformer, _fitted(given, name, record), class_names)
+
+
+def _fitted(vae: AutoencoderKL, name: str, record: dict[str, Any]) -> AutoencoderKL:
+    """A VAE that decodes as the one a model was trained with would, but for its weights, if they are others."""
+    if record["sha256"] is not None and (own := vae_sha256(vae)) != record["sha256"]:
+        decoder_alone = own["encoder"] == record["sha256"]["encoder"]
+        what = "its decoder is another than that" if decoder_alone else "its weights are not those"
+        warn(f"vae={name!r}: {what} of {record['name']!r}, which the model was trained with")
+    adopt_normalisation(vae, record, "this model")
+    return vae
 
 
 def _is_number(label: str) -> bool:

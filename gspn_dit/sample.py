@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers.utils.logging import disable_progress_bar
-from tqdm import tqdm
 
 from gspn_dit.data import downsampling
+from gspn_dit.data.vae import weights_sha256
 from gspn_dit.devices import join_processes, memory_of
 from gspn_dit.diffusion import create_scheduler, objective_of
 from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.drawing import (
+    ABSENT,
     IGNORED,
     SETTINGS_FILE,
     begin,
@@ -37,12 +38,13 @@ from gspn_dit.drawing import (
     draw_missing,
     finished_images,
     image_file,
-    weights_sha256,
 )
 from gspn_dit.errors import InputError
 from gspn_dit.files import LOCK_FILE, alone_in, check_begun, check_place, in_bytes, is_stream
 from gspn_dit.pictures import load_image, save_grid, save_npz
 from gspn_dit.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline, unguided
+from gspn_dit.precision import Precision, agreed_precision
+from gspn_dit.progress import progress
 
 BATCH_SIZE = 16
 _LEAST_FILE = 4096  # bytes that an image takes on a disk: a block
@@ -55,10 +57,11 @@ def main(options: SampleOptions) -> None:
     processes, device = join_processes(options.device)
     # of a run in training the newest checkpoint changes: one process says which it is
     (checkpoint,) = broadcast_object_list([find_checkpoint(options.model) if processes.is_main_process else None])
-    pipe = load_pipeline(checkpoint or options.model)
+    pipe = load_pipeline(checkpoint or options.model, options.vae)
     if options.sampler is not None:
         pipe.scheduler = create_scheduler(objective_of(pipe.scheduler), options.sampler)
-    choices = resolve(pipe, options)
+    precision = agreed_precision(options.mixed_precision, device)
+    choices = resolve(pipe, options, precision)
     batch_size = min(options.num_images, options.batch_size or batch_of(pipe, choices))
     latent_size = pipe.latent_size(choices["height"], choices["width"])
     shape = (batch_size, pipe.transformer.config.in_channels, *latent_size)
@@ -69,16 +72,17 @@ def main(options: SampleOptions) -> None:
     with ExitStack() as stack:
         if processes.is_main_process:
             if pipe.config.class_dropout in (0, 1) and options.guidance_scale is None:
-                tqdm.write(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
+                print(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
             for folder in output_folders(options).values():
                 folder.mkdir(parents=True, exist_ok=True)
             settings = describe(pipe, options, choices) | {"model": str(checkpoint or options.model)}
-            if options.single_files:
-                check_begun(options.folder / SETTINGS_FILE, settings, "out", IGNORED)  # before it waits for a stranger
-            if not options.single_files:
+            if options.single_files:  # before it waits for a stranger
+                check_begun(options.folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)
+            else:
                 stack.callback(remove_if_empty, options.folder)
             stack.enter_context(alone_in(options.folder, partial(say_who, options.folder)))
-            missing = start(options, settings, labels)
+            missing = start(options, settings, labels, pipe.config.class_names)
+            precision.say()
         (missing,) = broadcast_object_list([missing])
         draw_missing(
             pipe.to(device),
@@ -123,7 +127,7 @@ def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
     return [classes[int(draw * len(classes))] for draw in draws]
 
 
-def resolve(pipe: GSPNDiTPipeline, options: SampleOptions) -> dict[str, Any]:
+def resolve(pipe: GSPNDiTPipeline, options: SampleOptions, precision: Precision) -> dict[str, Any]:
     """The options of the pipeline's call, with its own defaults in their places. Raises :class:`InputError`."""
     own, factor = pipe.config, downsampling(pipe.vae)
     height, width = (factor * side for side in pipe.latent_size(options.height, options.width))
@@ -134,7 +138,7 @@ def resolve(pipe: GSPNDiTPipeline, options: SampleOptions) -> dict[str, Any]:
         "num_inference_steps": options.num_inference_steps or own.num_inference_steps,
         "height": height,
         "width": width,
-        "mixed_precision": None if options.mixed_precision == "no" else options.mixed_precision,
+        "mixed_precision": precision.name,
     }
     check_steps(pipe.scheduler, choices["num_inference_steps"])
     shift, chunk_scale = pipe.size_switches(height, width, options.shift, options.chunk_scale)
@@ -160,15 +164,17 @@ def describe(pipe: GSPNDiTPipeline, options: SampleOptions, choices: dict[str, A
     }
 
 
-def start(options: SampleOptions, settings: dict[str, Any], labels: list[int]) -> list[int]:
+def start(
+    options: SampleOptions, settings: dict[str, Any], labels: list[int], class_names: list[str] | None
+) -> list[int]:
     """Begin or continue the folder of images, alone in it; a hidden one that other settings left is begun anew."""
     try:
-        return begin(options.folder, settings, labels)
+        return begin(options.folder, settings, labels, class_names)
     except InputError:
         if options.single_files:
             raise
         clear(options.folder)
-        return begin(options.folder, settings, labels)
+        return begin(options.folder, settings, labels, class_names)
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -188,10 +194,13 @@ def assemble(options: SampleOptions, labels: list[int], pipe: GSPNDiTPipeline) -
     """Put the grid or the npz together from the folder of images, and empty a folder that nobody asked for."""
     paths = [options.folder / image_file(i) for i in range(len(labels))]
     if options.npz is not None:
-        bar = tqdm(paths, desc="npz", unit="image", leave=False)
+        bar = progress(paths, desc="npz", unit="image", leave=False)
         ids = np.array(labels, dtype=np.int64)
         batches = (load_image(path)[None] for path in bar)
-        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz, arr_1=ids, labels=ids)
+        arrays = {"arr_1": ids, "labels": ids}
+        if pipe.config.class_names:
+            arrays["class_names"] = np.array(pipe.config.class_names)
+        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz, **arrays)
     if not options.single_files:
         if options.out is not None:
             images = np.stack([load_image(path) for path in paths])

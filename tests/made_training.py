@@ -21,7 +21,7 @@ def options(run, source, *changes):
         "--training.max_steps", "8", "--training.batch_size", "4", "--training.learning_rate", "1e-3",
         "--training.log_every", "1", "--training.sample_every", "0", "--training.checkpoint_every", "4",
         "--training.trackers", "[]", "--diffusion.objective", "flow", "--sampling.num_inference_steps", "2",
-        "--sampling.num_images", "4", *changes,
+        "--sampling.num_images", "4", "--training.mixed_precision", "no", *changes,
     ]  # fmt: skip
     return [str(value) for value in given]
 

@@ -1,9 +1,11 @@
 """The CUDA kernels: emulated on the CPU everywhere, and on the GPU where there is one."""
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,25 +251,65 @@ def test_a_tensor_of_more_than_two_to_the_31_elements():
         torch.testing.assert_close(y[:, corner], want, rtol=1e-2, atol=1e-2)
 
 
-nvcc = cuda_home() and cuda_home() / "bin" / "nvcc"
+# An instruction's results are its first operands: after a register, if it has one of those, up to two predicates. What
+# follows the second is an operand, so a vote of one predicate is not meant.
+TWO_RESULTS_IN_ONE_PREDICATE = re.compile(r"[A-Z][\w.]* +(?:U?R\w+, )?(U?P\d), \1, .*;")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(nvcc is None or not nvcc.exists(), reason="no nvcc")
-def test_compiles_for_every_target_without_spills(tmp_path):
+def test_an_instruction_with_two_results_in_one_predicate_is_found():
+    assert TWO_RESULTS_IN_ONE_PREDICATE.search("VIMNMX.RELU R39, P5, P5, R53, 0x2, PT ;")
+    assert TWO_RESULTS_IN_ONE_PREDICATE.search("/*01a0*/  @!UP1 UISETP.GE.AND UP0, UP0, UR4, 0x1, UPT ;")
+    right = """
+        /*0100*/                   VIMNMX.RELU R39, P5, P4, R53, 0x2, PT ;
+        /*0110*/                   VIMNMX R39, PT, PT, R53, 0x2, PT ;
+        /*0120*/               @P5 ISETP.GE.AND P5, PT, R53, R39, P5 ;
+        /*0130*/                   PLOP3.LUT P5, PT, P5, P5, PT, 0x80, 0x0 ;
+        /*0140*/                   IADD3.X R2, P5, PT, R3, R4, R5, P5, P5 ;
+        /*0150*/                   VOTE.ANY R9, P5, P5 ;
+    """
+    assert not TWO_RESULTS_IN_ONE_PREDICATE.search(right)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The kernels compiled for every target, and what ptxas says of them."""
+    nvcc = cuda_home() and cuda_home() / "bin" / "nvcc"
+    if nvcc is None or not nvcc.exists():
+        pytest.skip("no nvcc")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     newest = max(int(arch.removeprefix("compute_")) for arch in known)
     targets = [f"arch=compute_{n},code=sm_{n}" for n in (80, 90)] + [f"arch=compute_{newest},code=compute_{newest}"]
+    kernels = tmp_path_factory.mktemp("compiled") / "kernels.o"
     result = subprocess.run(
         [nvcc, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "--threads", "2",
          *(word for target in targets for word in ("-gencode", target)), "-c", CSRC / "propagate_cuda.cu", "-o",
-         tmp_path / "kernels.o"],
+         kernels],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    report = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    return kernels, result.stderr
+
+
+@pytest.mark.slow
+def test_compiles_for_every_target_without_spills(compiled):
+    report = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled[1])
     assert len(report) > 2 * 12 * len(DIRECTIONS) // 2  # kernels of two machine targets: the report was really read
     assert set(report) == {("0", "0", "0")}
+
+
+@pytest.mark.slow
+def test_no_instruction_puts_two_results_into_one_predicate(compiled):
+    """As ptxas 13.0 does for sm_90 of a clamp whose result is compared with its bounds: one comparison is lost."""
+    kernels, report = compiled
+    folders = [cuda_home() / "bin"]
+    if triton := importlib.util.find_spec("triton"):  # the wheel brings one
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
+    if cuobjdump is None:
+        pytest.skip(f"no cuobjdump in {' or '.join(map(str, folders))}, nor on PATH")
+    code = subprocess.run([cuobjdump, "-sass", kernels], capture_output=True, text=True, check=True).stdout
+    assert code.count("Function : ") == report.count("Compiling entry function") > 0  # all of it was really read
+    assert [found[0] for found in TWO_RESULTS_IN_ONE_PREDICATE.finditer(code)] == []
 
 
 def test_architectures_older_than_the_kernel_are_left_out(monkeypatch):

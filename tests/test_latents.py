@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ from launched import finish, kill_one_process, launch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from gspn_dit.data import LatentStore, encode_moments, is_latent_store, load_vae, open_images
+from gspn_dit.data import LatentStore, encode_moments, is_latent_store, load_vae, open_images, sample_posterior
 from gspn_dit.data import encode as encode_command
 from gspn_dit.data.latents import verify, write_manifest, write_shard
+from gspn_dit.data.vae import vae_sha256
 from gspn_dit.errors import InputError
 from gspn_dit.options import command
 
@@ -295,6 +297,127 @@ def test_shards_without_a_readable_image_leave_no_gap(tmp_path, capsys):
     torch.testing.assert_close(store[0][0], white, atol=2e-3, rtol=2e-3)
     assert not torch.allclose(store[1][0], white, atol=0.1)
     assert [Path(path).name for path in store.manifest["skipped"]] == ["a.png", "c.png", "d.png", "e.png"]
+
+
+def vae_folder(folder, source="digits", noise=0.0, of="", **changes):
+    """A packaged VAE in a folder, with other values in its config.json, or noise on weights that begin with `of`."""
+    vae = load_vae(source)
+    vae.register_to_config(**changes)
+    torch.manual_seed(0)
+    for name, parameter in vae.named_parameters():
+        parameter.add_(noise * torch.randn(parameter.shape) * name.startswith(of))
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+PER_CHANNEL = {"latents_mean": [0.5, -1.0, 0.25, 2.0], "latents_std": [2.0, 0.5, 1.5, 3.0]}
+
+
+def test_a_store_says_what_its_latents_are_like(digits_store, capsys):
+    """Mean and spread as they are learned, the pictures they give back, and by which weights."""
+    store, manifest = LatentStore(digits_store), manifest_of(digits_store)
+    moments = torch.stack([store.moments(i) for i in range(500)])
+    drawn = sample_posterior(store, moments, torch.randn(500, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
+    found = manifest["latent_statistics"]
+    assert found["images"] == 500
+    assert (found["mean"], found["std"]) == pytest.approx((drawn.mean().item(), drawn.std().item()), abs=0.01)
+    assert 26 < manifest["reconstruction_psnr"] < 34
+    assert store.vae_sha256 == manifest["vae_sha256"] == vae_sha256(load_vae("digits"))
+    (digits_store / "manifest.json").unlink()
+    capsys.readouterr()
+    encode(digits_store, **{"horizontal-flip": "true"})  # what a run that was cut before its end does
+    assert manifest_of(digits_store) == manifest
+    printed = capsys.readouterr()
+    wanted = f"mean {found['mean']:g}, standard deviation {found['std']:g}; a few images come back at "
+    assert wanted + f"{manifest['reconstruction_psnr']:.1f} dB" in printed.out
+    assert "warning" not in printed.err
+
+
+@pytest.mark.parametrize("scale", [0.01, 50.0])
+def test_latents_that_no_model_expects_are_said(tmp_path, capsys, scale):
+    encode(tmp_path / "store", vae=vae_folder(tmp_path / "vae", scaling_factor=scale))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1 and "standard deviation" in said[0] and f"config.json (scaling_factor {scale})" in said[0]
+    std = manifest_of(tmp_path / "store")["latent_statistics"]["std"]
+    assert std == pytest.approx(scale / load_vae("digits").config.scaling_factor, rel=0.05)
+
+
+def test_pictures_that_a_vae_cannot_show_are_said(tmp_path, capsys):
+    draw, root = np.random.default_rng(0), tmp_path / "images" / "noise"
+    root.mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / f"{number}.png")
+    encode(tmp_path / "store", data=root.parent, split="train")
+    assert "gives these images back at" in (said := capsys.readouterr().err) and "small_vae --data FOLDER" in said
+    assert manifest_of(tmp_path / "store")["reconstruction_psnr"] < 12
+
+
+def test_numbers_for_each_channel_are_kept_and_heeded(tmp_path):
+    vae = vae_folder(tmp_path / "vae", scaling_factor=0.25, **PER_CHANNEL)
+    encode(tmp_path / "store", vae=vae)
+    store = LatentStore(tmp_path / "store")
+    assert (store.latents_mean, store.latents_std) == tuple(PER_CHANNEL.values())
+    few = torch.stack([store.moments(i) for i in range(4)])
+    for scaling in (store, load_vae(vae).config):
+        latents = sample_posterior(scaling, few, torch.zeros(4, 4, 8, 8))
+        expected = (few[:, 1] + 1.0) * 0.25 / 0.5
+        torch.testing.assert_close(latents[:, 1], expected)
+
+
+def test_a_store_of_before_reads_as_it_did(copied_store):
+    """Its manifest knows no numbers for each channel and no weights."""
+    manifest = manifest_of(copied_store)
+    for key in ("latents_mean", "latents_std", "vae_sha256", "exif_orientation", "latent_statistics"):
+        manifest.pop(key)
+    (copied_store / "manifest.json").write_text(json.dumps(manifest))
+    store = LatentStore(copied_store)
+    assert (store.latents_mean, store.latents_std, store.vae_sha256) == (None, None, None)
+    moments = store.moments(3)
+    plain = moments[:4] * store.scaling_factor
+    assert torch.equal(sample_posterior(store, moments, torch.zeros(4, 8, 8)), plain)
+
+
+def test_an_encoding_goes_on_with_the_same_vae_in_another_place(tmp_path, capsys):
+    first = vae_folder(tmp_path / "first")
+    encode(tmp_path / "store", vae=first)
+    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    shutil.move(first, tmp_path / "second")
+    encode(tmp_path / "store", vae=tmp_path / "second")
+    assert verify(tmp_path / "store") == 500
+    assert manifest_of(tmp_path / "store")["vae"] == first  # as it was begun
+    decoder = vae_folder(tmp_path / "decoder", noise=0.1, of="decoder")
+    encode(tmp_path / "store", vae=decoder)  # gives the same latents
+    other = vae_folder(tmp_path / "other", noise=0.1, of="encoder")
+    assert "its weights are not those that" in refused(capsys, tmp_path / "store", vae=other)
+    begun = json.loads((tmp_path / "store" / "encode.json").read_text())
+    begun.pop("vae_sha256")  # one of before
+    (tmp_path / "store" / "encode.json").write_text(json.dumps(begun))
+    assert "vae=" in refused(capsys, tmp_path / "store", vae=tmp_path / "second")
+
+
+def test_exif_orientations_are_counted_and_applied_if_asked(tmp_path, capsys):
+    draw, root = np.random.default_rng(0), tmp_path / "images" / "phone"
+    root.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    for number in range(4):
+        Image.fromarray(pixels).save(root / f"{number}.png", **({"exif": exif} if number else {}))
+    few = {"data": root.parent, "split": "train", "shard-size": 2, "num-workers": 0}
+    encode(tmp_path / "store", **few)
+    assert "3 images have an EXIF orientation: left as they lie; --exif-orientation true" in capsys.readouterr().out
+    encode(tmp_path / "turned", **few, **{"exif-orientation": "true"})
+    assert "3 images have an EXIF orientation: turned" in capsys.readouterr().out
+    stores = [LatentStore(tmp_path / name) for name in ("store", "turned")]
+    assert [store.manifest["exif_tagged"] for store in stores] == [3, 3]
+    expected = encode_moments(load_vae("digits"), torch.from_numpy(pixels).permute(2, 0, 1)[None].flip((2, 3)))[0]
+    assert torch.equal(stores[0].moments(0), stores[1].moments(0))
+    torch.testing.assert_close(stores[1].moments(1), expected, atol=2e-3, rtol=2e-3)
+    assert "exif_orientation=True" in refused(capsys, tmp_path / "store", **few, **{"exif-orientation": "true"})
 
 
 @pytest.fixture(scope="module")

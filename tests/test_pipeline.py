@@ -21,6 +21,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.models import create_model
 from gspn_dit.pictures import save_grid
 from gspn_dit.pipeline import GSPNDiTPipeline, load_pipeline
+from gspn_dit.precision import choose_precision
 
 
 def pipeline(name="gspn-dit-ti-2", objective="flow", **options) -> GSPNDiTPipeline:
@@ -78,10 +79,12 @@ def test_mixed_precision_is_the_transformers_alone():
         module.register_forward_pre_hook(lambda module, inputs: seen.append(torch.is_autocast_enabled("cpu")))
     images = {
         precision: pipe([0], generator=generators(0), output_type="pt", mixed_precision=precision).images
-        for precision in (None, "bf16")
+        for precision in ("no", "bf16", "auto")
     }
-    assert seen == [False, False, False, True, True, False]
-    assert 0 < float((images["bf16"] - images[None]).abs().max()) < 0.1
+    native = choose_precision("auto", torch.device("cpu")).native
+    assert seen == [False, False, False, True, True, False, native, native, False]
+    assert torch.equal(images["auto"], images["bf16" if native else "no"])
+    assert 0 < float((images["bf16"] - images["no"]).abs().max()) < 0.1
 
 
 def test_labels_and_guidance_change_the_picture():
@@ -256,7 +259,7 @@ def test_a_damaged_export_is_said_in_one_line(tmp_path):
         ({"guidance_interval": (0.5, 0.5)}, "guidance_interval"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"output_type": "jpg"}, "output_type='jpg'"),
-        ({"mixed_precision": "no"}, "mixed_precision='no': wanted one of bf16, fp16, or None"),
+        ({"mixed_precision": "float32"}, "mixed_precision='float32': wanted one of auto, no, bf16, fp16"),
         ({"generator": generators(0, 1)}, "generator: a list of 2 for 1"),
     ],
 )

@@ -122,7 +122,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is(options, message, 
 
 def test_options_of_a_preset_can_be_changed_and_unknown_data_are_refused():
     options = parse(Options, ["--preset", "gpu", "--steps", "7"], exit_on_error=False)
-    assert (options.steps, options.width, options.mixed_precision) == (7, 384, "bf16")
+    assert (options.steps, options.width, options.mixed_precision) == (7, 384, "auto")
     with pytest.raises(InputError, match=r"data='imagenet': wanted data sets out of digits, photos, reach-32"):
         parse(Options, ["--data", "[digits,imagenet]"], exit_on_error=False)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from launched import finish, kill_one_process, launch
-from made_runs import make_run
+from made_runs import CLASS_NAMES, make_run
 from PIL import Image
 
+from gspn_dit.fid.images import open_samples
 from gspn_dit.options import command
 from gspn_dit.pictures import save_npz
 from gspn_dit.pipeline import GSPNDiTPipeline
@@ -74,7 +75,10 @@ def test_folder_of_pictures(run, tmp_path, out):
     assert sorted(path.name for path in folder.iterdir()) == [*names, "labels.csv", "settings.json"]
     with (folder / "labels.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows == [["file", "label"], *([name, label] for name, label in zip(names, "0120", strict=True))]
+    labels = [0, 1, 2, 0]
+    expected = [[name, str(label), CLASS_NAMES[label]] for name, label in zip(names, labels, strict=True)]
+    assert rows == [["file", "label", "name"], *expected]
+    assert open_samples(str(folder)).class_names == dict(enumerate(CLASS_NAMES))  # and evaluation reads them
     assert pictures(folder).shape == (4, 16, 16, 3)
 
 
@@ -224,12 +228,13 @@ def test_two_processes_go_on_where_one_was_and_make_the_npz(run, tmp_path, unbro
     folder = tmp_path / "pictures"
     sample("--model", str(run), "--out", str(folder), *MANY, "--num-images", "13")
     printed = finish(launch(2, SCRIPT, "--model", run, "--out", folder, "--npz", "--batch-size", 4, *MANY))
-    assert "22%" in printed and "60/60" in printed  # of all, from the 13 that were there
+    assert "sampling: 60 images, 47 of them in " in printed  # 13 were there
     assert f"60 images: {folder}, {folder}.npz" in printed
     assert np.abs(pictures(folder) - unbroken).max() <= 1
     with np.load(f"{folder}.npz", allow_pickle=False) as batch:
         assert np.array_equal(batch["arr_0"], pictures(folder))
         assert batch["arr_1"].tolist() == [0, 1, 2] * 20
+        assert batch["class_names"].tolist() == CLASS_NAMES
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "pictures.npz"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.models import create_model
 from gspn_dit.models.gspn_dit import GSPNDiTBlock
 from gspn_dit.pipeline import load_pipeline
+from gspn_dit.progress import figure
 from gspn_dit.training.checkpoints import EMA_WEIGHTS, list_checkpoints
 from gspn_dit.training.evaluation import draw_samples
 from gspn_dit.training.loop import train
@@ -253,7 +255,7 @@ def test_a_run_resumes_with_another_accumulation(tmp_path, store):
     torch.testing.assert_close(torch.tensor(split), torch.tensor(whole), rtol=1e-4, atol=0)
 
 
-def test_a_run_leaves_what_it_should(tmp_path):
+def test_a_run_leaves_what_it_should(tmp_path, capsys):
     run = tmp_path / "run"
     train(config(run, "digits", "--training.sample_every", 4, "--training.trackers", "[tensorboard]",
                  "--training.max_steps", 6, "--training.keep_checkpoints", 1))  # fmt: skip
@@ -266,6 +268,10 @@ def test_a_run_leaves_what_it_should(tmp_path):
     assert Config.load(run / "config.yaml") == Config.load(run / "checkpoints" / "step-0000006" / "config.yaml")
     assert json.loads((run / "class_names.json").read_text()) == [str(digit) for digit in range(10)]
     assert {"step", "loss", "learning_rate", "grad_norm", "images_per_second"} == set(rows(run)[0])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("run: ")]
+    wanted = [rf"run: {step}( of 6)? steps in 00:0\d, loss {figure(float(loss))}, lr 0\.001, grad .* images/s"
+              for step, loss in losses(run)]  # fmt: skip
+    assert len(said) == 6 and all(map(re.match, wanted, said)), said
     (image,) = load_pipeline(run)("3", num_inference_steps=2).images
     assert image.size == (32, 32)
 
@@ -333,7 +339,7 @@ def test_a_training_grid_is_what_the_checkpoint_draws(tmp_path):
     run, again = tmp_path / "run", tmp_path / "again.png"
     options = config(run, "digits", "--training.sample_every", 8, "--training.learning_rate", 1e-2)
     train(options)
-    draw_samples(load_pipeline(run), options, again)
+    draw_samples(load_pipeline(run), options, Accelerator(), again)
     assert again.read_bytes() == (run / "samples" / "step-0000008.png").read_bytes()
 
 

@@ -10,7 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_fid_images import write_images
 
 from gspn_dit.errors import InputError
+from gspn_dit.fid import evaluate as fid_evaluate
 from gspn_dit.fid.evaluate import evaluate
+from gspn_dit.fid.features import observe
 from gspn_dit.pipeline import GSPNDiTPipeline
 from gspn_dit.runs import list_checkpoints
 from gspn_dit.training import evaluation
@@ -32,7 +34,7 @@ def test_scores_go_to_the_record_and_the_trackers_and_survive_a_resume(tmp_path)
     run = tmp_path / "run"
     train(config(run, "digits", *SCORED, "--training.trackers", "[tensorboard]"))
     assert [row["step"] for row in scores(run)] == ["2", "4"]
-    assert set(scores(run)[0]) == {"step", "fd", "inception_score", "class_accuracy", "num_samples"}
+    assert set(scores(run)[0]) == {"step", "fd", "classifier_score", "class_accuracy", "num_samples"}
     assert float(scores(run)[0]["fd"]) != float(scores(run)[1]["fd"])
     events = EventAccumulator(str(next((run / "logs").rglob("events*")).parent)).Reload()
     assert [event.step for event in events.Scalars("evaluation/fd")] == [2, 4]
@@ -42,6 +44,27 @@ def test_scores_go_to_the_record_and_the_trackers_and_survive_a_resume(tmp_path)
     shutil.rmtree(list_checkpoints(cut)[-1])
     train(config(cut, "digits", *SCORED, "--resume", "auto"))
     assert scores(cut) == scores(run) and losses(cut) == losses(run)
+
+
+def test_the_references_images_are_gone_through_once(tmp_path, monkeypatch):
+    seen = []
+
+    def spied(images, *arguments):
+        seen.append(images.source)
+        observe(images, *arguments)
+
+    monkeypatch.setattr(fid_evaluate, "observe", spied)
+    train(config(tmp_path / "run", "digits", *SCORED))
+    assert seen == ["digits:test", "samples at step 2", "samples at step 4"]
+
+
+def test_no_class_accuracy_of_a_run_of_other_classes(tmp_path):
+    """Ten classes, as many as there are digits."""
+    for i in range(10):
+        write_images(tmp_path / "data" / f"class-{i}", count=1)
+    run = tmp_path / "run"
+    train(config(run, tmp_path / "data", *SCORED, "--evaluation.every", 4))
+    assert set(scores(run)[0]) == {"step", "fd", "classifier_score", "num_samples"}
 
 
 def test_the_grid_and_the_evaluation_draw_what_their_options_say(tmp_path, monkeypatch):
@@ -59,7 +82,7 @@ def test_the_grid_and_the_evaluation_draw_what_their_options_say(tmp_path, monke
 
 
 def test_a_failing_evaluation_or_grid_warns_and_training_goes_on(tmp_path, monkeypatch, capsys):
-    def once(*arguments):
+    def once(*arguments, **options):
         monkeypatch.setattr(evaluation, "evaluate", evaluate)
         raise MemoryError("no room\nfor features")
 
@@ -95,7 +118,7 @@ def test_what_cannot_be_evaluated_stops_at_start(tmp_path):
         (["--evaluation.reference", tmp_path / "nowhere"], r"^evaluation\.reference="),
         (["--evaluation.weights", tmp_path / "nowhere"], r"^evaluation\.weights="),
         (["--evaluation.reference", tmp_path / "small"], r"^evaluation\.reference=.*its images are 16x16"),
-        (["--evaluation.reference", tmp_path / "of-inception.npz"], r"^evaluation\.reference=.*Inception's features"),
+        (["--evaluation.reference", tmp_path / "of-inception.npz"], r"^evaluation\.reference=.*of features=inception"),
         (["--data.source", "photos", "--data.image_size", 64], r"^evaluation\.features='digits': takes 32x32.* 64x64"),
     ):
         with pytest.raises(InputError, match=named):

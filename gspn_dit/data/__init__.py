@@ -26,7 +26,14 @@ __all__ = [
 ]
 
 
-def open_images(source: str | os.PathLike, image_size: int, *, split: str = "train", seed: int = 0) -> ImageDataset:
+def open_images(
+    source: str | os.PathLike,
+    image_size: int,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    exif_orientation: bool = False,
+) -> ImageDataset:
     """The images of a source, as a torch Dataset of (uint8 (3, image_size, image_size), label).
 
     Args:
@@ -34,6 +41,7 @@ def open_images(source: str | os.PathLike, image_size: int, *, split: str = "tra
         image_size: Side of the square images in pixels.
         split: `train` or `test`; a folder is one split, which is called `train` here.
         seed: Of the photos' crops.
+        exif_orientation: Turn a folder's images as their EXIF orientation says.
 
     Raises:
         InputError: If the source, its split or the size cannot be had.
@@ -50,4 +58,4 @@ def open_images(source: str | os.PathLike, image_size: int, *, split: str = "tra
         )
     if is_unfinished_store(source):
         raise InputError(f"source={str(source)!r}: holds an unfinished latent store; {how_to_encode(source)}")
-    return ImageFolder(source, image_size)
+    return ImageFolder(source, image_size, exif_orientation)

@@ -6,7 +6,7 @@ still missing matters to a run, so one that was killed goes on with any number o
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -17,20 +17,32 @@ from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from gspn_dit.commands import EncodeOptions as Options
 from gspn_dit.commands import run
 from gspn_dit.data import open_images
 from gspn_dit.data.images import ImageDataset, UnreadableImage
-from gspn_dit.data.latents import verify, write_manifest, write_shard
-from gspn_dit.data.vae import downsampling, encode_moments, load_vae
+from gspn_dit.data.latents import begun_with, some_moments, verify, write_manifest, write_shard
+from gspn_dit.data.quality import (
+    latent_statistics,
+    psnr,
+    reconstruction_error,
+    some_images,
+    warn_of_latents,
+    warn_of_psnr,
+)
+from gspn_dit.data.vae import NORMALISATION, downsampling, encode_moments, load_vae, vae_sha256
 from gspn_dit.devices import join_processes
 from gspn_dit.errors import InputError, renamed
-from gspn_dit.files import begin_or_continue, check_place
-from gspn_dit.weights import PACKAGED
+from gspn_dit.files import begin_or_continue, check_place, write_json
+from gspn_dit.precision import agreed_precision, autocast
+from gspn_dit.progress import Bar, Lines, progress
+from gspn_dit.weights import absolute
 
-Batch = tuple[Tensor, list[int], list[UnreadableImage]]  # images (n, 3, H, W), their labels, files without one
+MEASURED_LATENTS, MEASURED_IMAGES = 4096, 8  # for the manifest
+
+# Images (n, 3, H, W), their labels, files without one, and how many of them an EXIF tag would turn.
+Batch = tuple[Tensor, list[int], list[UnreadableImage], int]
 
 
 def main(options: Options) -> None:
@@ -41,22 +53,27 @@ def main(options: Options) -> None:
         print(f"{options.verify}: all {count} images are as they were written")
         return
     with renamed(source="data"):
-        images = open_images(options.data, options.image_size, split=options.split)
+        images = open_images(
+            options.data, options.image_size, split=options.split, exif_orientation=options.exif_orientation
+        )
     processes, device = join_processes(options.device)
     vae = load_vae(options.vae).to(device)
     if options.image_size % downsampling(vae):
         raise InputError(f"image_size={options.image_size}: this VAE wants a multiple of {downsampling(vae)} pixels")
+    precision = agreed_precision(options.mixed_precision, device)
     settings = {
-        "data": stable_name(options.data),
+        "data": absolute(options.data),
         "split": options.split,
         "class_names": images.class_names,
         "source_images": len(images),
         "image_size": options.image_size,
         "flipped": options.horizontal_flip,
-        "vae": stable_name(options.vae),
-        "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": vae.config.shift_factor,
+        "exif_orientation": options.exif_orientation or None,  # as in stores of before, which say nothing
+        "vae": absolute(options.vae),
+        "vae_sha256": vae_sha256(vae),
+        **{key: getattr(vae.config, key) for key in NORMALISATION},
         "shard_size": options.shard_size,
+        "mixed_precision": precision.name,
     }
     out = Path(options.out)
     shards = {
@@ -65,21 +82,56 @@ def main(options: Options) -> None:
     }
     missing: list[str] = []
     if processes.is_main_process:
-        begin(out, settings)
+        settings |= begin(out, settings)
+        precision.say()
         missing = [name for name in shards if not (out / name).exists()]
     (missing,) = broadcast_object_list([missing])  # one view of the folder, or a shard might be nobody's
     mine = missing[processes.process_index :: processes.num_processes]
-    encode_shards(images, vae, out, {name: shards[name] for name in mine}, options, processes.is_main_process)
+    with autocast(device, precision.name):
+        encode_shards(images, vae, out, {name: shards[name] for name in mine}, options, processes.is_main_process)
     processes.wait_for_everyone()
     manifest = write_manifest(out, settings, list(shards), rewritten=missing)
     if processes.is_main_process:
-        skipped = f", {len(manifest['skipped'])} unreadable files left out" if manifest["skipped"] else ""
-        print(f"{out}: {manifest['num_images']} images in {len(manifest['shards'])} shards{skipped}")
+        measured = measure(out, list(shards), vae, images)
+        write_json(out / "manifest.json", manifest | measured)
+        report(out, manifest | measured, vae)
     processes.destroy_process_group()
 
 
-def begin(out: Path, settings: dict[str, Any]) -> None:
+def measure(out: Path, shards: list[str], vae: AutoencoderKL, images: ImageDataset) -> dict[str, Any]:
+    """What the manifest says of the latents: their mean and spread, and how well a few give their images back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of unreadable images, which the encoding has named
+        error = reconstruction_error(vae, some_images(images, MEASURED_IMAGES))
+    return {
+        "latent_statistics": latent_statistics(vae.config, some_moments(out, shards, MEASURED_LATENTS)),
+        "reconstruction_psnr": round(psnr(error), 2),
+    }
+
+
+def report(out: Path, manifest: dict[str, Any], vae: AutoencoderKL) -> None:
+    """Print what a store holds, and what is odd about it."""
+    skipped = f", {len(manifest['skipped'])} unreadable files left out" if manifest["skipped"] else ""
+    print(f"{out}: {manifest['num_images']} images in {len(manifest['shards'])} shards{skipped}")
+    if tagged := manifest["exif_tagged"]:
+        done = "turned" if manifest["exif_orientation"] else "left as they lie; --exif-orientation true turns them"
+        print(f"{tagged} images have an EXIF orientation: {done}")
+    latents, decibels = manifest["latent_statistics"], manifest["reconstruction_psnr"]
+    print(
+        f"latents of {latents['images']} images: mean {latents['mean']:g}, standard deviation {latents['std']:g}; "
+        f"a few images come back at {decibels:.1f} dB (PSNR)"
+    )
+    warn_of_latents(latents, vae.config)
+    warn_of_psnr(decibels)
+
+
+def begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Write the settings into a new folder, or check that the folder to continue in was begun with the same.
+
+    The same VAE may lie elsewhere by now; where the folder does not say which it was, it must have the same name.
+
+    Returns:
+        What the manifest has to say of the VAE, as when the folder was begun.
 
     Raises:
         InputError: If it was begun with others, or holds something else.
@@ -90,7 +142,17 @@ def begin(out: Path, settings: dict[str, Any]) -> None:
         if out.exists() and any(entry.suffix != ".tmp" for entry in out.iterdir()):
             raise InputError(f"out={str(out)!r} holds something that is no latent store: choose another folder")
         out.mkdir(parents=True, exist_ok=True)
-    begin_or_continue(path, settings, "out")
+    of_vae = {key: settings[key] for key in ("vae", "vae_sha256")}
+    if path.exists():
+        begun = begun_with(out)
+        of_vae = {"vae": begun.get("vae"), "vae_sha256": begun.get("vae_sha256")}
+        if of_vae["vae_sha256"] is None:
+            of_vae["vae"] = settings["vae"]
+        elif of_vae["vae_sha256"]["encoder"] != settings["vae_sha256"]["encoder"]:
+            raise InputError(f"vae={settings['vae']!r}: its weights are not those that {out} was begun with, of "
+                             f"{of_vae['vae']!r}; bring those back, or choose another --out")  # fmt: skip
+    begin_or_continue(path, settings | of_vae, "out", absent={"mixed_precision": "no"})
+    return of_vae
 
 
 def encode_shards(
@@ -105,23 +167,23 @@ def encode_shards(
     loader = iter(
         DataLoader(_Loadable(images), batch_sampler=batches, num_workers=options.num_workers, collate_fn=_together)
     )
-    with tqdm(total=sum(map(len, shards.values())), desc="encode", unit="image", disable=not show) as bar:
+    with progress(total=sum(map(len, shards.values())), desc="encode", unit="image", disable=not show) as bar:
         for name, indices in shards.items():
             of_shard = islice(loader, len(range(0, len(indices), step)))
             write_shard(out / name, *encode_shard(of_shard, vae, options, bar))
 
 
 def encode_shard(
-    batches: Iterable[Batch], vae: AutoencoderKL, options: Options, bar: tqdm
-) -> tuple[Tensor, Tensor | None, Tensor, list[str]]:
-    """What :func:`write_shard` writes of a shard's batches: moments, those of the mirror images, labels, skipped files.
+    batches: Iterable[Batch], vae: AutoencoderKL, options: Options, bar: Bar | Lines
+) -> tuple[Tensor, Tensor | None, Tensor, list[str], int]:
+    """What :func:`write_shard` writes of a shard's batches, in its order.
 
     Raises :class:`InputError` if a moment is not finite in float16.
     """
     side = options.image_size // downsampling(vae)
     empty = torch.empty(0, 2 * vae.config.latent_channels, side, side)
-    moments, flipped, labels, skipped = [empty], [empty], [], []
-    for pixels, batch_labels, faults in batches:
+    moments, flipped, labels, skipped, tagged = [empty], [empty], [], [], 0
+    for pixels, batch_labels, faults, batch_tagged in batches:
         for unreadable in faults:
             bar.write(f"unreadable image, left out: {unreadable}")
             skipped.append(unreadable.path)
@@ -131,20 +193,21 @@ def encode_shard(
             if options.horizontal_flip:
                 flipped.append(encode_moments(vae, pixels.flip(-1)).cpu())
             labels += batch_labels
+            tagged += batch_tagged
         bar.update(len(batch_labels) + len(faults))
     mirrored = half(flipped) if options.horizontal_flip else None
-    return half(moments), mirrored, torch.tensor(labels, dtype=torch.int64), skipped
+    return half(moments), mirrored, torch.tensor(labels, dtype=torch.int64), skipped, tagged
 
 
-def _together(samples: list[tuple[Tensor, int] | UnreadableImage]) -> Batch:
-    """The images (n, 3, H, W) of those that could be read, their labels, and the others.
+def _together(samples: list[tuple[Tensor, int, bool] | UnreadableImage]) -> Batch:
+    """The images (n, 3, H, W) of those that could be read, their labels, the others, and how many have a tag.
 
     In one tensor, for each that a worker sends holds a file descriptor.
     """
     readable = [sample for sample in samples if not isinstance(sample, UnreadableImage)]
-    images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
+    images = torch.stack([image for image, _, _ in readable]) if readable else torch.empty(0)
     faults = [sample for sample in samples if isinstance(sample, UnreadableImage)]
-    return images, [label for _, label in readable], faults
+    return images, [label for _, label, _ in readable], faults, sum(tagged for _, _, tagged in readable)
 
 
 def half(moments: list[Tensor]) -> Tensor:
@@ -155,20 +218,15 @@ def half(moments: list[Tensor]) -> Tensor:
     return stored
 
 
-def stable_name(name: str) -> str:
-    """A local folder by its absolute path, so that the store can be read from anywhere; any other name as it is."""
-    return os.path.abspath(name) if name not in PACKAGED and os.path.isdir(name) else name
-
-
 class _Loadable(Dataset):
     """The images, with unreadable ones as their exception: a worker's exception would end the loading."""
 
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | UnreadableImage:
+    def __getitem__(self, index: int) -> tuple[Tensor, int, bool] | UnreadableImage:
         try:
-            return self.images.load(index)
+            return self.images.load_tagged(index)
         except UnreadableImage as error:
             return error
 

@@ -48,12 +48,18 @@ class ImageDataset(Dataset):
         """Image `index` as uint8 (3, image_size, image_size), and its label. Raises :class:`UnreadableImage`."""
         raise NotImplementedError
 
+    def load_tagged(self, index: int) -> tuple[Tensor, int, bool]:
+        """As :meth:`load`, and whether the file has an EXIF orientation other than upright."""
+        return *self.load(index), False
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """As :meth:`load`, but in the place of an unreadable file the next readable one, with a warning naming it.
 
         Raises:
             InputError: If no file at all is readable.
         """
+        if index >= len(self):
+            raise IndexError(f"image {index} of a dataset of {len(self)}")
         for offset in range(len(self)):
             try:
                 return self.load((index + offset) % len(self))

@@ -8,7 +8,8 @@ A store is a folder of
 
 Moments are the mean and log-variance of the VAE's posterior, so that each epoch samples it anew. Shard k holds images
 [k·shard_size, (k+1)·shard_size) of the dataset, less the unreadable ones, which its metadata names: any process can
-write any shard, and a store is the same however many wrote it or how often it was interrupted.
+write any shard, and a store is the same however many wrote it or how often it was interrupted. A finished store is only
+ever added to by renames: a shard that is truncated while it is mapped kills its readers (SIGBUS).
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ from __future__ import annotations
 import bisect
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from gspn_dit.errors import InputError
 from gspn_dit.files import replacing, save_tensors, sha256, write_json
+from gspn_dit.progress import progress
 
 FORMAT_VERSION = 1
 
@@ -48,8 +50,12 @@ class LatentStore(Dataset):
         manifest: The manifest, as read.
         class_names: Name of each label.
         vae: Name or folder of the VAE that made it.
-        scaling_factor: Latents are (sample - shift_factor)·scaling_factor.
+        scaling_factor: Latents are (sample - shift_factor)·scaling_factor, or (sample - latents_mean)·scaling_factor /
+            latents_std.
         shift_factor: May be None, for 0.
+        latents_mean: One number a channel, or None; so is latents_std.
+        latents_std: See latents_mean.
+        vae_sha256: SHA-256 of the weights of that VAE's `encoder` and `decoder`; None if the store does not say.
         image_size: Side of the encoded images in pixels.
         latent_channels: C.
         latent_size: (h, w).
@@ -67,6 +73,9 @@ class LatentStore(Dataset):
         self.vae: str = self.manifest["vae"]
         self.scaling_factor: float = self.manifest["scaling_factor"]
         self.shift_factor: float | None = self.manifest["shift_factor"]
+        self.latents_mean: list[float] | None = self.manifest.get("latents_mean")  # stores of before have none
+        self.latents_std: list[float] | None = self.manifest.get("latents_std")
+        self.vae_sha256: dict[str, str] | None = self.manifest.get("vae_sha256")
         self.image_size: int = self.manifest["image_size"]
         self.latent_channels: int = self.manifest["latent_channels"]
         self.latent_size: tuple[int, int] = tuple(self.manifest["latent_size"])
@@ -144,7 +153,7 @@ def is_unfinished_store(folder: str | os.PathLike) -> bool:
 
 def how_to_encode(folder: str | os.PathLike) -> str:
     """What to run to make a latent store in a folder, or to finish the one begun there, for an error message."""
-    verb, begun = ("finish", _begun(Path(folder))) if is_unfinished_store(folder) else ("make", {})
+    verb, begun = ("finish", begun_with(Path(folder))) if is_unfinished_store(folder) else ("make", {})
     data, vae, size = (begun.get(key, "…") for key in ("data", "vae", "image_size"))
     flip = " --horizontal-flip true" if begun.get("flipped") else ""
     return (
@@ -153,7 +162,7 @@ def how_to_encode(folder: str | os.PathLike) -> str:
     )
 
 
-def _begun(folder: Path) -> dict[str, Any]:
+def begun_with(folder: Path) -> dict[str, Any]:
     """What encode.json holds; nothing if there is none. Raises :class:`InputError`."""
     path = folder / "encode.json"
     try:
@@ -172,10 +181,10 @@ def verify(folder: str | os.PathLike) -> int:
     manifest = read_manifest(folder)
     faults = [
         f"{folder / 'manifest.json'} has changed since it was written ({key} is not as in encode.json)"
-        for key, value in _begun(folder).items()
+        for key, value in begun_with(folder).items()
         if manifest.get(key) != value
     ]
-    for shard in tqdm(manifest["shards"], desc="verify", unit="shard"):
+    for shard in progress(manifest["shards"], desc="verify", unit="shard"):
         try:
             check_size(folder, shard)
         except InputError as error:
@@ -188,9 +197,22 @@ def verify(folder: str | os.PathLike) -> int:
     return manifest["num_images"]
 
 
-def write_shard(path: Path, moments: Tensor, flipped: Tensor | None, labels: Tensor, skipped: list[str]) -> None:
-    """Write one shard, atomically; `skipped` names the files of its range that could not be read."""
+def write_shard(
+    path: Path, moments: Tensor, flipped: Tensor | None, labels: Tensor, skipped: list[str], tagged: int = 0
+) -> None:
+    """Write one shard, atomically.
+
+    Args:
+        path: Of the shard.
+        moments: Of its images; see :class:`LatentStore`.
+        flipped: Of their mirror images, or None.
+        labels: Of its images.
+        skipped: The files of its range that could not be read.
+        tagged: How many of its images have an EXIF orientation other than upright.
+    """
     tensors = {"moments": moments, "labels": labels} | ({} if flipped is None else {"moments_flipped": flipped})
+    if tagged:  # no second entry of the metadata: safetensors writes those in any order, and shards are to be the same
+        tensors["exif_tagged"] = torch.tensor([tagged])
     with replacing(path) as temporary:
         save_tensors(tensors, temporary, {"skipped": json.dumps(skipped)})
 
@@ -215,7 +237,7 @@ def write_manifest(
     processes = PartialState()
     known = {} if rewritten is None else _known_checksums(folder, rewritten)
     mine = files[processes.process_index :: processes.num_processes]
-    bar = tqdm(mine, desc="checksums", unit="shard", disable=not processes.is_main_process)
+    bar = progress(mine, desc="checksums", unit="shard", disable=not processes.is_main_process)
     count = len(settings["class_names"])
     described = dict(gather_object([(name, describe_shard(folder / name, count, known.get(name))) for name in bar]))
     shards = [described[name] for name in files]
@@ -235,6 +257,7 @@ def write_manifest(
         "num_images": sum(shard["count"] for shard in filled),
         "class_counts": [sum(counts) for counts in zip(*(shard["class_counts"] for shard in filled), strict=True)],
         "skipped": skipped,
+        "exif_tagged": sum(shard["exif_tagged"] for shard in filled),
         "shards": [{key: shard[key] for key in ("file", "count", "bytes", "sha256")} for shard in filled],
     }
     if processes.is_main_process:
@@ -260,6 +283,7 @@ def describe_shard(path: Path, num_classes: int, known_sha256: str | None = None
             count, *shape = file.get_slice("moments").get_shape()
             labels = file.get_tensor("labels")
             skipped = json.loads(file.metadata()["skipped"])
+            tagged = int(file.get_tensor("exif_tagged")) if "exif_tagged" in file.keys() else 0  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"shard {path} is damaged ({error}): {REMEDY}") from error
     check_labels(path, labels, num_classes)
@@ -271,7 +295,24 @@ def describe_shard(path: Path, num_classes: int, known_sha256: str | None = None
         "shape": shape,
         "class_counts": labels.bincount(minlength=num_classes).tolist(),
         "skipped": skipped,
+        "exif_tagged": tagged,
     }
+
+
+def some_moments(folder: Path, files: list[str], most: int) -> Iterator[Tensor]:
+    """Moments (n, 2C, h, w) float32 of about that many images of a store at most, spread over its shards, by shard.
+
+    Raises :class:`InputError` if a shard is damaged.
+    """
+    each = max(1, most // len(files))
+    for name in files[:: max(1, len(files) // most)]:
+        try:
+            with safe_open(folder / name, "pt") as file:
+                moments = file.get_tensor("moments")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"shard {folder / name} is damaged ({error}): {REMEDY}") from error
+        if len(moments):
+            yield moments[torch.linspace(0, len(moments) - 1, min(each, len(moments))).round().long()].float()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

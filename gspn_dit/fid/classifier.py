@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -22,11 +23,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from gspn_dit.data import open_images
+from gspn_dit.data.photos import PHOTOGRAPHS
 from gspn_dit.errors import InputError
 from gspn_dit.files import check_place, replacing, save_tensors
+from gspn_dit.progress import figure, progress
 
 NUM_FEATURES = 64
 BATCH_SIZE = 64
@@ -37,13 +39,13 @@ class Classifier(nn.Module):
 
     Attributes:
         data: The data set.
-        num_classes: Its classes.
+        class_names: Its classes, by the logits' order.
         image_size: Side of the images it was trained on, in pixels.
         epochs: Passes over the training images that the packaged weights were given.
     """
 
     data: str
-    num_classes: int
+    class_names: Sequence[str]
     image_size: int
     epochs: int
 
@@ -51,7 +53,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.stages = nn.Sequential(*stages, nn.Flatten())
         self.project = nn.Sequential(nn.Dropout(0.3), nn.Linear(width, NUM_FEATURES), nn.ReLU())
-        self.classify = nn.Linear(NUM_FEATURES, self.num_classes)
+        self.classify = nn.Linear(NUM_FEATURES, len(self.class_names))
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 RGB images (B, 3, H, W) as the network takes them: float (B, c, image_size, image_size) in [0, 1]."""
@@ -70,7 +72,7 @@ class Classifier(nn.Module):
         return self.project(self.stages(2 * pixels - 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of uint8 RGB images (B, 3, H, W)."""
+        """Logits (B, classes) of uint8 RGB images (B, 3, H, W)."""
         return self.classify(self.features(images))
 
     @classmethod
@@ -94,7 +96,7 @@ class Classifier(nn.Module):
 class DigitsClassifier(Classifier):
     """Of 32×32 digits, in grey."""
 
-    data, num_classes, image_size, epochs = "digits", 10, 32, 36
+    data, class_names, image_size, epochs = "digits", tuple("0123456789"), 32, 36
 
     def __init__(self) -> None:
         stages = [
@@ -132,7 +134,7 @@ class DigitsClassifier(Classifier):
 class PhotosClassifier(Classifier):
     """Of crops of the 16 photographs at 64×64 pixels; crops of other sizes are resized to that."""
 
-    data, num_classes, image_size, epochs = "photos", 16, 64, 4
+    data, class_names, image_size, epochs = "photos", tuple(PHOTOGRAPHS), 64, 4
 
     def __init__(self) -> None:
         stages = [
@@ -184,12 +186,12 @@ def main(options: Options) -> None:
     """Train the classifier of a data set on its training split, and print its held-out accuracy."""
     out = Path(options.out)
     check_place(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     kind = CLASSIFIERS[options.data]
     epochs = options.epochs or kind.epochs
     model = train(kind, *images_and_labels(kind, "train"), seed=options.seed, epochs=epochs)
     print(f"held-out accuracy: {accuracy(model, *images_and_labels(kind, 'test')):.2%}")
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         save_tensors(model.state_dict(), temporary)
     print(f"weights: {out} ({out.stat().st_size / 1e6:.2f} MB)")
@@ -213,7 +215,7 @@ def _train(model: Classifier, images: Tensor, labels: Tensor, epochs: int, gener
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     steps = epochs * (len(images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-    with tqdm(total=steps, unit="step", desc="training") as bar:
+    with progress(total=steps, unit="step", desc="training") as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator)
             for batch in order[: len(order) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
@@ -224,7 +226,7 @@ def _train(model: Classifier, images: Tensor, labels: Tensor, epochs: int, gener
                 optimizer.step()
                 schedule.step()
                 bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.set_postfix_str(f"loss {figure(loss.item())}", refresh=False)
     return model.eval().requires_grad_(False)
 
 

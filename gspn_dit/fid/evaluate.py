@@ -27,6 +27,7 @@ from gspn_dit.fid.metrics import (
     ClassAccuracy,
     InceptionScore,
     adm_splits,
+    cost_of_order,
     frechet_distance,
     torch_fidelity_splits,
 )
@@ -35,14 +36,17 @@ from gspn_dit.fid.neighbours import NEIGHBOURS, Points, precision_recall
 from gspn_dit.fid.processes import ALONE, Processes, launched
 from gspn_dit.files import check_place, replacing
 
+COSTLY_ORDER = 1.05  # times that the order of samples may lower a score without a word
+
 
 def main(options: Options) -> None:
     """Score images against a reference as ADM's suite does: FID, sFID, Inception Score, precision and recall.
 
-    Also class accuracy for digits and photos. Under `accelerate launch`, the processes share the work.
+    With the features of a packaged classifier: its Fréchet distance and score under names of their own, and class
+    accuracy of samples of its classes. Under `accelerate launch`, the processes share the work.
     """
     out = Path(options.out)
-    make_folder_of(out)
+    check_place(out)
     with launched(options.device) as (processes, device):
         samples = open_samples(options.samples)
         reference = open_reference(options.reference, samples.image_size)
@@ -51,18 +55,12 @@ def main(options: Options) -> None:
         if not processes.is_main:
             return
         text = json.dumps(metrics, indent=2, ensure_ascii=False)
-        with replacing(out) as temporary:
-            temporary.write_text(text + "\n")
-        print(text)
-
-
-def make_folder_of(out: Path) -> None:
-    """Make the folder that a file is to be written into. Raises :class:`InputError`."""
-    check_place(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out={out}: its folder cannot be made ({error.strerror})") from error
+        try:
+            print(text, flush=True)
+        finally:  # a figure that one place does not take is in the other
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(out) as temporary:
+                temporary.write_text(text + "\n")
 
 
 def evaluate(
@@ -70,6 +68,8 @@ def evaluate(
     reference: ImageSet | ReferenceStatistics,
     extractor: Extractor,
     processes: Processes = ALONE,
+    *,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """All figures of samples against a reference, and what they were computed from, ready for JSON.
 
@@ -78,13 +78,17 @@ def evaluate(
     | `fid`, `fd` of other features | Fréchet distance of Inception's 2048 pool features | arXiv 1706.08500, eq. 6 |
     | `sfid` | the same of its 2023 spatial features, see `extractors.InceptionFeatures` | arXiv 2103.03841 |
     | `inception_score` | over consecutive splits of 5000, as ADM's suite; `_std`, `_splits` | arXiv 1606.03498 |
+    | `inception_score_left_out` | last images that fill no such split, see `metrics.adm_splits` | |
     | `inception_score_torch_fidelity` | over 10 splits of a shuffle, as torch-fidelity; `_std` | the same |
+    | `classifier_score`, … | the same formula of a packaged classifier's logits | |
     | `precision`, `recall` | of manifolds of k = 3 neighbours in the pool features | arXiv 1904.06991, eq. 1, 2 |
     | `class_accuracy` | share of samples recognised as the class of their label | |
 
     ADM is arXiv 2105.05233, its suite evaluations/evaluator.py of openai/guided-diffusion. A figure that cannot be had
     is left out: `sfid` of other features than Inception's or of a reference without its statistics, precision and
-    recall of a reference without images or with too few, class accuracy without labels or known classes.
+    recall of a reference without images or with too few, a deviation over one split, class accuracy without labels or
+    where the samples' classes are not the classifier's. They are if they are called the same; where their names are not
+    known, if those of the reference are.
 
     Args:
         samples: What is scored.
@@ -93,6 +97,7 @@ def evaluate(
         extractor: What gives the features.
         processes: Who shares the work. All of them call this alike and get the same figures; by default this one has
             no others, even where torch.distributed runs.
+        quick: Leave out sFID, precision and recall, and do not warn of what cannot be had.
 
     Raises:
         InputError: If the images or the reference's statistics do not suit the extractor or each other, there are too
@@ -100,16 +105,23 @@ def evaluate(
     """
     given = reference if isinstance(reference, ReferenceStatistics) else None
     reference_images = given.images if given else reference
-    _check_samples(samples, extractor)
+    recognisable = same_classes(samples, reference, extractor)
+    _check_samples(samples, extractor, recognisable)
     check_reference(reference, samples.image_size, extractor)
     widths = layer_widths(extractor, samples.image_size)
-    has_neighbours = reference_images is not None and min(len(samples), len(reference_images)) > NEIGHBOURS
+    enough = reference_images is not None and min(len(samples), len(reference_images)) > NEIGHBOURS
+    has_neighbours = enough and not quick
     if processes.is_main:
-        _warn(samples, reference, has_neighbours, widths[extractor.features])
+        warn_of_few(*_fewest(samples, reference), widths[extractor.features])
+        _warn_of_splits(samples, extractor)
+        if not quick:
+            _warn_of_missing(samples, reference, has_neighbours, recognisable, extractor)
+    wanted = [extractor.features]
+    if extractor.spatial and not quick and (given is None or given.spatial is not None):
+        wanted.append(extractor.spatial)
 
-    def observed(images: ImageSet, moments: bool, scores: Sequence[Accumulator] = ()) -> _Observed:
+    def observed(images: ImageSet, layers: Sequence[str], scores: Sequence[Accumulator] = ()) -> _Observed:
         """What one pass over a set leaves, after giving the scores its logits."""
-        layers = [extractor.features, *([extractor.spatial] if extractor.spatial else [])] if moments else []
         found = {layer: Moments(widths[layer], extractor.device) for layer in layers}
         points = Points(len(images), widths[extractor.features], extractor.device) if has_neighbours else None
         accumulators = [*found.items(), *((extractor.logits, score) for score in scores)]
@@ -117,22 +129,22 @@ def evaluate(
         observe(images, extractor, accumulators, processes)
         return _Observed({layer: each.statistics() for layer, each in found.items()}, points and points.features)
 
-    splits = {"inception_score": adm_splits, "inception_score_torch_fidelity": torch_fidelity_splits}
+    splits = {extractor.score_key: adm_splits, f"{extractor.score_key}_torch_fidelity": torch_fidelity_splits}
     scores = {
         key: InceptionScore(split(len(samples)), widths[extractor.logits], extractor.device)
         for key, split in splits.items()
     }
-    accuracy = ClassAccuracy(torch.tensor(samples.labels)) if _recognisable(samples, extractor) else None
-    of_samples = observed(samples, True, [*scores.values(), *([accuracy] if accuracy else [])])
+    accuracy = ClassAccuracy(torch.tensor(samples.labels)) if recognisable else None
+    of_samples = observed(samples, wanted, [*scores.values(), *([accuracy] if accuracy else [])])
     if given is None:
-        of_reference = observed(reference, True)
+        of_reference = observed(reference, wanted)
     else:
-        points = observed(given.images, False).points if has_neighbours else None
+        points = observed(given.images, []).points if has_neighbours else None
         of_reference = _Observed({extractor.features: given.pool, extractor.spatial: given.spatial}, points)
 
     return {
         **_frechet_figures(of_samples, of_reference, extractor),
-        **_score_figures(scores),
+        **_score_figures(scores, len(samples), extractor.score_key),
         **(_neighbour_figures(of_samples.points, of_reference.points, processes) if has_neighbours else {}),
         **({"class_accuracy": accuracy.score()} if accuracy else {}),
         "num_samples": len(samples),
@@ -144,6 +156,23 @@ def evaluate(
         "weights": extractor.weights.name,
         "weights_sha256": extractor.weights_sha256,
     }
+
+
+def statistics_of(
+    images: ImageSet, extractor: Extractor, processes: Processes = ALONE, *, quick: bool = False
+) -> ReferenceStatistics:
+    """The statistics of images that samples can be compared with, by one pass; without sFID's if `quick`."""
+    widths = layer_widths(extractor, images.image_size)
+    layers = [extractor.features, *([extractor.spatial] if extractor.spatial and not quick else [])]
+    moments = {layer: Moments(widths[layer], extractor.device) for layer in layers}
+    observe(images, extractor, list(moments.items()), processes)
+    return ReferenceStatistics(
+        images.source,
+        extractor.name,
+        *(each.statistics() for each in moments.values()),
+        weights_sha256=extractor.weights_sha256,
+        class_names=images.class_names,
+    )
 
 
 @dataclass
@@ -159,16 +188,19 @@ def _frechet_figures(samples: _Observed, reference: _Observed, extractor: Extrac
     return {
         keys[layer]: frechet_distance(found, reference.statistics[layer])
         for layer, found in samples.statistics.items()
-        if reference.statistics[layer] is not None
     }
 
 
-def _score_figures(scores: dict[str, InceptionScore]) -> dict[str, Any]:
+def _score_figures(scores: dict[str, InceptionScore], count: int, key: str) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    for key, score in scores.items():
-        figures[key], figures[f"{key}_std"] = score.score()
-    figures["inception_score_splits"] = len(scores["inception_score"].counts)
-    figures["inception_score_convention"] = f"ADM: consecutive splits of {ADM_SPLIT}"
+    for name, score in scores.items():
+        figures[name], deviation = score.score()
+        if deviation is not None:
+            figures[f"{name}_std"] = deviation
+    figures[f"{key}_splits"] = len(scores[key].counts)
+    if left_out := count - len(scores[key].split_of):
+        figures[f"{key}_left_out"] = left_out
+    figures[f"{key}_convention"] = f"ADM: consecutive splits of {ADM_SPLIT}"
     return figures
 
 
@@ -183,9 +215,14 @@ def _neighbour_figures(samples: Tensor, reference: Tensor, processes: Processes)
     }
 
 
-def _recognisable(samples: ImageSet, extractor: Extractor) -> bool:
-    """Whether it is known what the samples should show, and the extractor knows such classes."""
-    return samples.labels is not None and extractor.num_classes is not None
+def same_classes(samples: ImageSet, reference: ImageSet | ReferenceStatistics, extractor: Extractor) -> bool:
+    """Whether it is known which class each sample was asked for, and the extractor's logits are these classes."""
+    if samples.labels is None or extractor.class_names is None:
+        return False
+    ours = dict(enumerate(extractor.class_names))
+    if samples.class_names is not None:
+        return samples.class_names.items() <= ours.items()
+    return reference.class_names == ours
 
 
 def warn_of_few(argument: str, count: int, features: int) -> None:
@@ -198,20 +235,52 @@ def warn_of_few(argument: str, count: int, features: int) -> None:
         )
 
 
-def _warn(samples: ImageSet, reference: ImageSet | ReferenceStatistics, has_neighbours: bool, features: int) -> None:
-    """Warn of what makes a figure hard to compare, or keeps it from being had."""
-    given = isinstance(reference, ReferenceStatistics)
-    counts = {"samples": len(samples)} | ({} if given else {"reference": len(reference)})
-    fewest = min(counts, key=counts.__getitem__)
-    warn_of_few(fewest, counts[fewest], features)
-    if samples.by_folders and len(samples) > ADM_SPLIT:
+def _fewest(samples: ImageSet, reference: ImageSet | ReferenceStatistics) -> tuple[str, int]:
+    """The option that gives the fewest images to compute statistics of, and how many."""
+    counts = {"samples": len(samples)}
+    if not isinstance(reference, ReferenceStatistics):
+        counts["reference"] = len(reference)
+    return min(counts.items(), key=lambda item: item[1])
+
+
+def _warn_of_splits(samples: ImageSet, extractor: Extractor) -> None:
+    """Warn of images that come in no random order, or in no whole split, where ADM's score takes them as they come."""
+    key, count = extractor.score_key, len(samples)
+    if count <= ADM_SPLIT:
+        return
+    instead = f"read {key}_torch_fidelity, which is over a shuffle of them all"
+    cost = cost_of_order(samples.labels) if samples.labels is not None else 1
+    if cost > COSTLY_ORDER:
         warnings.warn(
-            f"samples={samples.source}: images come folder by folder, and splits of {ADM_SPLIT} in that order hold few "
-            "classes each; of the Inception Scores read inception_score_torch_fidelity, which is over a shuffle",
+            f"samples={samples.source}: consecutive splits of {ADM_SPLIT} hold few of the classes each, and by the "
+            f"labels that alone makes {key} {cost:.1f} times lower; {instead}",
             stacklevel=2,
         )
+    elif samples.labels is None and samples.by_folders:
+        warnings.warn(
+            f"samples={samples.source}: images come folder by folder, and splits of {ADM_SPLIT} in that order hold few "
+            f"classes each; {instead}",
+            stacklevel=2,
+        )
+    if left_out := count % ADM_SPLIT:
+        warnings.warn(
+            f"samples={samples.source}: the last {left_out} of {count} images fill no split of {ADM_SPLIT} and are "
+            f"left out of {key}, for fewer score less; {instead}",
+            stacklevel=2,
+        )
+
+
+def _warn_of_missing(
+    samples: ImageSet,
+    reference: ImageSet | ReferenceStatistics,
+    has_neighbours: bool,
+    recognisable: bool,
+    extractor: Extractor,
+) -> None:
+    """Warn of figures that cannot be had."""
+    given = isinstance(reference, ReferenceStatistics)
     missing = []
-    if given and reference.spatial is None:
+    if given and extractor.spatial and reference.spatial is None:
         missing.append("no mu_s and sigma_s in it, so no sfid")
     if given and reference.images is None:
         missing.append("no arr_0 in it, so no precision and recall")
@@ -219,16 +288,23 @@ def _warn(samples: ImageSet, reference: ImageSet | ReferenceStatistics, has_neig
         missing.append(f"no precision and recall, which take more than {NEIGHBOURS} images, here and in the samples")
     for what in missing:
         warnings.warn(f"reference={reference.source}: {what}", stacklevel=2)
+    if samples.labels is not None and extractor.class_names is not None and not recognisable:
+        are = "are others" if samples.class_names or reference.class_names else "are not named"
+        warnings.warn(
+            f"samples={samples.source}: no class_accuracy, for their classes {are}, and features={extractor.name} "
+            f"knows {', '.join(extractor.class_names)} alone",
+            stacklevel=2,
+        )
 
 
-def _check_samples(samples: ImageSet, extractor: Extractor) -> None:
-    _check_images("samples", samples, extractor)
-    if not _recognisable(samples, extractor):
+def _check_samples(samples: ImageSet, extractor: Extractor, recognisable: bool) -> None:
+    check_images("samples", samples, extractor)
+    if not recognisable:
         return
-    if unknown := sorted({label for label in samples.labels if not 0 <= label < extractor.num_classes}):
+    if unknown := sorted({label for label in samples.labels if not 0 <= label < len(extractor.class_names)}):
         raise InputError(
             f"samples={samples.source}: label={unknown[0]}: features={extractor.name} knows classes "
-            f"0 to {extractor.num_classes - 1}"
+            f"0 to {len(extractor.class_names) - 1}"
         )
 
 
@@ -237,16 +313,23 @@ def check_reference(
 ) -> None:
     """Raise :class:`InputError` if samples of that (height, width) cannot be compared with the reference."""
     given = isinstance(reference, ReferenceStatistics)
-    if given and extractor.name != "inception":
+    if given and extractor.name != reference.features:
         raise InputError(
-            f"reference={reference.source}: its mu and sigma are of Inception's features, not of "
-            f"features={extractor.name}; wanted images"
+            f"reference={reference.source}: its mu and sigma are of features={reference.features}, not of "
+            f"features={extractor.name}; wanted images, or the statistics of "
+            f"`fid/reference.py --features {extractor.name}`"
+        )
+    if given and reference.weights_sha256 not in (None, extractor.weights_sha256):
+        raise InputError(
+            f"reference={reference.source}: its mu and sigma are by weights of SHA-256 "
+            f"{reference.weights_sha256[:12]}…, not by {extractor.weights} ({extractor.weights_sha256[:12]}…); "
+            "give both commands the same --weights"
         )
     images = reference.images if given else reference
     if images is None:
         return
     if not given:
-        _check_images("reference", images, extractor)
+        check_images("reference", images, extractor)
     if images.image_size != image_size:
         (height, width), (sample_height, sample_width) = images.image_size, image_size
         raise InputError(
@@ -255,7 +338,8 @@ def check_reference(
         )
 
 
-def _check_images(argument: str, images: ImageSet, extractor: Extractor) -> None:
+def check_images(argument: str, images: ImageSet, extractor: Extractor) -> None:
+    """Raise :class:`InputError` if there is one image alone, or they are of a size that the extractor does not take."""
     if len(images) < 2:
         raise InputError(f"{argument}={images.source}: holds 1 image; a Fréchet distance needs 2 or more")
     height, width = images.image_size

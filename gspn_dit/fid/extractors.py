@@ -7,11 +7,15 @@ file from outside reaches it: ours are opened here, as plain tensors.
 from __future__ import annotations
 
 import io
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,7 @@ from gspn_dit.fid.classifier import Classifier, DigitsClassifier, PhotosClassifi
 from gspn_dit.files import sha256
 from gspn_dit.weights import packaged
 
+SILENCE = 10  # seconds without a word from a server, after which it is not waited for
 FeatureName = Literal["inception", "digits", "photos"]
 
 
@@ -36,22 +41,24 @@ class Extractor:
         network: Takes uint8 (B, 3, H, W), gives a tuple of float32 (B, width), one for each layer asked for.
         weights: The file its weights came from.
         frechet_key: What a Fréchet distance of these features is called: `fid` for Inception's, `fd` for others.
+        score_key: What the Inception Score's formula gives of these logits: `inception_score` or `classifier_score`.
         features: Layer of the Fréchet distance, and of precision and recall.
-        logits: Layer of the Inception Score.
+        logits: Layer of that score.
         spatial: Layer of sFID, if it has one.
         image_size: The only side of images it takes, or None for any.
-        num_classes: If its logits are the classes that samples are asked for, how many; else None.
+        class_names: Of its logits, if they are classes that samples may be asked for; else None.
     """
 
     name: FeatureName
     network: FeatureExtractorBase
     weights: Path
     frechet_key: str
+    score_key: str
     features: str
     logits: str
     spatial: str | None = None
     image_size: int | None = None
-    num_classes: int | None = None
+    class_names: Sequence[str] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +74,7 @@ class Extractor:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.network.convert_features_tuple_to_dict(self.network(images))
 
-    @property
+    @cached_property
     def weights_sha256(self) -> str:
         """SHA-256 of the weights file, in hex."""
         return sha256(self.weights)
@@ -91,11 +98,11 @@ def create_extractor(name: FeatureName, weights: str | None = None, *, device: t
         features = CLASSIFIER_FEATURES[name]
         file = Path(weights) if weights else packaged(f"{name}_classifier.safetensors")
         network = _create(features, file, device)
-        only = {"image_size": features.only_size, "num_classes": features.kind.num_classes}
-        return Extractor(name, network, file, "fd", *network.features_list, **only)
+        only = {"image_size": features.only_size, "class_names": features.kind.class_names}
+        return Extractor(name, network, file, "fd", "classifier_score", *network.features_list, **only)
     file = Path(weights) if weights else published_inception_weights()
     network = _create(InceptionFeatures, file, device, InceptionFeatures.SPATIAL)
-    return Extractor(name, network, file, "fid", *network.layers)
+    return Extractor(name, network, file, "fid", "inception_score", *network.layers)
 
 
 class InceptionFeatures(FeatureExtractorInceptionV3):
@@ -209,15 +216,25 @@ def published_inception_weights() -> Path:
     if file.exists():
         return file
     url = published.URL_INCEPTION_V3
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)  # torch.hub has none of its own: where packets are dropped it would wait minutes
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2])
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: another hash than the name's
+        what = f"{urlsplit(url).hostname} cannot be reached" if _no_answer(error) else "could not be downloaded"
         raise InputError(
-            f"weights: the Inception weights are not here and could not be downloaded ({error}); "
-            f"fetch {url} and put it at {file}, or name your copy with --weights"
+            f"weights=None: the Inception weights are not here, and {what} ({getattr(error, 'reason', error)}); "
+            f"name your copy with --weights, or fetch {url} and put it at {file}"
         ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
     return file
+
+
+def _no_answer(error: Exception) -> bool:
+    """Whether a download failed before a server answered, or because it fell silent."""
+    return isinstance(error, URLError | TimeoutError | ConnectionError) and not isinstance(error, HTTPError)
 
 
 def _create(

@@ -9,11 +9,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gspn_dit.fid.extractors import Extractor
 from gspn_dit.fid.images import ImageSet
 from gspn_dit.fid.processes import ALONE, Processes
+from gspn_dit.progress import progress
 
 BATCH_SIZE = 64
 FEWEST_BATCHES = 16  # a set of few images is cut finer, so that several processes share that too
@@ -65,7 +65,7 @@ def _extract(
     with (
         ThreadPoolExecutor() as readers,
         ThreadPoolExecutor(1) as batcher,
-        tqdm(total=len(images), unit="image", desc=images.source, disable=not processes.is_main) as bar,
+        progress(total=len(images), unit="image", desc=images.source, disable=not processes.is_main) as bar,
     ):
 
         def next_features() -> tuple[Tensor, dict[str, Tensor]]:

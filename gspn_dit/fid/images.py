@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from gspn_dit.data import open_images
-from gspn_dit.data.imagefolder import SUFFIXES, to_rgb
+from gspn_dit.data.imagefolder import SUFFIXES, find_images, say_left_out, to_rgb
+from gspn_dit.data.images import ImageDataset
 from gspn_dit.errors import InputError
 from gspn_dit.fid.moments import Statistics
-from gspn_dit.fid.npz import members, read_images, read_statistics
+from gspn_dit.fid.npz import members, read_images, read_notes, read_statistics
+from gspn_dit.progress import progress
 
 LABELS_FILE = "labels.csv"
+WITH_SAMPLES = (LABELS_FILE, "settings.json")  # what sample.py writes beside its images
 NAMED = {
     "digits": ("digits", "train"),
     "digits:test": ("digits", "test"),
@@ -41,6 +44,7 @@ class ImageSet:
         labels: The class each image was asked for, or None where that is not known.
         read_together: Gives several images as uint8 (n, 3, height, width), where that is faster than one by one.
         by_folders: Whether they come from several folders, one after the other.
+        class_names: What the classes of the labels, or of some of them, are called, where that is known.
     """
 
     source: str
@@ -50,6 +54,7 @@ class ImageSet:
     labels: list[int] | None = None
     read_together: Callable[[Sequence[int]], Tensor] | None = None
     by_folders: bool = False
+    class_names: Mapping[int, str] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -63,27 +68,33 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """What an ADM reference file holds: statistics of a whole dataset's Inception features, and some of its images.
+    """What an ADM reference file holds: statistics of a whole dataset's features, and some of its images.
 
     Args:
         source: The file.
-        pool: Of the 2048 pool features.
-        spatial: Of the 2023 spatial features, if the file has them.
-        images: Those for precision and recall, if the file has any.
+        features: What they are statistics of: `inception`, `digits` or `photos`.
+        pool: Of the features of FID.
+        spatial: Of Inception's 2023 spatial features, if there are any.
+        images: Those for precision and recall, if there are any.
+        weights_sha256: Of the weights that gave the features, where that is known.
+        class_names: As of :class:`ImageSet`.
     """
 
     source: str
+    features: str
     pool: Statistics
-    spatial: Statistics | None
-    images: ImageSet | None
+    spatial: Statistics | None = None
+    images: ImageSet | None = None
+    weights_sha256: str | None = None
+    class_names: Mapping[int, str] | None = None
 
 
 def open_samples(source: str, argument: str = "samples") -> ImageSet:
     """Open a folder of images or an npz batch.
 
     A folder is searched with its subfolders; its `labels.csv`, if it has one, gives `file,label` for every image, the
-    file relative to the folder. An npz holds uint8 (N, H, W, 3) as `arr_0`, and labels (N,) as `labels` or, as ADM
-    writes them, `arr_1` if it has any.
+    file relative to the folder, and may give the class's `name`. An npz holds uint8 (N, H, W, 3) as `arr_0`, and labels
+    (N,) as `labels` or, as ADM writes them, `arr_1` if it has any, and may hold the `class_names`.
 
     Raises:
         InputError: If there is nothing there, an image cannot be read, sizes differ, or labels do not match the images.
@@ -123,23 +134,38 @@ def open_reference(source: str, image_size: tuple[int, int]) -> ImageSet | Refer
         dataset = open_images(name, image_size[0], split=split)
     except InputError as error:
         raise InputError(f"reference={source}: not at the samples' size {_size(image_size)} ({error})") from error
-    return ImageSet(source, len(dataset), image_size, lambda i: dataset[i][0])
+    return of_dataset(source, dataset)
+
+
+def of_dataset(source: str, dataset: ImageDataset) -> ImageSet:
+    """The images of a dataset, whose labels are not asked for."""
+    size, names = (dataset.image_size, dataset.image_size), dict(enumerate(dataset.class_names))
+    return ImageSet(source, len(dataset), size, lambda i: dataset[i][0], class_names=names)
 
 
 def _open_folder(folder: Path, argument: str) -> ImageSet:
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    files = sorted(path for path in found if not path.name.startswith("."))
+    images, others = find_images(folder)
+    files = sorted(map(Path, images))
+    say_left_out(folder, [path for path in others if os.path.basename(path) not in WITH_SAMPLES])
     if not files:
         raise InputError(f"{argument}={folder}: no images in it; wanted files ending in {' '.join(SUFFIXES)}")
     first = _header_size(files[0])
-    for file in tqdm(files, desc=f"checking {argument}", unit="image", leave=False):
+    for file in progress(files, desc=f"checking {argument}", unit="image", leave=False):
         if (size := _header_size(file)) != first:
             raise InputError(
                 f"{argument}={folder}: images differ in size, {files[0].name} is {_size(first)} and "
                 f"{file.name} {_size(size)}; wanted one size"
             )
-    labels, folders = _read_labels(folder, files), {file.parent for file in files}
-    return ImageSet(str(folder), len(files), first, lambda i: _read_file(files[i]), labels, by_folders=len(folders) > 1)
+    labels, names = _read_labels(folder, files)
+    return ImageSet(
+        str(folder),
+        len(files),
+        first,
+        lambda i: _read_file(files[i]),
+        labels,
+        by_folders=len({file.parent for file in files}) > 1,
+        class_names=names,
+    )
 
 
 def _header_size(file: Path) -> tuple[int, int]:
@@ -163,16 +189,19 @@ def _unreadable(file: Path, error: Exception) -> InputError:
     return InputError(f"{file}: not a readable image ({' '.join(str(error).split())}); remove it or make it again")
 
 
-def _read_labels(folder: Path, files: list[Path]) -> list[int] | None:
-    """One label an image, in the order of the files, from `labels.csv`; None if there is no such file."""
+def _read_labels(folder: Path, files: list[Path]) -> tuple[list[int] | None, dict[int, str] | None]:
+    """One label an image, in the order of the files, and the classes' names, from `labels.csv`; None for what lacks."""
     path = folder / LABELS_FILE
     if not path.exists():
-        return None
+        return None, None
     with path.open(newline="") as lines:
         rows = csv.DictReader(lines)
         if not {"file", "label"} <= set(rows.fieldnames or ()):
             raise InputError(f"{path}: wanted the header file,label; got {','.join(rows.fieldnames or ())!r}")
-        label_of = {row["file"]: row["label"] for row in rows}
+        label_of, name_of = {}, {}
+        for row in rows:
+            label_of[row["file"]] = row["label"]
+            name_of[row["label"]] = row.get("name")
     names = [file.relative_to(folder).as_posix() for file in files]
     if unlabelled := [name for name in names if name not in label_of]:
         raise InputError(f"{path}: no label for {unlabelled[0]} ({len(unlabelled)} of {len(names)} images have none)")
@@ -180,27 +209,40 @@ def _read_labels(folder: Path, files: list[Path]) -> list[int] | None:
         raise InputError(f"{path}: {missing[0]} has a label but is not in the folder ({len(missing)} such)")
     if wrong := [name for name in names if not (label_of[name] or "").isdecimal()]:
         raise InputError(f"{path}: label={label_of[wrong[0]]!r} of {wrong[0]}: wanted a class number")
-    return [int(label_of[name]) for name in names]
+    named = {int(label): name for label, name in name_of.items() if name}
+    return [int(label_of[name]) for name in names], named or None
 
 
 def _open_npz(path: Path, argument: str) -> ImageSet:
     images, labels = read_images(path, argument)
+    names = read_notes(path, argument).class_names
 
     def read(index: int) -> Tensor:
         return torch.from_numpy(np.array(images[index])).permute(2, 0, 1)
 
-    return ImageSet(str(path), len(images), images.shape[1:3], read, labels)
+    class_names = None if names is None else dict(enumerate(names))
+    return ImageSet(str(path), len(images), images.shape[1:3], read, labels, class_names=class_names)
 
 
 def _open_statistics(path: Path) -> ReferenceStatistics | None:
     """A file with statistics; None if there is no such file or it has none."""
     if path.suffix != ".npz" or not path.is_file():
         return None
-    statistics = read_statistics(path, "reference")
-    if not statistics:
+    if not {"mu", "sigma", "mu_s", "sigma_s"} & members(path, "reference"):
         return None
+    notes = read_notes(path, "reference")
+    features = notes.features or "inception"
+    statistics = read_statistics(path, "reference", features)
     images = _open_npz(path, "reference") if "arr_0" in members(path, "reference") else None
-    return ReferenceStatistics(str(path), statistics["mu"], statistics.get("mu_s"), images)
+    return ReferenceStatistics(
+        str(path),
+        features,
+        statistics["mu"],
+        statistics.get("mu_s"),
+        images,
+        notes.weights_sha256,
+        None if notes.class_names is None else dict(enumerate(notes.class_names)),
+    )
 
 
 def _size(image_size: tuple[int, int]) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gspn_dit.fid.processes import ALONE, Processes
+from gspn_dit.progress import progress
 
 NEIGHBOURS = 3
 MOST_POINTS = 50_000  # of either set; its features, 2048 float32 each, are then 410 MB
@@ -85,7 +85,7 @@ def _squared_distances(
     size = max(1, BLOCK // len(others))
     blocks = [slice(start, min(start + size, len(points))) for start in range(0, len(points), size)]
     norms = others.square().sum(dim=1)
-    for rows in tqdm(
+    for rows in progress(
         processes.share(blocks), desc=description, unit="block", leave=False, disable=not processes.is_main
     ):
         distances = torch.addmm(norms, points[rows], others.T, alpha=-2)

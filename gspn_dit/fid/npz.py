@@ -4,26 +4,40 @@ arr_0            uint8 (N, H, W, 3)              images
 labels or arr_1  int (N,)                        their classes; samples only, if at all
 mu, sigma        (2048,), (2048, 2048)           pool features of the whole dataset, for FID
 mu_s, sigma_s    (2023,), (2023, 2023)           spatial features of the whole dataset, for sFID
+
+Ours say more in texts, which ADM's suite does not read: `class_names` (C,); and beside statistics `features`, what
+they are of (Inception's where it is missing; a classifier's are (64,), without mu_s), and its `weights_sha256`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from gspn_dit.errors import InputError
+from gspn_dit.fid.classifier import CLASSIFIERS, NUM_FEATURES
 from gspn_dit.fid.moments import Statistics
 from gspn_dit.pictures import save_npz
 
 POOL_FEATURES = 2048
 SPATIAL_FEATURES = 7 * 17 * 17
-STATISTICS = {("mu", "sigma"): POOL_FEATURES, ("mu_s", "sigma_s"): SPATIAL_FEATURES}
+
+
+@dataclass(frozen=True)
+class Notes:
+    """The texts of a file; None for what it does not say."""
+
+    features: str | None
+    weights_sha256: str | None
+    class_names: list[str] | None
 
 
 def read_images(path: Path, argument: str) -> tuple[np.ndarray, list[int] | None]:
@@ -58,15 +72,39 @@ def members(path: Path, argument: str) -> set[str]:
         return set(arrays)
 
 
-def read_statistics(path: Path, argument: str) -> dict[str, Statistics]:
+def read_notes(path: Path, argument: str) -> Notes:
+    """What a file says of itself. Raises :class:`InputError` if it is no npz file, or says it in no text."""
+    found: dict[str, np.ndarray] = {}
+    with _opened(path, argument) as arrays:
+        for name, dimensions in (("features", 0), ("weights_sha256", 0), ("class_names", 1)):
+            if name not in arrays:
+                continue
+            found[name] = arrays[name]
+            if found[name].dtype.kind != "U" or found[name].ndim != dimensions:
+                raise InputError(f"{argument}={path}: {name} is {found[name].dtype} {found[name].shape}; wanted text")
+    known = ("inception", *CLASSIFIERS)
+    if "features" in found and found["features"].item() not in known:
+        raise InputError(f"{argument}={path}: of features={found['features']!s}; known are {', '.join(known)}")
+    texts = {name: array.tolist() for name, array in found.items()}
+    return Notes(texts.get("features"), texts.get("weights_sha256"), texts.get("class_names"))
+
+
+def read_statistics(path: Path, argument: str, features: str) -> dict[str, Statistics]:
     """The statistics of a file, by the name of their mean: `mu`, `mu_s`, both or neither.
+
+    Args:
+        path: The file.
+        argument: What the command calls it.
+        features: What they are of: `inception`, or a classifier.
 
     Raises:
         InputError: If it is no npz file, is damaged, or holds one array of a pair or another shape.
     """
+    widths = {("mu", "sigma"): NUM_FEATURES if features in CLASSIFIERS else POOL_FEATURES}
+    widths |= {("mu_s", "sigma_s"): SPATIAL_FEATURES}
     found = {}
     with _opened(path, argument) as arrays:
-        for names, width in STATISTICS.items():
+        for names, width in widths.items():
             here = [name for name in names if name in arrays]
             if len(here) == 1:
                 (missing,) = set(names) - set(here)
@@ -82,7 +120,12 @@ def read_statistics(path: Path, argument: str) -> dict[str, Statistics]:
 
 
 def write_reference(
-    path: Path, images: Iterable[np.ndarray], shape: tuple[int, ...], pool: Statistics, spatial: Statistics
+    path: Path,
+    images: Iterable[np.ndarray],
+    shape: tuple[int, ...],
+    pool: Statistics,
+    spatial: Statistics | None,
+    notes: Notes,
 ) -> None:
     """Write a reference file, atomically, each batch of images as it comes.
 
@@ -90,11 +133,15 @@ def write_reference(
         path: The file.
         images: Batches uint8 (n, H, W, 3).
         shape: (N, H, W, 3) of all of them.
-        pool: Statistics of the 2048 pool features.
-        spatial: Statistics of the 2023 spatial features.
+        pool: Statistics of the features of FID.
+        spatial: Statistics of the 2023 spatial features, if there are any.
+        notes: What it says of itself.
     """
-    statistics = {"mu": pool.mu, "sigma": pool.sigma, "mu_s": spatial.mu, "sigma_s": spatial.sigma}
-    save_npz(images, shape, path, **statistics)
+    arrays = {"mu": pool.mu, "sigma": pool.sigma}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
+    arrays |= {name: np.array(text) for name, text in dataclasses.asdict(notes).items() if text is not None}
+    save_npz(images, shape, path, **arrays)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from gspn_dit.commands import run
 if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit(run("reference", prog="python -m gspn_dit.fid.reference"))
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gspn_dit.data import (
     LatentStore,
@@ -29,42 +29,44 @@ from gspn_dit.data import (
 from gspn_dit.data.digits import IMAGE_SIZE as DIGITS_SIZE
 from gspn_dit.data.latents import how_to_encode, is_unfinished_store
 from gspn_dit.errors import InputError, renamed
-from gspn_dit.fid.evaluate import make_folder_of, warn_of_few
+from gspn_dit.fid.evaluate import check_images, statistics_of, warn_of_few
 from gspn_dit.fid.extractors import create_extractor
-from gspn_dit.fid.features import BATCH_SIZE, layer_widths, observe
-from gspn_dit.fid.images import NAMED, ImageSet, open_samples
-from gspn_dit.fid.moments import Moments
-from gspn_dit.fid.npz import write_reference
+from gspn_dit.fid.features import BATCH_SIZE, layer_widths
+from gspn_dit.fid.images import NAMED, ImageSet, of_dataset, open_samples
+from gspn_dit.fid.npz import Notes, write_reference
 from gspn_dit.fid.processes import launched
+from gspn_dit.files import check_place
 from gspn_dit.options import require
+from gspn_dit.progress import progress
 
 ADM_IMAGES = 10_000
 DECODED_TOGETHER = 8
 
 
 def main(options: Options) -> None:
-    """Write a reference file: FID's and sFID's statistics of all images of a source, and some of the images.
+    """Write a reference file: statistics of the features of all images of a source, and some of the images.
 
     Under `accelerate launch`, the processes share the work.
     """
     out = Path(options.out)
-    make_folder_of(out)
+    check_place(out)
     with launched(options.device) as (processes, device):
         images = open_data(options, device)
         chosen = choose(len(images), options.num_images, options.seed)
-        extractor = create_extractor("inception", options.weights, device=device)
-        widths = layer_widths(extractor, images.image_size)
-        pool, spatial = (Moments(widths[layer], device) for layer in (extractor.features, extractor.spatial))
+        extractor = create_extractor(options.features, options.weights, device=device)
+        check_images("data", images, extractor)
+        shape, widths = (len(chosen), *images.image_size, 3), layer_widths(extractor, images.image_size)
+        layers = [extractor.features, *([extractor.spatial] if extractor.spatial else [])]
+        check_place(out, size=math.prod(shape) + sum(8 * widths[layer] ** 2 for layer in layers))
         if processes.is_main:
             warn_of_few("data", len(images), widths[extractor.features])
-        observe(images, extractor, [(extractor.features, pool), (extractor.spatial, spatial)], processes)
+        found = statistics_of(images, extractor, processes)
         if not processes.is_main:
             return
-        shape = (len(chosen), *images.image_size, 3)
-        try:
-            write_reference(out, read_chosen(images, chosen), shape, pool.statistics(), spatial.statistics())
-        except OSError as error:
-            raise InputError(f"out={out}: cannot be written ({error.strerror})") from error
+        names = images.class_names and [images.class_names[i] for i in range(len(images.class_names))]
+        notes = Notes(extractor.name, extractor.weights_sha256, names)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_reference(out, read_chosen(images, chosen), shape, found.pool, found.spatial, notes)
         print(f"{out}: statistics of {len(images)} images, and {len(chosen)} of them")
 
 
@@ -72,7 +74,7 @@ def open_data(options: Options, device: torch.device) -> ImageSet:
     """The images that a reference is made of.
 
     Raises:
-        InputError: If there are none or fewer than 2, they cannot be had at the size, or a VAE is of no use for them.
+        InputError: If there are none, they cannot be had at the size, or a VAE is of no use for them.
     """
     store = is_latent_store(options.data)
     if options.vae is not None and not store:
@@ -86,11 +88,9 @@ def open_data(options: Options, device: torch.device) -> ImageSet:
     elif options.image_size is not None:
         with renamed(source="data"):
             dataset = open_images(options.data, options.image_size)
-        images = ImageSet(options.data, len(dataset), (options.image_size,) * 2, lambda i: dataset[i][0])
+        images = of_dataset(options.data, dataset)
     else:
         images = open_samples(options.data, "data")
-    if len(images) < 2:
-        raise InputError(f"data={options.data}: holds 1 image; a Fréchet distance needs 2 or more")
     return images
 
 
@@ -134,7 +134,7 @@ def choose(count: int, wanted: int | None, seed: int) -> list[int]:
 
 def read_chosen(images: ImageSet, chosen: list[int]) -> Iterator[np.ndarray]:
     """Batches uint8 (n, H, W, 3) of the chosen images."""
-    with ThreadPoolExecutor() as readers, tqdm(total=len(chosen), desc="writing", unit="image") as bar:
+    with ThreadPoolExecutor() as readers, progress(total=len(chosen), desc="writing", unit="image") as bar:
         for start in range(0, len(chosen), BATCH_SIZE):
             batch = images.batch(chosen[start : start + BATCH_SIZE], readers)
             yield batch.permute(0, 2, 3, 1).numpy()
@@ -145,5 +145,4 @@ def _open_named(options: Options) -> ImageSet:
     name, split = NAMED[options.data]
     size = options.image_size or (DIGITS_SIZE if name == "digits" else None)
     require(size is not None, "image_size", size, f"a size in pixels: {name} have none of their own")
-    dataset = open_images(name, size, split=split)
-    return ImageSet(options.data, len(dataset), (size, size), lambda i: dataset[i][0])
+    return of_dataset(options.data, open_images(name, size, split=split))

@@ -6,7 +6,8 @@ runs/NAME/checkpoints/step-0001000/
     ema/                         the averaged model, as from_pretrained reads it
     power-ema-0.05.safetensors … the post-hoc EMA's running averages, if it is on
     config.yaml, class_names.json   what sampling needs to know
-    metadata.json                step, images in the data, loss since the last log line, every file's size and SHA-256
+    metadata.json                step, images in the data, loss since the last log line, what the mixed precision came
+                                 to, every file's size and SHA-256
 
 Every tensor is whole, however many processes trained and whether or not FSDP split the model over them, so that a run
 continues on any number of processes, with or without FSDP. No random state is kept: all there is to draw is a function
@@ -33,9 +34,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gspn_dit.config import Config
+from gspn_dit.data.vae import NORMALISATION, is_same_place
 from gspn_dit.errors import InputError
 from gspn_dit.files import save_tensors, sha256
 from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.precision import Precision
 from gspn_dit.runs import list_checkpoints
 from gspn_dit.training.ema import Average
 from gspn_dit.training.sharding import fill, like, whole
@@ -198,10 +201,12 @@ def collect(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return collected
 
 
-def checkpoint_to_resume(config: Config, source: Dataset) -> Path | None:
+def checkpoint_to_resume(
+    config: Config, source: Dataset, vae_record: dict[str, Any], precision: Precision
+) -> Path | None:
     """The newest checkpoint of the run that is whole; None if it has none at all.
 
-    One that is damaged is said to be, and set aside as `damaged-step-…`.
+    One that is damaged is said to be, and set aside as `damaged-step-…`; so are changes of options and of precision.
 
     Raises:
         InputError: If the configuration or its data does not continue the run, or every checkpoint is damaged.
@@ -224,8 +229,8 @@ def checkpoint_to_resume(config: Config, source: Dataset) -> Path | None:
             f"output_dir={config.output_dir!r}: no checkpoint of its {len(checkpoints)} is whole "
             f"({checkpoints[-1].name}: {damaged[checkpoints[-1]]}); restore one, or name another folder"
         )
-    check_resumable(checkpoint, config, source)
-    say_changes(checkpoint, config)
+    check_resumable(checkpoint, config, source, vae_record)
+    say_changes(checkpoint, config, precision)
     for path, problem in damaged.items():
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -250,11 +255,11 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
+def check_resumable(checkpoint: Path, config: Config, source: Dataset, vae_record: dict[str, Any]) -> None:
     """Raise :class:`InputError` unless a configuration and its data continue the run that a checkpoint is of."""
     saved = Config.load(checkpoint / "config.yaml")
     for key in ("seed", "model.name", "model.overrides", "diffusion.objective", "data.image_size",
-                "data.vae", "training.batch_size"):  # fmt: skip
+                "training.batch_size"):  # fmt: skip
         before, now = _value(saved, key), _value(config, key)
         if before != now:
             raise InputError(f"{key}={now!r}: the run in {config.output_dir} has {before!r}; set it back")
@@ -264,7 +269,9 @@ def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
             f"training.posthoc_ema_sigma_rels: the run in {config.output_dir} has not averaged at {missing[0]:g} from "
             f"its start, it has {saved.training.sigma_rels}; set them back (training.posthoc_ema_every=0 is none)"
         )
-    num_images = json.loads((checkpoint / "metadata.json").read_text())["num_images"]
+    metadata = json.loads((checkpoint / "metadata.json").read_text())
+    check_same_vae(metadata.get("vae") or {"name": saved.data.vae, "sha256": None}, vae_record, config)
+    num_images = metadata["num_images"]
     class_names = json.loads((checkpoint / "class_names.json").read_text())
     if (num_images, class_names) != (len(source), source.class_names):
         raise InputError(
@@ -273,16 +280,46 @@ def check_resumable(checkpoint: Path, config: Config, source: Dataset) -> None:
         )
 
 
+def check_same_vae(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
+    """Raise :class:`InputError` unless latents of a run's data are those of the VAE that it began with.
+
+    Args:
+        before: The record of a checkpoint; of one from before there were any, the name alone and None for the hashes.
+        now: That of the data.
+        config: The run's.
+    """
+    if before["sha256"] and now["sha256"]:
+        same = before["sha256"]["encoder"] == now["sha256"]["encoder"]
+    else:
+        same = is_same_place(before["name"], now["name"])
+    if not same:
+        raise InputError(
+            f"data.vae={config.data.vae!r}: the run in {config.output_dir} has {before['name']!r}, and this is not the "
+            "same; name that VAE, wherever it lies"
+        )
+    for key in NORMALISATION:
+        if before.get(key, now[key]) != now[key]:
+            raise InputError(
+                f"data.source={config.data.source!r}: the latents' {key} is {now[key]}, and the run in "
+                f"{config.output_dir} began with {before[key]}; set it back"
+            )
+
+
 UNSAID = ("resume", "output_dir", "model.init_from")  # the last has no effect: the run has weights of its own
 
 
-def say_changes(checkpoint: Path, config: Config) -> None:
-    """Print which options differ from those that a checkpoint was made with."""
+def say_changes(checkpoint: Path, config: Config, precision: Precision) -> None:
+    """Print which options differ from those that a checkpoint was made with, and whether the precision does."""
     before, now = (_flat(dataclasses.asdict(c)) for c in (Config.load(checkpoint / "config.yaml"), config))
     changed = [key for key in now if key not in UNSAID and before.get(key) != now[key]]
     if changed:
         changes = ", ".join(f"{key} {before.get(key)!r} → {now[key]!r}" for key in changed)
         print(f"changed since {checkpoint.name}: {changes}")
+    metadata = json.loads((checkpoint / "metadata.json").read_text())
+    computed_in = metadata.get("mixed_precision", before["training.mixed_precision"])
+    if computed_in != precision.name:
+        why = precision.reason if precision.asked == "auto" else "as asked"
+        print(f"changed since {checkpoint.name}: mixed_precision {computed_in} → {precision.name}: {why}")
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

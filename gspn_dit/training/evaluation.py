@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from gspn_dit.config import Config
 from gspn_dit.diffusion import image_generator
 from gspn_dit.drawing import draw_grid
 from gspn_dit.errors import InputError, renamed
-from gspn_dit.fid.evaluate import check_reference, evaluate
+from gspn_dit.fid.evaluate import check_reference, evaluate, statistics_of
 from gspn_dit.fid.extractors import create_extractor
 from gspn_dit.fid.images import ImageSet, ReferenceStatistics, open_reference
 from gspn_dit.pipeline import GSPNDiTPipeline
@@ -24,18 +24,13 @@ from gspn_dit.training.record import attempt, note, warn
 EVALUATION = "evaluation.csv"
 
 
-def draw_samples(pipeline: GSPNDiTPipeline, config: Config, path: Path) -> None:
+def draw_samples(pipeline: GSPNDiTPipeline, config: Config, accelerator: Accelerator, path: Path) -> None:
     """A grid of samples, the classes spread over it; the same noise each time, so that grids of a run compare.
 
     Training goes on after any failure, which is warned of.
     """
-    options = {"count": config.sampling.num_images, "seed": config.seed, "mixed_precision": precision(config)}
+    options = {"count": config.sampling.num_images, "seed": config.seed, "mixed_precision": accelerator.mixed_precision}
     note(f"no {path}", lambda: draw_grid(pipeline, path, **options))
-
-
-def precision(config: Config) -> str | None:
-    """What the transformer is autocast to in training, and so when it draws."""
-    return None if config.training.mixed_precision == "no" else config.training.mixed_precision
 
 
 class Evaluator:
@@ -44,13 +39,14 @@ class Evaluator:
     Args:
         config: The run's; its features and reference are opened here.
         accelerator: The run's.
+        class_names: The names of its classes.
 
     Raises:
         InputError: If the features or the reference cannot be had, or do not suit the samples or each other.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
-        self.config, self.accelerator = config, accelerator
+    def __init__(self, config: Config, accelerator: Accelerator, class_names: Sequence[str]) -> None:
+        self.config, self.accelerator, self.class_names = config, accelerator, class_names
         if accelerator.is_main_process:
             options, size = config.evaluation, config.data.image_size
             with renamed(weights="evaluation.weights", reference="evaluation.reference"):
@@ -61,16 +57,18 @@ class Evaluator:
                         f"the samples are {size}x{size}; wanted features of that size"
                     )
                 self.reference = open_reference(options.reference, (size, size))
-                if isinstance(self.reference, ReferenceStatistics):
-                    # Its images are for precision and recall, which are not asked for here.
-                    self.reference = dataclasses.replace(self.reference, images=None)
                 check_reference(self.reference, (size, size), self.extractor)
 
     @property
     def columns(self) -> list[str]:
         """The columns of evaluation.csv, on the main process."""
-        accuracy = ["class_accuracy"] if self.extractor.num_classes is not None else []
-        return ["step", self.extractor.frechet_key, "inception_score", *accuracy, "num_samples"]
+        accuracy = ["class_accuracy"] if self._recognises else []
+        return ["step", self.extractor.frechet_key, self.extractor.score_key, *accuracy, "num_samples"]
+
+    @property
+    def _recognises(self) -> bool:
+        """Whether the features' classes are the run's."""
+        return self.extractor.class_names is not None and list(self.extractor.class_names) == list(self.class_names)
 
     def score(self, pipeline: GSPNDiTPipeline, step: int, stop: StopRequest) -> dict[str, float] | None:
         """The columns' values on the main process; None on the others, or where it failed, which is warned of.
@@ -103,7 +101,7 @@ class Evaluator:
                 [i % pipeline.transformer.config.num_classes for i in batch],
                 guidance_scale=options.guidance_scale,
                 generator=[image_generator(self.config.seed, i) for i in batch],
-                mixed_precision=precision(self.config),
+                mixed_precision=self.accelerator.mixed_precision,
                 output_type="uint8",
             )
             images.append(drawn.images.cpu())
@@ -118,9 +116,12 @@ class Evaluator:
         return torch.cat(parts, dim=1).transpose(0, 1).flatten(0, 1)[: self.config.evaluation.num_samples]
 
     def _score(self, images: Tensor, pipeline: GSPNDiTPipeline, step: int) -> dict[str, float]:
-        labels = [i % pipeline.transformer.config.num_classes for i in range(len(images))]
-        if self.extractor.num_classes != pipeline.transformer.config.num_classes:
-            labels = None
-        samples = ImageSet(f"samples at step {step}", len(images), tuple(images.shape[2:]), lambda i: images[i], labels)
-        figures = evaluate(samples, self.reference, self.extractor)
+        if not isinstance(self.reference, ReferenceStatistics):  # gone through once in a run: they stay the same
+            self.reference = statistics_of(self.reference, self.extractor, quick=True)
+        labels = [i % len(self.class_names) for i in range(len(images))]
+        size, names = tuple(images.shape[2:]), dict(enumerate(self.class_names))
+        samples = ImageSet(
+            f"samples at step {step}", len(images), size, lambda i: images[i], labels, class_names=names
+        )
+        figures = evaluate(samples, self.reference, self.extractor, quick=True)
         return {"step": step} | {name: float(figures.get(name, "nan")) for name in self.columns[1:]}

@@ -24,11 +24,12 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, p
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.errors import InputError
 from gspn_dit.pipeline import GSPNDiTPipeline, pipeline_of
+from gspn_dit.precision import agreed_precision
+from gspn_dit.progress import figure, progress
 from gspn_dit.training.checkpoints import (
     CheckpointNotWritten,
     TrainingState,
@@ -81,9 +82,10 @@ def train(config: Config) -> None:
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_PAUSE)  # the processes meet
     together(lambda: check_options(config))
     run = Path(config.output_dir)
+    precision = agreed_precision(config.training.mixed_precision, PartialState().device)
     # A view of DDP's buckets for gradients saves a copy of them.
     accelerator = Accelerator(
-        mixed_precision=config.training.mixed_precision,
+        mixed_precision=precision.name,
         log_with=config.training.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "logs")),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours, whatever the environment says
@@ -99,12 +101,14 @@ def train(config: Config) -> None:
 
         def claim() -> Path | None:
             stack.enter_context(claimed(run))
-            checkpoint = checkpoint_to_resume(config, parts.source)
+            checkpoint = checkpoint_to_resume(config, parts.source, parts.vae_record, precision)
             if checkpoint is None:
                 check_nothing_lost(run)
             return checkpoint
 
         checkpoint = on_main(claim, accelerator.is_main_process)
+        if accelerator.is_main_process:
+            precision.say()
         take_steps(config, accelerator, parts, checkpoint, stop)
     accelerator.end_training()
 
@@ -139,27 +143,35 @@ def take_steps(
     logged_step, logged_time, overflows = step, time.perf_counter(), 0
     batches = load_batches(training, step)
     stopping = False
-    with tqdm(
-        total=options.max_steps, initial=step, desc=run.name, unit="step", disable=not accelerator.is_main_process
+    with progress(
+        total=options.max_steps,
+        initial=step,
+        desc=run.name,
+        unit="step",
+        by_hand=True,
+        disable=not accelerator.is_main_process,
     ) as bar:
         while step < options.max_steps and not stopping:
             step += 1
             learning_rate = learning_rate_at(step, options)
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate
-            may_skip = options.mixed_precision == "fp16" and overflows < MOST_OVERFLOWS
+            may_skip = accelerator.mixed_precision == "fp16" and overflows < MOST_OVERFLOWS
             loss, grad_norm, stopping = take_step(training, batches, step, may_skip)
             overflows = 0 if math.isfinite(grad_norm) else overflows + 1
 
             loss_sum, loss_count = loss_sum + loss, loss_count + 1
-            bar.update()
+            mean = loss_sum / loss_count  # since the last line
             speed = options.batch_size * (step - logged_step) / (time.perf_counter() - logged_time)
+            bar.update()
             bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {learning_rate:.1e}, grad {grad_norm:.2f}, {speed:.0f} images/s", refresh=False
+                f"loss {figure(mean)}, lr {learning_rate:.4g}, grad {figure(grad_norm)}, {figure(speed)} images/s",
+                refresh=False,
             )
             if step % options.log_every == 0 or step == options.max_steps:
+                bar.line()
                 metrics = {
-                    "loss": loss_sum / loss_count,
+                    "loss": mean,
                     "learning_rate": learning_rate,
                     "grad_norm": grad_norm,
                     "images_per_second": speed,
@@ -177,6 +189,8 @@ def take_steps(
                     "loss_sum": loss_sum,
                     "loss_count": loss_count,
                     "num_images": len(parts.source),
+                    "mixed_precision": accelerator.mixed_precision,
+                    "vae": parts.vae_record,
                 }
                 checkpoint = save_checkpoint(accelerator, config, state, parts.source.class_names, metadata)
             if not stopping:
@@ -277,7 +291,7 @@ def draw_and_score(training: Training, step: int, record: Record | None, scores:
     pipeline = averaged_pipeline(config, parts, training.state.ema)
     if drawn and record:
         note(f"loss.png is without step {step}", record.draw)
-        draw_samples(pipeline, config, Path(config.output_dir) / "samples" / f"step-{step:07d}.png")
+        draw_samples(pipeline, config, accelerator, Path(config.output_dir) / "samples" / f"step-{step:07d}.png")
     accelerator.wait_for_everyone()
     if scored and (row := parts.evaluator.score(pipeline, step, training.stop)):
         note(f"{EVALUATION} has no step {step}", scores.append, row)

@@ -22,12 +22,14 @@ from gspn_dit.commands import run
 if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit(run("posthoc-ema", prog="python -m gspn_dit.training.posthoc_ema"))
 
+import json
 import math
 import re
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +37,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
 from gspn_dit.errors import InputError
-from gspn_dit.files import new_folder, replacing, require_new, save_tensors
+from gspn_dit.files import new_folder, replacing, require_new, save_tensors, write_json
+from gspn_dit.runs import list_checkpoints
 from gspn_dit.training.checkpoints import EMA_WEIGHTS, DiskWork, TrainingState, collect
 
 FOLDER = "posthoc-ema"
@@ -168,6 +171,10 @@ def main(options: Options) -> None:
         shutil.copy(run / FOLDER / "config.json", folder / "ema")
         for name in OF_THE_RUN:
             shutil.copy(run / name, folder)
+        metadata: dict[str, Any] = {"step": step}
+        if checkpoints := list_checkpoints(run):  # which note what VAE the latents are of
+            metadata["vae"] = json.loads((checkpoints[-1] / "metadata.json").read_text()).get("vae")
+        write_json(folder / "metadata.json", metadata)
     print(
         f"{out}: step {step}, sigma_rel {options.sigma_rel:g} (γ = {gamma_of(options.sigma_rel):.3f}) from "
         f"{len(snapshots)} snapshots; {rest:.2%} of the profile is out of their reach"

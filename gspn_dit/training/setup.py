@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -16,17 +17,26 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from gspn_dit.config import Config
 from gspn_dit.data import ImageDataset, LatentStore, downsampling, load_vae
-from gspn_dit.data.vae import LatentScaling
+from gspn_dit.data.quality import (
+    latent_statistics,
+    psnr,
+    reconstruction_error,
+    some_images,
+    warn_of_latents,
+    warn_of_psnr,
+)
+from gspn_dit.data.vae import LatentScaling, adopt_normalisation, encode_moments, is_same_place, vae_record, vae_sha256
 from gspn_dit.diffusion import DDPM, Flow, create_objective, create_scheduler
 from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.pipeline import load_pipeline, unguided
+from gspn_dit.pipeline import load_transformer, unguided
 from gspn_dit.training.evaluation import Evaluator
 from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
 
 OVERRIDES = "model.overrides."
+STORED_LOOKED_AT, ENCODED_LOOKED_AT = 64, 4  # images, before training
 
 
 @dataclass
@@ -39,6 +49,7 @@ class Parts:
         steps: Which of them this process takes at each step.
         vae: The autoencoder, or None where there is nothing to encode or to draw.
         scaling: The latents' scaling.
+        vae_record: What VAE the latents are of, for the checkpoints.
         objective: What is learned.
         build: Makes another network of the same kind, on the default device.
         model: The network, freshly initialised, on the device.
@@ -50,6 +61,7 @@ class Parts:
     steps: StepSampler
     vae: AutoencoderKL | None
     scaling: LatentScaling
+    vae_record: dict[str, Any]
     objective: DDPM | Flow
     build: Callable[[], LatentModel]
     model: LatentModel
@@ -71,7 +83,7 @@ def open_parts(config: Config, accelerator: Accelerator) -> Parts:
         processes=accelerator.num_processes,
     )
     with renamed(vae="data.vae"):
-        vae, scaling, latent_shape = open_latents(config, source, accelerator.device)
+        vae, scaling, latent_shape, record = open_latents(config, source, accelerator.device)
     set_seed(config.seed)
     build = partial(
         create_model,
@@ -100,8 +112,8 @@ def open_parts(config: Config, accelerator: Accelerator) -> Parts:
         horizontal_flip=config.data.horizontal_flip,
         seed=config.seed,
     )
-    evaluator = Evaluator(config, accelerator) if config.evaluation.every else None
-    return Parts(source, stream, steps, vae, scaling, objective, build, model, evaluator)
+    evaluator = Evaluator(config, accelerator, source.class_names) if config.evaluation.every else None
+    return Parts(source, stream, steps, vae, scaling, record, objective, build, model, evaluator)
 
 
 def start_from(model: LatentModel, path: str) -> None:
@@ -110,7 +122,7 @@ def start_from(model: LatentModel, path: str) -> None:
     Raises :class:`InputError` if there are none, or they are another network's.
     """
     with renamed(model="model.init_from"):
-        source = load_pipeline(path).transformer
+        source = load_transformer(path)
     theirs, ours = (
         {name: p for name, p in each.named_parameters() if p.requires_grad}  # what is not trained goes with the size
         for each in (source, model)
@@ -171,14 +183,59 @@ def check_launch(accelerator: Accelerator) -> None:
 
 def open_latents(
     config: Config, source: LatentStore | ImageDataset, device: torch.device
-) -> tuple[AutoencoderKL | None, LatentScaling, tuple[int, int, int]]:
-    """The VAE (None where there is nothing to encode or to draw), the latents' scaling and their shape (C, h, w)."""
+) -> tuple[AutoencoderKL | None, LatentScaling, tuple[int, int, int], dict[str, Any]]:
+    """The VAE, the latents' scaling and shape (C, h, w), and the record of the VAE they are of.
+
+    The VAE is None where there is nothing to encode or to draw. A few latents are looked at, and warned of.
+
+    Raises :class:`InputError` for a VAE that did not make the store's latents, or does not take the image size.
+    """
     if isinstance(source, LatentStore):
-        drawn = config.training.sample_every or config.evaluation.every
-        vae = load_vae(config.data.vae).to(device) if drawn else None
-        return vae, source, (source.latent_channels, *source.latent_size)
+        drawn = bool(config.training.sample_every or config.evaluation.every)
+        vae = open_vae_of(source, config, drawn)
+        if drawn:
+            adopt_normalisation(vae, source, config.data.source)
+        count = min(STORED_LOOKED_AT, len(source))
+        looked_at = torch.stack([source.moments(k * len(source) // count) for k in range(count)])
+        warn_of_latents(latent_statistics(source, [looked_at]), source)
+        if (decibels := source.manifest.get("reconstruction_psnr")) is not None:
+            warn_of_psnr(decibels)
+        record = vae_record(config.data.vae, source, source.vae_sha256 if vae is None else vae)
+        vae = vae.to(device) if drawn else None
+        return vae, source, (source.latent_channels, *source.latent_size), record
     vae = load_vae(config.data.vae).to(device)
     side, rest = divmod(config.data.image_size, downsampling(vae))
     if rest:
         raise InputError(f"data.image_size={config.data.image_size}: this VAE wants a multiple of {downsampling(vae)}")
-    return vae, vae.config, (vae.config.latent_channels, side, side)
+    images = list(some_images(source, ENCODED_LOOKED_AT))
+    warn_of_latents(latent_statistics(vae.config, (encode_moments(vae, image) for image in images)), vae.config)
+    warn_of_psnr(psnr(reconstruction_error(vae, images)))
+    record = vae_record(config.data.vae, vae.config, vae)
+    return vae, vae.config, (vae.config.latent_channels, side, side), record
+
+
+def open_vae_of(store: LatentStore, config: Config, drawn: bool) -> AutoencoderKL | None:
+    """The VAE that `data.vae` names, if it is to draw or to be compared with the one that made a store.
+
+    A store that says what its VAE's weights are takes that VAE by any name; a decoder trained further is as good.
+
+    Raises :class:`InputError` if it is another.
+    """
+    same_place = is_same_place(store.vae, config.data.vae)
+    if store.vae_sha256 is None:
+        if not same_place:
+            raise InputError(
+                f"data.vae={config.data.vae!r}: {store.folder} was encoded by {store.vae!r}, and was so before stores "
+                "noted what that is; if this is the same VAE in another place, write its name for `vae` into the "
+                "store's manifest.json and encode.json"
+            )
+        return load_vae(config.data.vae) if drawn else None
+    if same_place and not drawn:
+        return None
+    vae = load_vae(config.data.vae)
+    if vae_sha256(vae)["encoder"] != store.vae_sha256["encoder"]:
+        raise InputError(
+            f"data.vae={config.data.vae!r}: its weights are not those that {store.folder} was encoded with, of "
+            f"{store.vae!r}; name that VAE, wherever it lies, or encode anew"
+        )
+    return vae

@@ -28,7 +28,7 @@ def open_source(config: DataConfig, seed: int) -> ImageDataset | LatentStore:
     """The images or the latent store that a configuration names.
 
     Raises:
-        InputError: If it is not there, or a store was made for another image size, VAE or mirroring.
+        InputError: If it is not there, or a store was made for another image size or mirroring.
     """
     if config.source not in PACKAGED and not Path(config.source).is_dir():
         raise InputError(
@@ -36,7 +36,7 @@ def open_source(config: DataConfig, seed: int) -> ImageDataset | LatentStore:
             f"latent store; {how_to_encode(config.source)}"
         )
     if not is_latent_store(config.source):
-        return open_images(config.source, config.image_size, seed=seed)
+        return open_images(config.source, config.image_size, seed=seed, exif_orientation=config.exif_orientation)
     store = LatentStore(config.source)
     if store.image_size != config.image_size:
         raise InputError(f"data.image_size={config.image_size}: {config.source} holds {store.image_size}-pixel images")
@@ -45,9 +45,10 @@ def open_source(config: DataConfig, seed: int) -> ImageDataset | LatentStore:
             f"data.horizontal_flip=True: {config.source} has no mirrored latents; "
             "encode with --horizontal-flip true, or train with --data.horizontal-flip false"
         )
-    made_by, wanted = (str(Path(v).resolve()) if Path(v).is_dir() else v for v in (store.vae, config.vae))
-    if made_by != wanted:
-        raise InputError(f"data.vae={config.vae!r}: {config.source} was encoded by {store.vae!r}")
+    if config.exif_orientation and not store.manifest.get("exif_orientation"):
+        raise InputError(
+            f"data.exif_orientation=True: {config.source} was encoded without; encode with --exif-orientation true"
+        )
     return store
 
 
