@@ -218,7 +218,7 @@ class EncodeOptions:
     def __post_init__(self) -> None:
         if self.verify is None:
             for key in ("data", "vae", "image_size", "out"):
-                require(getattr(self, key) is not None, key, None, f"a value; encoding needs --{key.replace('_', '-')}")
+                require(getattr(self, key) is not None, key, None, "a value, which encoding needs")
         for key in ("batch_size", "shard_size"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")

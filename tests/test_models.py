@@ -417,8 +417,8 @@ def test_misshapen_input_is_refused_by_name(name, change, message):
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("gspn-dit-x-2", {}, "'gspn-dit-x-2' is unknown: did you mean .*gspn-dit-xl-2"),
-        ("dit-s-2", {"chunk": 2}, "dit-s-2 has no option 'chunk': choose from width, depth, num_heads, mlp_ratio"),
+        ("gspn-dit-x-2", {}, "name='gspn-dit-x-2': no such model; did you mean .*gspn-dit-xl-2"),
+        ("dit-s-2", {"chunk": 2}, "chunk=2: dit-s-2 has no such option; choose from width, depth, num_heads"),
         ("dit-s-2", {"sample_size": 7}, "sample_size=7: .*patch_size=2"),
         ("gspn-s-2", {"sample_size": (8, 9)}, "sample_size=.*patch_size=2"),
         ("dit-s-2", {"num_heads": 5}, "num_heads=5"),
@@ -491,6 +491,6 @@ def test_the_table_gives_each_row_before_it_makes_the_next_model(capsys, monkeyp
 
 
 def test_the_table_refuses_an_unknown_name_before_any_row(capsys):
-    with pytest.raises(InputError, match="'dit-xx-2' is unknown"):
+    with pytest.raises(InputError, match="names='dit-xx-2': no such model"):
         table.main(table.Options(["dit-ti-2", "dit-xx-2"]))
     assert capsys.readouterr().out == ""
