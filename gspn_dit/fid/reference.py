@@ -46,6 +46,7 @@ class Options:
         out: The npz file to write.
         image_size: Side in pixels that a folder of `class/*.jpg` is cropped to as ADM does; null takes a folder's
             images as they are.
+        exif_orientation: Turn those of such a folder as their EXIF orientation says, as for a training that did.
         num_images: How many images go into the file, for precision and recall, drawn at random; null takes ADM's
             10000, or all if there are fewer. The statistics are of all images.
         seed: Of the draw.
@@ -57,6 +58,7 @@ class Options:
     data: str
     out: str
     image_size: int | None = None
+    exif_orientation: bool = False
     num_images: int | None = None
     seed: int = 0
     vae: str | None = None
@@ -70,6 +72,8 @@ class Options:
         for key in ("image_size", "num_images"):
             if getattr(self, key) is not None:
                 require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        cropped = self.image_size is not None or not self.exif_orientation
+        require(cropped, "exif_orientation", self.exif_orientation, "image_size with it: other images are as they are")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
@@ -116,7 +120,7 @@ def open_data(options: Options, device: torch.device) -> ImageSet:
         raise InputError(f"data={options.data}: holds an unfinished latent store; {how_to_encode(options.data)}")
     elif options.image_size is not None:
         with renamed(source="data"):
-            dataset = open_images(options.data, options.image_size)
+            dataset = open_images(options.data, options.image_size, exif_orientation=options.exif_orientation)
         images = ImageSet(options.data, len(dataset), (options.image_size,) * 2, lambda i: dataset[i][0])
     else:
         images = open_samples(options.data, "data")
