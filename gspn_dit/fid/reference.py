@@ -87,7 +87,7 @@ def open_data(options: Options, device: torch.device) -> ImageSet:
         raise InputError(f"data={options.data}: holds an unfinished latent store; {how_to_encode(options.data)}")
     elif options.image_size is not None:
         with renamed(source="data"):
-            dataset = open_images(options.data, options.image_size)
+            dataset = open_images(options.data, options.image_size, exif_orientation=options.exif_orientation)
         images = of_dataset(options.data, dataset)
     else:
         images = open_samples(options.data, "data")
