@@ -1,6 +1,7 @@
 """Two cores are shared by everything the suite starts."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
@@ -24,6 +25,17 @@ def fresh_accelerate():
     """A process has one accelerator for life; with this, several runs share a process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def devices_stay(monkeypatch):
+    """Where the code under test is wrong and this is root, a test could put a file in a device's place: not here."""
+
+    def replace(path, target):
+        assert not str(target).startswith("/dev/")
+        os.replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
 
 
 @pytest.fixture(scope="module")

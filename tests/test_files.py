@@ -74,7 +74,7 @@ def test_a_pipe_is_written_into(tmp_path):
     assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
 
 
-def test_a_device_is_written_into_and_a_full_one_is_named(tmp_path):
+def test_a_device_is_written_into_and_a_full_one_is_named(tmp_path, devices_stay):
     for name in ("null", "full"):
         (tmp_path / name).symlink_to(f"/dev/{name}")
     write(tmp_path / "null")

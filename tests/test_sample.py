@@ -211,7 +211,7 @@ def test_memory_is_refused_by_the_numbers(run, tmp_path, monkeypatch, capsys):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_device_or_a_link_is_written_into(run, tmp_path, capsys):
+def test_a_device_or_a_link_is_written_into(run, tmp_path, capsys, devices_stay):
     (tmp_path / "null.png").symlink_to("/dev/null")
     (tmp_path / "folder").symlink_to("target")
     (tmp_path / "link.png").symlink_to("target.png")
