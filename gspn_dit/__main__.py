@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"  {each:<12} {verb.help}")
     elif name in VERBS:
         run(name, argv=words)
+    elif name.startswith("-"):
+        fail(InputError(f"{name}: the command comes first; wanted one of {', '.join(VERBS)}"), "gspn-dit")
     else:
         close = difflib.get_close_matches(name.replace("_", "-"), VERBS, n=1, cutoff=0.4)
         remedy = f"did you mean {close[0]}?" if close else f"wanted one of {', '.join(VERBS)}"

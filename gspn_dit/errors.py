@@ -18,15 +18,18 @@ class InputError(ValueError):
 
 
 @contextmanager
-def renamed(**names: str) -> Iterator[None]:
-    """In the block, an error about an argument names the option it came from: `renamed(source="data.source")`."""
+def renamed(prefix: str = "", **names: str) -> Iterator[None]:
+    """In the block, an error about an argument names the option it came from: `renamed(source="data.source")`.
+
+    Arguments without a name here get the prefix, if there is one.
+    """
     try:
         yield
     except InputError as error:
         argument, equals, rest = str(error).partition("=")
-        if not equals or argument not in names:
+        if not equals or (argument not in names and not (prefix and argument.isidentifier())):
             raise
-        raise InputError(f"{names[argument]}={rest}") from error
+        raise InputError(f"{names.get(argument, prefix + argument)}={rest}") from error
 
 
 def is_finite(value: object) -> bool:

@@ -33,15 +33,31 @@ Options = TypeVar("Options")
 
 # What options are called in DiT's and SiT's scripts and elsewhere in the field, and here.
 FAMILIAR = {
+    "cfg": ["guidance_scale", "sampling.guidance_scale"],
     "cfg_scale": ["guidance_scale", "sampling.guidance_scale"],
+    "steps": ["num_inference_steps", "training.max_steps"],
     "num_sampling_steps": ["num_inference_steps", "sampling.num_inference_steps"],
     "num_fid_samples": ["num_images"],
+    "num_samples": ["num_images"],
+    "image_size": ["height"],
+    "resolution": ["image_size", "data.image_size", "height"],
     "global_batch_size": ["training.batch_size"],
+    "train_batch_size": ["training.batch_size"],
     "lr": ["training.learning_rate", "learning_rate"],
-    "epochs": ["training.max_steps"],
+    "epochs": ["training.max_steps", "steps"],
+    "num_train_epochs": ["training.max_steps"],
+    "max_train_steps": ["training.max_steps"],
+    "fp16": ["mixed_precision", "training.mixed_precision"],
+    "bf16": ["mixed_precision", "training.mixed_precision"],
     "ckpt": ["model"],
+    "run": ["model"],
+    "pretrained_model_name_or_path": ["model"],
     "ckpt_every": ["training.checkpoint_every"],
+    "checkpointing_steps": ["training.checkpoint_every"],
+    "resume_from_checkpoint": ["resume"],
     "data_path": ["data.source", "data"],
+    "feature_path": ["data.source"],
+    "features_path": ["data.source", "out"],
     "results_dir": ["output_dir"],
     "sample_dir": ["out"],
     "global_seed": ["seed"],
@@ -190,9 +206,19 @@ def _parsed(
     kinds = _kinds(options)
     given = _given(argv, kinds, positional)
     try:
+        for key, value, _ in given:
+            require(value != "", key, "", "a value, or leave it out")
+        if missing := _required(options) - {key for key, *_ in given}:
+            raise InputError(f"{' and '.join(map(_flag, sorted(missing)))}: missing; --help explains all options")
         return _built(options, given, kinds), given
     except InputError as error:
         raise _as_given(error, given, options) from error
+
+
+def _required(options: type) -> set[str]:
+    """The options that must be given: those without a default."""
+    absent = dataclasses.MISSING
+    return {f.name for f in dataclasses.fields(options) if f.default is absent and f.default_factory is absent}
 
 
 def _built(options: type[Options], given: list[_Given], kinds: dict[str, Any]) -> Options:
@@ -210,7 +236,7 @@ def _built(options: type[Options], given: list[_Given], kinds: dict[str, Any]) -
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
         raise InputError(_readable(str(error), given, kinds)) from error
-    made = options(**{f.name: namespace[f.name] for f in dataclasses.fields(options)})
+    made = options(**{field.name: namespace[field.name] for field in dataclasses.fields(options)})
     _require_finite(made)
     return made
 
@@ -223,7 +249,8 @@ def _as_given(error: InputError, given: list[_Given], options: type) -> InputErr
     files = [in_file for key, _, in_file in given if f"{named[0]}.".startswith(f"{key}.")]
     if files and files[-1]:
         return error
-    return InputError(_flag(named[0]) + str(error)[named.end() :])
+    rest = re.sub("^=None: ", ": missing; " if not files else "=null: ", str(error)[named.end() :])
+    return InputError(_flag(named[0]) + rest)
 
 
 def _flag(key: str) -> str:
@@ -301,6 +328,10 @@ def _given(argv: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]
             if bare:
                 given.append(_Given(bare.pop(0), word))
                 continue
+            if "=" in word and _is_option(_key(word), kinds):
+                raise InputError(f"{word!r}: options have two hyphens; wanted --{word}")
+            if word.endswith((".yaml", ".yml")):
+                raise InputError(f"{word!r}: wanted --config {word}")
             after = f" after {_flag(given[-1].key)} {given[-1].value}" if given else ""
             raise InputError(f"{word!r}{after}: wanted `--option value`, several values with commas between them")
         typed, equals, value = word.partition("=")
@@ -363,7 +394,7 @@ def _check_key(key: str, shown: str, kinds: dict[str, Any], spell: Callable[[str
         return
     familiar = [known for known in FAMILIAR.get(key.rpartition(".")[2], ()) if known in kinds]
     endings = [known for known in kinds if known.endswith("." + key) or known.startswith(key + ".")]
-    close = familiar or endings or difflib.get_close_matches(key, kinds, n=1)
+    close = familiar or endings or difflib.get_close_matches(key, ["config", *kinds], n=1)
     remedy = f"did you mean {spell(close[0])}?" if close else "--help lists them"
     raise InputError(f"{shown}: no such option; {remedy}")
 
@@ -406,11 +437,12 @@ def _wanted(kind: Any) -> str:
     """A type in words."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if get_origin(kind) is Literal:
-        return " or ".join(get_args(kind))
+        *first, last = get_args(kind)
+        return f"{', '.join(first)} or {last}" if first else last
     if get_origin(kind) is tuple:
         return ",".join(_wanted(each).removeprefix("a ") for each in get_args(kind))
     if get_origin(kind) is list:
-        return "a list, first,second"
+        return f"{_wanted(get_args(kind)[0])}, or several with commas between them"
     if get_origin(kind) is dict:
         return "{name: value, …}"
     return words.get(kind) or " or ".join(_wanted(each) for each in get_args(kind))

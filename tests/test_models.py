@@ -401,6 +401,11 @@ def test_stochastic_depth_keeps_or_drops_whole_branches_and_rises_with_depth():
         ({0: torch.zeros(2, 3, 8, 8)}, r"latents of shape \(2, 3, 8, 8\): give \(B, 4,"),
         ({1: torch.zeros(3)}, r"timesteps of shape \(3,\): give .*\(2,\)"),
         ({2: torch.zeros(2, 1, dtype=torch.long)}, r"class_labels of shape \(2, 1\)"),
+        ({1: torch.tensor(3)}, r"timesteps of shape \(\): give .*\(2,\)"),
+        ({1: 500}, r"timesteps=500: give a tensor of one for each latent, \(2,\)"),
+        ({2: torch.zeros(2)}, "class_labels of torch.float32: give class ids"),
+        ({2: torch.tensor([0, -1])}, "class_labels: -1 is among them; give 0 to"),
+        ({2: torch.tensor([1001, 0])}, "class_labels: 1001 is among them; give 0 to"),
     ],
 )
 def test_misshapen_input_is_refused_by_name(name, change, message):
@@ -412,8 +417,8 @@ def test_misshapen_input_is_refused_by_name(name, change, message):
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("gspn-dit-x-2", {}, "'gspn-dit-x-2' is unknown: did you mean .*gspn-dit-xl-2"),
-        ("dit-s-2", {"chunk": 2}, "dit-s-2 has no option 'chunk': choose from width, depth, num_heads, mlp_ratio"),
+        ("gspn-dit-x-2", {}, "name='gspn-dit-x-2': no such model; did you mean .*gspn-dit-xl-2"),
+        ("dit-s-2", {"chunk": 2}, "chunk=2: dit-s-2 has no such option; choose from width, depth, num_heads"),
         ("dit-s-2", {"sample_size": 7}, "sample_size=7: .*patch_size=2"),
         ("gspn-s-2", {"sample_size": (8, 9)}, "sample_size=.*patch_size=2"),
         ("dit-s-2", {"num_heads": 5}, "num_heads=5"),
@@ -486,6 +491,6 @@ def test_the_table_gives_each_row_before_it_makes_the_next_model(capsys, monkeyp
 
 
 def test_the_table_refuses_an_unknown_name_before_any_row(capsys):
-    with pytest.raises(InputError, match="'dit-xx-2' is unknown"):
+    with pytest.raises(InputError, match="names='dit-xx-2': no such model"):
         table.main(table.Options(["dit-ti-2", "dit-xx-2"]))
     assert capsys.readouterr().out == ""

@@ -2,13 +2,14 @@
 
 import dataclasses
 import importlib
+import json
 import os
 import typing
 
 import docstring_parser
 import pytest
 
-from gspn_dit.commands import VERBS, ExportOptions, SampleOptions
+from gspn_dit.commands import VERBS, BudgetOptions, ExportOptions, ModelsOptions, SampleOptions
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.options import parse
@@ -36,6 +37,31 @@ def test_what_is_typed_is_understood():
     assert options("--out", "2024", of=SampleOptions).out == "2024"
     overrides = options("--model.overrides", "{depth: 2}", "--model.overrides.num-groups", "3").model.overrides
     assert overrides == {"depth": 2, "num_groups": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("a,b", ["a", "b"]),
+        ("[a,b]", ["a", "b"]),
+        (" [ a, b ,] ", ["a", "b"]),
+        ("a", ["a"]),
+        ("[]", []),
+        ("a: b,#c,*d,{e,no,null,1", ["a: b", "#c", "*d", "{e", "no", "null", "1"]),
+        ("""['a, b',"c]",it's,'it''s']""", ["a, b", "c]", "it's", "it's"]),
+        ("größe,日本", ["größe", "日本"]),
+    ],
+)
+def test_a_list_has_commas_and_brackets_if_you_like(tmp_path, text, items):
+    assert options("--names", text, of=ModelsOptions).names == items
+    of_file = json.dumps({"names": items}, ensure_ascii=False)  # is YAML, too
+    assert options("--config", written(tmp_path, of_file), of=ModelsOptions).names == items
+
+
+def test_lists_of_numbers():
+    for typed in ("1, 8,", "[1,8]"):
+        assert options("--gpus", typed, of=BudgetOptions).gpus == [1, 8]
+    assert options("--batch-size", "1000", "--gpus", "1e1,1e3", of=BudgetOptions).gpus == [10, 1000]
 
 
 def test_yaml_words_are_words(tmp_path):
@@ -97,11 +123,29 @@ def test_what_is_saved_is_loaded(tmp_path):
         ("--training.max-steps many", "--training.max-steps='many': wanted a whole number"),
         ("--training.max-steps 1.5", "--training.max-steps='1.5': wanted a whole number"),
         ("--training.learning-rate fast", "--training.learning-rate='fast': wanted a number"),
+        ("--training.learning-rate .inf", "--training.learning-rate=inf: wanted a finite number"),
+        ("--training.weight-decay .nan", "--training.weight-decay=nan"),
+        ("--training.max-grad-norm 1e999", "--training.max-grad-norm=inf: wanted a finite number"),
+        ("--training.ema-decay .nan", "--training.ema-decay=nan"),
+        ("--diffusion.class-dropout .nan", "--diffusion.class-dropout=nan"),
+        ("--sampling.guidance-scale .inf", "--sampling.guidance-scale=inf: wanted 1 (none) or more"),
+        ("--sampling.guidance-interval .nan,1", "--sampling.guidance-interval=(nan, 1.0)"),
+        ("--evaluation.guidance-scale .nan", "--evaluation.guidance-scale=nan: wanted 1 (none) or more"),
+        ("--training.posthoc-ema-sigma-rels 0.1,.nan", "--training.posthoc-ema-sigma-rels=[0.1, nan]"),
         ("--resume maybe", "--resume='maybe': wanted auto or no"),
         ("--sampling.guidance-interval 0.5", "--sampling.guidance-interval='0.5': wanted number,number"),
         ("--seed -1", "--seed=-1: wanted a whole number from 0"),
         ("--seed 2147483648", "--seed=2147483648: wanted a whole number from 0"),
         ("runs/digits", "'runs/digits': wanted `--option value`"),
+        ("-seed 3", "-seed: options have two hyphens; wanted --seed"),
+        ("seed=3", "'seed=3': options have two hyphens; wanted --seed=3"),
+        ("configs/digits.yaml", "'configs/digits.yaml': wanted --config configs/digits.yaml"),
+        ("--configs x.yaml", "--configs: no such option; did you mean --config?"),
+        ("--fp16", "did you mean --training.mixed-precision?"),
+        ("--output-dir=", "--output-dir='': wanted a value"),
+        ("--model.overrides {a", "--model.overrides='{a': wanted {name: value, …}"),
+        ("--evaluation.every 10", "--evaluation.reference: missing; wanted images or statistics"),
+        ("--training.mixed-precision fp32", "--training.mixed-precision='fp32': wanted "),
         ("--config nowhere.yaml", "--config='nowhere.yaml': cannot be read"),
     ],
 )
@@ -121,6 +165,7 @@ def test_the_answer_names_what_was_typed_and_what_is_wanted(argv, answer):
         ("hello\n", "config.yaml': wanted lines of `option: value`"),
         ("- seed\n", "config.yaml': wanted lines of `option: value`"),
         ("seed: {a: 1}\n", "seed='{a: 1}': wanted a whole number"),
+        ("training: {batch_size: 0}\n", "training.batch_size=0: wanted 1 or more"),
         ("model: gspn-dit-s-2\n", "config.yaml: model: no such option; did you mean model.name?"),
     ],
 )
@@ -150,8 +195,10 @@ def test_bare_words_are_the_options_that_a_command_names():
     assert given("run", "--out", "folder") == ExportOptions("run", "folder")
     with pytest.raises(InputError, match="'third'"):
         given("run", "folder", "third")
-    with pytest.raises(InputError, match="out"):
+    with pytest.raises(InputError, match=r"^--out: missing"):
         given("run")
+    with pytest.raises(InputError, match=r"^--model and --out: missing"):
+        given()
 
 
 def test_help_lists_the_options(capsys):
@@ -174,3 +221,5 @@ def test_an_error_about_an_argument_names_the_option_it_came_from():
         refuse("source='x': missing, source=y")
     with pytest.raises(InputError, match=r"^split='x'$"):
         refuse("split='x'")
+    with pytest.raises(InputError, match=r"^model.overrides.width=0: no$"), renamed("model.overrides."):
+        raise InputError("width=0: no")

@@ -36,7 +36,7 @@ class Digits(ImageDataset):
         check_split(split)
         if image_size != IMAGE_SIZE:
             raise InputError(
-                f"image_size={image_size}: the digits are {IMAGE_SIZE} pixels; use image_size={IMAGE_SIZE}"
+                f"image_size={image_size}: the digits are {IMAGE_SIZE} pixels a side; give {IMAGE_SIZE}"
             )
         images, labels = _read()
         chosen = _held_out(labels) if split == "test" else np.setdiff1d(np.arange(len(labels)), _held_out(labels))

@@ -76,13 +76,16 @@ def main(options: Options) -> None:
         "shard_size": options.shard_size,
         "mixed_precision": precision.name,
     }
-    out = Path(options.out)
+    out, side = Path(options.out), options.image_size // downsampling(vae)
+    values = len(images) * 2 * vae.config.latent_channels * side**2 * (2 if options.horizontal_flip else 1)
     shards = {
         f"shard-{number:05d}.safetensors": range(start, min(start + options.shard_size, len(images)))
         for number, start in enumerate(range(0, len(images), options.shard_size))
     }
     missing: list[str] = []
     if processes.is_main_process:
+        if not out.exists():  # else some of it may be there
+            check_place(out, folder=True, size=2 * values)
         settings |= begin(out, settings)
         precision.say()
         missing = [name for name in shards if not (out / name).exists()]

@@ -6,6 +6,7 @@ import torch
 
 from gspn_dit.commands import ModelsOptions as Options
 from gspn_dit.commands import run
+from gspn_dit.errors import renamed
 from gspn_dit.models.counting import count_macs
 from gspn_dit.models.presets import create_model, find_preset, list_models
 
@@ -13,8 +14,9 @@ from gspn_dit.models.presets import create_model, find_preset, list_models
 def main(options: Options) -> None:
     """List models: name, parameters, and multiply-accumulates (GMACs) of one image of 256 and 512 pixels a side."""
     names = options.names or list_models()
-    for name in names:
-        find_preset(name)
+    with renamed(name="names"):
+        for name in names:
+            find_preset(name)
     print(f"{'name':<16}{'parameters':>14}{'GMACs at 256':>14}{'at 512':>10}")
     for name in names:
         with torch.device("meta"):

@@ -66,9 +66,9 @@ def create_model(name: str, **overrides: Any) -> LatentModel:
     """
     family, numbers = find_preset(name)
     valid = [parameter for parameter in inspect.signature(family.__init__).parameters if parameter != "self"]
-    for key in overrides:
+    for key, value in overrides.items():
         if key not in valid:
-            raise InputError(f"{name} has no option {key!r}: choose from {', '.join(valid)}")
+            raise InputError(f"{key}={value!r}: {name} has no such option; choose from {', '.join(valid)}")
     return family(**{**numbers, **overrides})
 
 
@@ -76,6 +76,6 @@ def find_preset(name: str) -> tuple[type[LatentModel], dict[str, Any]]:
     """The class of a named model and its numbers. Raises :class:`InputError` for an unknown name."""
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5) or ["dit-xl-2", "gspn-xl-2", "gspn-dit-xl-2"]
-        raise InputError(f"model {name!r} is unknown: did you mean {', '.join(close)}? "
-                         "`python -m gspn_dit.models` lists them all")  # fmt: skip
+        raise InputError(f"name={name!r}: no such model; did you mean {', '.join(close)}? "
+                         "`gspn-dit models` lists them all")  # fmt: skip
     return MODELS[name]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from gspn_dit.errors import renamed
 from gspn_dit.models import create_model
 from gspn_dit.models.counting import count_macs
 from gspn_dit.models.latent_model import LatentModel
@@ -70,8 +71,9 @@ def activation_bytes(build: Callable[[], LatentModel], side: int) -> float:
 
 def main(options: Options) -> None:
     """Print what training needs: memory of a GPU, steps a second to expect, hours; computed, not measured."""
-    for name in options.names:
-        find_preset(name)
+    with renamed(name="names"):
+        for name in options.names:
+            find_preset(name)
     costs = {name: count_cost(name, options.image_size) for name in options.names}
     print(
         f"Computed, not measured: {options.image_size} pixels a side, {options.batch_size} images a step, "

@@ -35,6 +35,7 @@ from gspn_dit.pipeline import load_class_names, load_transformer, unguided
 from gspn_dit.training.evaluation import Evaluator
 from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
 
+OVERRIDES = "model.overrides."
 STORED_LOOKED_AT, ENCODED_LOOKED_AT = 64, 4  # images, before training
 LABELS = "y_embedder.embedding_table.weight"  # a row for each class and a last one for no class
 
@@ -95,11 +96,15 @@ def open_parts(config: Config, accelerator: Accelerator) -> Parts:
         **config.model.overrides,
     )
     try:
-        model = build().to(accelerator.device)
+        with renamed(OVERRIDES, name="model.name"):
+            model = build().to(accelerator.device)
     except InputError as error:
-        if not str(error).startswith("sample_size="):
-            raise
-        raise InputError(f"data.image_size={config.data.image_size}: of its latents, {error}") from error
+        problem = str(error).removeprefix(OVERRIDES)
+        if problem.startswith("sample_size="):
+            raise InputError(f"data.image_size={config.data.image_size}: of its latents, {problem}") from error
+        if "no such option" in problem:
+            raise InputError(f"{error}; --model.overrides '{{}}' takes none of a file's") from error
+        raise
     stream = TrainingStream(
         source,
         latent_shape=latent_shape,
