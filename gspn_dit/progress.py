@@ -87,14 +87,16 @@ class Lines:
         if not self.shown:
             return
         seconds, done = self.said - self.began, self.n - self.initial
-        far = f"{self.n:,} of {self.total:,}" if self.total is not None and self.n < self.total else f"{self.n:,}"
+        going_on = self.total is not None and self.n < self.total
+        far = f"{self.n:,} of {self.total:,}" if going_on else f"{self.n:,}"
+        units = self.unit if (self.total if going_on else self.n) == 1 else f"{self.unit}s"
         now = f", {done:,} of them" if self.initial else ""
-        parts = [f"{self.desc}: {far} {self.unit}s{now} in {tqdm.format_interval(seconds)}"]
+        parts = [f"{self.desc}: {far} {units}{now} in {tqdm.format_interval(seconds)}"]
         if self.postfix:
             parts.append(self.postfix)
         elif done and seconds:
             parts.append(f"{figure(done / seconds)} {self.unit}s/s")
-        if done and self.total is not None and self.n < self.total:
+        if done and going_on:
             parts.append(f"{tqdm.format_interval(seconds / done * (self.total - self.n))} left")
         print(", ".join(parts), file=sys.stderr, flush=True)
 

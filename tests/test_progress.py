@@ -42,6 +42,8 @@ def test_a_log_gets_a_line_every_half_minute_and_one_at_the_end(clock, capsys):
 def test_short_work_is_a_line_and_none_if_it_passes_or_shows_nothing(clock, capsys):
     work(clock, 5, 2)
     assert capsys.readouterr().err == "encode: 5 images in 00:10, 0.5000 images/s\n"
+    work(clock, 1, 2)
+    assert capsys.readouterr().err == "encode: 1 image in 00:02, 0.5000 images/s\n"
     work(clock, 5, 2, leave=False)
     work(clock, 5, 100, disable=True)
     work(clock, 0, 1)

@@ -18,6 +18,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from made_faults import finished, start, text
 from made_runs import CLASS_NAMES, make_run, tiny_vae
 from made_store import make_store
 from made_training import TRAIN, config, losses, options, rows, wait_for
@@ -39,7 +40,7 @@ from gspn_dit.training.checkpoints import EMA_WEIGHTS, list_checkpoints
 from gspn_dit.training.evaluation import draw_samples
 from gspn_dit.training.loop import train
 from gspn_dit.training.record import draw_loss, log_ticks, running_mean
-from gspn_dit.training.setup import check_launch, start_from
+from gspn_dit.training.setup import LABELS, check_launch, start_from
 from gspn_dit.training.step import NonFiniteLoss, clean_latents
 from gspn_dit.training.trackers import start_trackers, track_samples
 
@@ -47,7 +48,6 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gspn-dit", "gspn"])
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path, store, model):
     changes = ["--training.max_steps", 100, "--training.checkpoint_every", 7, "--training.warmup_steps", 5,
@@ -55,14 +55,13 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path, store, model):
     if model == "gspn":  # draws its own random numbers: stochastic depth
         changes += ["--model.name", "gspn-ti-1", "--model.overrides", "{width: 32, depth: 3, stochastic_depth: 0.9}"]
     train(config(tmp_path / "whole", store, *changes))
-    killed = tmp_path / "killed"
-    command = [sys.executable, TRAIN, *options(killed, store, *changes)]
+    killed, log = tmp_path / "killed", tmp_path / "log"
     for kill_after in (9, 30):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(killed, kill_after, process)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL and len(rows(killed)) < 100
-    subprocess.run(command, check=True, capture_output=True)
+        process = start(options(killed, store, *changes), log)
+        wait_for(killed, kill_after)
+        process.kill()
+        assert finished(process) == -signal.SIGKILL and len(rows(killed)) < 100
+    assert finished(start(options(killed, store, *changes), log)) == 0, text(log)
     assert losses(killed) == losses(tmp_path / "whole")
     assert [step for step, _ in losses(killed)] == list(range(1, 101))
     assert len(list_checkpoints(killed)) == 3  # the newest, no more
@@ -372,7 +371,7 @@ def test_weights_go_on_with_other_classes(tmp_path, name):
     model = create_model(name, sample_size=8, num_classes=5, out_channels=4)
     fresh = model.y_embedder.embedding_table.weight.clone()
     said = start_from(model, str(run), names)
-    assert said == f"{run} has 3 classes, the data 5: 3 labels begin anew; 2 of the same name keep theirs"
+    assert said == f"{run} has 3 classes, the data 5: new label rows for 3; 2 of the same name keep theirs"
     theirs = dict(load_pipeline(run).transformer.named_parameters())
     table, old = model.y_embedder.embedding_table.weight, theirs["y_embedder.embedding_table.weight"]
     for row, wanted in enumerate((fresh[0], old[CLASS_NAMES.index("goldfish")], old[0], fresh[3], fresh[4], old[3])):
@@ -388,8 +387,23 @@ def test_a_run_on_other_classes_says_so_and_learns(tmp_path, store, capsys):
     other = make_store(tmp_path / "store", classes=4)
     AcceleratorState._reset_state(reset_partial_state=True)
     train(config(tmp_path / "second", other, "--training.max_steps", 2, "--model.init_from", first))
-    assert f"{first} has 3 classes, the data 4: 1 labels begin anew; 3 of the same name" in capsys.readouterr().out
+    assert f"{first} has 3 classes, the data 4: new label rows for 1; 3 of the same name" in capsys.readouterr().out
     assert load_pipeline(tmp_path / "second").transformer.config.num_classes == 4
+
+
+def test_one_class_is_training_without_a_condition(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    (tmp_path / "pictures" / "all").mkdir(parents=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "pictures" / "all" / f"{i}.png")
+    run = tmp_path / "run"
+    train(config(run, tmp_path / "pictures", "--diffusion.class_dropout", 0, "--sampling.guidance_scale", 1,
+                 "--training.sample_every", 4, "--training.max_steps", 4))  # fmt: skip
+    assert (run / "samples" / "step-0000004.png").is_file()
+    moments = load_file(list_checkpoints(run)[-1] / "optimizer.safetensors")[f"{LABELS}.exp_avg"]
+    assert moments[0].any() and not moments[1].any(), "the one label is trained, no class is not"
+    pipe = load_pipeline(run)
+    assert pipe(0).images[0].size == pipe("all").images[0].size == (32, 32)
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
@@ -445,7 +459,11 @@ def test_a_run_is_not_overwritten_or_continued_as_another(tmp_path, store):
     train(config(moved, fewer, "--training.max_steps", 4))
     (fewer / "manifest.json").write_text(json.dumps(manifest))
     (fewer / "shard-00000.safetensors").write_bytes((store / "shard-00000.safetensors").read_bytes())
-    with pytest.raises(InputError, match=r"^data\.source=.*24 images.*12 of"):
+    with pytest.raises(InputError, match=r"^data\.source=.*24 images.*12 of 3; restore"):
+        train(config(moved, fewer, "--resume", "auto"))
+    renamed = json.dumps(manifest).replace("class 1", "cat")
+    (fewer / "manifest.json").write_text(renamed)
+    with pytest.raises(InputError, match=r"of 3 \(class 1 was 'class 1', is 'cat'\); restore"):
         train(config(moved, fewer, "--resume", "auto"))
 
 

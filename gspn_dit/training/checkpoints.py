@@ -274,9 +274,12 @@ def check_resumable(checkpoint: Path, config: Config, source: Dataset, vae_recor
     num_images = metadata["num_images"]
     class_names = json.loads((checkpoint / "class_names.json").read_text())
     if (num_images, class_names) != (len(source), source.class_names):
+        pairs = enumerate(zip(class_names, source.class_names, strict=False))
+        others = (f" (class {i} was {before!r}, is {now!r})" for i, (before, now) in pairs if before != now)
+        differ = next(others, "")
         raise InputError(
             f"data.source={config.data.source!r}: it has {len(source)} images of {len(source.class_names)} classes, "
-            f"and the run in {config.output_dir} began with {num_images} of {len(class_names)}; restore it"
+            f"and the run in {config.output_dir} began with {num_images} of {len(class_names)}{differ}; restore it"
         )
 
 

@@ -159,7 +159,7 @@ def start_from(model: LatentModel, path: str, class_names: list[str]) -> str | N
         our_table[kept] = their_table[[names.index(class_names[label]) for label in kept]]
     before, now = len(their_table) - 1, len(our_table) - 1
     of_same_name = f"; {len(kept)} of the same name keep theirs" if kept else ""
-    return f"{path} has {before} classes, the data {now}: {now - len(kept)} labels begin anew{of_same_name}"
+    return f"{path} has {before} classes, the data {now}: new label rows for {now - len(kept)}{of_same_name}"
 
 
 def check_options(config: Config) -> None:
