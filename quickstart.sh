@@ -14,13 +14,12 @@ rm -rf "$RUN"
 run python -m gspn_dit.ops
 run python -m gspn_dit.data.encode --data digits --vae digits --image-size 32 --out data/digits-latents --num-workers 0
 run python train_dit.py --config configs/digits.yaml --output-dir "$RUN"
-run python sample.py --model "$RUN" --num-images 100 --out "$RUN/grid.png"
 run python sample.py --model "$RUN" --num-images 500 --out "$RUN/samples-500/"
 run python fid/evaluate.py --samples "$RUN/samples-500" --reference digits --features digits --out "$RUN/metrics.json"
 
 cat <<END
 
-sample grid   $RUN/grid.png
+sample grid   $(ls "$RUN"/samples/step-*.png | tail -n 1)
 loss curve    $RUN/loss.png
 metrics       $RUN/metrics.json
 checkpoint    $(ls -d "$RUN"/checkpoints/step-* | tail -n 1)

@@ -151,6 +151,7 @@ class ReferenceOptions:
         out: The npz file to write.
         image_size: Side in pixels that a folder of `class/*.jpg` is cropped to as ADM does; null takes a folder's
             images as they are.
+        exif_orientation: Turn those of such a folder as their EXIF orientation says, as for a training that did.
         num_images: How many images go into the file, for precision and recall, drawn at random; null takes ADM's
             10000, or all if there are fewer. The statistics are of all images.
         seed: Of the draw.
@@ -163,6 +164,7 @@ class ReferenceOptions:
     data: str
     out: str
     image_size: int | None = None
+    exif_orientation: bool = False
     num_images: int | None = None
     seed: int = 0
     vae: str | None = None
@@ -177,6 +179,8 @@ class ReferenceOptions:
         for key in ("image_size", "num_images"):
             if getattr(self, key) is not None:
                 require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        cropped = self.image_size is not None or not self.exif_orientation
+        require(cropped, "exif_orientation", self.exif_orientation, "image_size with it: other images are as they are")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 

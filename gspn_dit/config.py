@@ -245,6 +245,7 @@ class Config:
             temporary.write_text(yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
 
     def __post_init__(self) -> None:
+        require(self.output_dir != "", "output_dir", "", "a folder for the run")
         require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number from 0 to 2147483647")
 
     @classmethod

@@ -32,6 +32,7 @@ def main(options: Options) -> None:
     require_new(out)
     checkpoint = find_checkpoint(options.model)
     pipeline = load_pipeline(checkpoint or options.model, options.vae)
+    require_new(out, pipeline.transformer.get_memory_footprint() + pipeline.vae.get_memory_footprint())
     with new_folder(out) as folder:
         pipeline.save_pretrained(folder)
         for path in folder.rglob("*.json"):

@@ -19,7 +19,7 @@ from gspn_dit.files import replacing
 
 _SMALLEST = 64  # pixels a side in a grid, below which images are enlarged by a whole factor
 _ROOM = 128  # pixels that images are enlarged to at most for the sake of their captions
-_MARGIN, _PAPER, _TEXT = 4, 255, 12
+_MARGIN, _PAPER, _TEXT = 4, 255, 11
 
 
 def save_image(image: Tensor, path: str | os.PathLike) -> None:
@@ -44,8 +44,12 @@ def save_grid(images: Tensor, path: str | os.PathLike, captions: Sequence[str] |
         path: The file.
         captions: What is written over each, and cut where it is wider than the image.
     """
-    font = ImageFont.load_default(size=_TEXT)
-    widest = max(map(font.getlength, captions or [""]))
+    import matplotlib
+
+    # It brings a font with the letters of most alphabets; Pillow's own has English ones alone.
+    font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _TEXT)
+    captions = [" ".join(caption.split()) for caption in captions or []]
+    widest = max(map(font.getlength, captions), default=0)
     scale = max(1, math.ceil(_SMALLEST / min(images.shape[2:])), math.ceil(min(widest, _ROOM) / images.shape[3]))
     images = images.cpu()
     if scale > 1:
@@ -57,7 +61,7 @@ def save_grid(images: Tensor, path: str | os.PathLike, captions: Sequence[str] |
     grid = make_grid(tiles, nrow=columns, padding=_MARGIN, pad_value=_PAPER).permute(1, 2, 0).numpy()
     picture = Image.fromarray(np.ascontiguousarray(grid))
     pen = ImageDraw.Draw(picture)
-    for i, caption in enumerate(captions or []):
+    for i, caption in enumerate(captions):
         row, column = divmod(i, columns)
         place = (_MARGIN + column * (width + _MARGIN), _MARGIN + row * (height + line + _MARGIN))
         pen.text(place, _cut(caption, font, width), fill=(0, 0, 0), font=font)

@@ -30,7 +30,7 @@ from gspn_dit.devices import memory_of
 from gspn_dit.diffusion import create_scheduler, denoise
 from gspn_dit.diffusion.sampling import Generators
 from gspn_dit.diffusion.schedulers import own_shift, shifted
-from gspn_dit.errors import InputError, check_guidance, warn
+from gspn_dit.errors import InputError, check_guidance, machine_fault, warn
 from gspn_dit.files import in_bytes
 from gspn_dit.models.chunks import chunked_layers, scaled_chunks
 from gspn_dit.models.latent_model import LatentModel
@@ -365,6 +365,16 @@ def load_transformer(path: str | os.PathLike) -> LatentModel:
         return _load_transformer(folder / "transformer" if exported else _newest_checkpoint(folder) / "ema")
 
 
+def load_class_names(path: str | os.PathLike) -> list[str] | None:
+    """The names of its classes alone, if they have any. Raises as :func:`load_pipeline` does."""
+    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    with _reading(path):
+        if (folder / "model_index.json").is_file():
+            return json.loads((folder / "model_index.json").read_text()).get("class_names")
+        names = _newest_checkpoint(folder) / "class_names.json"
+        return json.loads(names.read_text()) if names.is_file() else None
+
+
 @contextmanager
 def _reading(path: str | os.PathLike) -> Iterator[None]:
     """In the block, files that cannot be read are an InputError of the model at `path`."""
@@ -373,6 +383,8 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
     except InputError as error:
         raise InputError(f"model={str(path)!r}: {error}") from error
     except (OSError, ValueError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:  # damaged files
+        if machine_fault(error) is not None:
+            raise
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
         raise InputError(f"model={str(path)!r}: its files cannot be read ({reason}); make them again") from error
 

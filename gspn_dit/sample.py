@@ -71,10 +71,11 @@ def main(options: SampleOptions) -> None:
     missing: list[int] = []
     with ExitStack() as stack:
         if processes.is_main_process:
-            if pipe.config.class_dropout in (0, 1) and options.guidance_scale is None:
+            if pipe.config.class_dropout in (0, 1):
                 print(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
             for folder in output_folders(options).values():
-                folder.mkdir(parents=True, exist_ok=True)
+                if folder != options.folder:
+                    folder.mkdir(parents=True, exist_ok=True)
             settings = describe(pipe, options, choices) | {"model": str(checkpoint or options.model)}
             if options.single_files:  # before it waits for a stranger
                 check_begun(options.folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)
@@ -102,7 +103,7 @@ def main(options: SampleOptions) -> None:
 
 def say_who(folder: Path, holder: str) -> None:
     """Tell the person whom this process waits for."""
-    print(f"sample.py: {holder} is drawing into {folder}; waiting for its end", file=sys.stderr)
+    print(f"{holder} is drawing into {folder}; waiting for its end", file=sys.stderr)
 
 
 def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
@@ -220,11 +221,12 @@ def output_folders(options: SampleOptions) -> dict[str, Path]:
 
 def check_outputs(options: SampleOptions) -> None:
     """Raise :class:`InputError` if the outputs cannot be written, or old images would stay among the new."""
+    finished = finished_images(options.folder, below=options.num_images)
+    size = (options.num_images - len(finished)) * _LEAST_FILE
     for key in output_folders(options):
-        path = getattr(options, key)
-        check_place(path, key, folder=key == "out" and options.single_files, size=options.num_images * _LEAST_FILE)
+        check_place(getattr(options, key), key, folder=key == "out" and options.single_files, size=size)
     if options.single_files:
-        ours = set(map(image_file, finished_images(options.folder, below=options.num_images)))
+        ours = set(map(image_file, finished))
         if stale := sorted(path.name for path in Path(options.out).glob("*.png") if path.name not in ours):
             raise InputError(f"out={options.out!r}: {len(stale)} PNGs of another run would stay there ({stale[0]}, …); "
                              "empty it or name another folder")  # fmt: skip

@@ -29,14 +29,20 @@ def tiny_model(name: str, objective: str) -> torch.nn.Module:
     return model
 
 
-def make_run(folder: Path, name: str = "gspn-dit-ti-2", objective: str = "flow", steps: tuple[int, ...] = (2,)) -> Path:
+def make_run(
+    folder: Path,
+    name: str = "gspn-dit-ti-2",
+    objective: str = "flow",
+    steps: tuple[int, ...] = (2,),
+    class_dropout: float = 0.1,
+) -> Path:
     """A run's folder as training leaves it, with a checkpoint at each of the steps."""
     tiny_vae().save_pretrained(folder / "vae")
     config = Config(
         output_dir=str(folder),
         model=ModelConfig(name),
         data=DataConfig(source="digits", vae=str(folder / "vae"), image_size=16),
-        diffusion=DiffusionConfig(objective),
+        diffusion=DiffusionConfig(objective, class_dropout=class_dropout),
         sampling=SamplingConfig(num_inference_steps=3, guidance_scale=2.0, guidance_interval=(0.1, 0.9)),
     )
     config.save(folder / "config.yaml")

@@ -42,9 +42,17 @@ def losses(run):
 
 def wait_for(run, lines=1, process=None):
     """Until metrics.csv has that many lines; a process that is given is to live until then."""
-    deadline = time.monotonic() + 120
-    while not ((Path(run) / "metrics.csv").is_file() and len(rows(run)) >= lines):
+
+    def there():
         if process is not None:
             assert process.poll() is None, f"the run ended: {process.stdout and process.stdout.read()[-4000:]}"
+        return (Path(run) / "metrics.csv").is_file() and len(rows(run)) >= lines
+
+    wait_until(there)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

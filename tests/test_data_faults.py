@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import warnings
 
 import numpy as np
 import pytest
@@ -46,13 +47,13 @@ def store(intact, tmp_path):
     return folder
 
 
-def training(source, run):
+def training(source, run, workers=0):
     """Two steps of a tiny model."""
     given = {
         "output_dir": run, "model.name": "gspn-dit-ti-1", "data.source": source, "data.vae": "digits",
         "model.overrides": "{width: 32, depth: 2, num_groups: 2, global_layers: 1}", "data.image_size": 32,
-        "data.horizontal_flip": "false", "data.num_workers": 0, "diffusion.objective": "flow", "training.max_steps": 2,
-        "training.batch_size": 4, "training.sample_every": 0, "training.trackers": "[]",
+        "data.horizontal_flip": "false", "data.num_workers": workers, "diffusion.objective": "flow",
+        "training.max_steps": 2, "training.batch_size": 4, "training.sample_every": 0, "training.trackers": "[]",
     }  # fmt: skip
     empty = run.parent / "empty.yaml"
     empty.write_text("")
@@ -164,3 +165,12 @@ def test_an_unreadable_image_when_training_on_the_folder(torn_folder, tmp_path):
     with pytest.warns(UserWarning, match=r"unreadable image 1, skipped: .*cat/2\.png"):
         train(training(torn_folder, tmp_path / "run"))
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-0000002"]  # it went on to its end
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_of_unreadable_images_is_one_line_whoever_reads_it(torn_folder, tmp_path, workers):
+    for path in torn_folder.rglob("*.png"):
+        path.write_bytes(b"no image")
+    message = rf"^none of the 6 images can be read, among them {torn_folder}/cat/1\.png: restore them$"
+    with pytest.raises(InputError, match=message), warnings.catch_warnings(action="ignore"):
+        train(training(torn_folder, tmp_path / "run", workers))

@@ -401,6 +401,11 @@ def test_stochastic_depth_keeps_or_drops_whole_branches_and_rises_with_depth():
         ({0: torch.zeros(2, 3, 8, 8)}, r"latents of shape \(2, 3, 8, 8\): give \(B, 4,"),
         ({1: torch.zeros(3)}, r"timesteps of shape \(3,\): give .*\(2,\)"),
         ({2: torch.zeros(2, 1, dtype=torch.long)}, r"class_labels of shape \(2, 1\)"),
+        ({1: torch.tensor(3)}, r"timesteps of shape \(\): give .*\(2,\)"),
+        ({1: 500}, r"timesteps=500: give a tensor of one for each latent, \(2,\)"),
+        ({2: torch.zeros(2)}, "class_labels of torch.float32: give class ids"),
+        ({2: torch.tensor([0, -1])}, "class_labels: -1 is among them; give 0 to"),
+        ({2: torch.tensor([1001, 0])}, "class_labels: 1001 is among them; give 0 to"),
     ],
 )
 def test_misshapen_input_is_refused_by_name(name, change, message):

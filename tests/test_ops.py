@@ -205,18 +205,29 @@ def test_memory_that_held_nan_leaves_no_trace(backend, groups, chunk):
         assert all(torch.isfinite(tensor).all() for tensor in (y, *torch.autograd.grad(y.sum(), inputs)))
 
 
-def test_strides_are_the_callers(backend):
-    x, gates, lam, out, decay, scale = operands(1, 4, 5, 6, 4, 3)
-    y = scan(x, gates, lam, out, decay, scale, backend=backend)
-    # a head that puts a group's 12 logits and 4 λ side by side, an x in channels-first memory, an expanded u
+@pytest.mark.parametrize(
+    ("height", "width", "dtype", "within"),
+    [(4, 5, torch.float64, 1e-12), (16, 40, torch.float32, 1e-4)],  # sites in eights: gates are read in vectors
+)
+def test_strides_are_the_callers(backend, height, width, dtype, within):
+    x, gates, lam, out, decay, scale = operands(1, height, width, 6, 4, 3, dtype=dtype)
+    # a head that puts a group's 12 logits and 4 λ side by side, an x in channels-first memory, u by group
     head = torch.cat([gates.permute(0, 1, 2, 5, 3, 4).flatten(-2), lam.permute(0, 1, 2, 4, 3)], dim=-1)
     gate_view = head[..., :12].unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3)
     lam_view = head[..., 12:].transpose(3, 4)
     x_view = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    assert not any(view.is_contiguous() for view in (gate_view, lam_view, x_view))
+    out_view = out.mT.contiguous().mT
+    assert not any(view.is_contiguous() for view in (gate_view, lam_view, x_view, out_view))
     factors = decay.t().contiguous().t(), torch.stack([scale, scale], -1)[..., 0]
-    y_view = scan(x_view, gate_view, lam_view, out, *factors, backend=backend)
-    torch.testing.assert_close(y_view, y, rtol=0, atol=1e-12)
+    for u, u_view in ((out, out_view), (None, None)):
+        for order in (DIRECTIONS, ("left", "down", "right", "up")):
+            results = []
+            for tensors in ((x, gates, lam, u, decay, scale), (x_view, gate_view, lam_view, u_view, *factors)):
+                leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+                y = scan(*leaves, directions=order, backend=backend)
+                results.append((y, *torch.autograd.grad(y.square().sum(), [t for t in leaves if t is not None])))
+            for plain, viewed in zip(*results, strict=True):
+                torch.testing.assert_close(viewed, plain, rtol=within, atol=within * plain.abs().max().item())
     one = torch.ones(1, 1, 1, 1, 1, dtype=x.dtype).expand_as(out)
     torch.testing.assert_close(
         propagate(x, gates, lam, one, backend=backend), propagate(x, gates, lam, backend=backend)

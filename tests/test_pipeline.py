@@ -1,6 +1,7 @@
 """The diffusers pipeline: what it draws, what it refuses, and that it comes back from every kind of folder."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -198,8 +199,13 @@ def test_a_run_and_its_export_draw_alike(tmp_path, objective):
 def test_what_cannot_be_loaded_is_said(tmp_path):
     run = make_run(tmp_path / "run", steps=())
     (tmp_path / "empty").mkdir()
-    for path, words in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "not a run"),
-                        (run, "no checkpoint yet")):  # fmt: skip
+    (tmp_path / "model.pt").write_text("")
+    for path, words in (
+        (tmp_path / "none", "no such folder; wanted a run"),
+        (tmp_path / "empty", "not a run"),
+        (tmp_path / "model.pt", "is a file; wanted the folder"),
+        (run, "no checkpoint yet"),
+    ):
         with pytest.raises(InputError, match=words) as error:
             load_pipeline(path)
         assert str(path) in str(error.value)
@@ -255,6 +261,20 @@ def test_a_damaged_export_is_said_in_one_line(tmp_path):
         ({"class_labels": ["golden retreiver"]}, "did you mean 'golden retriever'"),
         ({"height": 18}, "height=18: wanted a positive multiple of 4"),
         ({"width": 0}, "width=0"),
+        ({"class_labels": []}, r"class_labels=\[\]: wanted one class id or name"),
+        ({"class_labels": None}, "class_labels=None: wanted class ids"),
+        ({"class_labels": 1.0}, "class_labels=1.0: wanted class ids"),
+        ({"height": 32.0}, "height=32.0: wanted a positive multiple of 4"),
+        ({"width": "32"}, "width='32': wanted a positive multiple of 4"),
+        ({"height": 4 * 10**7, "width": 4 * 10**7}, "1 at a time take over .* PB, and the memory of cpu is .* GB"),
+        *(({"guidance_scale": scale}, "guidance_scale=.*: wanted 1") for scale in (math.nan, math.inf, 0, -2, "2")),
+        ({"guidance_interval": []}, r"guidance_interval=\[\]"),
+        ({"guidance_interval": (0.5,)}, "guidance_interval"),
+        ({"guidance_interval": (0.1, math.nan)}, "guidance_interval"),
+        ({"guidance_interval": 0.5}, "guidance_interval=0.5"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5"),
+        ({"num_inference_steps": -1}, "num_inference_steps=-1"),
+        ({"generator": 0}, "generator=0: wanted a torch.Generator"),
         ({"guidance_interval": (0.9, 0.1)}, "guidance_interval"),
         ({"guidance_interval": (0.5, 0.5)}, "guidance_interval"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
@@ -266,6 +286,32 @@ def test_a_damaged_export_is_said_in_one_line(tmp_path):
 def test_bad_input_is_refused(options, words):
     with pytest.raises(InputError, match=words):
         pipeline()(**{"class_labels": [0], **options})
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_what_training_never_saw_is_not_guided_by(tmp_path, dropout):
+    """Neither from a run nor from its export, and not by default; a folder that does not know goes on as it was."""
+    run = make_run(tmp_path / "run", class_dropout=dropout)  # whose sampling.guidance_scale is 2
+    load_pipeline(run).save_pretrained(tmp_path / "exported")
+    for folder in (run, tmp_path / "exported"):
+        pipe = load_pipeline(folder)
+        pipe.set_progress_bar_config(disable=True)
+        assert (pipe.config.guidance_scale, pipe.config.class_dropout) == (1, dropout)
+        with pytest.raises(InputError, match=f"guidance_scale=2: trained with .*class_dropout {dropout:g}, .*; give 1"):
+            pipe([0], guidance_scale=2)
+        calls = [(label, scale) for label in (0, 1) for scale in (None, 1)]
+        first, own, second, _ = (
+            pipe(label, guidance_scale=scale, generator=generators(0), output_type="latent").images
+            for label, scale in calls
+        )
+        assert torch.equal(first, own)
+        assert torch.equal(first, second) == (dropout == 1)  # no class was learned: both are of none
+    index = json.loads((tmp_path / "exported" / "model_index.json").read_text())
+    del index["class_dropout"]
+    (tmp_path / "exported" / "model_index.json").write_text(json.dumps(index | {"guidance_scale": 3.0}))
+    pipe = load_pipeline(tmp_path / "exported")
+    assert (pipe.config.guidance_scale, pipe.config.class_dropout) == (3, None)
+    pipe([0], guidance_scale=2)
 
 
 def test_classes_called_by_numbers_are_known_by_their_names():
@@ -305,3 +351,24 @@ def test_grid_shows_every_image(tmp_path):
         tile = grid[4 + row * 68 :, 4 + column * 100 :][:64, :96]
         assert (tile == 40 * (i + 1)).all()
     assert (grid[0] == 255).all()
+
+
+def test_a_grid_says_over_each_image_what_it_is_of(tmp_path):
+    images = torch.full((4, 3, 32, 32), 128, dtype=torch.uint8)
+    save_grid(images, tmp_path / "grid.png", ["a class of a name that is long", "éclair", "3", "a\nb"])
+    grid = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
+    side, line = 128, 15  # enlarged, so that the long name has room for its beginning
+    assert grid.shape == (2 * (line + side + 4) + 4, 2 * (side + 4) + 4, 3)
+    written = []
+    for i in range(4):
+        row, column = divmod(i, 2)
+        left, top = 4 + column * (side + 4), 4 + row * (line + side + 4)
+        assert (grid[top + line :, left:][:side, :side] == 128).all()  # nothing is written over an image
+        written.append(grid[top : top + line, left : left + side] < 100)
+        assert written[-1].any()
+        assert (grid[:, left + side : left + side + 4] == 255).all()  # nor past its edge
+    assert len({text.tobytes() for text in written}) == 4
+    long, short = (text.any(axis=(0, 2)).nonzero()[0].max() for text in written[:2])
+    assert long > 0.8 * side > 40 > short
+    save_grid(images, tmp_path / "small.png", list("0123"))
+    assert Image.open(tmp_path / "small.png").size == (2 * (64 + 4) + 4, 2 * (15 + 64 + 4) + 4)

@@ -128,7 +128,9 @@ def test_auto_is_the_number_and_at_the_trained_size_changes_nothing():
         ("gspn-dit-ti-2", "flow", {"shift": math.nan}, "shift=nan: wanted a positive number"),
         ("gspn-dit-ti-2", "flow", {"chunk_scale": -1.0}, "chunk_scale=-1.0: wanted a positive number"),
         ("dit-ti-2", "flow", {"chunk_scale": 2.0}, "no layer of this DiT has a chunk"),
-        ("dit-ti-2", "flow", {"chunk_scale": "auto"}, "no layer of this DiT has a chunk"),
+        ("gspn-dit-ti-2", "flow", {"chunk_scale": math.nan}, "chunk_scale=nan: wanted a positive number"),
+        ("gspn-dit-ti-2", "flow", {"chunk_scale": "far"}, "chunk_scale='far': wanted a positive number"),
+        ("dit-ti-2", "flow", {"shift": "far"}, "shift='far': wanted a positive number"),
     ],
 )
 def test_refusals_before_any_forward(name, objective, options, words):
@@ -137,6 +139,11 @@ def test_refusals_before_any_forward(name, objective, options, words):
     with pytest.raises(InputError, match=words):
         draw(pipe, **options)
     assert forwards == []
+
+
+def test_auto_leaves_a_model_without_chunks_as_it_is():
+    pipe = pipeline("dit-ti-2", "flow")
+    assert torch.equal(draw(pipe, width=32, chunk_scale="auto"), draw(pipe, width=32))
 
 
 def test_models_without_scans_have_no_chunk():

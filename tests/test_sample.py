@@ -1,6 +1,10 @@
 """The command `sample.py`, run as a person runs it, and its one-line refusals."""
 
 import csv
+import errno
+import itertools
+import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -9,14 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from launched import finish, kill_one_process, launch
+from made_faults import _context as warm
 from made_runs import CLASS_NAMES, make_run
 from PIL import Image
 
+from gspn_dit.config import Config, DiffusionConfig, TrainingConfig
+from gspn_dit.errors import InputError
 from gspn_dit.fid.images import open_samples
+from gspn_dit.files import alone_in
 from gspn_dit.options import command
 from gspn_dit.pictures import save_npz
 from gspn_dit.pipeline import GSPNDiTPipeline
 from gspn_dit.sample import SampleOptions, main
+from gspn_dit.training.setup import check_options
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 
@@ -28,7 +37,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def sample(*arguments: str) -> None:
-    command(main, SampleOptions, prog="sample.py", argv=[*arguments, "--device", "cpu"])
+    command(main, SampleOptions, prog="sample.py", argv=[*arguments, "--device", "cpu"], continues=True)
 
 
 def pictures(folder: Path) -> np.ndarray:
@@ -156,6 +165,15 @@ def test_other_size_and_seed(run, tmp_path):
         ("--chunk-scale -2", "chunk_scale=-2.0: wanted a positive number, or auto"),
         ("--seed -1", "seed=-1"),
         ("--guidance-scale 0.5", "guidance_scale=0.5"),
+        ("--guidance-scale .nan", "guidance_scale=nan: wanted 1 (none) or more"),
+        ("--guidance-scale 1e999", "guidance_scale=inf: wanted 1 (none) or more"),
+        ("--guidance-interval 0,.nan", "guidance_interval=(0.0, nan)"),
+        ("--class-labels 0,1,2 --num-images 2", "num_images=2: fewer than the 3 class_labels"),
+        ("--num-images 99999999999", "out='samples.png': at least 409.6 TB are to be written, and '"),
+        ("--num-images 99999999999 --out many/", "out='many/': at least 409.6 TB are to be written, and '"),
+        ("--height 4000000 --width 4000000", "height=4000000, width=4000000: 1 at a time take over"),
+        ("--batch-size 90000000 --num-images 90000000 --npz all.npz", " are to be written, and '"),
+        ("--out samples-cfg-1.5", "a slash at its end makes it: samples-cfg-1.5/"),
         ("--guidance-interval [0.8,0.2]", "guidance_interval"),
         ("--out picture.jpg", "out='picture.jpg': wanted a .png file or a folder"),
         ("--npz batch.zip", "npz='batch.zip'"),
@@ -176,6 +194,124 @@ def test_refusals(run, tmp_path, monkeypatch, capsys, arguments, words):
     assert error.startswith("sample.py: error: ")
     assert words in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_refused_by_the_numbers(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gspn_dit.pipeline.memory_of", lambda device: 50_000_000)
+    monkeypatch.setattr("gspn_dit.sample.memory_of", lambda device: 1_000_000)
+    for arguments, words in (
+        ("--batch-size 1000 --num-images 1000 --out all/", "1000 at a time take over 122.9 MB, and the memory of cpu"),
+        ("--num-images 1000 --batch-size 1", "a grid of 1000 images takes over 1.5 MB, and the memory is 1.0 MB"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as stopped:
+            sample("--model", str(run), *arguments.split())
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and words in line
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_or_a_link_is_written_into(run, tmp_path, capsys):
+    (tmp_path / "null.png").symlink_to("/dev/null")
+    (tmp_path / "folder").symlink_to("target")
+    (tmp_path / "link.png").symlink_to("target.png")
+    for out in ("null.png", "link.png", "folder", "/dev/null"):
+        sample("--model", str(run), "--num-images", "2", "--out", str(tmp_path / out))
+    assert Path("/dev/null").is_char_device()
+    assert all((tmp_path / name).is_symlink() for name in ("null.png", "link.png", "folder"))
+    assert Image.open(tmp_path / "target.png").size and len(pictures(tmp_path / "target")) == 2
+    assert len(list(tmp_path.iterdir())) == 5
+    (tmp_path / "dangling.png").symlink_to("nowhere/grid.png")
+    with pytest.raises(SystemExit):
+        sample("--model", str(run), "--num-images", "2", "--out", str(tmp_path / "dangling.png"))
+    assert "is a link into" in capsys.readouterr().err
+
+
+def test_a_full_disk_and_ctrl_c_are_one_line_and_the_same_command_goes_on(run, tmp_path, monkeypatch, capsys):
+    arguments = ("--model", str(run), "--num-images", "6", "--batch-size", "1", "--out", str(tmp_path / "pictures"))
+    call, sync, count = GSPNDiTPipeline.__call__, os.fsync, itertools.count()
+
+    def full(descriptor):
+        if next(count) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    def interrupted(pipe, labels, **options):
+        if len(pictures(tmp_path / "pictures")) == 4:
+            raise KeyboardInterrupt
+        return call(pipe, labels, **options)
+
+    def names():
+        return sorted(path.name for path in (tmp_path / "pictures").iterdir())
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as stopped:
+        sample(*arguments)
+    assert stopped.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"sample.py: error: {tmp_path / 'pictures' / '000002.png'}: No space left on device; make room there"
+    assert names() == ["000000.png", "000001.png", "labels.csv", "settings.json"]
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(GSPNDiTPipeline, "__call__", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        sample(*arguments)
+    assert stopped.value.code == 130
+    assert "sample.py: interrupted; the same command goes on here" in capsys.readouterr().err.splitlines()[-1]
+    assert names() == [*(f"00000{i}.png" for i in range(4)), "labels.csv", "settings.json"]
+
+    monkeypatch.setattr(GSPNDiTPipeline, "__call__", call)
+    sample(*arguments)
+    assert names() == [*(f"00000{i}.png" for i in range(6)), "labels.csv", "settings.json"]
+
+
+@pytest.mark.slow
+def test_the_same_command_several_times_at_once_ends_well(run, tmp_path):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    again = ("--model", str(run), "--num-images", "6", "--out")
+    for out in ("pictures", "grid.png"):
+        sample(*again, str(alone / out))
+    outs = [together / out for out in ("pictures", "grid.png") for _ in range(3)]
+    processes = [warm.Process(target=sample, args=(*again, str(out))) for out in outs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 6
+    for folder in ("", "pictures"):
+        assert sorted(os.listdir(together / folder)) == sorted(os.listdir(alone / folder))
+        shown, wanted = (pictures(each / folder).astype(int) for each in (together, alone))
+        assert np.abs(shown - wanted).max() <= 1
+
+
+def test_another_command_is_refused_before_it_waits(run, tmp_path, capsys):
+    arguments = ("--model", str(run), "--num-images", "2", "--out", str(tmp_path))
+    sample(*arguments)
+    with alone_in(tmp_path, print), pytest.raises(SystemExit):
+        sample(*arguments, "--seed", "1")
+    assert "was begun with seed=0" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_a_model_without_guidance_draws_without_and_says_so(tmp_path, capsys, dropout):
+    run = make_run(tmp_path / "run", class_dropout=dropout)
+    sample("--model", str(run), "--num-images", "2", "--out", str(tmp_path / "pictures"))
+    line = f"guidance_scale 1: trained with diffusion.class_dropout {dropout:g}, the model has not learned"
+    assert line in capsys.readouterr().err
+    assert json.loads((tmp_path / "pictures" / "settings.json").read_text())["guidance_scale"] == 1
+    with pytest.raises(SystemExit):
+        sample("--model", str(run), "--guidance-scale", "2", "--out", str(tmp_path / "other"))
+    assert f"guidance_scale=2.0: {line[18:]}" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_training_says_at_its_start_what_it_will_not_guide(capsys):
+    config = Config(diffusion=DiffusionConfig("flow", class_dropout=0.0), training=TrainingConfig(trackers=[]))
+    check_options(config)
+    assert "samples are drawn at guidance_scale 1: trained with" in capsys.readouterr().err
+    config.evaluation.guidance_scale = 2.0
+    with pytest.raises(InputError, match=r"evaluation.guidance_scale=2.0: trained with .*class_dropout 0, .*; give 1"):
+        check_options(config)
 
 
 def test_unwritable_places_are_refused(run, tmp_path, capsys):

@@ -11,12 +11,14 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from made_runs import make_run, tiny_vae
+from made_runs import CLASS_NAMES, make_run, tiny_vae
 from made_store import make_store
 from made_training import TRAIN, config, losses, options, rows, wait_for
 from PIL import Image
@@ -30,14 +32,16 @@ from gspn_dit.data import encode_moments
 from gspn_dit.errors import InputError
 from gspn_dit.models import create_model
 from gspn_dit.models.gspn_dit import GSPNDiTBlock
+from gspn_dit.pictures import save_image
 from gspn_dit.pipeline import load_pipeline
 from gspn_dit.progress import figure
 from gspn_dit.training.checkpoints import EMA_WEIGHTS, list_checkpoints
 from gspn_dit.training.evaluation import draw_samples
 from gspn_dit.training.loop import train
-from gspn_dit.training.record import running_mean
+from gspn_dit.training.record import draw_loss, log_ticks, running_mean
 from gspn_dit.training.setup import check_launch, start_from
 from gspn_dit.training.step import NonFiniteLoss, clean_latents
+from gspn_dit.training.trackers import start_trackers, track_samples
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -247,6 +251,46 @@ def test_the_curve_s_mean_is_over_a_tenth_of_it():
     assert running_mean(values[:3]).tolist() == pytest.approx(values[:3], rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.13, 1.1, [0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.38, 60, [0.5, 1, 2, 5, 10, 20, 50]),
+        (0.1, 1, [0.1, 0.2, 0.5, 1]),
+        (0.4895, 0.511, [0.49, 0.495, 0.5, 0.505, 0.51]),
+        (50, 3e16, [1e2, 1e4, 1e6, 1e8, 1e10, 1e12, 1e14, 1e16]),
+    ],
+)
+def test_the_curve_s_ticks_are_round_numbers(low, high, ticks):
+    assert log_ticks(low, high) == pytest.approx(ticks, rel=1e-9)
+
+
+def test_a_curve_of_one_point_is_a_mark(tmp_path):
+    draw_loss([{"step": 1, "loss": 0.98}], "run", tmp_path / "loss.png")
+    pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).astype(int)
+    blue = (abs(pixels - (31, 119, 180)).sum(axis=2) < 30) & (np.arange(pixels.shape[0]) > 150)[:, None]  # no legend
+    down, right = blue.nonzero()
+    assert len(down) > 20 and np.ptp(down) < 15 and np.ptp(right) < 15
+
+
+def test_wandb_gets_the_run_s_name_its_options_and_its_grids(tmp_path, monkeypatch):
+    told = []
+    run = SimpleNamespace(log=lambda values, **more: told.append((values, more)))
+    wandb = SimpleNamespace(init=lambda **given: told.append(given) or run, Image=lambda pixels: pixels.shape,
+                            config=SimpleNamespace(update=lambda values, **_: told.append(values)))  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    accelerator = Accelerator(cpu=True)
+    accelerator.log_with = ["wandb"]
+    start_trackers(accelerator, Config(output_dir=str(tmp_path / "mine")))
+    save_image(torch.zeros(3, 8, 16, dtype=torch.uint8), tmp_path / "grid.png")
+    track_samples(accelerator, tmp_path / "grid.png", 7)
+    begun, options, grid = told
+    assert begun == {"project": "gspn-dit", "name": "mine"}
+    assert options["model.name"] == Config().model.name and options["sampling.guidance_interval"] == "[0.0, 1.0]"
+    assert all(isinstance(value, int | float | str) for value in options.values())
+    assert grid == ({"samples": [(8, 16, 3)]}, {"step": 7})
+
+
 def test_a_run_resumes_with_another_accumulation(tmp_path, store):
     train(config(tmp_path / "whole", store))
     train(config(tmp_path / "split", store, "--training.max_steps", 3, "--training.checkpoint_every", 3))
@@ -261,8 +305,12 @@ def test_a_run_leaves_what_it_should(tmp_path, capsys):
                  "--training.max_steps", 6, "--training.keep_checkpoints", 1))  # fmt: skip
     assert [path.name for path in list_checkpoints(run)] == ["step-0000006"]
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-0000004.png", "step-0000006.png"]
-    assert Image.open(run / "loss.png").size[0] > 500
-    events = EventAccumulator(str(next((run / "logs").rglob("events*")).parent)).Reload()
+    assert Image.open(run / "loss.png").size[0] > 500 and not (run / ".lock").exists()
+    events = EventAccumulator(str(run / "logs" / "gspn-dit")).Reload()
+    assert [image.step for image in events.Images("samples")] == [4, 6]
+    assert events.Images("samples")[1].encoded_image_string == (run / "samples" / "step-0000006.png").read_bytes()
+    (options,) = (run / "logs").rglob("hparams.yml")
+    assert yaml.safe_load(options.read_text())["training.learning_rate"] == 1e-3
     tracked = [(event.step, event.value) for event in events.Scalars("loss")]
     assert tracked == [(step, pytest.approx(float(loss), rel=1e-6)) for step, loss in losses(run)]
     assert Config.load(run / "config.yaml") == Config.load(run / "checkpoints" / "step-0000006" / "config.yaml")
@@ -302,7 +350,8 @@ def test_a_new_run_begins_with_the_averaged_weights_of_another(tmp_path, store):
     with pytest.raises(InputError, match=r"^model\.init_from=.*its blocks\.1.*this model's not there"):
         train(config(tmp_path / "third", store, *begin, "--model.overrides.depth", 1))
     with pytest.raises(InputError, match=r"^model\.init_from='nowhere': no such folder"):
-        train(config(tmp_path / "third", store, "--model.init_from", "nowhere"))
+        train(config(tmp_path / "third" / "run", store, "--model.init_from", "nowhere"))
+    assert not (tmp_path / "third").exists()
     train(config(tmp_path / "second", store, "--model.init_from", "nowhere", "--resume", "auto"))  # has its own weights
 
 
@@ -310,10 +359,37 @@ def test_weights_of_a_dit_go_on_at_another_size(tmp_path):
     run = make_run(tmp_path / "run", "dit-ti-2")
     larger = create_model("dit-ti-2", sample_size=16, num_classes=3, out_channels=4)
     positions = larger.pos_embed.clone()
-    start_from(larger, str(run))
+    assert start_from(larger, str(run), CLASS_NAMES) is None
     weights = dict(load_pipeline(run).transformer.named_parameters())
     assert torch.equal(larger.pos_embed, positions)
     assert all(torch.equal(p, weights[name]) for name, p in larger.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["dit-ti-2", "gspn-ti-2", "gspn-dit-ti-2"])
+def test_weights_go_on_with_other_classes(tmp_path, name):
+    run = make_run(tmp_path / "run", name)
+    names = ["axolotl", "goldfish", "golden retriever", "newt", "toad"]
+    model = create_model(name, sample_size=8, num_classes=5, out_channels=4)
+    fresh = model.y_embedder.embedding_table.weight.clone()
+    said = start_from(model, str(run), names)
+    assert said == f"{run} has 3 classes, the data 5: 3 labels begin anew; 2 of the same name keep theirs"
+    theirs = dict(load_pipeline(run).transformer.named_parameters())
+    table, old = model.y_embedder.embedding_table.weight, theirs["y_embedder.embedding_table.weight"]
+    for row, wanted in enumerate((fresh[0], old[CLASS_NAMES.index("goldfish")], old[0], fresh[3], fresh[4], old[3])):
+        assert torch.equal(table[row], wanted), row
+    assert not torch.equal(fresh[5], old[3])
+    others = [key for key, p in model.named_parameters() if p.requires_grad and "y_embedder" not in key]
+    assert all(torch.equal(model.get_parameter(key), theirs[key]) for key in others)
+
+
+def test_a_run_on_other_classes_says_so_and_learns(tmp_path, store, capsys):
+    first = tmp_path / "first"
+    train(config(first, store, "--training.max_steps", 2))
+    other = make_store(tmp_path / "store", classes=4)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(config(tmp_path / "second", other, "--training.max_steps", 2, "--model.init_from", first))
+    assert f"{first} has 3 classes, the data 4: 1 labels begin anew; 3 of the same name" in capsys.readouterr().out
+    assert load_pipeline(tmp_path / "second").transformer.config.num_classes == 4
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
@@ -347,9 +423,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, store):
     run = tmp_path / "run"
     train(config(run, store, "--training.max_steps", 4))
     good = {path: path.read_bytes() for path in list_checkpoints(run)[-1].rglob("*") if path.is_file()}
+    curve = (run / "loss.png").read_bytes()
     with pytest.raises(NonFiniteLoss, match=r"at step \d+.*step-0000004"):
         train(config(run, store, "--resume", "auto", "--training.max_steps", 300, "--training.learning_rate", 1e30,
                      "--training.checkpoint_every", 200))  # fmt: skip
+    assert (run / "loss.png").read_bytes() != curve and len(rows(run)) > 4
     assert all(path.read_bytes() == content for path, content in good.items())
     assert [path.name for path in list_checkpoints(run)] == ["step-0000004"]
 
@@ -390,6 +468,10 @@ def test_a_run_is_not_overwritten_or_continued_as_another(tmp_path, store):
         (["--training.gradient_accumulation_steps", "3"], "training.batch_size=4"),
         (["--model.overrides.num_classes", "5"], "model.overrides.num_classes"),
         (["--training.trackers", "[wandbee]"], "wandbee"),
+        (["--output_dir", ""], "output_dir='': wanted a value"),
+        (["--data.source", ""], "data.source='': wanted a value"),
+        (["--data.vae="], "data.vae='': wanted a value"),
+        (["--model.init_from", ""], "model.init_from='': wanted a value"),
         (["--diffusion.objective", "ddpm", "--sampling.num_inference_steps", "1"], "num_inference_steps"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

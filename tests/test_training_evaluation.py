@@ -36,7 +36,7 @@ def test_scores_go_to_the_record_and_the_trackers_and_survive_a_resume(tmp_path)
     assert [row["step"] for row in scores(run)] == ["2", "4"]
     assert set(scores(run)[0]) == {"step", "fd", "classifier_score", "class_accuracy", "num_samples"}
     assert float(scores(run)[0]["fd"]) != float(scores(run)[1]["fd"])
-    events = EventAccumulator(str(next((run / "logs").rglob("events*")).parent)).Reload()
+    events = EventAccumulator(str(run / "logs" / "gspn-dit")).Reload()
     assert [event.step for event in events.Scalars("evaluation/fd")] == [2, 4]
 
     cut = tmp_path / "cut"

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from made_faults import finished, killed_at, limited_to, start, text
+from made_faults import asleep_in, finished, killed_at, limited_to, start, text, worker_killed
 from made_store import make_store
-from made_training import ROOT, config, losses, options, rows, wait_for
+from made_training import ROOT, config, losses, options, rows, wait_for, wait_until
 from safetensors.torch import load_file, save_file
 
 from gspn_dit.config import Config
@@ -24,6 +24,7 @@ from gspn_dit.options import parse
 from gspn_dit.runs import checkpoint_step, list_checkpoints
 from gspn_dit.training.checkpoints import _sums
 from gspn_dit.training.loop import train
+from gspn_dit.training.record import Record
 from gspn_dit.training.step import NonFiniteLoss
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -135,11 +136,12 @@ def test_a_figure_that_cannot_be_noted_warns_and_training_goes_on(tmp_path, stor
     def full(*_):
         raise OSError(122, "Disk quota exceeded")
 
-    monkeypatch.setattr("gspn_dit.training.record.Record.append", full)
+    append = Record.append
+    monkeypatch.setattr(Record, "append", lambda self, row: append(self, row) if row["step"] < 4 else full())
     monkeypatch.setattr("gspn_dit.training.record.draw_loss", full)
     train(config(tmp_path / "run", store, *RESUME))
     said = [line for line in capsys.readouterr().err.splitlines() if "Disk quota exceeded" in line]
-    assert len(said) == 12 + 1 and all(line.endswith("; training goes on") for line in said)
+    assert len(said) == 9 + 3 and all(line.endswith("; training goes on") for line in said)
     for path in list_checkpoints(tmp_path / "run")[-1].glob("*.safetensors"):
         assert path.read_bytes() == (list_checkpoints(whole)[-1] / path.name).read_bytes()
 
@@ -218,23 +220,68 @@ def test_two_runs_in_one_folder(tmp_path, store):
     assert before > 0
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_saves_a_checkpoint_and_ends_the_run_well(tmp_path, store, workers):
+@pytest.mark.parametrize(
+    ("number", "workers", "says", "status"),
+    [
+        (signal.SIGTERM, 0, "SIGTERM", 0),
+        (signal.SIGTERM, 1, "SIGTERM", 0),
+        (signal.SIGINT, 2, "Ctrl-C", 130),
+    ],
+    ids=lambda value: str(value),
+)
+def test_sigterm_or_ctrl_c_saves_a_checkpoint_and_ends_the_run_well(tmp_path, store, number, workers, says, status):
     run, log = tmp_path / "run", tmp_path / "log"
     changes = ["--training.checkpoint_every", 100_000, "--data.num_workers", workers]
     process = start(options(run, store, *changes, "--training.max_steps", 100_000), log)
     wait_for(run, 3)
-    os.killpg(process.pid, signal.SIGTERM)  # to its data workers too, as a scheduler may
+    os.killpg(process.pid, number)  # to its data workers too, as a scheduler may and a terminal does
     sent = time.monotonic()
-    assert finished(process) == 0, text(log)
+    assert finished(process) == status, text(log)
     assert time.monotonic() - sent < 30
     (checkpoint,) = list_checkpoints(run)
     step = checkpoint_step(checkpoint)
-    assert f"SIGTERM: stopped after step {step}, saved as {checkpoint}" in text(log)
+    assert f"{says}: stopped after step {step}, saved as {checkpoint}; --resume auto continues it" in text(log)
+    assert ("interrupted: finishing the step, saving; Ctrl-C again ends at once" in text(log)) == (says == "Ctrl-C")
+    assert "Traceback" not in text(log) and "KeyboardInterrupt" not in text(log)
+    assert (run / "loss.png").is_file() and not (run / ".lock").exists()
     changes += ["--training.max_steps", step + 10]
     train(config(run, store, *changes, "--resume", "auto"))
     train(config(tmp_path / "whole", store, *changes))
     assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("name", "presses"), [("open_parts", 1), ("save_checkpoint", 2)])
+def test_ctrl_c_before_the_first_step_or_again_ends_at_once(tmp_path, store, name, presses):
+    run, log = tmp_path / "runs" / "run", tmp_path / "log"
+    process = start(options(run, store), log, asleep_in, name)
+    wait_until(lambda: f"in {name}" in text(log))
+    os.killpg(process.pid, signal.SIGINT)
+    if presses == 2:
+        wait_until(lambda: "Ctrl-C again ends at once" in text(log))
+        os.killpg(process.pid, signal.SIGINT)
+    sent = time.monotonic()
+    assert finished(process) == 130
+    assert time.monotonic() - sent < 30
+    assert text(log).splitlines()[-1] == "train_dit.py: interrupted; there is no checkpoint yet"
+    assert "Traceback" not in text(log) and not (run / ".lock").exists()
+    assert (tmp_path / "runs").exists() == (presses == 2), "a failed start leaves nothing"
+
+
+def test_a_data_worker_that_is_killed(tmp_path, store):
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert finished(start(options(run, store, "--data.num_workers", 2), log, worker_killed, 6)) == 1, text(log)
+    (said,) = [line for line in text(log).splitlines() if line.startswith("train_dit.py: stopped")]
+    assert re.search(r"reads data died \(DataLoader worker \(pid.*step-0000004.*num_workers", said), said
+    assert "Traceback" not in text(log)
+
+
+def test_a_run_that_is_where_it_was_to_go_says_so_and_stays_as_it_is(run, store, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for last in (8, 5):
+        train(config(run, store, "--training.max_steps", last, "--resume", "auto", "--training.ema_decay", 0.5))
+        assert f"{run} is at step 8 of training.max_steps={last} already: nothing to do" in capsys.readouterr().out
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path, store):

@@ -1,5 +1,6 @@
 """Post-hoc EMA against the closed forms of power-function averages, and from a run's snapshots to images."""
 
+import json
 import math
 import shutil
 
@@ -132,6 +133,8 @@ def test_from_a_run_to_images(tmp_path, capsys):
     assert "step 12" in capsys.readouterr().out
     sample(SampleOptions(model=str(tmp_path / "wide"), num_images=2, out=str(tmp_path / "grid.png"), batch_size=2))
     assert (tmp_path / "grid.png").is_file()
+    metadata = json.loads((tmp_path / "wide" / "metadata.json").read_text())
+    assert (metadata["step"], metadata["vae"]["scaling_factor"]) == (12, 1 / 12)
     weights = load_pipeline(tmp_path / "wide").transformer.state_dict()
     assert not any(torch.equal(weights[name], same[name]) for name in ("x_embedder.proj.weight", "modulation.1.weight"))
 

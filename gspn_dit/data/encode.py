@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from gspn_dit.commands import EncodeOptions as Options
 from gspn_dit.commands import run
@@ -32,6 +32,7 @@ from gspn_dit.data.quality import (
     warn_of_psnr,
 )
 from gspn_dit.data.vae import NORMALISATION, downsampling, encode_moments, load_vae, vae_sha256
+from gspn_dit.data.workers import load
 from gspn_dit.devices import join_processes
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.files import begin_or_continue, check_place, write_json
@@ -75,13 +76,16 @@ def main(options: Options) -> None:
         "shard_size": options.shard_size,
         "mixed_precision": precision.name,
     }
-    out = Path(options.out)
+    out, side = Path(options.out), options.image_size // downsampling(vae)
+    values = len(images) * 2 * vae.config.latent_channels * side**2 * (2 if options.horizontal_flip else 1)
     shards = {
         f"shard-{number:05d}.safetensors": range(start, min(start + options.shard_size, len(images)))
         for number, start in enumerate(range(0, len(images), options.shard_size))
     }
     missing: list[str] = []
     if processes.is_main_process:
+        if not out.exists():  # else some of it may be there
+            check_place(out, folder=True, size=2 * values)
         settings |= begin(out, settings)
         precision.say()
         missing = [name for name in shards if not (out / name).exists()]
@@ -164,9 +168,7 @@ def encode_shards(
     """
     step = options.batch_size
     batches = [indices[start : start + step] for indices in shards.values() for start in range(0, len(indices), step)]
-    loader = iter(
-        DataLoader(_Loadable(images), batch_sampler=batches, num_workers=options.num_workers, collate_fn=_together)
-    )
+    loader = load(_Loadable(images), batches, options.num_workers, collate_fn=_together)
     with progress(total=sum(map(len, shards.values())), desc="encode", unit="image", disable=not show) as bar:
         for name, indices in shards.items():
             of_shard = islice(loader, len(range(0, len(indices), step)))

@@ -155,10 +155,11 @@ def how_to_encode(folder: str | os.PathLike) -> str:
     """What to run to make a latent store in a folder, or to finish the one begun there, for an error message."""
     verb, begun = ("finish", begun_with(Path(folder))) if is_unfinished_store(folder) else ("make", {})
     data, vae, size = (begun.get(key, "…") for key in ("data", "vae", "image_size"))
-    flip = " --horizontal-flip true" if begun.get("flipped") else ""
+    switches = " --horizontal-flip true" if begun.get("flipped") else ""
+    switches += " --exif-orientation true" if begun.get("exif_orientation") else ""
     return (
         f"to {verb} a latent store there, run "
-        f"`python -m gspn_dit.data.encode --data {data} --vae {vae} --image-size {size}{flip} --out {folder}`"
+        f"`python -m gspn_dit.data.encode --data {data} --vae {vae} --image-size {size}{switches} --out {folder}`"
     )
 
 

@@ -87,7 +87,7 @@ def open_data(options: Options, device: torch.device) -> ImageSet:
         raise InputError(f"data={options.data}: holds an unfinished latent store; {how_to_encode(options.data)}")
     elif options.image_size is not None:
         with renamed(source="data"):
-            dataset = open_images(options.data, options.image_size)
+            dataset = open_images(options.data, options.image_size, exif_orientation=options.exif_orientation)
         images = of_dataset(options.data, dataset)
     else:
         images = open_samples(options.data, "data")
@@ -117,7 +117,10 @@ def open_store(options: Options, device: torch.device) -> ImageSet:
         return torch.cat([decode(vae, part.to(device)).cpu() for part in latents.split(DECODED_TOGETHER)])
 
     size = (store.image_size, store.image_size)
-    return ImageSet(options.data, len(store), size, lambda i: read_together([i])[0], read_together=read_together)
+    names = dict(enumerate(store.class_names))
+    return ImageSet(
+        options.data, len(store), size, lambda i: read_together([i])[0], None, read_together, class_names=names
+    )
 
 
 def choose(count: int, wanted: int | None, seed: int) -> list[int]:

@@ -310,7 +310,7 @@ UNSAID = ("resume", "output_dir", "model.init_from")  # the last has no effect: 
 
 def say_changes(checkpoint: Path, config: Config, precision: Precision) -> None:
     """Print which options differ from those that a checkpoint was made with, and whether the precision does."""
-    before, now = (_flat(dataclasses.asdict(c)) for c in (Config.load(checkpoint / "config.yaml"), config))
+    before, now = (flat_options(dataclasses.asdict(c)) for c in (Config.load(checkpoint / "config.yaml"), config))
     changed = [key for key in now if key not in UNSAID and before.get(key) != now[key]]
     if changed:
         changes = ", ".join(f"{key} {before.get(key)!r} → {now[key]!r}" for key in changed)
@@ -322,11 +322,13 @@ def say_changes(checkpoint: Path, config: Config, precision: Precision) -> None:
         print(f"changed since {checkpoint.name}: mixed_precision {computed_in} → {precision.name}: {why}")
 
 
-def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Nested options by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
-        flat |= {f"{key}.{name}": v for name, v in _flat(value).items()} if isinstance(value, dict) else {key: value}
+        flat |= (
+            {f"{key}.{name}": v for name, v in flat_options(value).items()} if isinstance(value, dict) else {key: value}
+        )
     return flat
 
 

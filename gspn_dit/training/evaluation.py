@@ -24,13 +24,13 @@ from gspn_dit.training.record import attempt, note, warn
 EVALUATION = "evaluation.csv"
 
 
-def draw_samples(pipeline: GSPNDiTPipeline, config: Config, accelerator: Accelerator, path: Path) -> None:
+def draw_samples(pipeline: GSPNDiTPipeline, config: Config, accelerator: Accelerator, path: Path) -> bool:
     """A grid of samples, the classes spread over it; the same noise each time, so that grids of a run compare.
 
-    Training goes on after any failure, which is warned of.
+    Training goes on after any failure, which is warned of. Whether it went well.
     """
     options = {"count": config.sampling.num_images, "seed": config.seed, "mixed_precision": accelerator.mixed_precision}
-    note(f"no {path}", lambda: draw_grid(pipeline, path, **options))
+    return note(f"no {path}", lambda: draw_grid(pipeline, path, **options))
 
 
 class Evaluator:

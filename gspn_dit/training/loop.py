@@ -20,31 +20,47 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    gather_object,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.utils.data import DataLoader
 
 from gspn_dit.config import Config, TrainingConfig
+from gspn_dit.data.workers import is_of_a_dead_worker, load
 from gspn_dit.errors import InputError
 from gspn_dit.pipeline import GSPNDiTPipeline, pipeline_of
 from gspn_dit.precision import agreed_precision
 from gspn_dit.progress import figure, progress
+from gspn_dit.runs import checkpoint_step
 from gspn_dit.training.checkpoints import (
     CheckpointNotWritten,
     TrainingState,
     checkpoint_to_resume,
+    last_good,
     load_checkpoint,
     save_checkpoint,
 )
 from gspn_dit.training.ema import Average, exponential, power_function
 from gspn_dit.training.evaluation import EVALUATION, draw_samples
 from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, list_snapshots, save_snapshot
-from gspn_dit.training.processes import EveryonesError, StopRequest, claimed, heed_only_the_parent, on_main, together
-from gspn_dit.training.record import Record, note, read_metrics
+from gspn_dit.training.processes import (
+    CTRL_C,
+    EveryonesError,
+    StoppedByCtrlC,
+    StopRequest,
+    claimed,
+    on_main,
+    together,
+)
+from gspn_dit.training.record import Record, note, read_metrics, redrawn_at_an_error
 from gspn_dit.training.setup import Parts, check_launch, check_options, open_parts, start_from
 from gspn_dit.training.sharding import whole
 from gspn_dit.training.step import NonFiniteLoss, Training, take_step
+from gspn_dit.training.trackers import start_trackers, track_samples
 
 MOST_OVERFLOWS = 100  # steps in a row that fp16 may skip: from 2^16 its scale has then come to nothing
 LONGEST_PAUSE = timedelta(hours=1)  # of processes that wait while one draws, saves or scores
@@ -59,6 +75,16 @@ def main(config: Config) -> None:
         if first:
             print(f"train_dit.py: stopped: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except RuntimeError as error:
+        if not is_of_a_dead_worker(error):
+            raise
+        what = f"a process that reads data died ({' '.join(str(error).split())}); {last_good(config.output_dir)}"
+        print(f"train_dit.py: stopped: {what}. Fewer data.num_workers need less memory", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt as error:
+        if first and not isinstance(error, StoppedByCtrlC):
+            print(f"train_dit.py: interrupted; {last_good(config.output_dir)}", file=sys.stderr)
+        raise SystemExit(130) from None
     except EveryonesError:
         if first:
             raise
@@ -72,12 +98,13 @@ def train(config: Config) -> None:
     """Train a model from its first step or its newest whole checkpoint to `training.max_steps`.
 
     The run's folder gets config.yaml, metrics.csv, loss.png, samples/, checkpoints/ and the trackers' logs. At SIGTERM
-    the step is finished, a checkpoint written, and the function returns.
+    or a first Ctrl-C the step is finished and a checkpoint written; after SIGTERM the function then returns.
 
     Raises:
         InputError: If the configuration asks for what cannot be, before any step.
         NonFiniteLoss: At the first step whose loss or gradient is not finite; that step is not taken.
         CheckpointNotWritten: If the disk did not take a checkpoint.
+        StoppedByCtrlC: When what Ctrl-C stopped is saved.
     """
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_PAUSE)  # the processes meet
     together(lambda: check_options(config))
@@ -107,10 +134,17 @@ def train(config: Config) -> None:
             return checkpoint
 
         checkpoint = on_main(claim, accelerator.is_main_process)
-        if accelerator.is_main_process:
-            precision.say()
-        take_steps(config, accelerator, parts, checkpoint, stop)
+        stopped_by = None
+        if checkpoint is None or checkpoint_step(checkpoint) < config.training.max_steps:
+            if accelerator.is_main_process:
+                precision.say()
+            stopped_by = take_steps(config, accelerator, parts, checkpoint, stop)
+        elif accelerator.is_main_process:
+            has = f"{run} is at step {checkpoint_step(checkpoint)} of training.max_steps={config.training.max_steps}"
+            print(f"{has} already: nothing to do; a larger training.max_steps goes on")
     accelerator.end_training()
+    if stopped_by == CTRL_C:
+        raise StoppedByCtrlC
 
 
 def check_nothing_lost(run: Path) -> None:
@@ -130,8 +164,8 @@ def check_nothing_lost(run: Path) -> None:
 
 def take_steps(
     config: Config, accelerator: Accelerator, parts: Parts, checkpoint: Path | None, stop: StopRequest
-) -> None:
-    """Train from a checkpoint, or None for the first step, to the last step or a request to stop."""
+) -> str | None:
+    """Train from a checkpoint, or None for the first step, to the last step or a request to stop; what made it."""
     options, run = config.training, Path(config.output_dir)
     model, state = prepare(config, accelerator, parts, is_new=checkpoint is None)
     done = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
@@ -142,15 +176,18 @@ def take_steps(
     record, scores = open_records(training, step, checkpoint)
     logged_step, logged_time, overflows = step, time.perf_counter(), 0
     batches = load_batches(training, step)
-    stopping = False
-    with progress(
-        total=options.max_steps,
-        initial=step,
-        desc=run.name,
-        unit="step",
-        by_hand=True,
-        disable=not accelerator.is_main_process,
-    ) as bar:
+    stopping, stop.training = False, True
+    with (
+        redrawn_at_an_error(record),
+        progress(
+            total=options.max_steps,
+            initial=step,
+            desc=run.name,
+            unit="step",
+            by_hand=True,
+            disable=not accelerator.is_main_process,
+        ) as bar,
+    ):
         while step < options.max_steps and not stopping:
             step += 1
             learning_rate = learning_rate_at(step, options)
@@ -193,14 +230,18 @@ def take_steps(
                     "vae": parts.vae_record,
                 }
                 checkpoint = save_checkpoint(accelerator, config, state, parts.source.class_names, metadata)
+                if record:
+                    record.draw()
             if not stopping:
                 draw_and_score(training, step, record, scores)
             logged_time += time.perf_counter() - pause  # images/s is of training alone
+    stopped_by = next(filter(None, gather_object([stop.by])), None)
     if record and stopping:
-        print(f"SIGTERM: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
+        print(f"{stopped_by}: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
     elif record:
-        note(f"loss.png is without step {step}", lambda: print(f"loss curve  {record.draw()}"))
+        print(f"loss curve  {run / 'loss.png'}")
         print(f"checkpoint  {checkpoint}")
+    return stopped_by
 
 
 def prepare(config: Config, accelerator: Accelerator, parts: Parts, is_new: bool) -> tuple[nn.Module, TrainingState]:
@@ -210,7 +251,9 @@ def prepare(config: Config, accelerator: Accelerator, parts: Parts, is_new: bool
     """
     options = config.training
     if config.model.init_from and is_new:
-        together(lambda: start_from(parts.model, config.model.init_from))
+        said = together(lambda: start_from(parts.model, config.model.init_from, parts.source.class_names))
+        if said and accelerator.is_main_process:
+            print(said)
     if options.gradient_checkpointing:
         parts.model.enable_gradient_checkpointing()
     if options.compile:
@@ -243,7 +286,7 @@ def open_records(training: Training, step: int, checkpoint: Path | None) -> tupl
     What they and the snapshots hold of later steps than `step` goes. None for what there is not here.
     """
     config, accelerator, parts = training.config, training.accelerator, training.parts
-    accelerator.init_trackers("gspn-dit")
+    start_trackers(accelerator, config)
     if not accelerator.is_main_process:
         return None, None
     run, class_names = Path(config.output_dir), parts.source.class_names
@@ -264,22 +307,17 @@ def open_records(training: Training, step: int, checkpoint: Path | None) -> tupl
 def load_batches(training: Training, step: int) -> Iterator[dict[str, Tensor]]:
     """This process's micro-batches of the steps after `step`, in order."""
     training.parts.steps.first = step
-    workers = training.config.data.num_workers
-    return iter(
-        DataLoader(
-            training.parts.stream,
-            batch_sampler=training.parts.steps,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=training.accelerator.device.type == "cuda",
-            worker_init_fn=heed_only_the_parent,
-            generator=torch.Generator(),  # its own: a loader draws a seed, which the model's random state must not feel
-        )
+    return load(
+        training.parts.stream,
+        training.parts.steps,
+        training.config.data.num_workers,
+        pin_memory=training.accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # its own: a loader draws a seed, which the model's random state must not feel
     )
 
 
 def draw_and_score(training: Training, step: int, record: Record | None, scores: Record | None) -> None:
-    """The loss curve, the grid of samples and the evaluation of a step, where they are due; every process calls this.
+    """The grid of samples and the evaluation of a step, where they are due; every process calls this.
 
     A failure is warned of, and training goes on.
     """
@@ -290,8 +328,9 @@ def draw_and_score(training: Training, step: int, record: Record | None, scores:
         return
     pipeline = averaged_pipeline(config, parts, training.state.ema)
     if drawn and record:
-        note(f"loss.png is without step {step}", record.draw)
-        draw_samples(pipeline, config, accelerator, Path(config.output_dir) / "samples" / f"step-{step:07d}.png")
+        path = Path(config.output_dir) / "samples" / f"step-{step:07d}.png"
+        if draw_samples(pipeline, config, accelerator, path):
+            note(f"the trackers have no samples of step {step}", track_samples, accelerator, path, step)
     accelerator.wait_for_everyone()
     if scored and (row := parts.evaluator.score(pipeline, step, training.stop)):
         note(f"{EVALUATION} has no step {step}", scores.append, row)

@@ -12,16 +12,21 @@ import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar
 
 from accelerate.utils import broadcast_object_list, gather_object
 
 from gspn_dit.errors import InputError
 
 T = TypeVar("T")
+CTRL_C = "Ctrl-C"  # what a terminal sends as SIGINT
+
+
+class StoppedByCtrlC(KeyboardInterrupt):
+    """Ctrl-C ended a training whose last step is saved and told of."""
 
 
 class EveryonesError(InputError):
@@ -43,70 +48,103 @@ def on_main(work: Callable[[], T], is_main: bool) -> T:
 
 
 class StopRequest:
-    """Whether this process was asked to stop: in the block, SIGTERM sets `requested` and does nothing else."""
+    """Whether this process was asked to stop: in the block SIGTERM, or a first Ctrl-C while it trains, only sets `by`.
+
+    A second Ctrl-C, or one before training, ends it at once.
+
+    Attributes:
+        by: What asked: `SIGTERM` or `Ctrl-C`; None while nothing has.
+        training: Whether there are steps to save: to be set where they begin.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.by: str | None = None
+        self.training = False
+        self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether anything has asked."""
+        return self.by is not None
 
     def __enter__(self) -> StopRequest:
-        self._main_thread = threading.current_thread() is threading.main_thread()
-        if self._main_thread:  # Python allows handlers nowhere else
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._terminate)
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's `command &` is deaf to Ctrl-C
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._main_thread:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        self.by = self.by or "SIGTERM"
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.by == CTRL_C or not self.training:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # for a third, if a library's code does not let go
+            raise KeyboardInterrupt
+        self.by = CTRL_C
+        if os.environ.get("RANK", "0") == "0":  # by no stream of Python's, in the middle of whose writing this may be
+            end_of_bar = "\n" if os.isatty(2) else ""
+            said = f"{end_of_bar}interrupted: finishing the step, saving; Ctrl-C again ends at once\n"
+            os.write(2, said.encode())
 
 
 @contextmanager
 def claimed(run: str | os.PathLike) -> Iterator[None]:
-    """In the block, the run's folder is this process's to write: its `.lock` goes with the process, however it ends.
+    """In the block, the run's folder is this process's to write; a `.lock` in it says so.
+
+    The lock goes with the process, however it ends; the file with the block, and the folder if it is empty and new.
 
     Raises:
         InputError: If another process has it, or it cannot be written to.
     """
-    path = Path(run) / ".lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise InputError(f"output_dir={str(run)!r}: cannot be written to ({error.strerror}); name another") from error
-    with file:
+    folder = Path(run)
+    path = folder / ".lock"
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    with ExitStack() as leaving:
+        leaving.callback(_remove_empty, new)
         try:
-            # A POSIX lock: it works over NFS, and a process's children do not keep it.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise InputError(
-                f"output_dir={str(run)!r}: {holder} is training in it; wait for it, or name another folder"
-            ) from None
+            folder.mkdir(parents=True, exist_ok=True)
+            file = leaving.enter_context(_locked(path))
         except OSError as error:
-            warnings.warn(f"{path}: this file system has no locks ({error}); start one run at a time", stacklevel=3)
+            why = f"cannot be written to ({error.strerror})"
+            raise InputError(f"output_dir={str(run)!r}: {why}; name another") from error
+        leaving.callback(path.unlink, missing_ok=True)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
 
 
-def heed_only_the_parent(_: int = 0) -> None:
-    """A data worker's start: a scheduler's SIGTERM reaches it too, and the last step still needs its data.
+def _locked(path: Path) -> TextIO:
+    """The file at a path, open and locked, as long as it is."""
+    while True:
+        file = open(path, "a+")  # noqa: SIM115 (closed by the caller)
+        try:
+            # A POSIX lock: it works over NFS, and a process's children do not keep it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise InputError(
+                f"output_dir={str(path.parent)!r}: {holder} is training in it; wait for it, or name another folder"
+            ) from None
+        except OSError as error:
+            warnings.warn(f"{path}: this file system has no locks ({error}); start one run at a time", stacklevel=4)
+            return file
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # its owner took it away between our opening and our locking it
 
-    It must go on heeding the training process, which ends its workers by SIGTERM and then waits for them.
-    """
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_await_parent, daemon=True).start()
 
-
-def _await_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # one that is not empty, and those above it
+        for folder in folders:
+            folder.rmdir()
 
 
 def _result_or_problem(work: Callable[[], T]) -> tuple[T | None, str | None]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +18,7 @@ import numpy as np
 
 from gspn_dit.files import replacing
 
+FEW = 20  # points of a curve that are marked each
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "images_per_second")
 
 T = TypeVar("T")
@@ -57,11 +60,22 @@ class Record:
                 file.truncate(before)
                 raise
 
-    def draw(self) -> Path:
-        """Draw the loss against the step as loss.png, and return its path."""
+    def draw(self) -> None:
+        """Draw the loss against the step as loss.png, once there is any; a failure is warned of."""
         path = self.path.with_name("loss.png")
-        draw_loss(read_metrics(self.path), path.parent.name, path)
-        return path
+        if rows := read_metrics(self.path):
+            note(f"loss.png is without step {rows[-1]['step']}", draw_loss, rows, path.parent.name, path)
+
+
+@contextmanager
+def redrawn_at_an_error(record: Record | None) -> Iterator[None]:
+    """In the block, an error has the curve of what there was drawn before it goes on."""
+    try:
+        yield
+    except Exception:
+        if record:
+            record.draw()
+        raise
 
 
 def read_metrics(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, float]]:
@@ -80,28 +94,51 @@ def read_metrics(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str,
 
 
 def draw_loss(rows: list[dict[str, float]], name: str, path: Path) -> None:
-    """Draw the loss of a run of that name: the logged means, and their running average on top."""
+    """Draw the loss of a run of that name: the logged means, one or more, and their running average on top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    marks = {"marker": "o", "markersize": 5} if len(rows) <= FEW else {}
     axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1)
-    axes.plot(steps, running_mean(losses), color="C0", linewidth=2, label=name)
-    axes.set(xlabel="step", ylabel="training loss")
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
+    axes.plot(steps, running_mean(losses), color="C0", linewidth=2, label=name, **marks)
+    axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    if len(rows) == 1:
+        axes.set(xlim=(steps[0] - 1, steps[0] + 1), ylim=(losses[0] / 2, losses[0] * 2))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.set_yticks(ticks := log_ticks(*axes.get_ylim()), [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def note(what: str, work: Callable[..., object], *arguments: object) -> None:
-    """Do what a run can go on without; if it fails, warn of `what` it has not."""
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, for the ticks of a logarithmic axis: 0.1, 0.2, 0.5, 1, …; about four to ten."""
+    from matplotlib.ticker import MaxNLocator
+
+    decades = [10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * decade for decade in decades for digit in digits if low <= digit * decade <= high]
+        if len(ticks) < 4:
+            break
+        if len(ticks) <= 10:
+            return ticks
+    else:
+        return ticks[:: math.ceil(len(ticks) / 10)]
+    return [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
+
+
+def note(what: str, work: Callable[..., object], *arguments: object) -> bool:
+    """Do what a run can go on without; if it fails, warn of `what` it has not. Whether it went well."""
     if problem := attempt(work, *arguments)[1]:
         warn(what, problem)
+    return problem is None
 
 
 def attempt(work: Callable[..., T], *arguments: object) -> tuple[T | None, str | None]:

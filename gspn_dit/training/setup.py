@@ -31,12 +31,13 @@ from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.pipeline import load_transformer, unguided
+from gspn_dit.pipeline import load_class_names, load_transformer, unguided
 from gspn_dit.training.evaluation import Evaluator
 from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
 
 OVERRIDES = "model.overrides."
 STORED_LOOKED_AT, ENCODED_LOOKED_AT = 64, 4  # images, before training
+LABELS = "y_embedder.embedding_table.weight"  # a row for each class and a last one for no class
 
 
 @dataclass
@@ -116,10 +117,21 @@ def open_parts(config: Config, accelerator: Accelerator) -> Parts:
     return Parts(source, stream, steps, vae, scaling, record, objective, build, model, evaluator)
 
 
-def start_from(model: LatentModel, path: str) -> None:
+def start_from(model: LatentModel, path: str, class_names: list[str]) -> str | None:
     """Give a new model the averaged weights of a run, a checkpoint or an exported folder, of whatever image size.
 
-    Raises :class:`InputError` if there are none, or they are another network's.
+    With another number of classes, a label's embedding is that of the class of the same name there, or new.
+
+    Args:
+        model: On which the weights are changed.
+        path: Of the others.
+        class_names: The model's.
+
+    Returns:
+        What became of the labels' embeddings, if the numbers of classes differ.
+
+    Raises:
+        InputError: If there are none, or they are another network's.
     """
     with renamed(model="model.init_from"):
         source = load_transformer(path)
@@ -129,14 +141,25 @@ def start_from(model: LatentModel, path: str) -> None:
     )
     for name in theirs | ours:
         found, wanted = (tuple(of[name].shape) if name in of else "not there" for of in (theirs, ours))
-        if found != wanted:
+        if found != wanted and not (name == LABELS and found[1:] == wanted[1:]):
             raise InputError(
                 f"model.init_from={path!r}: its {name} is {found}, this model's {wanted}; wanted the same model.name, "
-                "model.overrides, diffusion.objective and number of classes"
+                "model.overrides and diffusion.objective"
             )
+    their_table, our_table = theirs.pop(LABELS), ours.pop(LABELS)
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(theirs[name])
+        if their_table.shape == our_table.shape:
+            our_table.copy_(their_table)
+            return None
+        our_table[-1] = their_table[-1]  # no class
+        names = load_class_names(path) or []
+        kept = [label for label, name in enumerate(class_names) if name in names]
+        our_table[kept] = their_table[[names.index(class_names[label]) for label in kept]]
+    before, now = len(their_table) - 1, len(our_table) - 1
+    of_same_name = f"; {len(kept)} of the same name keep theirs" if kept else ""
+    return f"{path} has {before} classes, the data {now}: {now - len(kept)} labels begin anew{of_same_name}"
 
 
 def check_options(config: Config) -> None:

@@ -1,0 +1,84 @@
+"""Processes that read data ahead of the one that uses it, and behave as if that one had read it itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from gspn_dit.errors import InputError
+
+
+def load(dataset: Dataset, batches: Any, num_workers: int, **options: Any) -> Iterator[Any]:
+    """The batches of a dataset, in order, read by that many processes; 0 reads in this one.
+
+    Args:
+        dataset: What is read.
+        batches: The indices of each batch.
+        num_workers: Processes.
+        options: Others of torch's DataLoader.
+
+    Raises:
+        InputError: As the dataset raised it, in whichever process.
+        RuntimeError: If such a process dies, which :func:`is_of_a_dead_worker` tells; in the loop over the batches or
+            wherever the main thread is then.
+    """
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=heed_only_the_parent, **options
+    )
+    with unheard_signals():
+        loaded = iter(loader)
+    return _with_errors_of_workers(loaded)
+
+
+def _with_errors_of_workers(loaded: Iterator[Any]) -> Iterator[Any]:
+    """What is loaded; of a worker's error torch makes one whose message is the worker's traceback."""
+    try:
+        yield from loaded
+    except InputError as error:
+        _, _, message = str(error).rpartition(f"\n{InputError.__module__}.{InputError.__name__}: ")
+        raise InputError(message.strip()) from error
+    except (OSError, EOFError) as error:  # a queue that ends, or an error that a worker had and tells of
+        if "worker process" in str(error):
+            raise
+        raise RuntimeError(f"{_DEAD} unknown) is gone") from error
+
+
+_DEAD = "DataLoader worker (pid"  # how torch begins
+
+
+def is_of_a_dead_worker(error: RuntimeError) -> bool:
+    """Whether an error says that a process that reads data died."""
+    return str(error).startswith(_DEAD)
+
+
+def heed_only_the_parent(_: int = 0) -> None:
+    """A worker's start: a scheduler's SIGTERM and a terminal's Ctrl-C reach it too, and the last step needs its data.
+
+    It must go on heeding the process it works for, which ends its workers by SIGTERM and then waits for them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_parent, daemon=True).start()
+
+
+def _await_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def unheard_signals() -> Iterator[None]:
+    """In the block SIGTERM and SIGINT wait, and processes that are started in it are deaf to them from the first."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
