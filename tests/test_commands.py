@@ -105,6 +105,7 @@ def started(monkeypatch, run) -> list:
     return begun
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_every_module_with_a_main_runs_as_one(monkeypatch):
     files = [path for path in ROOT.glob("gspn_dit/**/*.py") if re.search(r"^def main\(\w+: ", path.read_text(), re.M)]
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files} - {"gspn_dit.__main__"}

@@ -212,6 +212,12 @@ def test_help_lists_the_options(capsys):
     assert "--training CONFIG" not in printed  # the group, which takes no value
 
 
+def test_a_files_overrides_can_be_taken_back(tmp_path):
+    path = written(tmp_path, "model: {overrides: {width: 128, num_groups: 2}}")
+    assert options("--config", path, "--model.overrides", "{}").model.overrides == {}
+    assert options("--config", path, "--model.overrides.width", "64").model.overrides == {"width": 64, "num_groups": 2}
+
+
 def test_an_error_about_an_argument_names_the_option_it_came_from():
     def refuse(message):
         with renamed(source="data.source"):
