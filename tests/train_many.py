@@ -2,6 +2,8 @@
 
 accelerate turns FSDP on for accelerators only. Here it is told that the processes' CPUs are such: from there on it is
 accelerate's own FSDP2, over gloo.
+
+torch.compile's graphs are run as they are traced: that is where processes come in, and C++ of them takes minutes.
 """
 
 import json
@@ -40,6 +42,8 @@ def embed_exact_times(self, timesteps):
 
 
 TimestepEmbedding.forward = embed_exact_times
+compile_module = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self, **options: compile_module(self, backend="aot_eager", **options)
 PartialState.destroy_process_group = lambda self, group=None: None  # the next run talks over it too
 
 for argv in json.loads(Path(sys.argv[1]).read_text()):
