@@ -7,6 +7,7 @@ options of `gspn-dit train` are :mod:`gspn_dit.config`'s.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,8 @@ class SampleOptions:
             1 if self.guidance_scale is None else self.guidance_scale,
             (0, 1) if self.guidance_interval is None else self.guidance_interval,
         )
+        if self.class_labels and re.fullmatch(r"\[.*\]", self.class_labels):  # as any list may be written
+            self.class_labels = self.class_labels[1:-1]
         self.npz = self.npz or None
         if self.out is None and self.npz is None:
             self.out = "samples.png"

@@ -58,6 +58,11 @@ def test_a_list_has_commas_and_brackets_if_you_like(tmp_path, text, items):
     assert options("--config", written(tmp_path, of_file), of=ModelsOptions).names == items
 
 
+def test_class_labels_are_a_list_too():
+    for typed in ("3,7", "[3,7]"):
+        assert options("--class-labels", typed, of=SampleOptions).class_labels == "3,7"
+
+
 def test_lists_of_numbers():
     for typed in ("1, 8,", "[1,8]"):
         assert options("--gpus", typed, of=BudgetOptions).gpus == [1, 8]
