@@ -88,7 +88,7 @@ def test_commands_are_found_in_all_documents_that_have_some():
 def test_a_documented_command_has_the_options_it_is_given(monkeypatch, program, arguments):
     parsed = []
 
-    def only_parse(main, kind, *, prog, positional=()):
+    def only_parse(main, kind, *, positional=(), **_):
         parsed.append(options.parse(kind, arguments, positional=positional, exit_on_error=False))
 
     monkeypatch.chdir(ROOT)
