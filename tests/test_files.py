@@ -124,7 +124,9 @@ def test_a_folder_is_one_process_at_a_time(tmp_path):
 
     with alone_in(folder, note):
         others = [forked(work) for _ in range(4)]
+        late = time.monotonic() + 30
         while not told.exists() or len(told.read_text().splitlines()) < 4:
+            assert time.monotonic() < late
             time.sleep(0.01)
     assert [os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) for other in others] == [0, 0, 0, 0]
     holders = told.read_text().splitlines()

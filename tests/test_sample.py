@@ -20,7 +20,6 @@ from PIL import Image
 from gspn_dit.config import Config, DiffusionConfig, TrainingConfig
 from gspn_dit.errors import InputError
 from gspn_dit.fid.images import open_samples
-from gspn_dit.files import alone_in
 from gspn_dit.options import command
 from gspn_dit.pictures import save_npz
 from gspn_dit.pipeline import GSPNDiTPipeline
@@ -284,10 +283,11 @@ def test_the_same_command_several_times_at_once_ends_well(run, tmp_path):
         assert np.abs(shown - wanted).max() <= 1
 
 
-def test_another_command_is_refused_before_it_waits(run, tmp_path, capsys):
+def test_another_command_is_refused_before_it_waits(run, tmp_path, monkeypatch, capsys):
     arguments = ("--model", str(run), "--num-images", "2", "--out", str(tmp_path))
     sample(*arguments)
-    with alone_in(tmp_path, print), pytest.raises(SystemExit):
+    monkeypatch.setattr("gspn_dit.sample.alone_in", lambda *_: pytest.fail("it waits"))
+    with pytest.raises(SystemExit):
         sample(*arguments, "--seed", "1")
     assert "was begun with seed=0" in capsys.readouterr().err.splitlines()[-1]
 
