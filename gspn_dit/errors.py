@@ -17,6 +17,14 @@ class InputError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """Work ended before it was done: a command prints the message as one line and exits with `status`."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 @contextmanager
 def renamed(prefix: str = "", **names: str) -> Iterator[None]:
     """In the block, an error about an argument names the option it came from: `renamed(source="data.source")`.

@@ -27,7 +27,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
 
-from gspn_dit.errors import InputError, machine_fault
+from gspn_dit.errors import InputError, Stopped, machine_fault
 
 Options = TypeVar("Options")
 
@@ -132,6 +132,9 @@ def command(
         if _is_first():
             print(f"{prog}: interrupted{'; the same command goes on here' if continues else ''}", file=sys.stderr)
         raise SystemExit(130) from None
+    except Stopped as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(error.status) from None
     except Exception as error:
         place = getattr(parsed, "out", None) or getattr(parsed, "output_dir", None)
         if (fault := machine_fault(error, place)) is None:

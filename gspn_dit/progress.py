@@ -129,5 +129,5 @@ def _through(shown: Bar | Lines) -> Iterator:
 
 
 def figure(value: float) -> str:
-    """A number as a person reads it: four digits, and an exponent where it is large or small."""
-    return f"{value:#.4g}".removesuffix(".")
+    """A number as a person reads it: four digits or, up to a million, all before the point; else an exponent."""
+    return f"{value:,.0f}" if 1e4 <= value < 1e6 else f"{value:#.4g}".removesuffix(".")

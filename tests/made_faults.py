@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from gspn_dit.config import Config
-from gspn_dit.options import parse
+from gspn_dit.options import command
 from gspn_dit.training import checkpoints, loop
 
 _context = multiprocessing.get_context("forkserver")
@@ -90,7 +90,7 @@ def _train(argv, log, fault, *arguments):
     sys.stdout.reconfigure(line_buffering=True)
     if fault is not None:
         fault(*arguments)
-    loop.main(parse(Config, argv))
+    command(loop.main, Config, prog="train_dit.py", argv=argv)
 
 
 def text(log):

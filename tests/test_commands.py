@@ -16,7 +16,7 @@ import pytest
 from gspn_dit import commands
 from gspn_dit.__main__ import main
 from gspn_dit.commands import VERBS
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, Stopped
 from gspn_dit.options import command
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +135,15 @@ def test_a_warning_is_one_line_without_a_place_in_the_code(capsys):
     command(warn, Shown, prog="made", argv=[])
     assert capsys.readouterr().err == "warning: few images, for a score\n"
     assert warnings.showwarning is before
+
+
+def test_work_that_stops_says_so_in_the_name_of_its_command(capsys):
+    def stop(options):
+        raise Stopped("stopped: the loss is nan", 1)
+
+    with pytest.raises(SystemExit) as stopped:
+        command(stop, Shown, prog="gspn-dit made", argv=[])
+    assert (stopped.value.code, capsys.readouterr().err) == (1, "gspn-dit made: stopped: the loss is nan\n")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 import json
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data.workers import is_of_a_dead_worker, load
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, Stopped
 from gspn_dit.pipeline import GSPNDiTPipeline, pipeline_of
 from gspn_dit.precision import agreed_precision
 from gspn_dit.progress import figure, progress
@@ -72,26 +71,22 @@ def main(config: Config) -> None:
     try:
         train(config)
     except (NonFiniteLoss, CheckpointNotWritten) as error:  # of all processes together: one of them says so
-        if first:
-            print(f"train_dit.py: stopped: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise (Stopped(f"stopped: {error}", 1) if first else SystemExit(1)) from None
     except RuntimeError as error:
         if not is_of_a_dead_worker(error):
             raise
         what = f"a process that reads data died ({' '.join(str(error).split())}); {last_good(config.output_dir)}"
-        print(f"train_dit.py: stopped: {what}. Fewer data.num_workers need less memory", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise Stopped(f"stopped: {what}. Fewer data.num_workers need less memory", 1) from None
     except KeyboardInterrupt as error:
-        if first and not isinstance(error, StoppedByCtrlC):
-            print(f"train_dit.py: interrupted; {last_good(config.output_dir)}", file=sys.stderr)
-        raise SystemExit(130) from None
+        if not first or isinstance(error, StoppedByCtrlC):
+            raise SystemExit(130) from None
+        raise Stopped(f"interrupted; {last_good(config.output_dir)}", 130) from None
     except EveryonesError:
         if first:
             raise
         raise SystemExit(2) from None
     except InputError as error:  # this process's own, in the middle of training
-        print(f"train_dit.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise Stopped(f"error: {error}", 2) from None
 
 
 def train(config: Config) -> None:
