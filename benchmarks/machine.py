@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import torch
 
-
-def cpu_flags() -> set[str]:
-    """What the CPU can do, by Linux's names on x86-64; empty elsewhere."""
-    return set(_of_cpuinfo("flags").split())
-
-
-def has_bf16() -> bool:
-    """Whether the CPU multiplies in bfloat16: where it does not, torch takes many times as long as in float32."""
-    return not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
+from gspn_dit.precision import CPU_INFO, cpu_flags, native_bfloat16
 
 
 def processor() -> str:
     """The CPU's name and, on x86-64, its widest instructions."""
-    name, flags = _of_cpuinfo("model name") or platform.processor(), cpu_flags()
-    if not flags:
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    name, flags = next(names, platform.processor()), cpu_flags()
+    if not flags or "sse2" not in flags:
         return name
     widest = next((words for flag, words in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "no AVX2")
-    return f"{name} ({widest}, {'bf16' if has_bf16() else 'no bf16'})"
+    return f"{name} ({widest}, {'bf16' if native_bfloat16(torch.device('cpu'))[0] else 'no bf16'})"
 
 
 def results_name(device: str) -> str:
     """What tells the results of this kind of machine apart in benchmarks/results."""
-    return device if device == "cuda" or "avx512f" in cpu_flags() else "cpu-avx2"
-
-
-def _of_cpuinfo(line: str) -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((text.split(":")[1].strip() for text in lines if text.startswith(line)), "")
+    return device if device == "cuda" or "avx512f" in (cpu_flags() or ()) else "cpu-avx2"
 
 
 def machine(device: str = "cpu") -> str:

@@ -22,11 +22,12 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.machine import has_bf16, machine, results_name
+from benchmarks.machine import machine, results_name
 from benchmarks.resolution_case import LONGEST_WHOLE, Case
 from benchmarks.saved_rows import saved_rows
 from gspn_dit.files import replacing, write_json
 from gspn_dit.options import command, require
+from gspn_dit.precision import native_bfloat16
 
 STEPS = ("forward", "training")
 TRIAL_PIXELS = 256
@@ -77,7 +78,7 @@ def default_dtypes(device: str) -> list[str]:
     """The dtypes worth trying on this machine."""
     if device == "cuda":
         return ["bfloat16"]
-    return ["bfloat16", "float32"] if has_bf16() else ["float32"]
+    return ["bfloat16", "float32"] if native_bfloat16(torch.device(device))[0] else ["float32"]
 
 
 def models(size: str) -> dict[str, tuple[str, dict[str, Any]]]:
