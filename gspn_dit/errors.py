@@ -4,7 +4,7 @@ import errno
 import math
 import os
 import re
-import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -82,6 +82,6 @@ def machine_fault(error: BaseException, place: str | None = None) -> str | None:
 
 
 def warn(message: str) -> None:
-    """Print a warning as one line; of a machine's processes the first alone does."""
+    """Warn, which a command prints as one line; of a machine's processes the first alone does."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"warning: {message}", file=sys.stderr)
+        warnings.warn(message, stacklevel=3)

@@ -13,14 +13,13 @@ import shutil
 import socket
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,25 +135,31 @@ def in_bytes(size: int) -> str:
 
 @contextmanager
 def alone_in(folder: Path, wait: Callable[[str], None]) -> Iterator[None]:
-    """In the block, a folder is this process's: `wait` is told who has it, and then it is waited for.
+    """In the block, a folder is this process's: `wait` is told who has it, and then it is waited for, unless it raises.
 
-    It is made if there is none, and one that was made and has nothing in it afterwards goes again.
+    The folder is made if there is none; it and those above it that were made go again if they are empty afterwards. The
+    lock goes with the process, however that ends, and its file with the block.
     """
-    made, lock = [not folder.exists()], folder / LOCK_FILE
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
 
     def tell(holder: str) -> None:
-        made.append(True)  # by the holder, for all that is known
         wait(holder)
+        new[:] = new or [folder]  # the holder has made it, for all that is known
 
-    file = _locked(lock, tell)
-    try:
+    with ExitStack() as leaving:
+        leaving.callback(_remove_empty, new)
+        lock = leaving.enter_context(_locked(folder / LOCK_FILE, tell))
+        leaving.callback((folder / LOCK_FILE).unlink, missing_ok=True)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
         yield
-    finally:
-        lock.unlink(missing_ok=True)
-        file.close()
-        if any(made):
-            with suppress(OSError):  # it holds what the block has made
-                folder.rmdir()
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # one that is not empty, and those above it
+        for folder in folders:
+            folder.rmdir()
 
 
 def _locked(path: Path, wait: Callable[[str], None]) -> IO[str]:
@@ -170,15 +175,16 @@ def _locked(path: Path, wait: Callable[[str], None]) -> IO[str]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            wait(file.read().strip() or "another process")
+            try:
+                wait(file.read().strip() or "another process")
+            except InputError:
+                file.close()
+                raise
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
-            warnings.warn(f"{path}: this file system has no locks ({error}); start one at a time", stacklevel=4)
+            warn(f"{path}: this file system has no locks ({error}); start one at a time")
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # else whoever had it has removed it
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                file.flush()
                 return file
         file.close()
 

@@ -121,7 +121,7 @@ def command(
     parsed, given = None, []
     try:
         parsed, given = _parsed(options, argv, prog, description, positional)
-        with _plain_messages():
+        with plain_messages():
             if isinstance(main, str):
                 module, _, function = main.partition(":")
                 main = getattr(importlib.import_module(module), function)
@@ -163,7 +163,7 @@ def _require_finite(options: object, prefix: str = "") -> None:
 
 
 @contextmanager
-def _plain_messages() -> Iterator[None]:
+def plain_messages() -> Iterator[None]:
     """In the block a warning is one line, without the place in the code, and libraries say nothing but errors."""
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "critical")  # their errors are raised, too

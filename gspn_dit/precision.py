@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 
 from gspn_dit.config import MixedPrecision
+from gspn_dit.errors import warn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # what /proc/cpuinfo calls x86's instructions, and ARM's
@@ -42,8 +42,7 @@ class Precision:
     def say(self) -> None:
         """Print it as one line, a warning for bf16 on a device that lacks it."""
         if self.name == "bf16" and not self.native:
-            print(f"warning: mixed_precision=bf16: {self.reason}; `auto` computes in float32, many times as fast here",
-                  file=sys.stderr)  # fmt: skip
+            warn(f"mixed_precision=bf16: {self.reason}; `auto` computes in float32, many times as fast here")
             return
         why = f"auto: {self.reason}" if self.asked == "auto" else self.asked
         print(f"computing in {str(self.dtype).removeprefix('torch.')} (mixed_precision {why})")

@@ -11,6 +11,8 @@ import torch
 from accelerate.state import AcceleratorState
 from made_store import make_store
 
+from gspn_dit.options import plain_messages
+
 
 @pytest.fixture(autouse=True)
 def as_many_threads_as_before():
@@ -42,3 +44,10 @@ def devices_stay(monkeypatch):
 def store(tmp_path_factory):
     """A small store of made latents."""
     return make_store(tmp_path_factory.mktemp("data") / "store")
+
+
+@pytest.fixture
+def as_a_command_says_it():
+    """Warnings of a function that a test calls are lines on stderr, as they are where a command calls it."""
+    with plain_messages():
+        yield

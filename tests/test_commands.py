@@ -67,26 +67,31 @@ def test_an_unknown_verb_is_answered_with_the_nearest(capsys, argv, answer):
 
 
 def test_a_mistake_or_help_is_answered_before_anything_slow_is_imported():
+    """Of every verb, by the command and by `python -m` with the verb's module."""
     script = """
-import sys
+import runpy, sys
 from gspn_dit.__main__ import main
 from gspn_dit.commands import VERBS
-for verb in VERBS:
+def run(name, argv, status):
+    sys.argv = [name, *argv]
+    try:
+        main([name, *argv]) if name in VERBS else runpy.run_module(name, run_name="__main__")
+    except SystemExit as stopped:
+        assert stopped.code == status, (name, argv)
+    else:
+        raise AssertionError((name, argv))
+for name in [*VERBS, *(verb.main.partition(":")[0] for verb in VERBS.values())]:
     for argv, status in (["--no-such-option", "1"], 2), (["-x"], 2), (["--help"], 0):
-        try:
-            main([verb, *argv])
-        except SystemExit as stopped:
-            assert stopped.code == status, (verb, argv)
-        else:
-            raise AssertionError((verb, argv))
+        run(name, argv, status)
 print(sorted({"torch", "numpy", "diffusers", "transformers", "accelerate", "safetensors", "PIL"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     refusals = done.stderr.splitlines()
-    assert len(refusals) == 2 * len(VERBS)
+    assert len(refusals) == 4 * len(VERBS)
     assert refusals[0] == "gspn-dit encode: error: --no-such-option: no such option; --help lists them"
+    assert refusals[2 * len(VERBS)] == refusals[0].replace("gspn-dit encode", "python -m gspn_dit.data.encode")
 
 
 @pytest.mark.parametrize("name", VERBS)

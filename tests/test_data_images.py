@@ -142,6 +142,7 @@ def nested(tmp_path):
     return root
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_images_at_any_depth_are_read_in_torchvisions_order(nested, capsys):
     from torchvision.datasets import DatasetFolder
 
@@ -159,6 +160,7 @@ def test_images_at_any_depth_are_read_in_torchvisions_order(nested, capsys):
     assert printed == [f"warning: {nested}: 4 files left out: .heic (2), .txt (1), no suffix (1)"]
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_evaluation_counts_the_images_that_training_reads(nested, capsys):
     samples = open_samples(str(nested))
     assert len(samples) == len(open_images(nested, 16)) == 9
@@ -169,6 +171,7 @@ def test_evaluation_counts_the_images_that_training_reads(nested, capsys):
     assert shown[0] == shown[1]
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_classes_that_lie_one_folder_deeper_and_images_outside_them_are_said(folder, capsys):
     write(folder / "stray.png")
     open_images(folder, 16)

@@ -337,6 +337,7 @@ def test_a_store_says_what_its_latents_are_like(digits_store, capsys):
     assert "warning" not in printed.err
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 @pytest.mark.parametrize("scale", [0.01, 50.0])
 def test_latents_that_no_model_expects_are_said(tmp_path, capsys, scale):
     encode(tmp_path / "store", vae=vae_folder(tmp_path / "vae", scaling_factor=scale))
@@ -346,6 +347,7 @@ def test_latents_that_no_model_expects_are_said(tmp_path, capsys, scale):
     assert std == pytest.approx(scale / load_vae("digits").config.scaling_factor, rel=0.05)
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_pictures_that_a_vae_cannot_show_are_said(tmp_path, capsys):
     draw, root = np.random.default_rng(0), tmp_path / "images" / "noise"
     root.mkdir(parents=True)

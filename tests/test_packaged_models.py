@@ -1,15 +1,11 @@
-"""The packaged models: what `python sample.py --model digits` and `photos` give straight after the install."""
+"""The packaged models: what `gspn-dit sample --model digits` and `photos` give straight after the install."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from gspn_dit.__main__ import main
 from gspn_dit.weights import packaged
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("name", "most"), [("digits", 8e6), ("photos", 16e6)])
@@ -26,12 +22,12 @@ def test_a_packaged_model_is_small_and_names_no_machine(name, most):
 @pytest.mark.parametrize(("name", "count"), [("digits", 100), ("photos", 16)])
 def test_guided_samples_are_of_the_classes_asked_for(name, count, tmp_path):
     samples, metrics = tmp_path / "samples", tmp_path / "metrics.json"
-    for command in (
-        ["sample.py", "--model", name, "--num-images", count, "--num-inference-steps", "12", "--batch-size", "50",
+    for argv in (
+        ["sample", "--model", name, "--num-images", count, "--num-inference-steps", "12", "--batch-size", "50",
          "--out", f"{samples}/"],
-        ["fid/evaluate.py", "--samples", samples, "--reference", f"{name}:test", "--features", name, "--out", metrics],
+        ["evaluate", "--samples", samples, "--reference", f"{name}:test", "--features", name, "--out", metrics],
     ):  # fmt: skip
-        subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT, capture_output=True)
+        main([*map(str, argv), "--device", "cpu"])
     scores = json.loads(metrics.read_text())
     assert scores["num_samples"] == count
     assert scores["class_accuracy"] >= 0.93

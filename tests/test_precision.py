@@ -92,6 +92,7 @@ def test_what_is_asked_for_stays(cpu, asked):
         assert choose_precision(asked, CPU).name == asked
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 @pytest.mark.parametrize(
     ("text", "asked", "out", "err"),
     [

@@ -132,6 +132,7 @@ def test_a_run_cut_before_its_first_checkpoint_begins_again(run, store, whole):
     assert losses(run) == losses(whole)
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_a_figure_that_cannot_be_noted_warns_and_training_goes_on(tmp_path, store, whole, capsys, monkeypatch):
     def full(*_):
         raise OSError(122, "Disk quota exceeded")

@@ -146,6 +146,7 @@ def test_a_run_is_not_continued_with_latents_of_another_scale(trained, tmp_path)
         train(config(trained, noise, "--resume", "auto", "--training.max_steps", "6"))
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 @pytest.mark.parametrize(
     ("changed", "words"), [("decoder", "its decoder is another than that"), ("encoder", "its weights are not those")]
 )
@@ -192,6 +193,7 @@ def test_a_run_of_before_decodes_as_it_did(tmp_path):
     assert not torch.equal(decode(load_vae(run / "vae"), latents), decode(vae, latents))
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_training_on_images_says_what_is_odd_about_their_latents(tmp_path, capsys):
     vae = save_vae(tmp_path / "vae", scaling_factor=50.0)
     train(config(tmp_path / "run", "digits", "--data.vae", vae, "--training.max_steps", "1"))
@@ -201,6 +203,7 @@ def test_training_on_images_says_what_is_odd_about_their_latents(tmp_path, capsy
     assert any("gives these images back at" in line for line in warnings_of(capsys))
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_training_on_a_store_says_what_is_odd_about_its_latents(tmp_path, capsys):
     large = make_store(tmp_path / "store", images=600, reconstruction_psnr=6.6)
     train(parse(Config, options(tmp_path / "run", large, "--training.max_steps", "1"), exit_on_error=False))

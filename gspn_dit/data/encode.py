@@ -6,6 +6,12 @@ still missing matters to a run, so one that was killed goes on with any number o
 
 from __future__ import annotations
 
+from gspn_dit.commands import EncodeOptions as Options
+from gspn_dit.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("encode", prog="python -m gspn_dit.data.encode"))
+
 import warnings
 from collections.abc import Iterable
 from itertools import islice
@@ -18,8 +24,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gspn_dit.commands import EncodeOptions as Options
-from gspn_dit.commands import run
 from gspn_dit.data import open_images
 from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.latents import begun_with, some_moments, verify, write_manifest, write_shard
@@ -231,7 +235,3 @@ class _Loadable(Dataset):
             return self.images.load_tagged(index)
         except UnreadableImage as error:
             return error
-
-
-if __name__ == "__main__":
-    run("encode", prog="python -m gspn_dit.data.encode")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gspn_dit.errors import InputError, warn
+from gspn_dit.errors import InputError, is_finite, warn
 from gspn_dit.weights import PACKAGED, packaged
 
 NORMALISATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -76,15 +75,15 @@ def check_vae(vae: AutoencoderKL, name: str) -> None:
             "images, 3 and 3"
         )
     scale, shift, mean, std = (getattr(config, key, None) for key in NORMALISATION)
-    if not (_is_number(scale) and scale > 0):
+    if not (is_finite(scale) and scale > 0):
         raise InputError(f"vae={name!r}: scaling_factor={scale!r} in its config.json: wanted a number above 0")
-    if shift is not None and not _is_number(shift):
+    if shift is not None and not is_finite(shift):
         raise InputError(f"vae={name!r}: shift_factor={shift!r} in its config.json: wanted a number or null")
     if mean is None and std is None:
         return
     for key, values in (("latents_mean", mean), ("latents_std", std)):
         as_wanted = isinstance(values, list | tuple) and len(values) == config.latent_channels
-        if not as_wanted or not all(map(_is_number, values)) or (key == "latents_std" and min(values) <= 0):
+        if not as_wanted or not all(map(is_finite, values)) or (key == "latents_std" and min(values) <= 0):
             raise InputError(
                 f"vae={name!r}: {key}={values!r} in its config.json: wanted {config.latent_channels} numbers, one a "
                 "latent channel (latents_std above 0), or null for both latents_mean and latents_std"
@@ -93,10 +92,6 @@ def check_vae(vae: AutoencoderKL, name: str) -> None:
         raise InputError(
             f"vae={name!r}: its config.json has both shift_factor and latents_mean; wanted one of them, the other null"
         )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def normalisation(scaling: LatentScaling) -> dict[str, Any]:

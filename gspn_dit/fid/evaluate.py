@@ -9,7 +9,6 @@ if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit(run("evaluate", prog="python -m gspn_dit.fid.evaluate"))
 
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, warn
 from gspn_dit.fid.extractors import Extractor, create_extractor
 from gspn_dit.fid.features import Accumulator, layer_widths, observe
 from gspn_dit.fid.images import ImageSet, ReferenceStatistics, open_reference, open_samples
@@ -228,10 +227,9 @@ def same_classes(samples: ImageSet, reference: ImageSet | ReferenceStatistics, e
 def warn_of_few(argument: str, count: int, features: int) -> None:
     """Warn if a set has not more images than features."""
     if count <= features:
-        warnings.warn(
+        warn(
             f"{argument}: {count} images for {features} features leave the covariance rank-deficient: "
-            "the Fréchet distance is far too high, and compares only with others from as many images",
-            stacklevel=2,
+            "the Fréchet distance is far too high, and compares only with others from as many images"
         )
 
 
@@ -251,22 +249,19 @@ def _warn_of_splits(samples: ImageSet, extractor: Extractor) -> None:
     instead = f"read {key}_torch_fidelity, which is over a shuffle of them all"
     cost = cost_of_order(samples.labels) if samples.labels is not None else 1
     if cost > COSTLY_ORDER:
-        warnings.warn(
+        warn(
             f"samples={samples.source}: consecutive splits of {ADM_SPLIT} hold few of the classes each, and by the "
-            f"labels that alone makes {key} {cost:.1f} times lower; {instead}",
-            stacklevel=2,
+            f"labels that alone makes {key} {cost:.1f} times lower; {instead}"
         )
     elif samples.labels is None and samples.by_folders:
-        warnings.warn(
+        warn(
             f"samples={samples.source}: images come folder by folder, and splits of {ADM_SPLIT} in that order hold few "
-            f"classes each; {instead}",
-            stacklevel=2,
+            f"classes each; {instead}"
         )
     if left_out := count % ADM_SPLIT:
-        warnings.warn(
+        warn(
             f"samples={samples.source}: the last {left_out} of {count} images fill no split of {ADM_SPLIT} and are "
-            f"left out of {key}, for fewer score less; {instead}",
-            stacklevel=2,
+            f"left out of {key}, for fewer score less; {instead}"
         )
 
 
@@ -287,13 +282,12 @@ def _warn_of_missing(
     elif not has_neighbours:
         missing.append(f"no precision and recall, which take more than {NEIGHBOURS} images, here and in the samples")
     for what in missing:
-        warnings.warn(f"reference={reference.source}: {what}", stacklevel=2)
+        warn(f"reference={reference.source}: {what}")
     if samples.labels is not None and extractor.class_names is not None and not recognisable:
         are = "are others" if samples.class_names or reference.class_names else "are not named"
-        warnings.warn(
+        warn(
             f"samples={samples.source}: no class_accuracy, for their classes {are}, and features={extractor.name} "
-            f"knows {', '.join(extractor.class_names)} alone",
-            stacklevel=2,
+            f"knows {', '.join(extractor.class_names)} alone"
         )
 
 

@@ -1,8 +1,14 @@
 """The networks: `dit` (the baseline), `gspn` (the paper's) and `gspn-dit` (ours), by name or by class."""
 
-from gspn_dit.models.dit import DiT
-from gspn_dit.models.gspn import GSPN
-from gspn_dit.models.gspn_dit import GSPNDiT
-from gspn_dit.models.presets import create_model, list_models
+from gspn_dit.exports import on_demand
 
-__all__ = ["GSPN", "DiT", "GSPNDiT", "create_model", "list_models"]
+_EXPORTS = {
+    "DiT": "gspn_dit.models.dit",
+    "GSPN": "gspn_dit.models.gspn",
+    "GSPNDiT": "gspn_dit.models.gspn_dit",
+    "create_model": "gspn_dit.models.presets",
+    "list_models": "gspn_dit.models.presets",
+}
+
+__all__ = list(_EXPORTS)
+__getattr__, __dir__ = on_demand(__name__, _EXPORTS)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from gspn_dit.commands import ModelsOptions as Options
 from gspn_dit.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("models", prog="python -m gspn_dit.models"))
+
+import torch
+
 from gspn_dit.errors import renamed
 from gspn_dit.models.counting import count_macs
 from gspn_dit.models.presets import create_model, find_preset, list_models
@@ -23,7 +27,3 @@ def main(options: Options) -> None:
             model = create_model(name)
         small, large = (f"{count_macs(model, (side, side)) / 1e9:.1f}" for side in (32, 64))  # latents, 8× smaller
         print(f"{name:<16}{model.num_parameters():>14,}{small:>14}{large:>10}", flush=True)
-
-
-if __name__ == "__main__":
-    run("models", prog="python -m gspn_dit.models")

@@ -1,5 +1,8 @@
 """The GSPN operator: 2D linear propagation by line scans. `python -m gspn_dit.ops` says which kernels run here."""
 
-from gspn_dit.ops.propagate import propagate
+from gspn_dit.exports import on_demand
 
-__all__ = ["propagate"]
+_EXPORTS = {"propagate": "gspn_dit.ops.operator"}
+
+__all__ = list(_EXPORTS)
+__getattr__, __dir__ = on_demand(__name__, _EXPORTS)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from gspn_dit.commands import OpsOptions as Options
 from gspn_dit.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("ops", prog="python -m gspn_dit.ops"))
+
 from gspn_dit.errors import InputError
 from gspn_dit.ops.backends import BACKENDS, status
 
@@ -15,7 +19,3 @@ def main(options: Options) -> None:
         print(f"{name:<10} {'available' if available else 'not available':<14} {detail}")
     if options.require and not status(options.require).available:
         raise InputError(f"require={options.require!r}: not available here, see above")
-
-
-if __name__ == "__main__":
-    run("ops", prog="python -m gspn_dit.ops")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, warn
 from gspn_dit.ops.build import architectures, built
 from gspn_dit.ops.reference import DIRECTIONS, propagate_reference
 
@@ -156,9 +155,7 @@ def kernel(name: str, device: torch.device) -> Kernel:
 _reference = ReferenceKernel()
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+_warn_once = functools.cache(warn)
 
 
 def _compiled(name: str, index: int) -> tuple[Kernel | None, Status]:

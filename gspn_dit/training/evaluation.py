@@ -13,13 +13,13 @@ from torch import Tensor
 from gspn_dit.config import Config
 from gspn_dit.diffusion import image_generator
 from gspn_dit.drawing import draw_grid
-from gspn_dit.errors import InputError, renamed
+from gspn_dit.errors import InputError, renamed, warn
 from gspn_dit.fid.evaluate import check_reference, evaluate, statistics_of
 from gspn_dit.fid.extractors import create_extractor
 from gspn_dit.fid.images import ImageSet, ReferenceStatistics, open_reference
 from gspn_dit.pipeline import GSPNDiTPipeline
 from gspn_dit.training.processes import StopRequest
-from gspn_dit.training.record import attempt, note, warn
+from gspn_dit.training.record import attempt, note
 
 EVALUATION = "evaluation.csv"
 
@@ -84,7 +84,7 @@ class Evaluator:
                 row, problem = attempt(self._score, images, pipeline, step)
                 problems = [problem]
         if self.accelerator.is_main_process and any(problems):
-            warn(f"no evaluation at step {step}", next(filter(None, problems)))
+            warn(f"no evaluation at step {step} ({next(filter(None, problems))}); training goes on")
         return row
 
     def _draw(self, pipeline: GSPNDiTPipeline, stop: StopRequest) -> Tensor:

@@ -265,8 +265,10 @@ def prepare(config: Config, accelerator: Accelerator, parts: Parts, is_new: bool
         weight_decay=options.weight_decay,
         fused=accelerator.device.type == "cuda",
     )
-    # FSDP2 warns that nobody may change the model's output in place; nobody does.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # FSDP2 warns that nobody may change the model's output in place; nobody does. DDP would have the axis of length 1
+    # of a depthwise convolution's weight in other strides, of which there is nothing to gain.
+    for message in ("FSDP2-wrapped module .* returned a view tensor", "Grad strides do not match bucket view strides"):
+        warnings.filterwarnings("ignore", message=message)
     model_config = parts.model.to_json_string()
     model, optimizer = accelerator.prepare(parts.model, optimizer)
     state = TrainingState(

@@ -5,21 +5,19 @@ They have met before: accelerate's PartialState is there.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
-import socket
 import threading
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from accelerate.utils import broadcast_object_list, gather_object
 
 from gspn_dit.errors import InputError
+from gspn_dit.files import alone_in
 
 T = TypeVar("T")
 CTRL_C = "Ctrl-C"  # what a terminal sends as SIGINT
@@ -94,57 +92,22 @@ class StopRequest:
 
 @contextmanager
 def claimed(run: str | os.PathLike) -> Iterator[None]:
-    """In the block, the run's folder is this process's to write; a `.lock` in it says so.
-
-    The lock goes with the process, however it ends; the file with the block, and the folder if it is empty and new.
+    """In the block, the run's folder is this process's to write; a `.lock` in it says so. A new one goes if empty.
 
     Raises:
         InputError: If another process has it, or it cannot be written to.
     """
-    folder = Path(run)
-    path = folder / ".lock"
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
+
+    def refuse(holder: str) -> None:
+        raise InputError(f"output_dir={str(run)!r}: {holder} is training in it; wait for it, or name another folder")
+
     with ExitStack() as leaving:
-        leaving.callback(_remove_empty, new)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = leaving.enter_context(_locked(path))
+            leaving.enter_context(alone_in(Path(run), refuse))
         except OSError as error:
             why = f"cannot be written to ({error.strerror})"
             raise InputError(f"output_dir={str(run)!r}: {why}; name another") from error
-        leaving.callback(path.unlink, missing_ok=True)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
         yield
-
-
-def _locked(path: Path) -> TextIO:
-    """The file at a path, open and locked, as long as it is."""
-    while True:
-        file = open(path, "a+")  # noqa: SIM115 (closed by the caller)
-        try:
-            # A POSIX lock: it works over NFS, and a process's children do not keep it.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise InputError(
-                f"output_dir={str(path.parent)!r}: {holder} is training in it; wait for it, or name another folder"
-            ) from None
-        except OSError as error:
-            warnings.warn(f"{path}: this file system has no locks ({error}); start one run at a time", stacklevel=4)
-            return file
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-        file.close()  # its owner took it away between our opening and our locking it
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):  # one that is not empty, and those above it
-        for folder in folders:
-            folder.rmdir()
 
 
 def _result_or_problem(work: Callable[[], T]) -> tuple[T | None, str | None]:

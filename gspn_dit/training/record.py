@@ -7,7 +7,6 @@ import errno
 import io
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -16,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from gspn_dit.errors import warn
 from gspn_dit.files import replacing
 
 FEW = 20  # points of a curve that are marked each
@@ -131,13 +131,13 @@ def log_ticks(low: float, high: float) -> list[float]:
             return ticks
     else:
         return ticks[:: math.ceil(len(ticks) / 10)]
-    return [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
+    return [tick for tick in MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
 
 
 def note(what: str, work: Callable[..., object], *arguments: object) -> bool:
     """Do what a run can go on without; if it fails, warn of `what` it has not. Whether it went well."""
     if problem := attempt(work, *arguments)[1]:
-        warn(what, problem)
+        warn(f"{what} ({problem}); training goes on")
     return problem is None
 
 
@@ -147,11 +147,6 @@ def attempt(work: Callable[..., T], *arguments: object) -> tuple[T | None, str |
         return work(*arguments), None
     except Exception as error:
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def warn(what: str, problem: str) -> None:
-    """Say that training goes on after a problem, and what it has not because of it."""
-    print(f"train_dit.py: warning: {what} ({problem}); training goes on", file=sys.stderr)
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:
