@@ -169,6 +169,10 @@ def test_a_stores_images_are_its_vaes_pictures(tmp_path):
     torch.testing.assert_close(images.read(3)[None], pictures, atol=1, rtol=0)
     torch.testing.assert_close(images.batch([3, 9], None)[:1], pictures, atol=1, rtol=0)
     assert pixels.shape[1:] == images.read(0).shape
+    vae.encoder.conv_in.bias.add_(1)
+    vae.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"^vae=.*other': its weights are not those that .*store was encoded with"):
+        open_data(Options(data=str(tmp_path / "store"), out="x.npz", vae=str(tmp_path / "other")), torch.device("cpu"))
 
 
 def statistics(width):
