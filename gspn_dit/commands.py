@@ -281,10 +281,9 @@ class SmallVAEOptions:
     def __post_init__(self) -> None:
         if self.data in PACKAGED:
             require(self.image_size is None, "image_size", self.image_size, f"none: {self.data} have theirs")
-        else:
-            require(Path(self.data).is_dir(), "data", self.data, "digits, photos or a folder of images that exists")
-            good = self.image_size is not None and self.image_size >= 16 and self.image_size % 4 == 0
-            require(good, "image_size", self.image_size, "a multiple of 4 pixels from 16; a folder of images needs it")
+        elif self.image_size is not None:
+            good = self.image_size >= 16 and self.image_size % 4 == 0
+            require(good, "image_size", self.image_size, "a multiple of 4 pixels from 16")
         for key in ("steps", "batch_size"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         for key in ("warmup_steps", "kl_weight", "latent_noise"):

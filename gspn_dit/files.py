@@ -70,6 +70,11 @@ def is_stream(path: str | os.PathLike) -> bool:
     return _descriptor(path) is not None or (os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)))
 
 
+def is_stdout(path: str | os.PathLike) -> bool:
+    """Whether a path is what this process prints to."""
+    return _descriptor(path) == 1
+
+
 def _descriptor(path: str | os.PathLike) -> int | None:
     """The number of the open file that /dev/stdout, /dev/stderr or /dev/fd/<number> is."""
     named = re.fullmatch(r"/dev/(?:fd/([0-9]+)|(stdout)|(stderr))", os.path.abspath(path))

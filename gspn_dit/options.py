@@ -18,7 +18,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -28,6 +28,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from gspn_dit.errors import InputError, Stopped, machine_fault
+from gspn_dit.files import is_stdout
 
 Options = TypeVar("Options")
 
@@ -121,7 +122,7 @@ def command(
     parsed, given = None, []
     try:
         parsed, given = _parsed(options, argv, prog, description, positional)
-        with plain_messages():
+        with plain_messages(), _words_beside(getattr(parsed, "out", None)):
             if isinstance(main, str):
                 module, _, function = main.partition(":")
                 main = getattr(importlib.import_module(module), function)
@@ -185,6 +186,11 @@ def plain_messages() -> Iterator[None]:
                 warnings.simplefilter("ignore", kind)
         warnings.showwarning = show
         yield
+
+
+def _words_beside(out: object) -> AbstractContextManager[object]:
+    """In the block, where a file goes to /dev/stdout, what is printed goes to stderr, and not into the file."""
+    return redirect_stdout(sys.stderr) if isinstance(out, str) and is_stdout(out) else nullcontext()
 
 
 class _Given(NamedTuple):

@@ -25,7 +25,15 @@ from torch import Tensor
 from gspn_dit.config import Config
 from gspn_dit.data import decode, load_vae
 from gspn_dit.data.tiling import decode_in_tiles
-from gspn_dit.data.vae import adopt_normalisation, check_vae, downsampling, vae_record, vae_sha256
+from gspn_dit.data.vae import (
+    NOT_HEEDED,
+    adopt_normalisation,
+    check_vae,
+    downsampling,
+    normalisation,
+    vae_record,
+    vae_sha256,
+)
 from gspn_dit.devices import memory_of
 from gspn_dit.diffusion import create_scheduler, denoise
 from gspn_dit.diffusion.sampling import Generators
@@ -354,7 +362,10 @@ def load_pipeline(path: str | os.PathLike, vae: str | None = None) -> GSPNDiTPip
         if given is not None:
             own = load_vae(folder / "vae")
             replaced["vae"] = _fitted(given, vae, vae_record(str(path), own.config, own))
-        return GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **replaced)
+        pipe = GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **replaced)
+        if "class_dropout" not in json.loads((folder / "model_index.json").read_text()):  # of before
+            adopt_normalisation(pipe.vae, normalisation(pipe.vae.config) | NOT_HEEDED, "this model")
+        return pipe
 
 
 def load_transformer(path: str | os.PathLike) -> LatentModel:
@@ -438,8 +449,8 @@ def _load_checkpoint(folder: Path, given: AutoencoderKL | None, name: str | None
             given = load_vae(name)
         except InputError as error:
             raise InputError(f"the run's {error}; where it lies elsewhere now, name that with --vae") from error
-    if record is None:  # a run from before: numbers for each channel were not heeded
-        record = vae_record(name, given.config, None) | {"latents_mean": None, "latents_std": None}
+    if record is None:  # a run of before
+        record = vae_record(name, given.config, None) | NOT_HEEDED
     names = folder / "class_names.json"
     class_names = json.loads(names.read_text()) if names.is_file() else None
     return pipeline_of(config, transformer, _fitted(given, name, record), class_names)

@@ -202,6 +202,18 @@ def test_exif_orientation_turns_the_picture_if_asked(tmp_path, tag):
         np.testing.assert_array_equal(turned, np.asarray(centre_crop(upright, 16)))
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_tiff_that_pillow_turns_is_not_turned_again(tmp_path, asked):
+    upright = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "a" / "1.tiff", exif=exif)
+    image, _, tagged = open_images(tmp_path, 16, exif_orientation=asked).load_tagged(0)
+    np.testing.assert_array_equal(image.permute(1, 2, 0), upright)
+    assert not tagged
+
+
 def test_classes_called_by_numbers_are_in_alphabetical_order(tmp_path):
     for name in ("10", "2", "1"):
         (tmp_path / name).mkdir()

@@ -266,6 +266,12 @@ def test_figures_that_cannot_be_printed_are_written(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "metrics.json").read_text())["num_samples"] == 3
 
 
+def test_figures_for_stdout_are_there_once(tmp_path, capfd):
+    write_images(tmp_path / "samples")
+    run(tmp_path / "samples", "digits:test", "/dev/stdout")
+    assert json.loads(capfd.readouterr().out)["num_samples"] == 3
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
     write_images(tmp_path / "samples")
     break_image(tmp_path / "samples")  # which would be refused next

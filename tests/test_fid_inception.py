@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -48,7 +49,9 @@ def test_the_command_gives_the_fid_of_these_weights(inception, tmp_path, capsys)
     out = tmp_path / "metrics.json"
     options = {"samples": tmp_path / "samples", "reference": tmp_path / "reference", "features": "inception"}
     argv = [f"--{key}={value}" for key, value in {**options, "weights": file, "out": out}.items()]
-    command(main, Options, prog="fid/evaluate.py", argv=argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # this module's tests ignore them
+        command(main, Options, prog="fid/evaluate.py", argv=argv)
     said = capsys.readouterr().err
     assert said.count("warning: ") == 1  # of few images, once for both sets and both covariances
     assert f"warning: samples: {COUNT} images for 2048 features" in said

@@ -169,6 +169,10 @@ def test_a_stores_images_are_its_vaes_pictures(tmp_path):
     torch.testing.assert_close(images.read(3)[None], pictures, atol=1, rtol=0)
     torch.testing.assert_close(images.batch([3, 9], None)[:1], pictures, atol=1, rtol=0)
     assert pixels.shape[1:] == images.read(0).shape
+    vae.encoder.conv_in.bias.add_(1)
+    vae.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"^vae=.*other': its weights are not those that .*store was encoded with"):
+        open_data(Options(data=str(tmp_path / "store"), out="x.npz", vae=str(tmp_path / "other")), torch.device("cpu"))
 
 
 def statistics(width):
@@ -232,14 +236,14 @@ def test_a_disk_without_room_is_seen_before_the_work(tmp_path, monkeypatch):
         ({"data": "nowhere"}, ["data=nowhere", "no such folder"]),
         ({"data": "nowhere", "image-size": 64}, ["data='nowhere'", "no such folder"]),
         ({"data": "digits", "image-size": 64}, ["image-size=64", "32"]),
-        ({"data": "photos"}, ["image-size=None", "photos"]),
+        ({"data": "photos"}, ["--image-size: missing", "photos"]),
         ({"data": "digits:test", "num-images": 501}, ["num-images=501", "500"]),
         ({"data": "digits", "num-images": 0}, ["num-images=0"]),
         ({"data": "digits", "seed": -1}, ["seed=-1"]),
         ({"data": "digits", "vae": "digits"}, ["vae='digits'", "no latent store"]),
         ({"data": "digits", "out": "reference.zip"}, ["out='reference.zip'", ".npz"]),
         ({"data": "digits", "weights": "nowhere.pth"}, ["weights='nowhere.pth'", "no such file"]),
-        ({"data": "digits", "features": "clip"}, ["features='clip'", "inception or digits or photos"]),
+        ({"data": "digits", "features": "clip"}, ["features='clip'", "inception, digits or photos"]),
         ({"data": "photos:test", "image-size": 64, "features": "digits"}, ["data=photos:test", "64x64", "32x32"]),
     ],
 )

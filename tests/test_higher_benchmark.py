@@ -115,7 +115,7 @@ def test_downsized_is_the_whole_image():
         ("--features digits --models random-gspn-dit", "features='digits': wanted features of 128 px images"),
         ("--models digits,random-dit", "models='random-dit': wanted models of one trained size"),
         ("--models digits,digits", "labels that differ"),
-        ("--features digits --num-images 1", "num_images=1"),
+        ("--features digits --num-images 1", "--num-images=1"),
     ],
 )
 def test_refusals(tmp_path, arguments, words):

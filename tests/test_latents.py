@@ -187,7 +187,7 @@ def test_an_encoding_is_not_continued_with_other_settings(digits_store, tmp_path
     before = checksums(digits_store)
     assert "split='train'" in refused(capsys, digits_store, split="train", **flip)
     assert "flipped=False" in refused(capsys, digits_store)
-    assert "shard_size=100" in refused(capsys, digits_store, **flip, **{"shard-size": 100})
+    assert "--shard-size=100" in refused(capsys, digits_store, **flip, **{"shard-size": 100})
     encode(digits_store, **flip)  # the same once more: nothing to do
     assert checksums(digits_store) == before
     (tmp_path / "thesis.tex").write_text("")
@@ -271,12 +271,12 @@ def test_flips_are_asked_for_when_encoding(tmp_path):
 
 def test_bad_options_stop_before_any_work(tmp_path, capsys):
     out = tmp_path / "out"
-    assert "image_size=" in refused(capsys, out, data="photos", **{"image-size": 30})
+    assert "--image-size=30" in refused(capsys, out, data="photos", **{"image-size": 30})
     assert "--vae" in refused(capsys, out, vae="null")
     assert "device='gpu'" in refused(capsys, out, device="gpu")
-    assert "batch_size" in refused(capsys, out, **{"batch-size": 0})
-    assert "split" in refused(capsys, out, split="validation")
-    assert "error: data='" in (line := refused(capsys, out, data=tmp_path / "nowhere", split="train"))
+    assert "--batch-size=0" in refused(capsys, out, **{"batch-size": 0})
+    assert "--split='validation'" in refused(capsys, out, split="validation")
+    assert "error: --data='" in (line := refused(capsys, out, data=tmp_path / "nowhere", split="train"))
     assert "no such folder" in line
     assert not out.exists()
 
@@ -419,7 +419,7 @@ def test_exif_orientations_are_counted_and_applied_if_asked(tmp_path, capsys):
     expected = encode_moments(load_vae("digits"), torch.from_numpy(pixels).permute(2, 0, 1)[None].flip((2, 3)))[0]
     assert torch.equal(stores[0].moments(0), stores[1].moments(0))
     torch.testing.assert_close(stores[1].moments(1), expected, atol=2e-3, rtol=2e-3)
-    assert "exif_orientation=True" in refused(capsys, tmp_path / "store", **few, **{"exif-orientation": "true"})
+    assert "--exif-orientation=True" in refused(capsys, tmp_path / "store", **few, **{"exif-orientation": "true"})
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def test_every_variant_is_another_model_that_trains(variant):
         ({"models": ["sit"]}, "models='sit': wanted dit, gspn or gspn-dit"),
         ({"models": ["gspn-dit+linear"]}, "wanted option=value after the plus, not 'linear'"),
         ({"models": ["dit", "gspn-dit+mixer=mamba"]}, "mixer='mamba'"),
-        ({"models": ["gspn-dit+reach=8"]}, "no option 'reach'"),
+        ({"models": ["gspn-dit+reach=8"]}, "reach=8: gspn-dit-s-1 has no such option"),
         ({"models": ["dit+variant=gelu"]}, "wanted variants out of quiet-labels, unit-labels"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import itertools
 import json
 import os
@@ -224,6 +225,14 @@ def test_a_device_or_a_link_is_written_into(run, tmp_path, capsys, devices_stay)
     with pytest.raises(SystemExit):
         sample("--model", str(run), "--num-images", "2", "--out", str(tmp_path / "dangling.png"))
     assert "is a link into" in capsys.readouterr().err
+
+
+def test_a_grid_for_stdout_has_no_words_in_it(run, capfdbinary):
+    sample("--model", str(run), "--num-images", "2", "--out", "/dev/stdout")
+    printed = capfdbinary.readouterr()
+    picture = io.BytesIO(printed.out)
+    assert Image.open(picture).size and picture.getvalue().endswith(b"IEND\xaeB`\x82")
+    assert b"2 images: /dev/stdout" in printed.err
 
 
 def test_a_full_disk_and_ctrl_c_are_one_line_and_the_same_command_goes_on(run, tmp_path, monkeypatch, capsys):

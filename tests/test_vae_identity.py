@@ -194,6 +194,31 @@ def test_a_run_of_before_decodes_as_it_did(tmp_path):
 
 
 @pytest.mark.usefixtures("as_a_command_says_it")
+def test_an_export_of_before_decodes_as_it_did(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    vae = load_vae(run / "vae")
+    export(ExportOptions(str(run), str(tmp_path / "exported")))
+    save_vae(tmp_path / "exported" / "vae", run / "vae", latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
+    latents = torch.randn(1, 4, 8, 8)
+    assert not torch.equal(decode(load_pipeline(tmp_path / "exported").vae, latents), decode(vae, latents))
+    index = json.loads((tmp_path / "exported" / "model_index.json").read_text())
+    del index["class_dropout"]
+    (tmp_path / "exported" / "model_index.json").write_text(json.dumps(index))
+    capsys.readouterr()
+    assert torch.equal(decode(load_pipeline(tmp_path / "exported").vae, latents), decode(vae, latents))
+    assert "latents_mean None (its config.json has [1.0, 1.0, 1.0, 1.0])" in warnings_of(capsys)[0]
+
+
+def test_a_run_of_before_is_not_continued_with_numbers_that_it_did_not_heed(tmp_path):
+    vae = save_vae(tmp_path / "vae", latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
+    train(config(tmp_path / "run", "digits", "--data.vae", vae, "--training.max_steps", "1"))
+    metadata = list_checkpoints(tmp_path / "run")[-1] / "metadata.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"vae": None}))
+    with pytest.raises(InputError, match=r"latents_mean is \[1.0, 1.0, 1.0, 1.0\], and the run .* began with None"):
+        train(config(tmp_path / "run", "digits", "--data.vae", vae, "--resume", "auto"))
+
+
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_training_on_images_says_what_is_odd_about_their_latents(tmp_path, capsys):
     vae = save_vae(tmp_path / "vae", scaling_factor=50.0)
     train(config(tmp_path / "run", "digits", "--data.vae", vae, "--training.max_steps", "1"))

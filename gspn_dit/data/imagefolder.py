@@ -90,6 +90,7 @@ class ImageFolder(ImageDataset):
         path = self.paths[index]
         try:
             with Image.open(path) as image:
+                image.load()  # which turns a TIFF by itself, and takes its tag away
                 tag, image = _orientation(image), to_rgb(image)
                 if tag is not None and self.exif_orientation:
                     image = image.transpose(_UPRIGHT[tag])

@@ -21,6 +21,7 @@ from gspn_dit.errors import InputError, is_finite, warn
 from gspn_dit.weights import PACKAGED, packaged
 
 NORMALISATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+NOT_HEEDED = {"latents_mean": None, "latents_std": None}  # in runs and exports of before they were in a record
 _HUB_TIMEOUT = 10  # seconds
 
 

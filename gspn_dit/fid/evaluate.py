@@ -33,7 +33,7 @@ from gspn_dit.fid.metrics import (
 from gspn_dit.fid.moments import Moments, Statistics
 from gspn_dit.fid.neighbours import NEIGHBOURS, Points, precision_recall
 from gspn_dit.fid.processes import ALONE, Processes, launched
-from gspn_dit.files import check_place, replacing
+from gspn_dit.files import check_place, is_stdout, replacing
 
 COSTLY_ORDER = 1.05  # times that the order of samples may lower a score without a word
 
@@ -55,7 +55,8 @@ def main(options: Options) -> None:
             return
         text = json.dumps(metrics, indent=2, ensure_ascii=False)
         try:
-            print(text, flush=True)
+            if not is_stdout(out):
+                print(text, flush=True)
         finally:  # a figure that one place does not take is in the other
             out.parent.mkdir(parents=True, exist_ok=True)
             with replacing(out) as temporary:

@@ -28,6 +28,7 @@ from gspn_dit.data import (
 )
 from gspn_dit.data.digits import IMAGE_SIZE as DIGITS_SIZE
 from gspn_dit.data.latents import how_to_encode, is_unfinished_store
+from gspn_dit.data.vae import vae_sha256
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.fid.evaluate import check_images, statistics_of, warn_of_few
 from gspn_dit.fid.extractors import create_extractor
@@ -103,11 +104,17 @@ def open_store(options: Options, device: torch.device) -> ImageSet:
     store = LatentStore(options.data)
     if options.image_size not in (None, store.image_size):
         raise InputError(f"image_size={options.image_size}: {options.data} is of {store.image_size} pixels")
-    vae = load_vae(options.vae or store.vae).to(device)
+    name = options.vae or store.vae
+    vae = load_vae(name).to(device)
+    if store.vae_sha256 is not None and vae_sha256(vae)["encoder"] != store.vae_sha256["encoder"]:
+        raise InputError(
+            f"vae={name!r}: its weights are not those that {options.data} was encoded with, of {store.vae!r}; name "
+            "that VAE, wherever it lies"
+        )
     expected = (vae.config.latent_channels, *[store.image_size // downsampling(vae)] * 2)
     if expected != (store.latent_channels, *store.latent_size):
         raise InputError(
-            f"vae={options.vae or store.vae!r}: its latents of {store.image_size} pixels are {expected}, those of "
+            f"vae={name!r}: its latents of {store.image_size} pixels are {expected}, those of "
             f"{options.data} {(store.latent_channels, *store.latent_size)}; wanted the VAE that made them"
         )
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gspn_dit.config import Config
-from gspn_dit.data.vae import NORMALISATION, is_same_place
+from gspn_dit.data.vae import NORMALISATION, NOT_HEEDED, is_same_place
 from gspn_dit.errors import InputError
 from gspn_dit.files import save_tensors, sha256
 from gspn_dit.models.latent_model import LatentModel
@@ -270,7 +270,8 @@ def check_resumable(checkpoint: Path, config: Config, source: Dataset, vae_recor
             f"its start, it has {saved.training.sigma_rels}; set them back (training.posthoc_ema_every=0 is none)"
         )
     metadata = json.loads((checkpoint / "metadata.json").read_text())
-    check_same_vae(metadata.get("vae") or {"name": saved.data.vae, "sha256": None}, vae_record, config)
+    of_before = {"name": saved.data.vae, "sha256": None, **NOT_HEEDED}
+    check_same_vae(metadata.get("vae") or of_before, vae_record, config)
     num_images = metadata["num_images"]
     class_names = json.loads((checkpoint / "class_names.json").read_text())
     if (num_images, class_names) != (len(source), source.class_names):
@@ -287,7 +288,8 @@ def check_same_vae(before: dict[str, Any], now: dict[str, Any], config: Config) 
     """Raise :class:`InputError` unless latents of a run's data are those of the VAE that it began with.
 
     Args:
-        before: The record of a checkpoint; of one from before there were any, the name alone and None for the hashes.
+        before: The record of a checkpoint; of one from before there were any, the name, None for the hashes, and None
+            for the numbers of each channel, which were not heeded then.
         now: That of the data.
         config: The run's.
     """

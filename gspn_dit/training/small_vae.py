@@ -32,6 +32,7 @@ from gspn_dit.data.quality import psnr, reconstruction_error
 from gspn_dit.data.vae import encode_moments
 from gspn_dit.errors import InputError, warn
 from gspn_dit.files import new_folder, require_new
+from gspn_dit.options import require
 from gspn_dit.precision import Precision, autocast, choose_precision
 from gspn_dit.progress import figure, progress
 from gspn_dit.training.linear_start import start_linear
@@ -173,9 +174,11 @@ RECIPES = {
 
 
 def open_crops(data: str, image_size: int | None) -> DigitShifts | PhotoCrops:
-    """What a VAE is trained on: `digits`, `photos` or a folder of images."""
+    """What a VAE is trained on: `digits`, `photos` or a folder of images. Raises :class:`InputError`."""
     if data in PACKAGED:
         return DigitShifts() if data == "digits" else PhotoCrops()
+    require(Path(data).is_dir(), "data", data, "digits, photos or a folder of images that exists")
+    require(image_size is not None, "image_size", None, "a multiple of 4 pixels from 16; a folder of images needs it")
     return FolderCrops(data, image_size)
 
 
