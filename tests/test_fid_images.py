@@ -58,7 +58,7 @@ def test_labels_may_be_in_any_order_and_name_files_in_subfolders(tmp_path):
 def test_the_classes_names_come_with_the_labels(tmp_path):
     pixels = write_images(tmp_path / "folder", labels=[3, 1, 3])
     assert open_samples(str(tmp_path / "folder")).class_names is None
-    (tmp_path / "folder" / "labels.csv").write_text("file,label,name\n0.png,3,cat\n1.png,1,\"a, b\"\n2.png,3,cat\n")
+    (tmp_path / "folder" / "labels.csv").write_text('file,label,name\n0.png,3,cat\n1.png,1,"a, b"\n2.png,3,cat\n')
     named = open_samples(str(tmp_path / "folder"))
     assert (named.labels, named.class_names) == ([3, 1, 3], {3: "cat", 1: "a, b"})
     np.savez(tmp_path / "batch.npz", arr_0=pixels, labels=np.array([1, 1, 0]), class_names=np.array(["fish", "cat"]))

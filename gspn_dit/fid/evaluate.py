@@ -186,8 +186,7 @@ class _Observed:
 def _frechet_figures(samples: _Observed, reference: _Observed, extractor: Extractor) -> dict[str, float]:
     keys = {extractor.features: extractor.frechet_key, extractor.spatial: "sfid"}
     return {
-        keys[layer]: frechet_distance(found, reference.statistics[layer])
-        for layer, found in samples.statistics.items()
+        keys[layer]: frechet_distance(found, reference.statistics[layer]) for layer, found in samples.statistics.items()
     }
 
 

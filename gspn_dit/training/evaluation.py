@@ -120,8 +120,6 @@ class Evaluator:
             self.reference = statistics_of(self.reference, self.extractor, quick=True)
         labels = [i % len(self.class_names) for i in range(len(images))]
         size, names = tuple(images.shape[2:]), dict(enumerate(self.class_names))
-        samples = ImageSet(
-            f"samples at step {step}", len(images), size, lambda i: images[i], labels, class_names=names
-        )
+        samples = ImageSet(f"samples at step {step}", len(images), size, lambda i: images[i], labels, class_names=names)
         figures = evaluate(samples, self.reference, self.extractor, quick=True)
         return {"step": step} | {name: float(figures.get(name, "nan")) for name in self.columns[1:]}
