@@ -205,7 +205,7 @@ def test_memory_is_refused_by_the_numbers(run, tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as stopped:
-            sample("--model", str(run), *arguments.split())
+            sample("--model", str(run), "--mixed-precision", "no", *arguments.split())
         (line,) = capsys.readouterr().err.splitlines()
         assert stopped.value.code == 2 and words in line
         assert list(tmp_path.iterdir()) == []
