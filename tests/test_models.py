@@ -470,7 +470,9 @@ def test_the_package_is_light_to_import_and_finds_its_names():
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_the_table_counts_the_models_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["models", "--names", "[dit-xl-2,gspn-s-2]"])
-    runpy.run_module("gspn_dit.models", run_name="__main__", alter_sys=True)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("gspn_dit.models", run_name="__main__", alter_sys=True)
+    assert end.value.code is None
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[1:]] == [
         ["dit-xl-2", "675,129,632", "118.6", "524.5"],
