@@ -216,7 +216,7 @@ def _parsed(
     given = _given(argv, kinds, positional)
     try:
         for key, value, _ in given:
-            require(value != "", key, "", "a value, or leave it out")
+            require(value != "", key, "", "a value, or leave it out")  # a path of no name is the current folder
         if missing := _required(options) - {key for key, *_ in given}:
             raise InputError(f"{' and '.join(map(_flag, sorted(missing)))}: missing; --help explains all options")
         return _built(options, given, kinds), given
@@ -234,8 +234,6 @@ def _built(options: type[Options], given: list[_Given], kinds: dict[str, Any]) -
     """The options that were typed, each of its type. Raises :class:`InputError`."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(options, nested_key=None)
-    for key, value, _ in given:
-        require(value != "", key, "", "a value, or leave it out")  # a path of no name is the current folder
     try:
         namespace = parser.parse_args([f"--{key}={_as_typed(value, kinds.get(key))}" for key, value, _ in given])
         namespace = parser.instantiate(namespace)
