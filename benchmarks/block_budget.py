@@ -219,11 +219,16 @@ def tables(options: Options) -> list[str]:
             continue
         floors += floor
         ms = times.get(name, 0.0)
-        lines.append(f"| {name.removeprefix('aten::')} | {cost.calls} | {ms:.3f} | {cost.flops / 1e6:.0f} "
-                     f"| {cost.bytes / 1e6:.1f} | {floor:.3f} | {ms / floor:.1f}× |")  # fmt: skip
+        lines.append(
+            f"| {name.removeprefix('aten::')} | {cost.calls} | {ms:.3f} | {cost.flops / 1e6:.0f} "
+            f"| {cost.bytes / 1e6:.1f} | {floor:.3f} | {ms / floor:.1f}× |"
+        )
     flops = sum(cost.flops for cost in costs.by_name.values())
-    lines += [f"| all | | {eager:.3f} | {flops / 1e6:.0f} | {sum(c.bytes for c in costs.by_name.values()) / 1e6:.1f} "
-              f"| {floors:.3f} | {eager / floors:.1f}× |", ""]  # fmt: skip
+    lines += [
+        f"| all | | {eager:.3f} | {flops / 1e6:.0f} | {sum(c.bytes for c in costs.by_name.values()) / 1e6:.1f} "
+        f"| {floors:.3f} | {eager / floors:.1f}× |",
+        "",
+    ]
     if options.device == "cpu":  # kernels that tell the profiler of themselves, which takes them time
         torch.compiler.reset()
         with inductor.patch("cpp.enable_kernel_profile", True):

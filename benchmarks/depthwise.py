@@ -124,8 +124,11 @@ def main(options: Options) -> None:
     with torch.device(options.device):
         for pixels in PIXELS:
             lines += rows(options, pixels)
-    lines += ["", f"{options.kernel_size} × {options.kernel_size}, {WIDTHS[options.device]} channels, {options.dtype}, "
-              f"as many tokens at either size. {machine(options.device)}"]  # fmt: skip
+    lines += [
+        "",
+        f"{options.kernel_size} × {options.kernel_size}, {WIDTHS[options.device]} channels, {options.dtype}, "
+        f"as many tokens at either size. {machine(options.device)}",
+    ]
     print("\n".join(lines))
     if options.out:
         Path(options.out).write_text("\n".join(lines) + "\n")

@@ -147,9 +147,22 @@ class Results:
                     continue
                 name = row_key(label, pixels, shift, scale)
                 folder = Path(options.images, Path(options.out).name, name.replace(" ", "-"))
-                yield name, Case(source, pixels, shift, scale, options.num_images, options.seed,
-                                 options.guidance_scale, options.num_inference_steps, str(folder), options.device,
-                                 options.threads)  # fmt: skip
+                yield (
+                    name,
+                    Case(
+                        source,
+                        pixels,
+                        shift,
+                        scale,
+                        options.num_images,
+                        options.seed,
+                        options.guidance_scale,
+                        options.num_inference_steps,
+                        str(folder),
+                        options.device,
+                        options.threads,
+                    ),
+                )
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         """Take in a row, and write all three files."""
@@ -175,8 +188,10 @@ class Results:
         """Fréchet distances to the real images, of a crop of every image and of every image downsized."""
         if self.extractor is None:
             return {}
-        views = {"crops": lambda i: crop(image_of(case, i), self.trained, case.seed, i),
-                 "whole": lambda i: downsized(image_of(case, i), self.trained)}  # fmt: skip
+        views = {
+            "crops": lambda i: crop(image_of(case, i), self.trained, case.seed, i),
+            "whole": lambda i: downsized(image_of(case, i), self.trained),
+        }
         size = (self.trained, self.trained)
         found = {
             name: statistics(ImageSet(name, case.num_images, size, view), self.extractor)
@@ -227,8 +242,9 @@ def draw_in_process(case: Case, seconds: float) -> str | None:
     """Draw a case's images in a new process; "ok", what went wrong, or None if it takes longer than there is time."""
     arguments = [sys.executable, "-m", "benchmarks.higher_case", json.dumps(asdict(case))]
     try:
-        done = subprocess.run(arguments, stderr=None if sys.stderr.isatty() else subprocess.PIPE, text=True,
-                              timeout=seconds)  # fmt: skip
+        done = subprocess.run(
+            arguments, stderr=None if sys.stderr.isatty() else subprocess.PIPE, text=True, timeout=seconds
+        )
     except subprocess.TimeoutExpired:
         return None
     if done.returncode in (-9, OUT_OF_MEMORY):
@@ -249,8 +265,17 @@ def costs(case: Case) -> dict[str, float]:
 def report(results: Results) -> str:
     """The table in Markdown."""
     distances = ["FD of crops", "FD downsized"] if results.extractor else []
-    header = ["image", "model", "chunks", "shift", *distances, "s an image", "MB an image", "µs a pixel",
-              "bytes a pixel"]  # fmt: skip
+    header = [
+        "image",
+        "model",
+        "chunks",
+        "shift",
+        *distances,
+        "s an image",
+        "MB an image",
+        "µs a pixel",
+        "bytes a pixel",
+    ]
     lines = [line(header), line(["---"] * len(header))]
     for key, case in results.cases():
         if (row := results.rows.get(key)) is None:
@@ -260,12 +285,25 @@ def report(results: Results) -> str:
         area = case.pixels**2
         columns = ("seconds", 1), ("bytes", 1e-6), ("seconds", 1e6 / area), ("bytes", 1 / area)
         figures = [cell({"whole": True, **row}, what, scale) for what, scale in columns]
-        lines.append(line([f"{case.pixels} px", row["model"], factor if case.chunk_scale else "–",
-                           factor if case.shift else "–", *found, *figures]))  # fmt: skip
+        lines.append(
+            line(
+                [
+                    f"{case.pixels} px",
+                    row["model"],
+                    factor if case.chunk_scale else "–",
+                    factor if case.shift else "–",
+                    *found,
+                    *figures,
+                ]
+            )
+        )
     options = results.options
-    lines += ["", f"Trained size {results.trained} px; images a row: {options.num_images}; steps: "
-              f"{options.num_inference_steps or 'the models own'}. MB (10⁶ bytes): the most that drawing and decoding "
-              "add to the memory in use, without the weights, over the images drawn together."]  # fmt: skip
+    lines += [
+        "",
+        f"Trained size {results.trained} px; images a row: {options.num_images}; steps: "
+        f"{options.num_inference_steps or 'the models own'}. MB (10⁶ bytes): the most that drawing and decoding "
+        "add to the memory in use, without the weights, over the images drawn together.",
+    ]
     if held_out := results.rows.get("held out"):
         lines.append(f"\n{held_out['num_images']} held-out real images: FD {held_out['fd']:.1f}.")
     return "\n".join([*lines, "", results.settings["machine"]])
@@ -284,20 +322,36 @@ def plot(results: Results, path: Path) -> None:
     for axis, (what, title) in zip(axes, panels.items(), strict=True):
         for label, colour in zip(results.options.sources, COLOURS, strict=False):
             for switches in results.switches[label]:
-                keys = ((pixels, row_key(label, pixels, *(switches if pixels != results.trained else (None, None))))
-                        for pixels in sorted(results.options.pixels))  # fmt: skip
-                points = [(pixels, results.rows[key][what] * (1e-6 if what == "bytes" else 1))
-                          for pixels, key in keys if what in results.rows.get(key, {})]  # fmt: skip
+                keys = (
+                    (pixels, row_key(label, pixels, *(switches if pixels != results.trained else (None, None))))
+                    for pixels in sorted(results.options.pixels)
+                )
+                points = [
+                    (pixels, results.rows[key][what] * (1e-6 if what == "bytes" else 1))
+                    for pixels, key in keys
+                    if what in results.rows.get(key, {})
+                ]
                 style, words = STYLES[switches]
-                axis.plot(*zip(*points, strict=True) if points else ([], []), style, marker=".", color=colour,
-                          label=f"{label}, {words}")  # fmt: skip
+                axis.plot(
+                    *zip(*points, strict=True) if points else ([], []),
+                    style,
+                    marker=".",
+                    color=colour,
+                    label=f"{label}, {words}",
+                )
         if any(len(drawn.get_xdata()) for drawn in axis.get_lines()):  # nothing drawn yet has no logarithm
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
         if what.startswith("fd") and "held out" in results.rows:
             axis.axhline(results.rows["held out"]["fd"], color="gray", linewidth=1)
-            axis.annotate("held-out real images", (0.02, results.rows["held out"]["fd"]), color="gray", fontsize=8,
-                          xycoords=("axes fraction", "data"), va="bottom")  # fmt: skip
+            axis.annotate(
+                "held-out real images",
+                (0.02, results.rows["held out"]["fd"]),
+                color="gray",
+                fontsize=8,
+                xycoords=("axes fraction", "data"),
+                va="bottom",
+            )
         axis.set_xticks(results.options.pixels, [str(pixels) for pixels in results.options.pixels])
         axis.set_title(title)
         axis.set_xlabel("side of the image, pixels")
@@ -347,8 +401,10 @@ def main(options: Options) -> None:
             break
         label = next(label for label, source in options.sources.items() if source == case.model)
         figures = {**costs(case), **results.distances(case)} if ended == "ok" else {"error": ended}
-        results.add(key, {"model": label, "pixels": case.pixels, "shift": case.shift, "chunk_scale": case.chunk_scale,
-                          **figures})  # fmt: skip
+        results.add(
+            key,
+            {"model": label, "pixels": case.pixels, "shift": case.shift, "chunk_scale": case.chunk_scale, **figures},
+        )
         print(f"{key}: {json.dumps(figures)}", flush=True)
     if len(results.rows) > before:
         with replacing(results.path.with_name(f"{results.path.stem}-images.png")) as temporary:

@@ -114,8 +114,14 @@ def open_pipeline(model: str) -> GSPNDiTPipeline:
         return load_pipeline(model)
     torch.manual_seed(0)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
-    vae = AutoencoderKL(block_out_channels=(32, 64, 128), latent_channels=4, norm_num_groups=8, sample_size=128,
-                        mid_block_add_attention=False, **blocks)  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64, 128),
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=128,
+        mid_block_add_attention=False,
+        **blocks,
+    )
     transformer = create_model(RANDOM[model], depth=8, sample_size=32, out_channels=4, num_classes=10)
     for parameter in transformer.parameters():
         if not parameter.any():  # adaLN-Zero's, which would make of every block the identity

@@ -98,8 +98,9 @@ class Case:
     def run(self, operands: list[Tensor], backend: str) -> Tensor:
         """The operator on a set of operands."""
         x, gates, lam, decay, scale = self.arguments(operands)
-        return propagate(x, gates, lam, decay=decay, scale=scale, chunk=self.chunk, directions=self.directions,
-                         backend=backend)  # fmt: skip
+        return propagate(
+            x, gates, lam, decay=decay, scale=scale, chunk=self.chunk, directions=self.directions, backend=backend
+        )
 
     def train(self, operands: list[Tensor], grad: Tensor, backend: str) -> tuple[Tensor, ...]:
         """Forward and backward: the gradients of a set of operands."""
@@ -108,8 +109,9 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """GSPN-2's configuration, then DiT-XL's maps from 256 pixels to 16K, and the gates of the `gspn` family."""
-    yield Case("GSPN-2: 1024², 8 ch", 16, 1024, 8, 8, None, 0.75, ("down",), torch.float32, sites_innermost=True,
-               factors=False)  # fmt: skip
+    yield Case(
+        "GSPN-2: 1024², 8 ch", 16, 1024, 8, 8, None, 0.75, ("down",), torch.float32, sites_innermost=True, factors=False
+    )
     for pixels, batch, predicted in ((256, 64, 0.5), (512, 32, 0.25), (1024, 8, 0.25), (2048, 2, 0.25)):
         for chunk in (2, None):
             yield Case(f"{pixels} px", batch, pixels // 16, 1152, 18, chunk, predicted)
@@ -259,10 +261,19 @@ class PerLine:
 
 def measure(case: Case, bandwidth: float, per_line: PerLine, repeats: int) -> dict[str, Any]:
     """One row's figures; a peer that can't run at this size is None."""
-    row = {"case": case.name, "batch": case.batch, "side": case.side, "channels": case.channels, "groups": case.groups,
-           "chunk": case.chunk, "directions": len(case.directions), "dtype": str(case.dtype).removeprefix("torch."),
-           "floor_bytes": case.floor_bytes, "floor_ms": 1e3 * case.floor_bytes / bandwidth,
-           "predicted_fraction": case.predicted}  # fmt: skip
+    row = {
+        "case": case.name,
+        "batch": case.batch,
+        "side": case.side,
+        "channels": case.channels,
+        "groups": case.groups,
+        "chunk": case.chunk,
+        "directions": len(case.directions),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "floor_bytes": case.floor_bytes,
+        "floor_ms": 1e3 * case.floor_bytes / bandwidth,
+        "predicted_fraction": case.predicted,
+    }
     row["errors"] = checked(case)
     torch.cuda.empty_cache()
     row["ours"] = time_ours(case, "cuda", repeats, case.trains)

@@ -49,11 +49,29 @@ TIMES = [(i + 0.5) / 10 for i in range(10)]  # of the held-out loss
 CHECKPOINT_SECONDS = 60
 GRID = 16  # samples in a picture
 PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {"width": 128, "depth": 6, "steps": 600, "batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.99,
-            "held_out": 128, "samples": 256, "num_workers": 0},
-    "gpu": {"width": 384, "depth": 12, "steps": 5000, "batch_size": 64, "learning_rate": 5e-4, "ema_decay": 0.999,
-            "held_out": 500, "samples": 2000, "num_workers": 8},
-}  # fmt: skip
+    "cpu": {
+        "width": 128,
+        "depth": 6,
+        "steps": 600,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.99,
+        "held_out": 128,
+        "samples": 256,
+        "num_workers": 0,
+    },
+    "gpu": {
+        "width": 384,
+        "depth": 12,
+        "steps": 5000,
+        "batch_size": 64,
+        "learning_rate": 5e-4,
+        "ema_decay": 0.999,
+        "held_out": 500,
+        "samples": 2000,
+        "num_workers": 8,
+    },
+}
 
 
 @dataclass
@@ -87,9 +105,14 @@ class Options:
     data: list[str] = field(default_factory=lambda: list(TASKS))
     models: list[str] = field(
         default_factory=lambda: [
-            "dit", "gspn", "gspn-dit", "gspn-dit+mixer=attention", "gspn-dit+mixer=linear", "gspn-dit+mixer=conv"
+            "dit",
+            "gspn",
+            "gspn-dit",
+            "gspn-dit+mixer=attention",
+            "gspn-dit+mixer=linear",
+            "gspn-dit+mixer=conv",
         ]
-    )  # fmt: skip
+    )
     seeds: int = 3
     time_budget: float | None = None
     width: int | None = None
@@ -154,8 +177,14 @@ def make_model(spec: str, task: Task, options: Options) -> LatentModel:
         known = VARIANTS if family == "gspn-dit" else OF_ANY_FAMILY
         require(variant in known, "models", spec, f"variants out of {', '.join(known)}")
     channels, *sample_size = task.latent_shape
-    model = create_model(f"{family}-s-{task.patch_size}", sample_size=sample_size, in_channels=channels,
-                         out_channels=channels, num_classes=task.num_classes, **sizes)  # fmt: skip
+    model = create_model(
+        f"{family}-s-{task.patch_size}",
+        sample_size=sample_size,
+        in_channels=channels,
+        out_channels=channels,
+        num_classes=task.num_classes,
+        **sizes,
+    )
     for variant in variants:
         VARIANTS[variant](model)
     return model
@@ -235,12 +264,25 @@ class Cell:
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         task, options = self.task, self.options
-        stream = TrainingStream(task.train, latent_shape=task.latent_shape, null_class=self.model.null_class,
-                                class_dropout=0.1, horizontal_flip=task.horizontal_flip, seed=self.seed)  # fmt: skip
+        stream = TrainingStream(
+            task.train,
+            latent_shape=task.latent_shape,
+            null_class=self.model.null_class,
+            class_dropout=0.1,
+            horizontal_flip=task.horizontal_flip,
+            seed=self.seed,
+        )
         steps = StepSampler(options.steps, batch_size=options.batch_size, accumulation=1, rank=0, processes=1)
         steps.first = self.step
-        return iter(DataLoader(stream, batch_sampler=steps, num_workers=options.num_workers,
-                               pin_memory=self.device.type == "cuda", generator=torch.Generator()))  # fmt: skip
+        return iter(
+            DataLoader(
+                stream,
+                batch_sampler=steps,
+                num_workers=options.num_workers,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),
+            )
+        )
 
     def _train_step(self, batch: dict[str, Tensor]) -> Tensor:
         step, last = self.step + 1, self.options.steps
@@ -286,11 +328,18 @@ class Cell:
         def velocity(noisy: Tensor, t: float, labels: Tensor) -> Tensor:
             batches = zip(noisy.split(self.options.batch_size), labels.split(self.options.batch_size), strict=True)
             with self.precision:
-                return torch.cat([
-                    self.averaged(some.to(self.device), torch.full((len(some),), 1000 * t, device=self.device),
-                                  classes.to(self.device)).float().cpu()
-                    for some, classes in batches
-                ])  # fmt: skip
+                return torch.cat(
+                    [
+                        self.averaged(
+                            some.to(self.device),
+                            torch.full((len(some),), 1000 * t, device=self.device),
+                            classes.to(self.device),
+                        )
+                        .float()
+                        .cpu()
+                        for some, classes in batches
+                    ]
+                )
 
         return self.task.judge_network(velocity, self.options.held_out)
 
@@ -304,14 +353,25 @@ class Cell:
                 [torch.randn(self.task.latent_shape, generator=image_generator(0, start + i)) for i in range(len(some))]
             )
             with self.precision:
-                latents = denoise(self.averaged, create_scheduler("flow"), noise.to(self.device), some.to(self.device),
-                                  num_inference_steps=self.options.inference_steps)  # fmt: skip
+                latents = denoise(
+                    self.averaged,
+                    create_scheduler("flow"),
+                    noise.to(self.device),
+                    some.to(self.device),
+                    num_inference_steps=self.options.inference_steps,
+                )
             drawn.append(latents.cpu())
         return torch.cat(drawn), labels
 
     def _save(self) -> None:
-        state = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "model": self.model.state_dict(),
-                 "average": self.average.tensors, "optimizer": self.optimizer.state_dict()}  # fmt: skip
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "model": self.model.state_dict(),
+            "average": self.average.tensors,
+            "optimizer": self.optimizer.state_dict(),
+        }
         with replacing(self.checkpoint) as temporary:
             torch.save(state, temporary)
 
@@ -325,8 +385,19 @@ class Cell:
 
 def settings(options: Options) -> dict[str, Any]:
     """What the figures of one folder have in common; data sets, models and seeds may be added to it."""
-    keys = ("width", "depth", "steps", "batch_size", "learning_rate", "ema_decay", "mixed_precision", "held_out",
-            "samples", "inference_steps", "compile")  # fmt: skip
+    keys = (
+        "width",
+        "depth",
+        "steps",
+        "batch_size",
+        "learning_rate",
+        "ema_decay",
+        "mixed_precision",
+        "held_out",
+        "samples",
+        "inference_steps",
+        "compile",
+    )
     return {key: getattr(options, key) for key in keys}
 
 

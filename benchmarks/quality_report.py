@@ -64,12 +64,17 @@ def figures_table(results: Results, task: Task) -> list[str]:
     rows = [row("model", "seeds", "parameters, M", "GMACs", "training s", "held-out loss ↓", *names)]
     rows.append("|---" * (6 + len(names)) + "|")
     for model, runs in results.items():
-        rows.append(row(
-            model, len(runs), f"{runs[0]['parameters'] / 1e6:.2f}", f"{runs[0]['gmacs']:.2f}",
-            spread([run["training_seconds"] for run in runs], 0),
-            spread([statistics.mean(run["held_out_loss"]) for run in runs], 4),
-            *(spread([run["figures"][name] for run in runs], digits) for name, digits, _ in task.figures),
-        ))  # fmt: skip
+        rows.append(
+            row(
+                model,
+                len(runs),
+                f"{runs[0]['parameters'] / 1e6:.2f}",
+                f"{runs[0]['gmacs']:.2f}",
+                spread([run["training_seconds"] for run in runs], 0),
+                spread([statistics.mean(run["held_out_loss"]) for run in runs], 4),
+                *(spread([run["figures"][name] for run in runs], digits) for name, digits, _ in task.figures),
+            )
+        )
     return rows
 
 

@@ -123,10 +123,21 @@ class Results:
         name, overrides = models(options.size)[model]
         pixels = TRIAL_PIXELS if TRIAL_PIXELS in options.pixels else min(options.pixels)
         return [
-            Case(model, name, step, pixels, batch_of(options.device, pixels), dtype, compiled, options.device,
-                 options.threads, options.repeats, overrides)
+            Case(
+                model,
+                name,
+                step,
+                pixels,
+                batch_of(options.device, pixels),
+                dtype,
+                compiled,
+                options.device,
+                options.threads,
+                options.repeats,
+                overrides,
+            )
             for dtype, compiled in product(options.dtypes, COMPILED[options.device])
-        ]  # fmt: skip
+        ]
 
     def cases(self) -> Iterator[Case]:
         """Everything to measure, in order: all trials, then size by size with what they chose."""
@@ -158,9 +169,15 @@ def report(results: Results) -> str:
     """The tables in Markdown."""
     names = list(models(results.options.size))
     header = [
-        "step", "image", "batch", *(f"{name}, ms" for name in names), "times DiT's speed", "times linear attention's",
-        *(f"{name}, ns a pixel" for name in names), *(f"{name}, MB" for name in names),
-    ]  # fmt: skip
+        "step",
+        "image",
+        "batch",
+        *(f"{name}, ms" for name in names),
+        "times DiT's speed",
+        "times linear attention's",
+        *(f"{name}, ns a pixel" for name in names),
+        *(f"{name}, MB" for name in names),
+    ]
     lines = [line(header), line(["---"] * len(header))]
     for step, pixels in product(STEPS, sorted(results.options.pixels)):
         rows = [results.row(name, step, pixels) for name in names]
@@ -168,11 +185,20 @@ def report(results: Results) -> str:
             continue
         batch = batch_of(results.options.device, pixels)
         per_pixel = 1e9 / (batch * pixels**2)
-        lines.append(line([
-            step, f"{pixels} px", batch, *(cell(row, "seconds", 1e3) for row in rows),
-            ratio(rows[0], rows[2]), ratio(rows[1], rows[2]),
-            *(cell(row, "seconds", per_pixel) for row in rows), *(cell(row, "bytes", 1e-6) for row in rows),
-        ]))  # fmt: skip
+        lines.append(
+            line(
+                [
+                    step,
+                    f"{pixels} px",
+                    batch,
+                    *(cell(row, "seconds", 1e3) for row in rows),
+                    ratio(rows[0], rows[2]),
+                    ratio(rows[1], rows[2]),
+                    *(cell(row, "seconds", per_pixel) for row in rows),
+                    *(cell(row, "bytes", 1e-6) for row in rows),
+                ]
+            )
+        )
     lines += ["", *notes(results), "", *trial_lines(results), "", results.settings["machine"]]
     return "\n".join(lines)
 
@@ -202,8 +228,12 @@ def trial_lines(results: Results) -> list[str]:
         return ["Settings: bfloat16, torch.compile of every block; for DiT the faster of flash and cuDNN attention."]
     words = [case.settings for case in results.trials("DiT", "forward")]
     pixels = results.trials("DiT", "forward")[0].pixels
-    lines = [f"Settings tried at {pixels} px, ms; the fastest of each row is the one used at all sizes.", "",
-             line(["model", "step", *words]), line(["---"] * (2 + len(words)))]  # fmt: skip
+    lines = [
+        f"Settings tried at {pixels} px, ms; the fastest of each row is the one used at all sizes.",
+        "",
+        line(["model", "step", *words]),
+        line(["---"] * (2 + len(words))),
+    ]
     for model, step in product(models(results.options.size), STEPS):
         rows = [results.rows.get(trial.key) for trial in results.trials(model, step)]
         lines.append(line([model, step, *(cell(row, "seconds", 1e3) for row in rows)]))
@@ -310,8 +340,11 @@ def main(options: Options) -> None:
             break
         measured = measured or {"error": f"over {left:.0f} s"}  # as it would be again
         results.add(case, measured)
-        print(f"{case.key}: {cell(results.rows[case.key], 'seconds', 1e3)} ms, "
-              f"{cell(results.rows[case.key], 'bytes', 1e-6)} MB", flush=True)  # fmt: skip
+        print(
+            f"{case.key}: {cell(results.rows[case.key], 'seconds', 1e3)} ms, "
+            f"{cell(results.rows[case.key], 'bytes', 1e-6)} MB",
+            flush=True,
+        )
     print(report(results))
     if failed:
         raise SystemExit(f"{len(failed)} cases failed: {'; '.join(failed)}")

@@ -220,8 +220,13 @@ def timed(case: Case, call: Callable[[], None], repeats: int) -> dict[str, Any]:
         if case.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(seconds), "bytes": added, "least": min(seconds), "most": max(seconds),
-            "repeats": len(seconds)}  # fmt: skip
+    return {
+        "seconds": statistics.median(seconds),
+        "bytes": added,
+        "least": min(seconds),
+        "most": max(seconds),
+        "repeats": len(seconds),
+    }
 
 
 def peak_bytes(device: str, call: Callable[[], None]) -> int:

@@ -74,10 +74,17 @@ class Npys(Dataset):
 def make_store(folder: Path, images: int, side: int, npys: Path | None = None) -> None:
     """A store of made moments (8, side, side), and the same contents as single files."""
     settings = {
-        "data": "made", "split": "train", "class_names": [f"class {i}" for i in range(CLASSES)], "image_size": 8 * side,
-        "source_images": images, "flipped": False, "vae": "made", "scaling_factor": 0.18215, "shift_factor": None,
+        "data": "made",
+        "split": "train",
+        "class_names": [f"class {i}" for i in range(CLASSES)],
+        "image_size": 8 * side,
+        "source_images": images,
+        "flipped": False,
+        "vae": "made",
+        "scaling_factor": 0.18215,
+        "shift_factor": None,
         "shard_size": SHARD_SIZE,
-    }  # fmt: skip
+    }
     folder.mkdir()
     write_json(folder / "encode.json", settings)
     names, labels = [], torch.arange(images) % CLASSES
@@ -139,8 +146,14 @@ def measure_speed(kind: str, folder: Path, workers: int, repeats: int) -> dict[s
         os.close(descriptor)
     dataset = LatentStore(folder) if kind == "store" else Npys(folder)
 
-    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=workers, persistent_workers=workers > 0,
-                        multiprocessing_context="fork" if workers else None)  # fmt: skip
+    loader = DataLoader(
+        dataset,
+        BATCH_SIZE,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        multiprocessing_context="fork" if workers else None,
+    )
 
     def one_pass() -> float:
         start = time.perf_counter()

@@ -135,8 +135,14 @@ class TrainingConfig:
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
-        for key in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every",
-                    "keep_checkpoints"):  # fmt: skip
+        for key in (
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "1 or more")
         for key in ("warmup_steps", "sample_every", "posthoc_ema_every", "max_grad_norm", "weight_decay"):
             require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "0 or more")

@@ -228,8 +228,10 @@ def check_outputs(options: SampleOptions) -> None:
     if options.single_files:
         ours = set(map(image_file, finished))
         if stale := sorted(path.name for path in Path(options.out).glob("*.png") if path.name not in ours):
-            raise InputError(f"out={options.out!r}: {len(stale)} PNGs of another run would stay there ({stale[0]}, …); "
-                             "empty it or name another folder")  # fmt: skip
+            raise InputError(
+                f"out={options.out!r}: {len(stale)} PNGs of another run would stay there ({stale[0]}, …); "
+                "empty it or name another folder"
+            )
 
 
 def check_room(options: SampleOptions, image_size: tuple[int, int]) -> None:

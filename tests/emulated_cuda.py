@@ -41,11 +41,24 @@ def emulated_kernels():
         half_built = library.with_suffix(f".{os.getpid()}")
         torch_lib = Path(torch.__file__).parent / "lib"
         subprocess.run(
-            [os.environ.get("CXX", "c++"), *flags, f"-I{CSRC}", f"-I{EMULATION}",
-             *(f"-I{folder}" for folder in cpp_extension.include_paths()), "-x", "c++", *map(str, sources),
-             f"-L{torch_lib}", "-lc10", "-ltorch_cpu", "-ltorch", "-o", str(half_built)],
+            [
+                os.environ.get("CXX", "c++"),
+                *flags,
+                f"-I{CSRC}",
+                f"-I{EMULATION}",
+                *(f"-I{folder}" for folder in cpp_extension.include_paths()),
+                "-x",
+                "c++",
+                *map(str, sources),
+                f"-L{torch_lib}",
+                "-lc10",
+                "-ltorch_cpu",
+                "-ltorch",
+                "-o",
+                str(half_built),
+            ],
             check=True,
-        )  # fmt: skip
+        )
         half_built.replace(library)
     torch.ops.load_library(library)
     return torch.ops.gspn_dit_cuda

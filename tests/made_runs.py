@@ -15,8 +15,14 @@ CLASS_NAMES = ["golden retriever", "tabby cat", "goldfish"]
 def tiny_vae() -> AutoencoderKL:
     """A 2× down AutoencoderKL with 4 latent channels."""
     torch.manual_seed(1)
-    return AutoencoderKL(block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4,
-                         up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4, sample_size=16).eval()  # fmt: skip
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        latent_channels=4,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
 
 
 def tiny_model(name: str, objective: str) -> torch.nn.Module:

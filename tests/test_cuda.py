@@ -156,8 +156,17 @@ def test_any_strides(kernel, groups):
     group_by_group = gates.permute(0, 1, 2, 5, 3, 4).contiguous().permute(0, 1, 2, 4, 5, 3)
     part_of_more = torch.cat([x, x], dim=-1)[..., 24:]
     check(kernel, channels_first, gates, lam, out, *factors, grad, 0, [0, 1, 2, 3])
-    check(kernel, x, group_by_group, lam.transpose(3, 4).contiguous().transpose(3, 4), out, *factors, grad, 0,
-          [0, 1, 2, 3])  # fmt: skip
+    check(
+        kernel,
+        x,
+        group_by_group,
+        lam.transpose(3, 4).contiguous().transpose(3, 4),
+        out,
+        *factors,
+        grad,
+        0,
+        [0, 1, 2, 3],
+    )
     check(kernel, part_of_more, gates, lam, out, *factors, grad.expand_as(grad), 4, [0, 1, 2, 3])
     check(kernel, x, gates, lam, out, *factors, torch.ones((), device=kernel.device).expand_as(grad), 4, [0, 1, 2, 3])
 
@@ -168,15 +177,19 @@ def test_ones_count_the_lines_of_the_chunk(kernel, direction, chunk):
     h, w = 7, 5
     gates = torch.randn(1, h, w, 1, 3, 2, device=kernel.device)
     ones = torch.ones(1, h, w, 4, device=kernel.device)
-    y = kernel.forward(ones, gates, torch.ones(1, h, w, 1, 2, device=kernel.device), None, None, None, chunk,
-                       [direction])  # fmt: skip
+    y = kernel.forward(
+        ones, gates, torch.ones(1, h, w, 1, 2, device=kernel.device), None, None, None, chunk, [direction]
+    )
     lines = h if direction < 2 else w
     n = chunk or lines
     for line in range(lines):
         first, last = line // n * n, min(line // n * n + n, lines) - 1
         expected = line - first + 1 if direction % 2 == 0 else last - line + 1
-        torch.testing.assert_close(*torch.broadcast_tensors(y.select(1 if direction < 2 else 2, line), torch.tensor(
-            float(expected), device=kernel.device)))  # fmt: skip
+        torch.testing.assert_close(
+            *torch.broadcast_tensors(
+                y.select(1 if direction < 2 else 2, line), torch.tensor(float(expected), device=kernel.device)
+            )
+        )
 
 
 def test_logits_of_any_size_stay_finite(kernel):
@@ -281,11 +294,26 @@ def compiled(tmp_path_factory):
     targets = [f"arch=compute_{n},code=sm_{n}" for n in (80, 90)] + [f"arch=compute_{newest},code=compute_{newest}"]
     kernels = tmp_path_factory.mktemp("compiled") / "kernels.o"
     result = subprocess.run(
-        [nvcc, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "--threads", "2",
-         *(word for target in targets for word in ("-gencode", target)), "-c", CSRC / "propagate_cuda.cu", "-o",
-         kernels],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "-Werror",
+            "all-warnings",
+            "-Xptxas",
+            "-v",
+            "--threads",
+            "2",
+            *(word for target in targets for word in ("-gencode", target)),
+            "-c",
+            CSRC / "propagate_cuda.cu",
+            "-o",
+            kernels,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     return kernels, result.stderr
 

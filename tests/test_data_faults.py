@@ -50,11 +50,20 @@ def store(intact, tmp_path):
 def training(source, run, workers=0):
     """Two steps of a tiny model."""
     given = {
-        "output_dir": run, "model.name": "gspn-dit-ti-1", "data.source": source, "data.vae": "digits",
-        "model.overrides": "{width: 32, depth: 2, num_groups: 2, global_layers: 1}", "data.image_size": 32,
-        "data.horizontal_flip": "false", "data.num_workers": workers, "diffusion.objective": "flow",
-        "training.max_steps": 2, "training.batch_size": 4, "training.sample_every": 0, "training.trackers": "[]",
-    }  # fmt: skip
+        "output_dir": run,
+        "model.name": "gspn-dit-ti-1",
+        "data.source": source,
+        "data.vae": "digits",
+        "model.overrides": "{width: 32, depth: 2, num_groups: 2, global_layers: 1}",
+        "data.image_size": 32,
+        "data.horizontal_flip": "false",
+        "data.num_workers": workers,
+        "diffusion.objective": "flow",
+        "training.max_steps": 2,
+        "training.batch_size": 4,
+        "training.sample_every": 0,
+        "training.trackers": "[]",
+    }
     empty = run.parent / "empty.yaml"
     empty.write_text("")
     return Config.load(empty, [str(part) for key, value in given.items() for part in (f"--{key}", value)])

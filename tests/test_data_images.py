@@ -129,8 +129,18 @@ def write(path, level=0, suffix=None, **options):
 def nested(tmp_path):
     """Images at several depths, behind links, and in every format that some reader leaves out."""
     root = tmp_path / "nested"
-    for level, name in enumerate(("cat/0.png", "cat/more/1.png", "cat/more/deep/2.PNG", "dog/z.png", "dog/a/3.jfif",
-                                  "dog/a/4.avif", "dog/a/5.jp2", "dog/a/6.jpe")):  # fmt: skip
+    for level, name in enumerate(
+        (
+            "cat/0.png",
+            "cat/more/1.png",
+            "cat/more/deep/2.PNG",
+            "dog/z.png",
+            "dog/a/3.jfif",
+            "dog/a/4.avif",
+            "dog/a/5.jp2",
+            "dog/a/6.jpe",
+        )
+    ):
         write(root / name, 10 * level, format="JPEG" if name.endswith("jfif") else None)
     write(tmp_path / "elsewhere" / "7.png", 70)
     (root / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
@@ -166,8 +176,10 @@ def test_evaluation_counts_the_images_that_training_reads(nested, capsys):
     assert len(samples) == len(open_images(nested, 16)) == 9
     said = [line.strip() for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(said) == 2 and said[0] == said[1] and "4 files left out: .heic (2)" in said[0]
-    shown = [sorted(image.float().mean().item() for image in each)
-             for each in (map(samples.read, range(9)), (image for image, _ in open_images(nested, 20)))]  # fmt: skip
+    shown = [
+        sorted(image.float().mean().item() for image in each)
+        for each in (map(samples.read, range(9)), (image for image, _ in open_images(nested, 20)))
+    ]
     assert shown[0] == shown[1]
 
 
@@ -188,8 +200,11 @@ def test_exif_orientation_turns_the_picture_if_asked(tmp_path, tag):
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = tag
-    stored = upright.transpose({6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}.get(tag)) if tag in (
-        6, 8) else upright  # fmt: skip
+    stored = (
+        upright.transpose({6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}.get(tag))
+        if tag in (6, 8)
+        else upright
+    )
     (tmp_path / "a").mkdir()
     stored.save(tmp_path / "a" / "1.png", exif=exif)
     with Image.open(tmp_path / "a" / "1.png") as image:

@@ -239,8 +239,18 @@ def test_a_vae_is_trained_on_any_folder_of_images(tmp_path, capsys):
         (root / f"of {number % 2}" / "some").mkdir(parents=True, exist_ok=True)
         Image.fromarray(blocks.repeat(20, 0).repeat(20, 1)).save(root / f"of {number % 2}" / "some" / f"{number}.png")
     (root / "torn.png").write_bytes(b"torn")
-    arguments = ["--data", str(root), "--image-size", "96", "--out", str(tmp_path / "vae"), "--steps", "2",
-                 "--batch-size", "2"]  # fmt: skip
+    arguments = [
+        "--data",
+        str(root),
+        "--image-size",
+        "96",
+        "--out",
+        str(tmp_path / "vae"),
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+    ]
     command(small_vae.main, small_vae.Options, prog="small_vae", argv=arguments)
     printed = capsys.readouterr()
     assert "held-out images at 96 px, pixels in [0, 1]: mean squared error" in printed.out
@@ -314,10 +324,15 @@ def test_the_hub_that_cannot_be_reached_is_said_to_be_at_once(monkeypatch, capfd
             (there, "nobody/no-such-vae", "the hub has no such repository"),
             (there, "some/unet", "that repository has no config.json"),
         ):
-            monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-                                endpoint + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
-            monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE",
-                                endpoint + "/{repo_id}/resolve/{revision}/{filename}", raising=False)  # fmt: skip
+            monkeypatch.setattr(
+                "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+                endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            )
+            monkeypatch.setattr(
+                "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE",
+                endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+                raising=False,
+            )
             began = time.monotonic()
             with pytest.raises(InputError, match=f"^vae='{name}': .*{words}"):
                 load_vae(name)

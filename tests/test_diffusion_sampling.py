@@ -90,8 +90,9 @@ def test_every_sampler_is_tested_above():
     assert SAMPLERS == {"ddpm": ("ddpm", "ddim", "dpm++"), "flow": ("euler", "heun")}
 
 
-@pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler,
-                                  EulerDiscreteScheduler, DDPMScheduler])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler, DDPMScheduler]
+)
 def test_swapped_ddpm_schedulers(kind):
     scheduler = kind.from_config(create_scheduler("ddpm").config)
     latents = sample(GaussianData("ddpm"), scheduler, 100)
@@ -135,8 +136,14 @@ def test_guidance_leaves_the_variance_conditional():
             return super().step(model_output, *arguments, **options)
 
     scheduler = Recording.from_config(create_scheduler("ddpm").config)
-    denoise(Counting(8, 0.5, 0.25), scheduler, torch.zeros(2, 4, 1, 1), torch.zeros(2, dtype=torch.long),
-            num_inference_steps=2, guidance_scale=3.0)  # fmt: skip
+    denoise(
+        Counting(8, 0.5, 0.25),
+        scheduler,
+        torch.zeros(2, 4, 1, 1),
+        torch.zeros(2, dtype=torch.long),
+        num_inference_steps=2,
+        guidance_scale=3.0,
+    )
     noise, variance = scheduler.output.chunk(2, dim=1)
     assert noise.unique().tolist() == [0.25 + 3 * 0.25]
     assert variance.unique().tolist() == [0.5]
@@ -152,8 +159,15 @@ def test_guidance_leaves_the_variance_conditional():
 )
 def test_guidance_interval(objective, interval, batches):
     model = Counting(8 if objective == "ddpm" else 4)
-    denoise(model, create_scheduler(objective), torch.zeros(2, 4, 1, 1), torch.zeros(2, dtype=torch.long),
-            num_inference_steps=5, guidance_scale=2.0, guidance_interval=interval)  # fmt: skip
+    denoise(
+        model,
+        create_scheduler(objective),
+        torch.zeros(2, 4, 1, 1),
+        torch.zeros(2, dtype=torch.long),
+        num_inference_steps=5,
+        guidance_scale=2.0,
+        guidance_interval=interval,
+    )
     assert model.batches == batches
 
 
@@ -162,8 +176,14 @@ def test_the_noisiest_step_is_guided_whatever_the_shift(sampler):
     scheduler = create_scheduler("flow", sampler)
     for height, width in ((512, 768), (384, 320), (512, 448)):  # of a model of 256 pixels
         model = Counting(4)
-        denoise(model, shifted(scheduler, math.sqrt(height * width) / 256), torch.zeros(1, 4, 1, 1),
-                torch.zeros(1, dtype=torch.long), num_inference_steps=3, guidance_scale=2.0)  # fmt: skip
+        denoise(
+            model,
+            shifted(scheduler, math.sqrt(height * width) / 256),
+            torch.zeros(1, 4, 1, 1),
+            torch.zeros(1, dtype=torch.long),
+            num_inference_steps=3,
+            guidance_scale=2.0,
+        )
         assert set(model.batches) == {2}
 
 
@@ -173,8 +193,14 @@ def test_an_image_does_not_depend_on_its_batch(objective, sampler):
         generators = [image_generator(7, i) for i in images]
         noise = torch.stack([torch.randn(4, 2, 2, generator=g) for g in generators])
         labels = torch.zeros(len(noise), dtype=torch.long)
-        return denoise(GaussianData(objective), create_scheduler(objective, sampler), noise, labels,
-                       num_inference_steps=5, generator=generators)  # fmt: skip
+        return denoise(
+            GaussianData(objective),
+            create_scheduler(objective, sampler),
+            noise,
+            labels,
+            num_inference_steps=5,
+            generator=generators,
+        )
 
     together = run(range(5))
     for i in range(5):
@@ -201,8 +227,14 @@ def test_callback_sees_and_replaces_latents():
         steps.append((step, float(timestep)))
         return torch.full_like(latents, 9.0) if step == 3 else None
 
-    latents = denoise(Counting(4), create_scheduler("flow"), torch.zeros(1, 4, 1, 1), torch.zeros(1).long(),
-                      num_inference_steps=4, callback=callback)  # fmt: skip
+    latents = denoise(
+        Counting(4),
+        create_scheduler("flow"),
+        torch.zeros(1, 4, 1, 1),
+        torch.zeros(1).long(),
+        num_inference_steps=4,
+        callback=callback,
+    )
     assert [step for step, _ in steps] == [0, 1, 2, 3]
     assert [time for _, time in steps] == pytest.approx([1000, 750, 500, 250])
     assert latents.unique().tolist() == [9.0]
@@ -222,8 +254,13 @@ def test_callback_sees_and_replaces_latents():
 def test_steps_that_would_go_wrong_are_refused(objective, sampler, steps):
     model = Counting(4)
     with pytest.raises(InputError, match=f"num_inference_steps={steps}"):
-        denoise(model, create_scheduler(objective, sampler), torch.zeros(1, 4, 1, 1), torch.zeros(1).long(),
-                num_inference_steps=steps)  # fmt: skip
+        denoise(
+            model,
+            create_scheduler(objective, sampler),
+            torch.zeros(1, 4, 1, 1),
+            torch.zeros(1).long(),
+            num_inference_steps=steps,
+        )
     assert model.batches == []
 
 
@@ -239,5 +276,10 @@ def test_unknown_samplers_are_refused():
     with pytest.raises(InputError, match="objective='edm'"):
         create_scheduler("edm")
     with pytest.raises(InputError, match="guidance_interval"):
-        denoise(Counting(4), create_scheduler("flow"), torch.zeros(1, 4, 1, 1), torch.zeros(1).long(),
-                guidance_interval=(0.5, 1.5))  # fmt: skip
+        denoise(
+            Counting(4),
+            create_scheduler("flow"),
+            torch.zeros(1, 4, 1, 1),
+            torch.zeros(1).long(),
+            guidance_interval=(0.5, 1.5),
+        )

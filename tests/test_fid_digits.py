@@ -125,9 +125,18 @@ def test_the_figures_are_those_of_torch_fidelity(held_out, tmp_path):
     reference = str(write_samples(tmp_path / "reference", images[1::2], labels[1::2]))
     metrics = evaluate(open_samples(samples), open_samples(reference), create_extractor("digits"))
     expected = torch_fidelity.calculate_metrics(
-        input1=samples, input2=reference, feature_extractor="gspn-dit-digits", feature_extractor_weights_path=WEIGHTS,
-        fid=True, isc=True, prc=True, feature_layer_prc="64", cuda=False, save_cpu_ram=True, verbose=False,
-    )  # fmt: skip
+        input1=samples,
+        input2=reference,
+        feature_extractor="gspn-dit-digits",
+        feature_extractor_weights_path=WEIGHTS,
+        fid=True,
+        isc=True,
+        prc=True,
+        feature_layer_prc="64",
+        cuda=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
     assert metrics["fd"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
     assert metrics["classifier_score_torch_fidelity"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
     assert metrics["classifier_score_torch_fidelity_std"] == pytest.approx(expected["inception_score_std"], rel=1e-6)

@@ -100,9 +100,16 @@ def test_the_figures_are_those_of_torch_fidelity(inception, tmp_path):
     samples, reference = str(tmp_path / "samples"), str(tmp_path / "reference")
     metrics = evaluate(open_samples(samples), open_samples(reference), create_extractor("inception", inception[1]))
     common = dict(
-        input1=samples, input2=reference, feature_extractor="gspn-dit-inception", batch_size=1, cache=False,
-        feature_extractor_weights_path=inception[1], cuda=False, save_cpu_ram=True, verbose=False,
-    )  # fmt: skip
+        input1=samples,
+        input2=reference,
+        feature_extractor="gspn-dit-inception",
+        batch_size=1,
+        cache=False,
+        feature_extractor_weights_path=inception[1],
+        cuda=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
     # Its FID of 2048 features takes half a minute; test_fid_digits.py compares that of 64.
     expected = torch_fidelity.calculate_metrics(isc=True, prc=True, **common)
     assert metrics["inception_score_torch_fidelity"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)

@@ -179,13 +179,11 @@ def plain_colours(centre, deviation, labels=None, names=None):
     bounds = [(mean - spread, mean + spread) for mean, spread in zip(centre, deviation, strict=True)]
     corners = list(itertools.product(*bounds))
     pixels = torch.tensor(corners * 16, dtype=torch.uint8)
-    return ImageSet("made", 128, (4, 6), lambda i: pixels[i].view(3, 1, 1).expand(3, 4, 6), labels,
-                    class_names=names)  # fmt: skip
+    return ImageSet("made", 128, (4, 6), lambda i: pixels[i].view(3, 1, 1).expand(3, 4, 6), labels, class_names=names)
 
 
 def made_extractor(**properties):
-    return Extractor("digits", MeanColour(), Path(__file__), "fd", "classifier_score", "colour", "logits",
-                     **properties)  # fmt: skip
+    return Extractor("digits", MeanColour(), Path(__file__), "fd", "classifier_score", "colour", "logits", **properties)
 
 
 def test_the_whole_evaluation_with_features_of_known_statistics():

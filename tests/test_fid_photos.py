@@ -59,9 +59,13 @@ def test_its_distance_grows_with_blur_and_with_noise(held_out, extractor):
         return avg_pool2d(images.float(), side, 1, side // 2, count_include_pad=False).round().to(torch.uint8)
 
     reference = statistics(images_and_labels(PhotosClassifier, "train", COUNT)[0])
-    spoilt = [[distance(images), *map(blurred_or_noisy, amounts)] for blurred_or_noisy, amounts in (
-        (lambda side: distance(blurred(side)), (3, 5, 9)), (lambda deviation: distance(noisy(deviation)), (15, 30, 60)),
-    )]  # fmt: skip
+    spoilt = [
+        [distance(images), *map(blurred_or_noisy, amounts)]
+        for blurred_or_noisy, amounts in (
+            (lambda side: distance(blurred(side)), (3, 5, 9)),
+            (lambda deviation: distance(noisy(deviation)), (15, 30, 60)),
+        )
+    ]
     for distances in spoilt:
         assert distances == sorted(distances)
         assert distances[-1] > 3 * distances[0]

@@ -160,8 +160,11 @@ def test_two_processes_make_the_reference_and_the_figures_of_one(tmp_path):
 
 def test_a_stores_images_are_its_vaes_pictures(tmp_path):
     pixels = write_noise(tmp_path / "data" / "class", 0, 256, seed=4, count=10)
-    encode.main(encode.Options(data=str(tmp_path / "data"), vae="digits", image_size=64, out=str(tmp_path / "store"),
-                               num_workers=0))  # fmt: skip
+    encode.main(
+        encode.Options(
+            data=str(tmp_path / "data"), vae="digits", image_size=64, out=str(tmp_path / "store"), num_workers=0
+        )
+    )
     images = open_data(Options(data=str(tmp_path / "store"), out="x.npz"), torch.device("cpu"))
     assert (len(images), images.image_size) == (10, (64, 64))
     vae, store = load_vae("digits"), LatentStore(tmp_path / "store")

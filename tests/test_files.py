@@ -231,8 +231,13 @@ def test_faults_of_the_program_keep_their_traceback_and_ctrl_c_has_none(capsys):
             command(lambda options, error=error: (_ for _ in ()).throw(error), Options, prog="it", argv=[])
     for continues, line in ((False, "it: interrupted\n"), (True, "it: interrupted; the same command goes on here\n")):
         with pytest.raises(SystemExit) as stopped:
-            command(lambda options: (_ for _ in ()).throw(KeyboardInterrupt()), Options, prog="it", argv=[],
-                    continues=continues)  # fmt: skip
+            command(
+                lambda options: (_ for _ in ()).throw(KeyboardInterrupt()),
+                Options,
+                prog="it",
+                argv=[],
+                continues=continues,
+            )
         assert stopped.value.code == 130
         assert capsys.readouterr().err == line
 

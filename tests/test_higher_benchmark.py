@@ -28,8 +28,16 @@ def options(tmp_path, monkeypatch) -> Options:
     monkeypatch.setattr(higher, "open_reference", made)
     monkeypatch.setattr(higher, "draw_in_process", lambda case, seconds: draw(case) or "ok")
     monkeypatch.setattr(higher_case, "peak_bytes", lambda device, call: len(call()))  # the other takes half a second
-    return Options(models=["ours=digits"], pixels=[32, 64], features="digits", num_images=3, num_inference_steps=2,
-                   chunk_scale=False, images=str(tmp_path / "images"), out=str(tmp_path / "to" / "higher"))  # fmt: skip
+    return Options(
+        models=["ours=digits"],
+        pixels=[32, 64],
+        features="digits",
+        num_images=3,
+        num_inference_steps=2,
+        chunk_scale=False,
+        images=str(tmp_path / "images"),
+        out=str(tmp_path / "to" / "higher"),
+    )
 
 
 def test_rows_resume_and_other_settings_are_refused(options, monkeypatch):

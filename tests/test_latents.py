@@ -110,8 +110,15 @@ def test_store_is_mapped_not_read(tmp_path):
     private memory stays far below the store's size in the process that opened it and in each of its workers."""
     if not Path("/proc/self/status").exists():
         pytest.skip("memory is read from /proc")
-    settings = {"data": "made", "class_names": ["one"], "image_size": 512, "flipped": False, "vae": "made",
-                "scaling_factor": 1.0, "shift_factor": None}  # fmt: skip
+    settings = {
+        "data": "made",
+        "class_names": ["one"],
+        "image_size": 512,
+        "flipped": False,
+        "vae": "made",
+        "scaling_factor": 1.0,
+        "shift_factor": None,
+    }
     moments = torch.zeros(100, 8, 64, 64, dtype=torch.float16)
     names = [f"shard-{number:05d}.safetensors" for number in range(10)]
     for name in names:

@@ -104,8 +104,14 @@ def test_gspn_dit_macs_are_those_of_its_layers_and_linear_in_pixels():
 
 def test_dit_state_dict_has_the_names_of_the_published_checkpoints():
     block = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"]
-    layers = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", *(f"blocks.0.{layer}" for layer in block),
-              "final_layer.linear", "final_layer.adaLN_modulation.1"]  # fmt: skip
+    layers = [
+        "x_embedder.proj",
+        "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
+        *(f"blocks.0.{layer}" for layer in block),
+        "final_layer.linear",
+        "final_layer.adaLN_modulation.1",
+    ]
     expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     expected |= {"pos_embed", "y_embedder.embedding_table.weight"}
     with torch.device("meta"):
@@ -156,9 +162,16 @@ def test_dit_is_diffusers_dit():
     """At t = 0 alone: elsewhere diffusers' frequencies end at 1/10000, the published ones one step before."""
     ours = small("dit-ti-2", depth=2)
     theirs = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6,
-    ).eval()  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        norm_eps=1e-6,
+    ).eval()
     weights, renamed = ours.state_dict(), {}
     for kind in ("weight", "bias"):
         renamed[f"pos_embed.proj.{kind}"] = weights[f"x_embedder.proj.{kind}"]

@@ -53,8 +53,9 @@ def test_ones_count_the_lines_of_the_chunk(backend, direction, chunk):
     # Rows of the weights sum to 1, at the borders too, so that ones stay equal along a line and grow by λx = 1.
     h, w = 7, 5
     gates = torch.randn(1, h, w, 1, 3, 2)
-    y = propagate(torch.ones(1, h, w, 4), gates, torch.ones(1, h, w, 1, 2), chunk=chunk, directions=[direction],
-                  backend=backend)  # fmt: skip
+    y = propagate(
+        torch.ones(1, h, w, 4), gates, torch.ones(1, h, w, 1, 2), chunk=chunk, directions=[direction], backend=backend
+    )
     lines = h if direction in ("down", "up") else w
     n = chunk or lines
     for line in range(lines):
@@ -80,9 +81,15 @@ def test_rotating_the_map_rotates_the_output(backend, chunk):
     turned_gates = rotate(gates, order)
     turned_gates = torch.cat([turned_gates[:, :, :, :2], turned_gates[:, :, :, 2:].flip(4)], dim=3)
     turned = scan(
-        rotate(x, None), turned_gates, rotate(lam, order), rotate(out, order), decay[order], scale[order],
-        chunk=chunk, backend=backend,
-    )  # fmt: skip
+        rotate(x, None),
+        turned_gates,
+        rotate(lam, order),
+        rotate(out, order),
+        decay[order],
+        scale[order],
+        chunk=chunk,
+        backend=backend,
+    )
     torch.testing.assert_close(turned, rotate(y, None))
 
 
@@ -94,9 +101,15 @@ def test_flipping_the_map_flips_the_output(backend, chunk):
     flipped_gates = gates.flip(1)[:, :, :, order]
     flipped_gates = torch.cat([flipped_gates[:, :, :, :2], flipped_gates[:, :, :, 2:].flip(4)], dim=3)
     flipped = scan(
-        x.flip(1), flipped_gates, lam.flip(1)[:, :, :, order], out.flip(1)[:, :, :, order], decay[order], scale[order],
-        chunk=chunk, backend=backend,
-    )  # fmt: skip
+        x.flip(1),
+        flipped_gates,
+        lam.flip(1)[:, :, :, order],
+        out.flip(1)[:, :, :, order],
+        decay[order],
+        scale[order],
+        chunk=chunk,
+        backend=backend,
+    )
     torch.testing.assert_close(flipped, y.flip(1))
 
 
@@ -392,9 +405,12 @@ def test_a_compiler_that_fails_is_named(tmp_path):
     broken.write_text("#!/bin/sh\necho 'fatal error: out of patience' >&2\nexit 1\n")
     broken.chmod(0o755)
     result = subprocess.run(
-        [sys.executable, "-m", "gspn_dit.ops"], capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "gspn_dit.ops"],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "CXX": str(broken), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("cpu")]
     assert "not available" in line and "did not compile" in line

@@ -70,9 +70,12 @@ def test_lists_of_numbers():
 
 
 def test_yaml_words_are_words(tmp_path):
-    path = written(tmp_path, "resume: no\ntraining: {mixed_precision: no, trackers: tensorboard, max_steps: 1e3}\n"
-                             "model:\n  overrides: {global_layers: [0, -1], chunk: null}\n"
-                             "sampling:\n  sampler:\n  guidance_interval: [0.2, 0.7]\ndata:\n")  # fmt: skip
+    path = written(
+        tmp_path,
+        "resume: no\ntraining: {mixed_precision: no, trackers: tensorboard, max_steps: 1e3}\n"
+        "model:\n  overrides: {global_layers: [0, -1], chunk: null}\n"
+        "sampling:\n  sampler:\n  guidance_interval: [0.2, 0.7]\ndata:\n",
+    )
     config = options("--config", path, "--training.max-steps", "7")
     assert (config.resume, config.training.mixed_precision) == ("no", "no")
     assert (config.training.trackers, config.training.max_steps) == (["tensorboard"], 7)
@@ -105,8 +108,16 @@ def test_an_empty_file_is_no_options(tmp_path, text):
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    config = options("--model.overrides", "{name: 'no', sizes: [1, 2], ratio: 1.0e-5}", "--output-dir", "a: b, #c",
-                     "--sampling.sampler", "ddim", "--seed", "2147483647")  # fmt: skip
+    config = options(
+        "--model.overrides",
+        "{name: 'no', sizes: [1, 2], ratio: 1.0e-5}",
+        "--output-dir",
+        "a: b, #c",
+        "--sampling.sampler",
+        "ddim",
+        "--seed",
+        "2147483647",
+    )
     config.save(tmp_path / "config.yaml")
     assert dataclasses.asdict(Config.load(tmp_path / "config.yaml")) == dataclasses.asdict(config)
     assert os.listdir(tmp_path) == ["config.yaml"]

@@ -23,10 +23,21 @@ def test_a_packaged_model_is_small_and_names_no_machine(name, most):
 def test_guided_samples_are_of_the_classes_asked_for(name, count, tmp_path):
     samples, metrics = tmp_path / "samples", tmp_path / "metrics.json"
     for argv in (
-        ["sample", "--model", name, "--num-images", count, "--num-inference-steps", "12", "--batch-size", "50",
-         "--out", f"{samples}/"],
+        [
+            "sample",
+            "--model",
+            name,
+            "--num-images",
+            count,
+            "--num-inference-steps",
+            "12",
+            "--batch-size",
+            "50",
+            "--out",
+            f"{samples}/",
+        ],
         ["evaluate", "--samples", samples, "--reference", f"{name}:test", "--features", name, "--out", metrics],
-    ):  # fmt: skip
+    ):
         main([*map(str, argv), "--device", "cpu"])
     scores = json.loads(metrics.read_text())
     assert scores["num_samples"] == count

@@ -26,8 +26,9 @@ from gspn_dit.precision import choose_precision
 
 
 def pipeline(name="gspn-dit-ti-2", objective="flow", **options) -> GSPNDiTPipeline:
-    pipe = GSPNDiTPipeline(tiny_model(name, objective), tiny_vae(), create_scheduler(objective),
-                           **{"class_names": CLASS_NAMES} | options)  # fmt: skip
+    pipe = GSPNDiTPipeline(
+        tiny_model(name, objective), tiny_vae(), create_scheduler(objective), **{"class_names": CLASS_NAMES} | options
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -100,10 +100,15 @@ def test_what_is_asked_for_stays(cpu, asked):
         (GENOA, "auto", "computing in bfloat16 (mixed_precision auto: this CPU has avx512_bf16)\n", ""),
         (GENOA, "bf16", "computing in bfloat16 (mixed_precision bf16)\n", ""),
         (GENOA, "no", "computing in float32 (mixed_precision no)\n", ""),
-        (MILAN, "bf16", "", "warning: mixed_precision=bf16: this CPU has no bfloat16 instructions; `auto` computes in "
-                            "float32, many times as fast here\n"),
+        (
+            MILAN,
+            "bf16",
+            "",
+            "warning: mixed_precision=bf16: this CPU has no bfloat16 instructions; `auto` computes in "
+            "float32, many times as fast here\n",
+        ),
     ],
-)  # fmt: skip
+)
 def test_it_is_said_in_one_line(cpu, capsys, text, asked, out, err):
     cpu(text)
     choose_precision(asked, CPU).say()
@@ -112,9 +117,13 @@ def test_it_is_said_in_one_line(cpu, capsys, text, asked, out, err):
 
 @pytest.mark.parametrize(
     ("natives", "name", "reason"),
-    [([True, True], "bf16", "r"), ([False, False], "no", "r"), ([True, False], "no", "process 1: r"),
-     ([False, True, False], "no", "process 0: r")],
-)  # fmt: skip
+    [
+        ([True, True], "bf16", "r"),
+        ([False, False], "no", "r"),
+        ([True, False], "no", "process 1: r"),
+        ([False, True, False], "no", "process 0: r"),
+    ],
+)
 def test_processes_agree_on_what_all_their_devices_have(monkeypatch, natives, name, reason):
     everyone = [precision.Precision("auto", "bf16" if native else "no", native, "r") for native in natives]
     monkeypatch.setattr(precision, "gather_object", lambda mine: everyone)
@@ -152,10 +161,14 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_goes_on(tmp_path, store, cpu, 
     )
     assert steps(2, *auto)[2] == ["computing in bfloat16 (mixed_precision auto: this CPU has avx512_bf16)"]
     cpu(MILAN)
-    assert steps(3, *auto) == ("no", "auto", [
-        "changed since step-0000002: mixed_precision bf16 → no: this CPU has no bfloat16 instructions",
-        "computing in float32 (mixed_precision auto: this CPU has no bfloat16 instructions)",
-    ])  # fmt: skip
+    assert steps(3, *auto) == (
+        "no",
+        "auto",
+        [
+            "changed since step-0000002: mixed_precision bf16 → no: this CPU has no bfloat16 instructions",
+            "computing in float32 (mixed_precision auto: this CPU has no bfloat16 instructions)",
+        ],
+    )
     computed_in, asked, said = steps(4, "--training.mixed_precision", "bf16")
     assert (computed_in, asked) == ("bf16", "bf16")
     assert "training.mixed_precision 'auto' → 'bf16'" in said[0]
@@ -178,8 +191,24 @@ def test_a_folder_of_samples_holds_one_precision(tmp_path, cpu, capsys):
     run, out = make_run(tmp_path / "run"), tmp_path / "samples"
 
     def draw(count, *more):
-        command(sample, SampleOptions, prog="sample.py", argv=["--model", str(run), "--num-images", count, "--device",
-                "cpu", "--num-inference-steps", "1", "--out", f"{out}/", *more])  # fmt: skip
+        command(
+            sample,
+            SampleOptions,
+            prog="sample.py",
+            argv=[
+                "--model",
+                str(run),
+                "--num-images",
+                count,
+                "--device",
+                "cpu",
+                "--num-inference-steps",
+                "1",
+                "--out",
+                f"{out}/",
+                *more,
+            ],
+        )
         return json.loads((out / "settings.json").read_text())["mixed_precision"]
 
     cpu(GENOA)
@@ -209,8 +238,23 @@ def test_a_store_holds_one_precision_and_one_from_before_goes_on(tmp_path, capsy
         Image.effect_noise((32, 32), 50 + i).convert("RGB").save(images / "cat" / f"{i}.png")
 
     def make(*more):
-        argv = ["--data", str(images), "--vae", "digits", "--image-size", "32", "--num-workers", "0",
-                "--shard-size", "1", "--device", "cpu", "--out", str(out), *more]  # fmt: skip
+        argv = [
+            "--data",
+            str(images),
+            "--vae",
+            "digits",
+            "--image-size",
+            "32",
+            "--num-workers",
+            "0",
+            "--shard-size",
+            "1",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+            *more,
+        ]
         encode.main(parse(encode.Options, argv, exit_on_error=False))
         return json.loads((out / "manifest.json").read_text())["mixed_precision"]
 

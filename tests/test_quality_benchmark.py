@@ -17,8 +17,19 @@ from gspn_dit.errors import InputError
 from gspn_dit.models import DiT
 from gspn_dit.options import parse
 
-TINY = {"data": ["reach-32"], "models": ["dit", "gspn-dit+mixer=linear"], "seeds": 1, "width": 16, "depth": 2,
-        "steps": 3, "batch_size": 2, "held_out": 3, "samples": 3, "inference_steps": 2, "device": "cpu"}  # fmt: skip
+TINY = {
+    "data": ["reach-32"],
+    "models": ["dit", "gspn-dit+mixer=linear"],
+    "seeds": 1,
+    "width": 16,
+    "depth": 2,
+    "steps": 3,
+    "batch_size": 2,
+    "held_out": 3,
+    "samples": 3,
+    "inference_steps": 2,
+    "device": "cpu",
+}
 
 
 def results(out: Path) -> dict[str, dict]:
@@ -156,8 +167,12 @@ def test_a_run_cut_after_every_step_gives_the_figures_of_an_unbroken_one(tmp_pat
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
     for out in (tmp_path / "cut", tmp_path / "whole"):
         assert {path.name for path in out.iterdir()} == {
-            "settings.json", "reach-32", "report.md", "losses.png", "samples-reach-32.png"
-        }  # fmt: skip
+            "settings.json",
+            "reach-32",
+            "report.md",
+            "losses.png",
+            "samples-reach-32.png",
+        }
         assert not list(out.rglob("checkpoint.pt"))
     with pytest.raises(InputError, match=r"steps=4: .*begun with steps=3"):
         main(Options(**TINY | {"steps": 4}, out=str(tmp_path / "cut")))

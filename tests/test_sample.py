@@ -46,9 +46,28 @@ def pictures(folder: Path) -> np.ndarray:
 
 @pytest.mark.slow
 def test_as_a_person_runs_it(run, tmp_path):
-    arguments = ["--model", run, "--class-labels", "2,tabby cat", "--num-images", "5", "--out", tmp_path / "grid.png",
-                 "--npz", tmp_path / "batch.npz", "--guidance-scale", "2", "--sampler", "heun",
-                 "--num-inference-steps", "2", "--seed", "3", "--batch-size", "2"]  # fmt: skip
+    arguments = [
+        "--model",
+        run,
+        "--class-labels",
+        "2,tabby cat",
+        "--num-images",
+        "5",
+        "--out",
+        tmp_path / "grid.png",
+        "--npz",
+        tmp_path / "batch.npz",
+        "--guidance-scale",
+        "2",
+        "--sampler",
+        "heun",
+        "--num-inference-steps",
+        "2",
+        "--seed",
+        "3",
+        "--batch-size",
+        "2",
+    ]
     done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "sampling: 5 images" in done.stderr  # in a log a line, where a terminal has a bar
@@ -118,8 +137,24 @@ def test_as_many_pixels_at_a_time_at_any_size(run, tmp_path, monkeypatch):
     for size, expected in (("8", [16, 1]), ("16", [16, 1]), ("32", [4, 4, 4, 4, 1]), ("80", [1, 1])):
         batches.clear()
         count = str(sum(expected))
-        sample("--model", str(run), "--num-images", count, "--npz", str(tmp_path / f"{size}.npz"), "--height", size,
-               "--width", size, "--num-inference-steps", "1", "--shift", "auto", "--chunk-scale", "auto")  # fmt: skip
+        sample(
+            "--model",
+            str(run),
+            "--num-images",
+            count,
+            "--npz",
+            str(tmp_path / f"{size}.npz"),
+            "--height",
+            size,
+            "--width",
+            size,
+            "--num-inference-steps",
+            "1",
+            "--shift",
+            "auto",
+            "--chunk-scale",
+            "auto",
+        )
         assert batches == expected
 
 
@@ -131,11 +166,37 @@ def test_options_reach_the_draw(run, tmp_path, monkeypatch):
         return call(pipe, labels, **options)
 
     monkeypatch.setattr(GSPNDiTPipeline, "__call__", spied)
-    sample("--model", str(run), "--num-images", "1", "--npz", str(tmp_path / "one.npz"), "--guidance-scale", "3",
-           "--guidance-interval", "0.2,0.5", "--num-inference-steps", "4", "--sampler", "heun", "--shift", "2",
-           "--chunk-scale", "2", "--mixed-precision", "bf16")  # fmt: skip
-    wanted = {"guidance_scale": 3, "guidance_interval": (0.2, 0.5), "num_inference_steps": 4, "shift": 2,
-              "sampler": "FlowMatchHeunDiscreteScheduler", "chunk_scale": 2, "mixed_precision": "bf16"}  # fmt: skip
+    sample(
+        "--model",
+        str(run),
+        "--num-images",
+        "1",
+        "--npz",
+        str(tmp_path / "one.npz"),
+        "--guidance-scale",
+        "3",
+        "--guidance-interval",
+        "0.2,0.5",
+        "--num-inference-steps",
+        "4",
+        "--sampler",
+        "heun",
+        "--shift",
+        "2",
+        "--chunk-scale",
+        "2",
+        "--mixed-precision",
+        "bf16",
+    )
+    wanted = {
+        "guidance_scale": 3,
+        "guidance_interval": (0.2, 0.5),
+        "num_inference_steps": 4,
+        "shift": 2,
+        "sampler": "FlowMatchHeunDiscreteScheduler",
+        "chunk_scale": 2,
+        "mixed_precision": "bf16",
+    }
     (options,) = drawn
     assert {key: options.get(key) for key in wanted} == wanted
 

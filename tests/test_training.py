@@ -50,8 +50,18 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 @pytest.mark.parametrize("model", ["gspn-dit", "gspn"])
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path, store, model):
-    changes = ["--training.max_steps", 100, "--training.checkpoint_every", 7, "--training.warmup_steps", 5,
-               "--training.lr_schedule", "cosine", "--resume", "auto"]  # fmt: skip
+    changes = [
+        "--training.max_steps",
+        100,
+        "--training.checkpoint_every",
+        7,
+        "--training.warmup_steps",
+        5,
+        "--training.lr_schedule",
+        "cosine",
+        "--resume",
+        "auto",
+    ]
     if model == "gspn":  # draws its own random numbers: stochastic depth
         changes += ["--model.name", "gspn-ti-1", "--model.overrides", "{width: 32, depth: 3, stochastic_depth: 0.9}"]
     train(config(tmp_path / "whole", store, *changes))
@@ -106,8 +116,18 @@ def test_an_option_is_heeded(tmp_path, mirrored, plain, change):
 
 def test_a_warm_up_s_first_step_is_a_step_at_its_share_of_the_learning_rate(tmp_path, store):
     for name, rate, steps in (("warm", 1e-3, 10), ("tenth", 1e-4, 0)):
-        train(config(tmp_path / name, store, "--training.learning_rate", rate, "--training.warmup_steps", steps,
-                     "--training.max_steps", 1))  # fmt: skip
+        train(
+            config(
+                tmp_path / name,
+                store,
+                "--training.learning_rate",
+                rate,
+                "--training.warmup_steps",
+                steps,
+                "--training.max_steps",
+                1,
+            )
+        )
     warm, tenth = (load_file(list_checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in ("warm", "tenth"))
     for key in warm:
         torch.testing.assert_close(warm[key], tenth[key], rtol=0, atol=1e-6)
@@ -163,9 +183,21 @@ def test_every_family_learns_the_data(tmp_path, store, name):
     elif name == "gspn-dit":
         small = small.replace("}", ", num_groups: 2, global_layers: 1}")
     train(
-        config(tmp_path / name, store, "--model.name", f"{name}-ti-1", "--model.overrides", small,
-               "--training.max_steps", 60, "--training.batch_size", 16, "--training.learning_rate", 3e-3)
-    )  # fmt: skip
+        config(
+            tmp_path / name,
+            store,
+            "--model.name",
+            f"{name}-ti-1",
+            "--model.overrides",
+            small,
+            "--training.max_steps",
+            60,
+            "--training.batch_size",
+            16,
+            "--training.learning_rate",
+            3e-3,
+        )
+    )
     values = [float(loss) for _, loss in losses(tmp_path / name)]
     assert sum(values[-10:]) < 0.9 * sum(values[:10])
 
@@ -235,8 +267,12 @@ def test_accumulation_is_the_configuration_s_whatever_the_environment_says(tmp_p
 @pytest.mark.parametrize("fault", ["activation_checkpointing", "cpu_offload"])
 def test_what_fsdp2_would_do_to_weights_behind_our_back_is_refused(fault):
     plugin = SimpleNamespace(activation_checkpointing=False, cpu_offload=OffloadPolicy())
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, device=torch.device("cpu"),
-                                  state=SimpleNamespace(fsdp_plugin=plugin))  # fmt: skip
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.FSDP,
+        is_fsdp2=True,
+        device=torch.device("cpu"),
+        state=SimpleNamespace(fsdp_plugin=plugin),
+    )
     check_launch(accelerator)
     setattr(plugin, fault, {"activation_checkpointing": True, "cpu_offload": CPUOffloadPolicy()}[fault])
     with pytest.raises(InputError, match=r"^fsdp_(activation_checkpointing|offload_params)=true: wanted false"):
@@ -276,8 +312,11 @@ def test_a_curve_of_one_point_is_a_mark(tmp_path):
 def test_wandb_gets_the_run_s_name_its_options_and_its_grids(tmp_path, monkeypatch):
     told = []
     run = SimpleNamespace(log=lambda values, **more: told.append((values, more)))
-    wandb = SimpleNamespace(init=lambda **given: told.append(given) or run, Image=lambda pixels: pixels.shape,
-                            config=SimpleNamespace(update=lambda values, **_: told.append(values)))  # fmt: skip
+    wandb = SimpleNamespace(
+        init=lambda **given: told.append(given) or run,
+        Image=lambda pixels: pixels.shape,
+        config=SimpleNamespace(update=lambda values, **_: told.append(values)),
+    )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     accelerator = Accelerator(cpu=True)
     accelerator.log_with = ["wandb"]
@@ -301,8 +340,20 @@ def test_a_run_resumes_with_another_accumulation(tmp_path, store):
 
 def test_a_run_leaves_what_it_should(tmp_path, capsys):
     run = tmp_path / "run"
-    train(config(run, "digits", "--training.sample_every", 4, "--training.trackers", "[tensorboard]",
-                 "--training.max_steps", 6, "--training.keep_checkpoints", 1))  # fmt: skip
+    train(
+        config(
+            run,
+            "digits",
+            "--training.sample_every",
+            4,
+            "--training.trackers",
+            "[tensorboard]",
+            "--training.max_steps",
+            6,
+            "--training.keep_checkpoints",
+            1,
+        )
+    )
     assert [path.name for path in list_checkpoints(run)] == ["step-0000006"]
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-0000004.png", "step-0000006.png"]
     assert Image.open(run / "loss.png").size[0] > 500 and not (run / ".lock").exists()
@@ -317,8 +368,10 @@ def test_a_run_leaves_what_it_should(tmp_path, capsys):
     assert json.loads((run / "class_names.json").read_text()) == [str(digit) for digit in range(10)]
     assert {"step", "loss", "learning_rate", "grad_norm", "images_per_second"} == set(rows(run)[0])
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("run: ")]
-    wanted = [rf"run: {step}( of 6)? steps in 00:0\d, loss {figure(float(loss))}, lr 0\.001, grad .* images/s"
-              for step, loss in losses(run)]  # fmt: skip
+    wanted = [
+        rf"run: {step}( of 6)? steps in 00:0\d, loss {figure(float(loss))}, lr 0\.001, grad .* images/s"
+        for step, loss in losses(run)
+    ]
     assert len(said) == 6 and all(map(re.match, wanted, said)), said
     (image,) = load_pipeline(run)("3", num_inference_steps=2).images
     assert image.size == (32, 32)
@@ -398,8 +451,20 @@ def test_one_class_is_training_without_a_condition(tmp_path):
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / "pictures" / "all" / f"{i}.png")
     run = tmp_path / "run"
-    train(config(run, tmp_path / "pictures", "--diffusion.class_dropout", 0, "--sampling.guidance_scale", 1,
-                 "--training.sample_every", 4, "--training.max_steps", 4))  # fmt: skip
+    train(
+        config(
+            run,
+            tmp_path / "pictures",
+            "--diffusion.class_dropout",
+            0,
+            "--sampling.guidance_scale",
+            1,
+            "--training.sample_every",
+            4,
+            "--training.max_steps",
+            4,
+        )
+    )
     assert (run / "samples" / "step-0000004.png").is_file()
     moments = load_file(list_checkpoints(run)[-1] / "optimizer.safetensors")[f"{LABELS}.exp_avg"]
     assert moments[0].any() and not moments[1].any(), "the one label is trained, no class is not"
@@ -440,8 +505,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, store):
     good = {path: path.read_bytes() for path in list_checkpoints(run)[-1].rglob("*") if path.is_file()}
     curve = (run / "loss.png").read_bytes()
     with pytest.raises(NonFiniteLoss, match=r"at step \d+.*step-0000004"):
-        train(config(run, store, "--resume", "auto", "--training.max_steps", 300, "--training.learning_rate", 1e30,
-                     "--training.checkpoint_every", 200))  # fmt: skip
+        train(
+            config(
+                run,
+                store,
+                "--resume",
+                "auto",
+                "--training.max_steps",
+                300,
+                "--training.learning_rate",
+                1e30,
+                "--training.checkpoint_every",
+                200,
+            )
+        )
     assert (run / "loss.png").read_bytes() != curve and len(rows(run)) > 4
     assert all(path.read_bytes() == content for path, content in good.items())
     assert [path.name for path in list_checkpoints(run)] == ["step-0000004"]
@@ -503,8 +580,12 @@ def test_bad_configuration_stops_at_start_with_its_name(tmp_path, store, changes
 
 
 def test_the_command_says_so_in_one_line_and_status_2(tmp_path, store):
-    result = subprocess.run([sys.executable, TRAIN, *options(tmp_path / "run", store, "--training.max_stepz", 3)],
-                            capture_output=True, text=True, check=False)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, TRAIN, *options(tmp_path / "run", store, "--training.max_stepz", 3)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1 and "max_stepz" in result.stderr
 
@@ -520,14 +601,36 @@ def test_every_recipe_is_there():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_recipes_run_on_made_latents(tmp_path, path):
     recipe = Config.load(path)
-    store = make_store(tmp_path / "store", images=4, classes=2, size=(8, 8), image_size=recipe.data.image_size,
-                       flipped=recipe.data.horizontal_flip, vae=recipe.data.vae)  # fmt: skip
+    store = make_store(
+        tmp_path / "store",
+        images=4,
+        classes=2,
+        size=(8, 8),
+        image_size=recipe.data.image_size,
+        flipped=recipe.data.horizontal_flip,
+        vae=recipe.data.vae,
+    )
     # the recipe's own family and options, with layers as few and narrow as its kinds of layers allow
     changes = [
-        "--output_dir", tmp_path / "run", "--data.source", store, "--data.num_workers", 0, "--training.max_steps", 1,
-        "--training.batch_size", 2, "--training.sample_every", 0, "--training.trackers", "[]",
-        "--model.overrides.depth", 3, "--model.overrides.width", 128,
-    ]  # fmt: skip
+        "--output_dir",
+        tmp_path / "run",
+        "--data.source",
+        store,
+        "--data.num_workers",
+        0,
+        "--training.max_steps",
+        1,
+        "--training.batch_size",
+        2,
+        "--training.sample_every",
+        0,
+        "--training.trackers",
+        "[]",
+        "--model.overrides.depth",
+        3,
+        "--model.overrides.width",
+        128,
+    ]
     heads = {"dit": "num_heads", "gspn-dit": "num_groups"}.get(recipe.model.name.rsplit("-", 2)[0])
     if heads:
         changes += [f"--model.overrides.{heads}", 2]

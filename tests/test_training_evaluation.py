@@ -20,9 +20,22 @@ from gspn_dit.training.loop import train
 from gspn_dit.training.record import Record
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-SCORED = ["--evaluation.every", 2, "--evaluation.num_samples", 12, "--evaluation.reference", "digits:test",
-          "--evaluation.features", "digits", "--evaluation.batch_size", 5, "--training.checkpoint_every", 2,
-          "--training.max_steps", 4]  # fmt: skip
+SCORED = [
+    "--evaluation.every",
+    2,
+    "--evaluation.num_samples",
+    12,
+    "--evaluation.reference",
+    "digits:test",
+    "--evaluation.features",
+    "digits",
+    "--evaluation.batch_size",
+    5,
+    "--training.checkpoint_every",
+    2,
+    "--training.max_steps",
+    4,
+]
 
 
 def scores(run):
@@ -75,8 +88,23 @@ def test_the_grid_and_the_evaluation_draw_what_their_options_say(tmp_path, monke
         return call(pipe, labels, **options)
 
     monkeypatch.setattr(GSPNDiTPipeline, "__call__", spied)
-    train(config(tmp_path / "run", "digits", *SCORED, "--evaluation.every", 4, "--evaluation.guidance_scale", 3,
-                 "--training.sample_every", 4, "--sampling.num_images", 6, "--sampling.guidance_scale", 2))  # fmt: skip
+    train(
+        config(
+            tmp_path / "run",
+            "digits",
+            *SCORED,
+            "--evaluation.every",
+            4,
+            "--evaluation.guidance_scale",
+            3,
+            "--training.sample_every",
+            4,
+            "--sampling.num_images",
+            6,
+            "--sampling.guidance_scale",
+            2,
+        )
+    )
     assert drawn == [(6, 2), (5, 3), (5, 3), (2, 3)]
     assert scores(tmp_path / "run")[0]["num_samples"] == "12.0"
 

@@ -172,8 +172,10 @@ def test_a_line_that_does_not_fit_leaves_the_table_as_it_was(tmp_path):
 def test_a_resumed_run_lets_go_of_its_checkpoint(run, store, monkeypatch):
     """On NFS a file that is still mapped keeps its folder from being removed."""
     maps = []
-    monkeypatch.setattr("gspn_dit.training.loop.learning_rate_at", lambda step, options: maps.append(
-        Path("/proc/self/maps").read_text()) or 1e-3)  # fmt: skip
+    monkeypatch.setattr(
+        "gspn_dit.training.loop.learning_rate_at",
+        lambda step, options: maps.append(Path("/proc/self/maps").read_text()) or 1e-3,
+    )
     train(config(run, store, *RESUME))
     assert len(maps) == 4 and not any("step-0000008" in each for each in maps)
 

@@ -21,8 +21,14 @@ FSDP = ("--config_file", str(ROOT / "configs" / "accelerate" / "fsdp.yaml"))
 # torch 2.8, on the CPU: gloo gives FSDP2 the sum of gradients for their mean, and compiled blocks that are recomputed
 # corrupt memory (blocks without scans too). Neither with 2.11.
 SOUND = torch.__version__ >= "2.11"
-EVERYTHING = ["--training.mixed_precision", "bf16", "--training.gradient_checkpointing", "true",
-              "--training.compile", "true" if SOUND and shutil.which("c++") else "false"]  # fmt: skip
+EVERYTHING = [
+    "--training.mixed_precision",
+    "bf16",
+    "--training.gradient_checkpointing",
+    "true",
+    "--training.compile",
+    "true" if SOUND and shutil.which("c++") else "false",
+]
 AVERAGES = ["--training.posthoc_ema_every", 4]
 
 
@@ -60,12 +66,16 @@ def test_two_processes_learn_as_one_and_their_checkpoints_are_the_same(tmp_path,
     shutil.copytree(one, begun)
     shutil.rmtree(list_checkpoints(begun)[-1])  # back to step 4 of one process
     accumulating = [*AVERAGES, "--training.gradient_accumulation_steps", 2]
-    train_many(tmp_path, [
-        options(tmp_path / "two", store, *accumulating, "--training.sample_every", 8),
-        options(begun, store, *accumulating, "--resume", "auto"),
-        options(tmp_path / "everything", store, *accumulating, *EVERYTHING),
-        options(tmp_path / "scored", "digits", *SCORED),
-    ], launcher)  # fmt: skip
+    train_many(
+        tmp_path,
+        [
+            options(tmp_path / "two", store, *accumulating, "--training.sample_every", 8),
+            options(begun, store, *accumulating, "--resume", "auto"),
+            options(tmp_path / "everything", store, *accumulating, *EVERYTHING),
+            options(tmp_path / "scored", "digits", *SCORED),
+        ],
+        launcher,
+    )
     for run, tolerance in (("two", 1e-4), ("begun", 1e-4), ("everything", 2e-2)):
         torch.testing.assert_close(values(tmp_path / run), values(one), rtol=tolerance, atol=0)
     ours, theirs = ([float(row["grad_norm"]) for row in rows(run)] for run in (tmp_path / "two", one))

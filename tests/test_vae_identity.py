@@ -102,8 +102,12 @@ def trained(noted, tmp_path, monkeypatch):
 
 
 def draw(run, out, *more):
-    command(sample, SampleOptions, prog="sample.py", argv=[
-        "--model", str(run), "--num-images", "2", "--npz", str(out), "--device", "cpu", *more])  # fmt: skip
+    command(
+        sample,
+        SampleOptions,
+        prog="sample.py",
+        argv=["--model", str(run), "--num-images", "2", "--npz", str(out), "--device", "cpu", *more],
+    )
     return np.load(out)["arr_0"]
 
 

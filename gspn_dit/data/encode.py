@@ -157,8 +157,10 @@ def begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if of_vae["vae_sha256"] is None:
             of_vae["vae"] = settings["vae"]
         elif of_vae["vae_sha256"]["encoder"] != settings["vae_sha256"]["encoder"]:
-            raise InputError(f"vae={settings['vae']!r}: its weights are not those that {out} was begun with, of "
-                             f"{of_vae['vae']!r}; bring those back, or choose another --out")  # fmt: skip
+            raise InputError(
+                f"vae={settings['vae']!r}: its weights are not those that {out} was begun with, of "
+                f"{of_vae['vae']!r}; bring those back, or choose another --out"
+            )
     begin_or_continue(path, settings | of_vae, "out", absent={"mixed_precision": "no"})
     return of_vae
 

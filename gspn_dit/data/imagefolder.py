@@ -16,8 +16,26 @@ from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.errors import InputError, warn
 
 # What counts as an image, in training and in evaluation: torchvision's suffixes, and others of formats Pillow decodes.
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".j2k",
-            ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")  # fmt: skip
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".avif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".jp2",
+    ".j2k",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".pfm",
+)
 
 _UPRIGHT = {  # by the EXIF tag Orientation, which is 1 for an image that is upright as it is
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -8,8 +8,16 @@ from gspn_dit.diffusion.sampling import denoise, image_generator
 from gspn_dit.diffusion.schedulers import SAMPLERS, create_scheduler, objective_of
 from gspn_dit.errors import InputError
 
-__all__ = ["DDPM", "SAMPLERS", "Flow", "create_objective", "create_scheduler", "denoise", "image_generator",
-           "objective_of"]  # fmt: skip
+__all__ = [
+    "DDPM",
+    "SAMPLERS",
+    "Flow",
+    "create_objective",
+    "create_scheduler",
+    "denoise",
+    "image_generator",
+    "objective_of",
+]
 
 
 def create_objective(name: str, *, time_sampling: str = "uniform") -> DDPM | Flow:

@@ -122,8 +122,9 @@ def check_steps(scheduler: SchedulerMixin, n: int) -> None:
     # DDIM takes whole strides of total // n between times that are total / n apart: what they differ by adds up.
     if isinstance(scheduler, DDIMScheduler) and total % n > 0.01 * total:
         near = min((m for m in range(1, total + 1) if total % m == 0), key=lambda m: abs(m - n))
-        raise InputError(f"num_inference_steps={n}: {type(scheduler).__name__} needs about a divisor of {total}, "
-                         f"for example {near}")  # fmt: skip
+        raise InputError(
+            f"num_inference_steps={n}: {type(scheduler).__name__} needs about a divisor of {total}, for example {near}"
+        )
 
 
 def _uses_variance(scheduler: SchedulerMixin) -> bool:

@@ -17,8 +17,13 @@ from gspn_dit.errors import InputError, is_finite
 SAMPLERS = {"ddpm": ("ddpm", "ddim", "dpm++"), "flow": ("euler", "heun")}
 """The samplers of each objective; the first is its default."""
 
-_CHAIN = {"num_train_timesteps": NUM_TRAIN_TIMESTEPS, "beta_start": BETA_START, "beta_end": BETA_END,
-          "beta_schedule": "linear", "prediction_type": "epsilon"}  # fmt: skip
+_CHAIN = {
+    "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+    "beta_start": BETA_START,
+    "beta_end": BETA_END,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+}
 
 
 def create_scheduler(objective: str, sampler: str | None = None) -> SchedulerMixin:

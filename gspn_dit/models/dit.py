@@ -55,8 +55,14 @@ class DiT(LatentModel):
         require_count("num_heads", num_heads)
         if width % num_heads or width % 4:
             raise InputError(f"width={width!r}: give a multiple of num_heads={num_heads} and of 4")
-        super().__init__(width=width, sample_size=sample_size, patch_size=patch_size, in_channels=in_channels,
-                         out_channels=out_channels, num_classes=num_classes)  # fmt: skip
+        super().__init__(
+            width=width,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_classes=num_classes,
+        )
         self.grid = (self.sample_height // patch_size, self.sample_width // patch_size)
         positions = sincos_positions(*self.grid, width).flatten(1, 2)  # (1, N, C)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)

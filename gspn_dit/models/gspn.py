@@ -59,8 +59,14 @@ class GSPN(LatentModel):
             raise InputError(f"depth={depth!r}: give an odd number from 3, for n in-blocks, a middle and n out-blocks")
         if not isinstance(stochastic_depth, int | float) or not 0 <= stochastic_depth < 1:
             raise InputError(f"stochastic_depth={stochastic_depth!r}: give a chance in [0, 1)")
-        super().__init__(width=width, sample_size=sample_size, patch_size=patch_size, in_channels=in_channels,
-                         out_channels=out_channels, num_classes=num_classes)  # fmt: skip
+        super().__init__(
+            width=width,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_classes=num_classes,
+        )
         chunks = chunk_by_layer(chunk, global_layers, depth)
         self.blocks = nn.ModuleList(
             GSPNBlock(width, chunks[i], stochastic_depth * i / (depth - 1), joins=i > depth // 2) for i in range(depth)

@@ -67,8 +67,14 @@ class GSPNDiT(LatentModel):
             raise InputError(f"num_groups={num_groups}: give a divisor of width={width}")
         if mixer not in MIXERS:
             raise InputError(f"mixer={mixer!r}: give one of {', '.join(MIXERS)}")
-        super().__init__(width=width, sample_size=sample_size, patch_size=patch_size, in_channels=in_channels,
-                         out_channels=out_channels, num_classes=num_classes)  # fmt: skip
+        super().__init__(
+            width=width,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_classes=num_classes,
+        )
         # 0.02, as DiT has it, is heard late through modulation that is mostly shared (docs/ablations.md, section 4)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=1.0)
         rank = max(width // 4, 1)

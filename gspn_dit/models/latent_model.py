@@ -47,8 +47,13 @@ class LatentModel(ModelMixin, ConfigMixin):
         num_classes: int,
     ) -> None:
         super().__init__()
-        for name, value in {"width": width, "patch_size": patch_size, "in_channels": in_channels,
-                            "out_channels": out_channels, "num_classes": num_classes}.items():  # fmt: skip
+        for name, value in {
+            "width": width,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "num_classes": num_classes,
+        }.items():
             require_count(name, value)
         self.gradient_checkpointing = False
         self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
@@ -126,8 +131,9 @@ class LatentModel(ModelMixin, ConfigMixin):
             raise InputError(f"latents of shape {tuple(latents.shape)}: give (B, {self.in_channels}, height, width)")
         batch, _, height, width = latents.shape
         if height % self.patch_size or width % self.patch_size:
-            raise InputError(f"latents of {height}×{width}: give a height and width divisible by the patch size, "
-                             f"{self.patch_size}")  # fmt: skip
+            raise InputError(
+                f"latents of {height}×{width}: give a height and width divisible by the patch size, {self.patch_size}"
+            )
         for name, value in (("timesteps", timesteps), ("class_labels", class_labels)):
             if not isinstance(value, Tensor):
                 raise InputError(f"{name}={value!r}: give a tensor of one for each latent, ({batch},)")
@@ -138,8 +144,10 @@ class LatentModel(ModelMixin, ConfigMixin):
         if batch and class_labels.device.type == "cpu" and type(class_labels) is Tensor and not is_compiling():
             wrong = class_labels[(class_labels < 0) | (class_labels > self.null_class)]
             if len(wrong):
-                raise InputError(f"class_labels: {int(wrong[0])} is among them; give 0 to {self.null_class - 1}, or "
-                                 f"{self.null_class} for no class")  # fmt: skip
+                raise InputError(
+                    f"class_labels: {int(wrong[0])} is among them; give 0 to {self.null_class - 1}, or "
+                    f"{self.null_class} for no class"
+                )
 
 
 def require_count(name: str, value: object) -> None:

@@ -76,6 +76,7 @@ def find_preset(name: str) -> tuple[type[LatentModel], dict[str, Any]]:
     """The class of a named model and its numbers. Raises :class:`InputError` for an unknown name."""
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5) or ["dit-xl-2", "gspn-xl-2", "gspn-dit-xl-2"]
-        raise InputError(f"name={name!r}: no such model; did you mean {', '.join(close)}? "
-                         "`gspn-dit models` lists them all")  # fmt: skip
+        raise InputError(
+            f"name={name!r}: no such model; did you mean {', '.join(close)}? `gspn-dit models` lists them all"
+        )
     return MODELS[name]

@@ -20,14 +20,29 @@ class Kernel(Protocol):
     """One implementation. `chunk` 0 is global; `directions` are indices into DIRECTIONS."""
 
     def forward(
-        self, x: Tensor, gates: Tensor, lam: Tensor, out: Tensor | None, decay: Tensor | None, scale: Tensor | None,
-        chunk: int, directions: Sequence[int],
-    ) -> Tensor: ...  # fmt: skip
+        self,
+        x: Tensor,
+        gates: Tensor,
+        lam: Tensor,
+        out: Tensor | None,
+        decay: Tensor | None,
+        scale: Tensor | None,
+        chunk: int,
+        directions: Sequence[int],
+    ) -> Tensor: ...
 
     def backward(
-        self, grad: Tensor, x: Tensor, gates: Tensor, lam: Tensor, out: Tensor | None, decay: Tensor | None,
-        scale: Tensor | None, chunk: int, directions: Sequence[int],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
+        self,
+        grad: Tensor,
+        x: Tensor,
+        gates: Tensor,
+        lam: Tensor,
+        out: Tensor | None,
+        decay: Tensor | None,
+        scale: Tensor | None,
+        chunk: int,
+        directions: Sequence[int],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 
 
 class Status(NamedTuple):

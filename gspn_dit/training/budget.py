@@ -81,15 +81,21 @@ def main(options: Options) -> None:
         f"{options.node_gpus} GPUs a machine, each sending {options.node_gb_s:g} GB/s in it and "
         f"{options.network_gb_s:g} GB/s out of it.\n"
     )
-    print("| model | parameters | GMACs an image | state GB | over 8 GPUs (FSDP) | over 64 | "
-          "GB an image | with checkpointing |")  # fmt: skip
+    print(
+        "| model | parameters | GMACs an image | state GB | over 8 GPUs (FSDP) | over 64 | "
+        "GB an image | with checkpointing |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, cost in costs.items():
         state = cost.parameters * STATE_BYTES / 1e9
-        print(f"| {name} | {cost.parameters / 1e6:.1f} M | {cost.macs / 1e9:.1f} | {state:.1f} | {state / 8:.2f} | "
-              f"{state / 64:.2f} | {cost.activations / 1e9:.2f} | {cost.checkpointed / 1e9:.3f} |")  # fmt: skip
-    print(f"\n| model | GPUs | images a pass × accumulation | GB a GPU | steps/s | bound by | hours to "
-          f"{options.steps:,} steps |")  # fmt: skip
+        print(
+            f"| {name} | {cost.parameters / 1e6:.1f} M | {cost.macs / 1e9:.1f} | {state:.1f} | {state / 8:.2f} | "
+            f"{state / 64:.2f} | {cost.activations / 1e9:.2f} | {cost.checkpointed / 1e9:.3f} |"
+        )
+    print(
+        f"\n| model | GPUs | images a pass × accumulation | GB a GPU | steps/s | bound by | hours to "
+        f"{options.steps:,} steps |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name, cost in costs.items():
         for gpus in options.gpus:

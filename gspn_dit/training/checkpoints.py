@@ -173,8 +173,10 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
             for key, tensor in tensors.items():
                 value = file.get_tensor(key)
                 if value.shape != tensor.shape:
-                    raise InputError(f"{checkpoint / name}: {key} has shape {tuple(value.shape)}, the model's has "
-                                     f"{tuple(tensor.shape)}: it is of another version; train anew")  # fmt: skip
+                    raise InputError(
+                        f"{checkpoint / name}: {key} has shape {tuple(value.shape)}, the model's has "
+                        f"{tuple(tensor.shape)}: it is of another version; train anew"
+                    )
                 fill(tensor, value)
     parameters = dict(state.model.named_parameters())
     with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as file:
@@ -258,8 +260,14 @@ def damage(checkpoint: Path) -> str | None:
 def check_resumable(checkpoint: Path, config: Config, source: Dataset, vae_record: dict[str, Any]) -> None:
     """Raise :class:`InputError` unless a configuration and its data continue the run that a checkpoint is of."""
     saved = Config.load(checkpoint / "config.yaml")
-    for key in ("seed", "model.name", "model.overrides", "diffusion.objective", "data.image_size",
-                "training.batch_size"):  # fmt: skip
+    for key in (
+        "seed",
+        "model.name",
+        "model.overrides",
+        "diffusion.objective",
+        "data.image_size",
+        "training.batch_size",
+    ):
         before, now = _value(saved, key), _value(config, key)
         if before != now:
             raise InputError(f"{key}={now!r}: the run in {config.output_dir} has {before!r}; set it back")

@@ -170,7 +170,7 @@ def _say_unreadable(what: str) -> None:
 RECIPES = {
     "digits": {"steps": 3500, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 0, "mixed_precision": "no"},
     "photos": {"steps": 3600, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 100, "mixed_precision": "auto"},
-}  # fmt: skip
+}
 
 
 def open_crops(data: str, image_size: int | None) -> DigitShifts | PhotoCrops:
