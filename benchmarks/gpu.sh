@@ -60,7 +60,7 @@ step() { # step NAME SECONDS COMMAND...: its output to the log and, the end of i
 
 kernels() {
   step tests 240 "$python" -m pytest -q --durations=5 --noconftest -p no:cacheprovider --maxfail=20 --tb=short \
-    tests/test_cuda.py -k "(gpu or graph or elements) and not spills"
+    tests/ops/test_cuda.py -k "(gpu or graph or elements) and not spills"
   step operator 170 "$python" -m benchmarks.operator --device cuda --out "$out"
   PATH=$PATH:/usr/local/cuda/bin
   if ! timeout 60 compute-sanitizer --report-api-errors no "$python" -c "import torch; torch.ones(1).cuda()" \

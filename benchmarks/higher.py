@@ -30,19 +30,19 @@ from benchmarks.higher_case import CALLS_FILE, OUT_OF_MEMORY, Case, open_pipelin
 from benchmarks.machine import machine
 from benchmarks.resolution import cell, line
 from benchmarks.saved_rows import saved_rows
-from gspn_dit.data import downsampling
-from gspn_dit.data.vae import weights_sha256
+from gspn_dit.autoencoder import downsampling
+from gspn_dit.autoencoder.vae import weights_sha256
 from gspn_dit.diffusion import objective_of
-from gspn_dit.drawing import image_file
-from gspn_dit.fid.extractors import Extractor, FeatureName, create_extractor
-from gspn_dit.fid.features import layer_widths, observe
-from gspn_dit.fid.images import ImageSet, open_reference
-from gspn_dit.fid.metrics import frechet_distance
-from gspn_dit.fid.moments import Moments, Statistics
-from gspn_dit.files import replacing, write_json
-from gspn_dit.models.chunks import chunked_layers
+from gspn_dit.evaluation.extractors import Extractor, FeatureName, create_extractor
+from gspn_dit.evaluation.features import layer_widths, observe
+from gspn_dit.evaluation.image_sets import ImageSet, open_reference
+from gspn_dit.evaluation.metrics import frechet_distance
+from gspn_dit.evaluation.moments import Moments, Statistics
+from gspn_dit.inference.drawing import image_file
+from gspn_dit.layers.chunks import chunked_layers
 from gspn_dit.options import command, require
-from gspn_dit.pictures import load_image
+from gspn_dit.storage.files import replacing, write_json
+from gspn_dit.storage.pictures import load_image
 
 Switches = tuple[Literal["auto"] | None, Literal["auto"] | None]
 STYLES: dict[Switches, tuple[str, str]] = {

@@ -19,14 +19,14 @@ from torch import nn
 
 from benchmarks.resolution_case import peak_bytes
 from gspn_dit.diffusion import create_scheduler, image_generator
-from gspn_dit.drawing import begin, image_file
-from gspn_dit.files import write_json
+from gspn_dit.inference.drawing import begin, image_file
+from gspn_dit.inference.pipeline import GSPNDiTPipeline, load_pipeline
+from gspn_dit.inference.sample import SampleOptions, batch_of, choose_labels, describe, resolve
 from gspn_dit.models import create_model
-from gspn_dit.pictures import save_image
-from gspn_dit.pipeline import GSPNDiTPipeline, load_pipeline
 from gspn_dit.precision import choose_precision
 from gspn_dit.progress import progress
-from gspn_dit.sample import SampleOptions, batch_of, choose_labels, describe, resolve
+from gspn_dit.storage.files import write_json
+from gspn_dit.storage.pictures import save_image
 
 RANDOM = {"random-gspn-dit": "gspn-dit-ti-2", "random-dit": "dit-ti-2"}
 CALLS_FILE = "calls.json"

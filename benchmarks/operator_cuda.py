@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cuda_timing import median_ms, peak_bytes, timed
-from gspn_dit.files import write_json
 from gspn_dit.ops import propagate
 from gspn_dit.ops.build import architectures, cuda_home
 from gspn_dit.ops.reference import propagate_reference
+from gspn_dit.storage.files import write_json
 
 DEVICE = "cuda"
 FOUR = ("down", "up", "right", "left")

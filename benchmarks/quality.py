@@ -34,14 +34,14 @@ from benchmarks.variants import OF_ANY_FAMILY, VARIANTS
 from gspn_dit.devices import choose_device
 from gspn_dit.diffusion import create_objective, create_scheduler, denoise, image_generator
 from gspn_dit.errors import InputError
-from gspn_dit.files import begin_or_continue, replacing, write_json
 from gspn_dit.models import create_model
-from gspn_dit.models.counting import count_macs
 from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.models.macs import count_macs
 from gspn_dit.ops.backends import kernel
 from gspn_dit.options import command, require
-from gspn_dit.pictures import save_grid
 from gspn_dit.precision import autocast, choose_precision
+from gspn_dit.storage.files import begin_or_continue, replacing, write_json
+from gspn_dit.storage.pictures import save_grid
 from gspn_dit.training.ema import Average, exponential
 from gspn_dit.training.stream import StepSampler, TrainingStream
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.reach_task import FarEnds, agreement, reach_gained
-from gspn_dit.data import decode, encode_moments, load_vae, open_images, sample_posterior
-from gspn_dit.fid.extractors import create_extractor
-from gspn_dit.fid.metrics import ClassAccuracy, frechet_distance
-from gspn_dit.fid.moments import Moments, Statistics
+from gspn_dit.autoencoder import decode, encode_moments, load_vae, sample_posterior
+from gspn_dit.data import open_images
+from gspn_dit.evaluation.extractors import create_extractor
+from gspn_dit.evaluation.metrics import ClassAccuracy, frechet_distance
+from gspn_dit.evaluation.moments import Moments, Statistics
 
 BATCH_SIZE = 250
 

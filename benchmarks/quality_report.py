@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.quality_data import Task
-from gspn_dit.files import replacing
-from gspn_dit.pictures import load_image
+from gspn_dit.storage.files import replacing
+from gspn_dit.storage.pictures import load_image
 
 Results = dict[str, list[dict[str, Any]]]  # by model, a result a seed
 

@@ -25,9 +25,9 @@ import torch
 from benchmarks.machine import machine, results_name
 from benchmarks.resolution_case import LONGEST_WHOLE, Case
 from benchmarks.saved_rows import saved_rows
-from gspn_dit.files import replacing, write_json
 from gspn_dit.options import command, require
 from gspn_dit.precision import native_bfloat16
+from gspn_dit.storage.files import replacing, write_json
 
 STEPS = ("forward", "training")
 TRIAL_PIXELS = 256

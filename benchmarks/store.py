@@ -23,9 +23,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.machine import processor
-from gspn_dit.data.latents import LatentStore, write_manifest, write_shard
-from gspn_dit.files import write_json
+from gspn_dit.data.latent_store import LatentStore, write_manifest, write_shard
 from gspn_dit.options import command, require
+from gspn_dit.storage.files import write_json
 
 CLASSES = 1000
 SHARD_SIZE = 4096

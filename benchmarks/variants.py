@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
+from gspn_dit.layers.blocks import DepthwiseConv, FinalLayer, linear
+from gspn_dit.layers.mixers import NUM_DIRECTIONS, GSPNMixer
 from gspn_dit.models import GSPNDiT
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.models.layers import DepthwiseConv, FinalLayer, linear
-from gspn_dit.models.mixers import NUM_DIRECTIONS, GSPNMixer
 from gspn_dit.ops import propagate
 
 

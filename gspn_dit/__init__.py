@@ -1,6 +1,7 @@
 """Class-conditional diffusion transformers with GSPN line scans instead of attention."""
 
 from gspn_dit.exports import on_demand
+from gspn_dit.successors import tell_successors
 
 # ModelMixin is here for diffusers, which finds out how to load a pipeline's component by looking for its base classes
 # in the component's own top-level package.
@@ -11,9 +12,10 @@ _EXPORTS = {
     "DiT": "gspn_dit.models",
     "GSPN": "gspn_dit.models",
     "GSPNDiT": "gspn_dit.models",
-    "GSPNDiTPipeline": "gspn_dit.pipeline",
+    "GSPNDiTPipeline": "gspn_dit.inference.pipeline",
     "ModelMixin": "diffusers",
 }
 
 __all__ = [name for name in _EXPORTS if name != "ModelMixin"]
 __getattr__, __dir__ = on_demand(__name__, _EXPORTS)
+tell_successors()

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from gspn_dit.config import Config, MixedPrecision
+from gspn_dit.demo.packaged import PACKAGED
 from gspn_dit.errors import check_guidance
-from gspn_dit.files import is_stream
 from gspn_dit.options import command, require
-from gspn_dit.weights import PACKAGED
+from gspn_dit.storage.files import is_stream
 
 
 @dataclass
@@ -415,28 +415,33 @@ VERBS = {
         continues=True,
     ),
     "train": Verb("gspn_dit.training.loop:main", Config, "Train a class-conditional latent diffusion transformer."),
-    "sample": Verb("gspn_dit.sample:main", SampleOptions, "Draw images from a trained model.", continues=True),
+    "sample": Verb(
+        "gspn_dit.inference.sample:main", SampleOptions, "Draw images from a trained model.", continues=True
+    ),
     "reference": Verb(
-        "gspn_dit.fid.reference:main",
+        "gspn_dit.evaluation.reference:main",
         ReferenceOptions,
         "Make a reference file: statistics of the features of all images of a source, and some of the images.",
     ),
     "evaluate": Verb(
-        "gspn_dit.fid.evaluate:main",
+        "gspn_dit.evaluation.evaluate:main",
         EvaluateOptions,
         "Score images as ADM's suite does: FID, sFID, Inception Score, precision, recall; or class accuracy.",
     ),
     "export": Verb(
-        "gspn_dit.export:main", ExportOptions, "Write a run's newest checkpoint as a saved pipeline.", ("model", "out")
+        "gspn_dit.inference.export:main",
+        ExportOptions,
+        "Write a run's newest checkpoint as a saved pipeline.",
+        ("model", "out"),
     ),
     "posthoc-ema": Verb(
         "gspn_dit.training.posthoc_ema:main",
         PosthocEMAOptions,
         "Make averaged weights of any width from a run's snapshots, as a checkpoint folder to sample from.",
     ),
-    "small-vae": Verb("gspn_dit.training.small_vae:main", SmallVAEOptions, "Train a small VAE."),
+    "small-vae": Verb("gspn_dit.demo.small_vae:main", SmallVAEOptions, "Train a small VAE."),
     "classifier": Verb(
-        "gspn_dit.fid.classifier:main", ClassifierOptions, "Train the classifier that samples are recognised by."
+        "gspn_dit.demo.classifier:main", ClassifierOptions, "Train the classifier that samples are recognised by."
     ),
     "models": Verb(
         "gspn_dit.models.__main__:main", ModelsOptions, "List models: parameters, and GMACs at 256 and 512 pixels."

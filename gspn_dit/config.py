@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import yaml
 
+from gspn_dit.demo.packaged import absolute
 from gspn_dit.errors import check_guidance
-from gspn_dit.files import replacing
 from gspn_dit.options import parse, require
-from gspn_dit.weights import absolute
+from gspn_dit.storage.files import replacing
 
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 

@@ -28,7 +28,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from gspn_dit.errors import InputError, Stopped, machine_fault
-from gspn_dit.files import is_stdout
+from gspn_dit.storage.files import is_stdout
 
 Options = TypeVar("Options")
 

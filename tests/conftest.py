@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the n
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from made_store import make_store
+from made.store import make_store
 
 from gspn_dit.options import plain_messages
 

@@ -14,7 +14,7 @@ import torch
 from gspn_dit import commands as verbs
 from gspn_dit import options
 from gspn_dit.models import create_model
-from gspn_dit.models.counting import count_macs
+from gspn_dit.models.macs import count_macs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

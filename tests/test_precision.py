@@ -5,19 +5,19 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from made_runs import make_run
-from made_training import config, losses
+from made.runs import make_run
+from made.training import config, losses
 from PIL import Image
 
 from gspn_dit import precision
 from gspn_dit.config import Config
 from gspn_dit.data import encode
-from gspn_dit.drawing import begin
 from gspn_dit.errors import InputError
+from gspn_dit.inference.drawing import begin
+from gspn_dit.inference.sample import SampleOptions
+from gspn_dit.inference.sample import main as sample
 from gspn_dit.options import command, parse
 from gspn_dit.precision import agreed_precision, autocast, choose_precision
-from gspn_dit.sample import SampleOptions
-from gspn_dit.sample import main as sample
 from gspn_dit.training.checkpoints import list_checkpoints
 from gspn_dit.training.loop import train
 

@@ -24,10 +24,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gspn_dit.data import open_images
-from gspn_dit.data.images import ImageDataset, UnreadableImage
-from gspn_dit.data.latents import begun_with, some_moments, verify, write_manifest, write_shard
-from gspn_dit.data.quality import (
+from gspn_dit.autoencoder.quality import (
     latent_statistics,
     psnr,
     reconstruction_error,
@@ -35,14 +32,17 @@ from gspn_dit.data.quality import (
     warn_of_latents,
     warn_of_psnr,
 )
-from gspn_dit.data.vae import NORMALISATION, downsampling, encode_moments, load_vae, vae_sha256
+from gspn_dit.autoencoder.vae import NORMALISATION, downsampling, encode_moments, load_vae, vae_sha256
+from gspn_dit.data import open_images
+from gspn_dit.data.images import ImageDataset, UnreadableImage
+from gspn_dit.data.latent_store import begun_with, some_moments, verify, write_manifest, write_shard
 from gspn_dit.data.workers import load
+from gspn_dit.demo.packaged import absolute
 from gspn_dit.devices import join_processes
 from gspn_dit.errors import InputError, renamed
-from gspn_dit.files import begin_or_continue, check_place, write_json
 from gspn_dit.precision import agreed_precision, autocast
 from gspn_dit.progress import Bar, Lines, progress
-from gspn_dit.weights import absolute
+from gspn_dit.storage.files import begin_or_continue, check_place, write_json
 
 MEASURED_LATENTS, MEASURED_IMAGES = 4096, 8  # for the manifest
 

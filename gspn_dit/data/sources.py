@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from gspn_dit.data.digits import Digits
-from gspn_dit.data.imagefolder import ImageFolder
+from gspn_dit.data.image_folder import ImageFolder
 from gspn_dit.data.images import ImageDataset
-from gspn_dit.data.latents import how_to_encode, is_unfinished_store
-from gspn_dit.data.photos import Photos
+from gspn_dit.data.latent_store import how_to_encode, is_unfinished_store
+from gspn_dit.demo.digits import Digits
+from gspn_dit.demo.photos import Photos
 from gspn_dit.errors import InputError
 
 

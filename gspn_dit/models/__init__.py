@@ -6,8 +6,8 @@ _EXPORTS = {
     "DiT": "gspn_dit.models.dit",
     "GSPN": "gspn_dit.models.gspn",
     "GSPNDiT": "gspn_dit.models.gspn_dit",
-    "create_model": "gspn_dit.models.presets",
-    "list_models": "gspn_dit.models.presets",
+    "create_model": "gspn_dit.models.registry",
+    "list_models": "gspn_dit.models.registry",
 }
 
 __all__ = list(_EXPORTS)

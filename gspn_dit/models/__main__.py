@@ -11,8 +11,8 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 
 from gspn_dit.errors import renamed
-from gspn_dit.models.counting import count_macs
-from gspn_dit.models.presets import create_model, find_preset, list_models
+from gspn_dit.models.macs import count_macs
+from gspn_dit.models.registry import create_model, find_preset, list_models
 
 
 def main(options: Options) -> None:

@@ -10,9 +10,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
-from gspn_dit.models.embeddings import sincos_positions
+from gspn_dit.layers.blocks import FeedForward, FinalLayer, LayerNorm, linear, modulate
+from gspn_dit.layers.embeddings import sincos_positions
 from gspn_dit.models.latent_model import LatentModel, require_count
-from gspn_dit.models.layers import FeedForward, FinalLayer, LayerNorm, linear, modulate
 
 
 class DiT(LatentModel):

@@ -11,8 +11,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
+from gspn_dit.layers.blocks import DepthwiseConv, FinalLayer, chunk_by_layer, is_whole, linear
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.models.layers import DepthwiseConv, FinalLayer, chunk_by_layer, is_whole, linear
 from gspn_dit.ops import propagate
 from gspn_dit.ops.reference import DIRECTIONS
 

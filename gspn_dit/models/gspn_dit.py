@@ -10,9 +10,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
+from gspn_dit.layers.blocks import FeedForward, LayerNorm, SquaredReLU, chunk_by_layer, linear, modulate
+from gspn_dit.layers.mixers import MIXERS
 from gspn_dit.models.latent_model import LatentModel, require_count
-from gspn_dit.models.layers import FeedForward, LayerNorm, SquaredReLU, chunk_by_layer, linear, modulate
-from gspn_dit.models.mixers import MIXERS
 
 
 class GSPNDiT(LatentModel):
@@ -33,7 +33,7 @@ class GSPNDiT(LatentModel):
             model trained on maps larger than its chunk show the chunks' borders (docs/ablations.md).
         global_layers: How many of the last blocks are global, or the indices of those that are.
         mixer: What sites meet in: `gspn`, the scans; or for comparison, inside the same block, softmax `attention`,
-            `linear` attention or a depthwise `conv` (:mod:`gspn_dit.models.mixers`), which have no use for a chunk.
+            `linear` attention or a depthwise `conv` (:mod:`gspn_dit.layers.mixers`), which have no use for a chunk.
         sample_size, patch_size, in_channels, out_channels, num_classes: As :class:`LatentModel`.
 
     Raises:

@@ -15,8 +15,8 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from gspn_dit.errors import InputError
-from gspn_dit.models.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding
-from gspn_dit.models.layers import is_whole
+from gspn_dit.layers.blocks import is_whole
+from gspn_dit.layers.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding
 
 
 class LatentModel(ModelMixin, ConfigMixin):

@@ -21,9 +21,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gspn_dit.errors import renamed
 from gspn_dit.models import create_model
-from gspn_dit.models.counting import count_macs
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.models.presets import find_preset
+from gspn_dit.models.macs import count_macs
+from gspn_dit.models.registry import find_preset
 
 # Bytes a parameter: float32 weights, their gradients, AdamW's two moments, the averaged weights.
 STATE_BYTES = 4 + 4 + 8 + 4

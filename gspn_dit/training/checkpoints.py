@@ -33,13 +33,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gspn_dit.autoencoder.vae import NORMALISATION, NOT_HEEDED, is_same_place
 from gspn_dit.config import Config
-from gspn_dit.data.vae import NORMALISATION, NOT_HEEDED, is_same_place
 from gspn_dit.errors import InputError
-from gspn_dit.files import save_tensors, sha256
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.precision import Precision
-from gspn_dit.runs import list_checkpoints
+from gspn_dit.storage.files import save_tensors, sha256
+from gspn_dit.storage.runs import list_checkpoints
 from gspn_dit.training.ema import Average
 from gspn_dit.training.sharding import fill, like, whole
 

@@ -31,10 +31,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data.workers import is_of_a_dead_worker, load
 from gspn_dit.errors import InputError, Stopped
-from gspn_dit.pipeline import GSPNDiTPipeline, pipeline_of
+from gspn_dit.inference.pipeline import GSPNDiTPipeline, pipeline_of
 from gspn_dit.precision import agreed_precision
 from gspn_dit.progress import figure, progress
-from gspn_dit.runs import checkpoint_step
+from gspn_dit.storage.runs import checkpoint_step
 from gspn_dit.training.checkpoints import (
     CheckpointNotWritten,
     TrainingState,
@@ -44,7 +44,8 @@ from gspn_dit.training.checkpoints import (
     save_checkpoint,
 )
 from gspn_dit.training.ema import Average, exponential, power_function
-from gspn_dit.training.evaluation import EVALUATION, draw_samples
+from gspn_dit.training.evaluator import EVALUATION, draw_samples
+from gspn_dit.training.parts import Parts, check_launch, check_options, open_parts, start_from
 from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, list_snapshots, save_snapshot
 from gspn_dit.training.processes import (
     CTRL_C,
@@ -56,7 +57,6 @@ from gspn_dit.training.processes import (
     together,
 )
 from gspn_dit.training.record import Record, note, read_metrics, redrawn_at_an_error
-from gspn_dit.training.setup import Parts, check_launch, check_options, open_parts, start_from
 from gspn_dit.training.sharding import whole
 from gspn_dit.training.step import NonFiniteLoss, Training, take_step
 from gspn_dit.training.trackers import start_trackers, track_samples

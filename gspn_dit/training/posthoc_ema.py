@@ -37,8 +37,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
 from gspn_dit.errors import InputError
-from gspn_dit.files import new_folder, replacing, require_new, save_tensors, write_json
-from gspn_dit.runs import list_checkpoints
+from gspn_dit.storage.files import new_folder, replacing, require_new, save_tensors, write_json
+from gspn_dit.storage.runs import list_checkpoints
 from gspn_dit.training.checkpoints import EMA_WEIGHTS, DiskWork, TrainingState, collect
 
 FOLDER = "posthoc-ema"

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from accelerate.utils import broadcast_object_list, gather_object
 
 from gspn_dit.errors import InputError
-from gspn_dit.files import alone_in
+from gspn_dit.storage.files import alone_in
 
 T = TypeVar("T")
 CTRL_C = "Ctrl-C"  # what a terminal sends as SIGINT

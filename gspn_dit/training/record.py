@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from gspn_dit.errors import warn
-from gspn_dit.files import replacing
+from gspn_dit.storage.files import replacing
 
 FEW = 20  # points of a curve that are marked each
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "images_per_second")

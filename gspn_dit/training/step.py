@@ -13,12 +13,12 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from gspn_dit.autoencoder import encode_moments, sample_posterior
+from gspn_dit.autoencoder.vae import LatentScaling
 from gspn_dit.config import Config
-from gspn_dit.data import encode_moments, sample_posterior
-from gspn_dit.data.vae import LatentScaling
 from gspn_dit.training.checkpoints import TrainingState, last_good
+from gspn_dit.training.parts import Parts
 from gspn_dit.training.processes import StopRequest
-from gspn_dit.training.setup import Parts
 from gspn_dit.training.sharding import whole
 
 

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset, Sampler
 
 from gspn_dit.config import DataConfig
 from gspn_dit.data import ImageDataset, LatentStore, how_to_encode, is_latent_store, open_images
+from gspn_dit.demo.packaged import PACKAGED
 from gspn_dit.errors import InputError
-from gspn_dit.weights import PACKAGED
 
 _ORDER = 1 << 63  # keys from here up are epochs' orders, below are samples
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from gspn_dit.config import Config
-from gspn_dit.pictures import load_image
+from gspn_dit.storage.pictures import load_image
 from gspn_dit.training.checkpoints import flat_options
 
 PROJECT = "gspn-dit"

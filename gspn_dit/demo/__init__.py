@@ -1,0 +1,1 @@
+"""Digits and photos that come with packages, small models of them, and what trained those."""

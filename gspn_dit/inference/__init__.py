@@ -1,0 +1,1 @@
+"""From a trained model to images: the pipeline, loading, drawing, export and the model card."""

@@ -1,0 +1,478 @@
+"""Class labels to images: the diffusers pipeline, and where it is loaded from."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import operator
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from gspn_dit.autoencoder import decode, load_vae
+from gspn_dit.autoencoder.tiling import decode_in_tiles
+from gspn_dit.autoencoder.vae import (
+    NOT_HEEDED,
+    adopt_normalisation,
+    check_vae,
+    downsampling,
+    normalisation,
+    vae_record,
+    vae_sha256,
+)
+from gspn_dit.config import Config
+from gspn_dit.demo.packaged import PACKAGED, packaged
+from gspn_dit.devices import memory_of
+from gspn_dit.diffusion import create_scheduler, denoise
+from gspn_dit.diffusion.sampling import Generators
+from gspn_dit.diffusion.schedulers import own_shift, shifted
+from gspn_dit.errors import InputError, check_guidance, machine_fault, warn
+from gspn_dit.layers.chunks import chunked_layers, scaled_chunks
+from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.models.registry import FAMILIES
+from gspn_dit.precision import DTYPES, MixedPrecision, autocast, choose_precision
+from gspn_dit.storage.files import in_bytes
+from gspn_dit.storage.runs import list_checkpoints
+
+_PIXELS_A_DECODE = 2**20  # together; an image of more is decoded in tiles
+_LEAST_MAPS = 5  # of tokens at the peak of a forward: a few less than were measured (docs/resolution.md)
+_OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
+
+
+class GSPNDiTPipeline(DiffusionPipeline):
+    """Class-conditional images from a latent diffusion transformer.
+
+        pipe = GSPNDiTPipeline.from_pretrained("exported-folder")
+        images = pipe(["3", "7"], guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
+
+    Args:
+        transformer: A model of `gspn_dit.models`.
+        vae: The autoencoder of its latents.
+        scheduler: Any diffusers scheduler for the model's objective; replace it with
+            `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)` and the like.
+        class_names: The classes' names, by class id.
+        guidance_scale: Default of calls, as are the next two; saved with the pipeline.
+        guidance_interval: Default [low, high].
+        num_inference_steps: Default number of steps.
+        class_dropout: Share of labels that training replaced by the null class, if it is known. 0 has left that class
+            unlearned and 1 all the others: there is no guidance then, and with 1 every image is of the null class.
+
+    Raises :class:`InputError` if the parts do not fit each other.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vae: AutoencoderKL,
+        scheduler: SchedulerMixin,
+        class_names: list[str] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: list[float] | None = None,
+        num_inference_steps: int = 50,
+        class_dropout: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_to_config(
+            class_names=class_names,
+            guidance_scale=1.0 if class_dropout in (0, 1) else guidance_scale,
+            guidance_interval=list(guidance_interval or (0.0, 1.0)),
+            num_inference_steps=num_inference_steps,
+            class_dropout=class_dropout,
+        )
+        transformer.eval()  # one that is new has its dropout on
+        check_vae(vae, "the pipeline's")
+        channels, wanted = vae.config.latent_channels, transformer.config.in_channels
+        if channels != wanted:
+            raise InputError(f"vae: its latents have {channels} channels, and the transformer takes {wanted}")
+        if class_names is not None and len(class_names) != transformer.config.num_classes:
+            raise InputError(
+                f"class_names: {len(class_names)} names for a transformer of {transformer.config.num_classes} classes"
+            )
+
+    def register_to_config(self, **config: Any) -> None:
+        """Name this package's classes by the package, wherever in it they live: what is saved stays loadable when
+        modules move, and the package is where diffusers looks for the ModelMixin that says how to load them."""
+        for name, value in config.items():
+            if isinstance(value, tuple) and str(value[0]).startswith("gspn_dit."):
+                config[name] = ("gspn_dit", value[1])
+        super().register_to_config(**config)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str],
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+        guidance_interval: tuple[float, float] | None = None,
+        shift: float | Literal["auto"] | None = None,
+        chunk_scale: float | Literal["auto"] | None = None,
+        mixed_precision: MixedPrecision = "no",
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """One image for each class label.
+
+        Args:
+            class_labels: Class ids or names, one an image.
+            guidance_scale: Classifier-free guidance, 1 for none; None takes the pipeline's own, as do the others.
+            num_inference_steps: Denoising steps.
+            height: Pixels, a multiple of the VAE's factor times the patch; None takes the trained size.
+            width: As height.
+            generator: One for all, or a list of one an image
+                (`[image_generator(seed, i) for i in …]`, on the CPU, makes an image independent of its batch).
+            guidance_interval: Share of the noise levels at which guidance acts, 0 clean and 1 pure noise.
+            shift: Of a flow model's noise levels σ, which become s·σ / (1 + (s - 1)·σ); `auto` multiplies the
+                scheduler's own by :meth:`side_ratio`, as Stable Diffusion 3 does; None leaves it.
+            chunk_scale: How many times as long as in training the chunks of local scans are; `auto` takes
+                :meth:`side_ratio`; None leaves them.
+            mixed_precision: What the transformer is autocast to; the sampler and the VAE stay as they are. `no` is
+                the weights' own float32, on every machine; `auto` is bf16 where the device has instructions for it.
+            output_type: `pil`; `np` float (B, H, W, 3) or `pt` float (B, 3, H, W), in [0, 1]; `uint8` (B, 3, H, W),
+                the bytes of the others; `latent`.
+            return_dict: Give an `ImagePipelineOutput`; else a tuple.
+            callback_on_step_end: Called as callback(pipeline, step, timestep, {"latents": …}); the latents in the
+                dictionary it returns go on.
+
+        Raises :class:`InputError` for a class, size or option that cannot be, before any forward.
+        """
+        if output_type not in _OUTPUT_TYPES:
+            raise InputError(f"output_type={output_type!r}: wanted one of {', '.join(_OUTPUT_TYPES)}")
+        if mixed_precision not in (names := get_args(MixedPrecision)):
+            raise InputError(f"mixed_precision={mixed_precision!r}: wanted one of {', '.join(names)}")
+        labels = self.class_ids([class_labels] if isinstance(class_labels, Integral | str) else class_labels)
+        if self.config.class_dropout == 1:
+            labels = [self.transformer.null_class] * len(labels)
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(each is None or isinstance(each, torch.Generator) for each in generators):
+            raise InputError(f"generator={generator!r}: wanted a torch.Generator, or a list of one an image")
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise InputError(f"generator: a list of {len(generator)} for {len(labels)} class_labels; wanted one each")
+        guidance_scale, guidance_interval = self.guidance(guidance_scale, guidance_interval)
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+        shape = (len(labels), self.transformer.config.in_channels, *self.latent_size(height, width))
+        shift, chunk_scale = self.size_switches(height, width, shift, chunk_scale)
+        device = self._execution_device
+        precision = choose_precision(mixed_precision, device).name
+        self.check_memory(shape, guidance_scale, precision, device)
+
+        def callback(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
+            if callback_on_step_end is None:
+                return None
+            return (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents")
+
+        with self._chunks(chunk_scale), autocast(device, precision):
+            latents = denoise(
+                self.transformer,
+                self.scheduler if shift is None else shifted(self.scheduler, shift),
+                randn_tensor(shape, generator=generator, device=device, dtype=torch.float32),
+                torch.tensor(labels, device=device),
+                guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval,
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                callback=callback,
+                progress=self.progress_bar,
+            )
+        images = latents if output_type == "latent" else self._pictures(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def class_ids(self, class_labels: Sequence[int | str]) -> list[int]:
+        """Class ids of ids or names. A number in a string that is no name is an id, unless all names are numbers.
+
+        Raises :class:`InputError` for none, an id out of range, what is neither id nor name, or a name that no class
+        has, with names close to it.
+        """
+        try:
+            class_labels = list(class_labels)
+        except TypeError:
+            class_labels = [class_labels]  # no label, as is said below
+        if not class_labels:
+            raise InputError("class_labels=[]: wanted one class id or name for each image")
+        count, names = self.transformer.config.num_classes, self.config.class_names or []
+        numbers_are_names = bool(names) and all(map(_is_number, names))
+        ids = []
+        for label in class_labels:
+            if isinstance(label, str) and (label in names or numbers_are_names or not _is_number(label)):
+                if label not in names:
+                    raise InputError(f"class_labels={label!r}: {_remedy_for_name(label, names, count)}")
+                ids.append(names.index(label))
+                continue
+            try:
+                number = int(label) if isinstance(label, str) else operator.index(label)
+            except TypeError:
+                raise InputError(f"class_labels={label!r}: wanted class ids, whole numbers, or names") from None
+            if not 0 <= number < count:
+                raise InputError(f"class_labels={number}: the model has classes 0 to {count - 1}")
+            ids.append(number)
+        return ids
+
+    def guidance(
+        self, scale: float | None = None, interval: tuple[float, float] | None = None
+    ) -> tuple[float, tuple[float, float]]:
+        """The guidance scale and interval of a call, None being the pipeline's own.
+
+        Raises :class:`InputError` if they are out of range, or training has left nothing to guide away from.
+        """
+        scale = self.config.guidance_scale if scale is None else scale
+        interval = self.config.guidance_interval if interval is None else interval
+        check_guidance(scale, interval)
+        if scale > 1 and (dropout := self.config.class_dropout) in (0, 1):
+            raise InputError(f"guidance_scale={scale!r}: {unguided(dropout)}; give 1")
+        return scale, tuple(interval)
+
+    def check_memory(
+        self, shape: Sequence[int], guidance_scale: float, mixed_precision: str, device: torch.device
+    ) -> None:
+        """Raise :class:`InputError` for latents (B, C, h, w) that are more than a device could ever have memory for."""
+        transformer, factor = self.transformer, downsampling(self.vae)
+        batch, _, height, width = shape
+        tokens = batch * height * width // transformer.config.patch_size**2 * (2 if guidance_scale > 1 else 1)
+        value = 2 if mixed_precision in DTYPES else transformer.dtype.itemsize
+        needed, memory = _LEAST_MAPS * tokens * transformer.config.width * value, memory_of(device)
+        if needed > memory:
+            raise InputError(
+                f"height={height * factor}, width={width * factor}: {batch} at a time take over {in_bytes(needed)}, "
+                f"and the memory of {device} is {in_bytes(memory)}; draw fewer at a time, or smaller ones"
+            )
+
+    def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Latent (h, w) of an image of height × width pixels; None is the size the model was made for.
+
+        Raises :class:`InputError` for a size that the VAE or the patch cannot take.
+        """
+        trained = self.transformer.config.sample_size
+        trained = (trained, trained) if isinstance(trained, int) else trained
+        factor, patch = downsampling(self.vae), self.transformer.config.patch_size
+        size = []
+        for name, pixels, default in (("height", height, trained[0]), ("width", width, trained[1])):
+            whole = isinstance(pixels, Integral) and pixels >= 1
+            if pixels is not None and not (whole and pixels % (factor * patch) == 0):
+                raise InputError(
+                    f"{name}={pixels!r}: wanted a positive multiple of {factor * patch} pixels "
+                    f"(the VAE's factor {factor} × the patch {patch})"
+                )
+            size.append(default if pixels is None else pixels // factor)
+        return size[0], size[1]
+
+    def side_ratio(self, height: int | None = None, width: int | None = None) -> float:
+        """√(pixels / pixels of the trained size): how many times as long a side is, for a square."""
+        return math.sqrt(math.prod(self.latent_size(height, width)) / math.prod(self.latent_size()))
+
+    def size_switches(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        shift: float | Literal["auto"] | None = None,
+        chunk_scale: float | Literal["auto"] | None = None,
+    ) -> tuple[float | None, float | None]:
+        """The shift and the chunk scale of a call, with numbers for `auto`.
+
+        `auto` leaves a model as it is whose layers have no chunks. Raises :class:`InputError` for a number where there
+        are none, a shift of a model whose objective has none, or a bad number.
+        """
+        ratio = self.side_ratio(height, width)
+        if shift == "auto":
+            shift = own_shift(self.scheduler) * ratio
+        if chunk_scale == "auto":
+            chunk_scale = ratio if chunked_layers(self.transformer) else None
+        if shift is not None:
+            shifted(self.scheduler, shift)
+        with self._chunks(chunk_scale):  # raises what the call would
+            return shift, chunk_scale
+
+    def _chunks(self, scale: float | None) -> AbstractContextManager[None]:
+        return nullcontext() if scale is None else scaled_chunks(self.transformer, scale)
+
+    def _pictures(self, latents: Tensor, output_type: str) -> Any:
+        """Decoded images, a few at a time: the VAE's activations are far larger than the transformer's."""
+        pixels = latents.shape[2] * latents.shape[3] * downsampling(self.vae) ** 2
+        slices = latents.split(max(1, _PIXELS_A_DECODE // pixels))
+        decoded = decode_in_tiles if pixels > _PIXELS_A_DECODE else decode
+        images = torch.cat([decoded(self.vae, each) for each in slices])
+        if output_type == "uint8":
+            return images
+        if output_type == "pt":
+            return images.float().div_(255)
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
+        return images / np.float32(255) if output_type == "np" else [Image.fromarray(image) for image in images]
+
+
+def pipeline_of(
+    config: Config, transformer: ModelMixin, vae: AutoencoderKL, class_names: list[str] | None
+) -> GSPNDiTPipeline:
+    """The pipeline of a run's model, with the run's sampler, guidance and steps as defaults."""
+    sampling = config.sampling
+    return GSPNDiTPipeline(
+        transformer,
+        vae,
+        create_scheduler(config.diffusion.objective, sampling.sampler),
+        class_names,
+        guidance_scale=sampling.guidance_scale,
+        guidance_interval=list(sampling.guidance_interval),
+        num_inference_steps=sampling.num_inference_steps,
+        class_dropout=config.diffusion.class_dropout,
+    )
+
+
+def unguided(class_dropout: float) -> str:
+    """Why a model that was trained with a class_dropout of 0 or 1 has no guidance."""
+    unlearned = "the null class" if class_dropout == 0 else "any class but the null class"
+    return f"trained with diffusion.class_dropout {class_dropout:g}, the model has not learned {unlearned}"
+
+
+def load_pipeline(path: str | os.PathLike, vae: str | None = None) -> GSPNDiTPipeline:
+    """The pipeline of a run (its newest checkpoint), of one checkpoint, of an exported folder, `digits` or `photos`.
+
+    A run's or checkpoint's comes with the averaged weights, and with the run's sampler, guidance and steps as defaults.
+
+    Args:
+        path: The folder, or a packaged model's name.
+        vae: Folder or hub name of a VAE in place of the model's own. A warning says where its weights are others.
+
+    Raises :class:`InputError` if there is none of these, or its files cannot be read.
+    """
+    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    given = None if vae is None else load_vae(vae)
+    with _reading(path):
+        if not (folder / "model_index.json").is_file():
+            return _load_checkpoint(_newest_checkpoint(folder), given, vae)
+        replaced = {}
+        if given is not None:
+            own = load_vae(folder / "vae")
+            replaced["vae"] = _fitted(given, vae, vae_record(str(path), own.config, own))
+        pipe = GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **replaced)
+        if "class_dropout" not in json.loads((folder / "model_index.json").read_text()):  # of before
+            adopt_normalisation(pipe.vae, normalisation(pipe.vae.config) | NOT_HEEDED, "this model")
+        return pipe
+
+
+def load_transformer(path: str | os.PathLike) -> LatentModel:
+    """The network alone of what :func:`load_pipeline` takes, which needs no VAE. Raises as that does."""
+    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    with _reading(path):
+        exported = (folder / "model_index.json").is_file()
+        return _load_transformer(folder / "transformer" if exported else _newest_checkpoint(folder) / "ema")
+
+
+def load_class_names(path: str | os.PathLike) -> list[str] | None:
+    """The names of its classes alone, if they have any. Raises as :func:`load_pipeline` does."""
+    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    with _reading(path):
+        if (folder / "model_index.json").is_file():
+            return json.loads((folder / "model_index.json").read_text()).get("class_names")
+        names = _newest_checkpoint(folder) / "class_names.json"
+        return json.loads(names.read_text()) if names.is_file() else None
+
+
+@contextmanager
+def _reading(path: str | os.PathLike) -> Iterator[None]:
+    """In the block, files that cannot be read are an InputError of the model at `path`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"model={str(path)!r}: {error}") from error
+    except (OSError, ValueError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:  # damaged files
+        if machine_fault(error) is not None:
+            raise
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+        raise InputError(f"model={str(path)!r}: its files cannot be read ({reason}); make them again") from error
+
+
+def find_checkpoint(path: str | os.PathLike) -> Path | None:
+    """The checkpoint that :func:`load_pipeline` would take of a run or a checkpoint now; None for an exported folder.
+
+    A run in training goes on writing checkpoints: who loads twice finds it once. Raises :class:`InputError`.
+    """
+    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    try:
+        return None if (folder / "model_index.json").is_file() else _newest_checkpoint(folder).resolve()
+    except InputError as error:
+        raise InputError(f"model={str(path)!r}: {error}") from error
+
+
+def _newest_checkpoint(folder: Path) -> Path:
+    """The folder itself if it is a checkpoint, else the newest checkpoint of the run it is."""
+    if folder.is_file():
+        raise InputError("is a file; wanted the folder of a run, a checkpoint or an exported pipeline")
+    if not folder.is_dir():
+        raise InputError(f"no such folder; wanted a run, a checkpoint, an exported pipeline or {' or '.join(PACKAGED)}")
+    if (folder / "ema").is_dir():
+        return folder
+    if not (folder / "checkpoints").is_dir() and not (folder / "config.yaml").is_file():
+        raise InputError(
+            "not a run (config.yaml, checkpoints/), a checkpoint (ema/) or an exported pipeline (model_index.json)"
+        )
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise InputError("the run has no checkpoint yet; it writes one every training.checkpoint_every steps")
+    return checkpoints[-1]
+
+
+def _load_transformer(folder: Path) -> LatentModel:
+    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    family = next((family for family in FAMILIES.values() if family.__name__ == kind), None)
+    if family is None:
+        raise InputError(f"{folder / 'config.json'}: _class_name={kind!r} is no model of gspn_dit.models")
+    return family.from_pretrained(folder, use_safetensors=True)
+
+
+def _load_checkpoint(folder: Path, given: AutoencoderKL | None, name: str | None) -> GSPNDiTPipeline:
+    config = Config.load(folder / "config.yaml")
+    transformer = _load_transformer(folder / "ema")
+    metadata = folder / "metadata.json"
+    record = json.loads(metadata.read_text()).get("vae") if metadata.is_file() else None
+    if given is None:
+        name = config.data.vae
+        try:
+            given = load_vae(name)
+        except InputError as error:
+            raise InputError(f"the run's {error}; where it lies elsewhere now, name that with --vae") from error
+    if record is None:  # a run of before
+        record = vae_record(name, given.config, None) | NOT_HEEDED
+    names = folder / "class_names.json"
+    class_names = json.loads(names.read_text()) if names.is_file() else None
+    return pipeline_of(config, transformer, _fitted(given, name, record), class_names)
+
+
+def _fitted(vae: AutoencoderKL, name: str, record: dict[str, Any]) -> AutoencoderKL:
+    """A VAE that decodes as the one a model was trained with would, but for its weights, if they are others."""
+    if record["sha256"] is not None and (own := vae_sha256(vae)) != record["sha256"]:
+        decoder_alone = own["encoder"] == record["sha256"]["encoder"]
+        what = "its decoder is another than that" if decoder_alone else "its weights are not those"
+        warn(f"vae={name!r}: {what} of {record['name']!r}, which the model was trained with")
+    adopt_normalisation(vae, record, "this model")
+    return vae
+
+
+def _is_number(label: str) -> bool:
+    return re.fullmatch(r"[+-]?[0-9]+", label) is not None
+
+
+def _remedy_for_name(label: str, names: Sequence[str], count: int) -> str:
+    if not names:
+        return f"the model's classes have no names; give ids 0 to {count - 1}"
+    if close := difflib.get_close_matches(label, names, n=3, cutoff=0.5):
+        return f"no class has that name; did you mean {' or '.join(map(repr, close))}?"
+    return f"no class has that name; the first of {len(names)} are {', '.join(map(repr, names[:3]))}"

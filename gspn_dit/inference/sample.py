@@ -1,0 +1,247 @@
+"""The command `python sample.py`: images from a trained model, as a grid, single files, or an npz batch.
+
+`accelerate launch sample.py …` shares the images among its processes. They go to a folder one by one, so a run that was
+cut goes on where it was when the command is given again; a grid or an npz alone is put together from a hidden folder
+beside it, which then goes.
+"""
+
+from __future__ import annotations
+
+from gspn_dit.commands import SampleOptions, run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("sample", prog="python -m gspn_dit.inference.sample"))
+
+import math
+import sys
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers.utils.logging import disable_progress_bar
+
+from gspn_dit.autoencoder import downsampling
+from gspn_dit.autoencoder.vae import weights_sha256
+from gspn_dit.devices import join_processes, memory_of
+from gspn_dit.diffusion import create_scheduler, objective_of
+from gspn_dit.diffusion.sampling import check_steps
+from gspn_dit.errors import InputError
+from gspn_dit.inference.drawing import (
+    ABSENT,
+    IGNORED,
+    SETTINGS_FILE,
+    begin,
+    captions,
+    draw_missing,
+    finished_images,
+    image_file,
+)
+from gspn_dit.inference.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline, unguided
+from gspn_dit.precision import Precision, agreed_precision
+from gspn_dit.progress import progress
+from gspn_dit.storage.files import LOCK_FILE, alone_in, check_begun, check_place, in_bytes, is_stream
+from gspn_dit.storage.pictures import load_image, save_grid, save_npz
+
+BATCH_SIZE = 16
+_LEAST_FILE = 4096  # bytes that an image takes on a disk: a block
+
+
+def main(options: SampleOptions) -> None:
+    """Draw images from a trained model. Image i depends on the seed and i alone."""
+    disable_progress_bar()  # diffusers' own, while it loads
+    check_outputs(options)
+    processes, device = join_processes(options.device)
+    # of a run in training the newest checkpoint changes: one process says which it is
+    (checkpoint,) = broadcast_object_list([find_checkpoint(options.model) if processes.is_main_process else None])
+    pipe = load_pipeline(checkpoint or options.model, options.vae)
+    if options.sampler is not None:
+        pipe.scheduler = create_scheduler(objective_of(pipe.scheduler), options.sampler)
+    precision = agreed_precision(options.mixed_precision, device)
+    choices = resolve(pipe, options, precision)
+    batch_size = min(options.num_images, options.batch_size or batch_of(pipe, choices))
+    latent_size = pipe.latent_size(choices["height"], choices["width"])
+    shape = (batch_size, pipe.transformer.config.in_channels, *latent_size)
+    pipe.check_memory(shape, choices["guidance_scale"], choices["mixed_precision"], device)
+    check_room(options, (choices["height"], choices["width"]))
+    labels = choose_labels(pipe, options)
+    missing: list[int] = []
+    with ExitStack() as stack:
+        if processes.is_main_process:
+            if pipe.config.class_dropout in (0, 1):
+                print(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
+            for folder in output_folders(options).values():
+                if folder != options.folder:
+                    folder.mkdir(parents=True, exist_ok=True)
+            settings = describe(pipe, options, choices) | {"model": str(checkpoint or options.model)}
+            if options.single_files:  # before it waits for a stranger
+                check_begun(options.folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)
+            else:
+                stack.callback(remove_if_empty, options.folder)
+            stack.enter_context(alone_in(options.folder, partial(say_who, options.folder)))
+            missing = start(options, settings, labels, pipe.config.class_names)
+            precision.say()
+        (missing,) = broadcast_object_list([missing])
+        draw_missing(
+            pipe.to(device),
+            options.folder,
+            labels,
+            missing,
+            processes,
+            seed=options.seed,
+            batch_size=batch_size,
+            **choices,
+        )
+        if processes.is_main_process:
+            assemble(options, labels, pipe)
+            print(f"{len(labels)} images: {', '.join(path for path in (options.out, options.npz) if path is not None)}")
+    processes.destroy_process_group()
+
+
+def say_who(folder: Path, holder: str) -> None:
+    """Tell the person whom this process waits for."""
+    print(f"{holder} is drawing into {folder}; waiting for its end", file=sys.stderr)
+
+
+def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
+    """The class id of every image; the first are the same however many there are.
+
+    Raises :class:`InputError` for what is no class, or more of them than images to take them in turn.
+    """
+    if options.class_labels is None:
+        classes = list(range(pipe.transformer.config.num_classes))
+    elif options.class_labels in (pipe.config.class_names or []):  # one name, which may hold commas
+        classes = pipe.class_ids([options.class_labels])
+    else:
+        classes = pipe.class_ids([label.strip() for label in options.class_labels.split(",")])
+    if options.class_labels is not None and options.labels == "balanced" and len(classes) > options.num_images:
+        raise InputError(
+            f"num_images={options.num_images}: fewer than the {len(classes)} class_labels, so that some would have no "
+            f"image; give {len(classes)} or more, fewer labels, or --labels random"
+        )
+    if options.labels == "balanced":
+        return [classes[i % len(classes)] for i in range(options.num_images)]
+    draws = np.random.Generator(np.random.Philox(key=options.seed)).random(options.num_images)
+    return [classes[int(draw * len(classes))] for draw in draws]
+
+
+def resolve(pipe: GSPNDiTPipeline, options: SampleOptions, precision: Precision) -> dict[str, Any]:
+    """The options of the pipeline's call, with its own defaults in their places. Raises :class:`InputError`."""
+    own, factor = pipe.config, downsampling(pipe.vae)
+    height, width = (factor * side for side in pipe.latent_size(options.height, options.width))
+    scale, interval = pipe.guidance(options.guidance_scale, options.guidance_interval)
+    choices = {
+        "guidance_scale": scale,
+        "guidance_interval": interval,
+        "num_inference_steps": options.num_inference_steps or own.num_inference_steps,
+        "height": height,
+        "width": width,
+        "mixed_precision": precision.name,
+    }
+    check_steps(pipe.scheduler, choices["num_inference_steps"])
+    shift, chunk_scale = pipe.size_switches(height, width, options.shift, options.chunk_scale)
+    return choices | {"shift": shift, "chunk_scale": chunk_scale}
+
+
+def batch_of(pipe: GSPNDiTPipeline, choices: dict[str, Any]) -> int:
+    """Images at a time where nobody said how many: as many pixels at any size from the trained one up."""
+    return max(1, min(BATCH_SIZE, int(BATCH_SIZE / pipe.side_ratio(choices["height"], choices["width"]) ** 2)))
+
+
+def describe(pipe: GSPNDiTPipeline, options: SampleOptions, choices: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the images are a function of, for JSON; how many there are and who draws them is no part."""
+    scheduler = {key: value for key, value in sorted(pipe.scheduler.config.items()) if not key.startswith("_")}
+    return {
+        "model_weights": weights_sha256(pipe.transformer, pipe.vae),
+        "seed": options.seed,
+        "class_labels": options.class_labels,
+        "labels": options.labels,
+        **choices,
+        "sampler": type(pipe.scheduler).__name__,
+        "scheduler": scheduler,
+    }
+
+
+def start(
+    options: SampleOptions, settings: dict[str, Any], labels: list[int], class_names: list[str] | None
+) -> list[int]:
+    """Begin or continue the folder of images, alone in it; a hidden one that other settings left is begun anew."""
+    try:
+        return begin(options.folder, settings, labels, class_names)
+    except InputError:
+        if options.single_files:
+            raise
+        clear(options.folder)
+        return begin(options.folder, settings, labels, class_names)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a hidden folder, unless it holds what a cut run goes on from, or another's lock."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def clear(folder: Path) -> None:
+    """Remove what is in a hidden folder of images, but for its lock."""
+    for path in folder.iterdir():
+        if path.name != LOCK_FILE:
+            path.unlink()
+
+
+def assemble(options: SampleOptions, labels: list[int], pipe: GSPNDiTPipeline) -> None:
+    """Put the grid or the npz together from the folder of images, and empty a folder that nobody asked for."""
+    paths = [options.folder / image_file(i) for i in range(len(labels))]
+    if options.npz is not None:
+        bar = progress(paths, desc="npz", unit="image", leave=False)
+        ids = np.array(labels, dtype=np.int64)
+        batches = (load_image(path)[None] for path in bar)
+        arrays = {"arr_1": ids, "labels": ids}
+        if pipe.config.class_names:
+            arrays["class_names"] = np.array(pipe.config.class_names)
+        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz, **arrays)
+    if not options.single_files:
+        if options.out is not None:
+            images = np.stack([load_image(path) for path in paths])
+            save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), options.out, captions(pipe, labels))
+        clear(options.folder)
+
+
+def output_folders(options: SampleOptions) -> dict[str, Path]:
+    """The folders that `out` and `npz` are written to, of those that are given."""
+    folders = {}
+    if options.out is not None and not is_stream(options.out):
+        folders["out"] = options.folder if options.single_files else Path(options.out).parent
+    if options.npz is not None:
+        folders["npz"] = Path(options.npz).parent
+    return folders
+
+
+def check_outputs(options: SampleOptions) -> None:
+    """Raise :class:`InputError` if the outputs cannot be written, or old images would stay among the new."""
+    finished = finished_images(options.folder, below=options.num_images)
+    size = (options.num_images - len(finished)) * _LEAST_FILE
+    for key in output_folders(options):
+        check_place(getattr(options, key), key, folder=key == "out" and options.single_files, size=size)
+    if options.single_files:
+        ours = set(map(image_file, finished))
+        if stale := sorted(path.name for path in Path(options.out).glob("*.png") if path.name not in ours):
+            raise InputError(
+                f"out={options.out!r}: {len(stale)} PNGs of another run would stay there ({stale[0]}, …); "
+                "empty it or name another folder"
+            )
+
+
+def check_room(options: SampleOptions, image_size: tuple[int, int]) -> None:
+    """Raise :class:`InputError` if the npz has no room on its disk, or the grid none in memory."""
+    size = options.num_images * math.prod(image_size) * 3
+    if options.npz is not None:
+        check_place(options.npz, "npz", size=size)
+    memory = memory_of(torch.device("cpu"))
+    if options.out is not None and not options.single_files and 2 * size > memory:  # the images, and the grid of them
+        raise InputError(
+            f"out={options.out!r}: a grid of {options.num_images} images takes over {in_bytes(2 * size)}, and the "
+            f"memory is {in_bytes(memory)}; give a folder for single files, or fewer"
+        )

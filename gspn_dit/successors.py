@@ -1,0 +1,42 @@
+"""Modules and commands of earlier versions: whoever asks for one is told where it is now."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+
+_SUCCESSORS = {
+    "gspn_dit.data.imagefolder": "gspn_dit.data.image_folder",
+    "gspn_dit.data.latents": "gspn_dit.data.latent_store",
+    "gspn_dit.data.vae": "gspn_dit.autoencoder.vae",
+    "gspn_dit.drawing": "gspn_dit.inference.drawing",
+    "gspn_dit.export": "gspn_dit.inference.export; the command is `gspn-dit export`",
+    "gspn_dit.fid": "gspn_dit.evaluation; the commands are `gspn-dit evaluate` and `gspn-dit reference`, and "
+    "`gspn-dit classifier` trains a classifier",
+    "gspn_dit.files": "gspn_dit.storage.files",
+    "gspn_dit.models.layers": "gspn_dit.layers.blocks",
+    "gspn_dit.models.mixers": "gspn_dit.layers.mixers",
+    "gspn_dit.models.presets": "gspn_dit.models.registry",
+    "gspn_dit.pipeline": "gspn_dit.inference.pipeline; `from gspn_dit import GSPNDiTPipeline` finds it wherever it is",
+    "gspn_dit.sample": "gspn_dit.inference.sample; the command is `gspn-dit sample`",
+    "gspn_dit.training.small_vae": "gspn_dit.demo.small_vae; the command is `gspn-dit small-vae`",
+    "gspn_dit.weights": "gspn_dit.demo.packaged",
+}
+
+
+class Successors:
+    """An import finder that comes last, after all that look for a module where it would be."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+        """Raise ModuleNotFoundError with the successor's name for a module that there was; None for any other."""
+        if name in _SUCCESSORS:
+            raise ModuleNotFoundError(f"{name} is now {_SUCCESSORS[name]}", name=name)
+        return None
+
+
+def tell_successors() -> None:
+    """Install the finder, once."""
+    if Successors not in sys.meta_path:
+        sys.meta_path.append(Successors)

@@ -1,0 +1,272 @@
+"""What a run is made of, opened and checked before any step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, set_seed
+from diffusers import AutoencoderKL
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from gspn_dit.autoencoder import downsampling, load_vae
+from gspn_dit.autoencoder.quality import (
+    latent_statistics,
+    psnr,
+    reconstruction_error,
+    some_images,
+    warn_of_latents,
+    warn_of_psnr,
+)
+from gspn_dit.autoencoder.vae import (
+    LatentScaling,
+    adopt_normalisation,
+    encode_moments,
+    is_same_place,
+    vae_record,
+    vae_sha256,
+)
+from gspn_dit.config import Config
+from gspn_dit.data import ImageDataset, LatentStore
+from gspn_dit.diffusion import DDPM, Flow, create_objective, create_scheduler
+from gspn_dit.diffusion.sampling import check_steps
+from gspn_dit.errors import InputError, renamed
+from gspn_dit.inference.pipeline import load_class_names, load_transformer, unguided
+from gspn_dit.models import create_model
+from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.training.evaluator import Evaluator
+from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
+
+OVERRIDES = "model.overrides."
+STORED_LOOKED_AT, ENCODED_LOOKED_AT = 64, 4  # images, before training
+LABELS = "y_embedder.embedding_table.weight"  # a row for each class and a last one for no class
+
+
+@dataclass
+class Parts:
+    """What a run is made of.
+
+    Args:
+        source: Images or a latent store.
+        stream: The samples it gives, in order.
+        steps: Which of them this process takes at each step.
+        vae: The autoencoder, or None where there is nothing to encode or to draw.
+        scaling: The latents' scaling.
+        vae_record: What VAE the latents are of, for the checkpoints.
+        objective: What is learned.
+        build: Makes another network of the same kind, on the default device.
+        model: The network, freshly initialised, on the device.
+        evaluator: The quick score, or None for none.
+    """
+
+    source: ImageDataset | LatentStore
+    stream: TrainingStream
+    steps: StepSampler
+    vae: AutoencoderKL | None
+    scaling: LatentScaling
+    vae_record: dict[str, Any]
+    objective: DDPM | Flow
+    build: Callable[[], LatentModel]
+    model: LatentModel
+    evaluator: Evaluator | None
+
+
+def open_parts(config: Config, accelerator: Accelerator) -> Parts:
+    """Open everything a configuration names. Raises :class:`InputError` for what cannot be."""
+    options = config.training
+    with renamed(time_sampling="diffusion.time_sampling"):
+        objective = create_objective(config.diffusion.objective, time_sampling=config.diffusion.time_sampling)
+    with renamed(source="data.source", image_size="data.image_size", vae="data.vae"):
+        source = open_source(config.data, config.seed)
+    steps = StepSampler(
+        options.max_steps,
+        batch_size=options.batch_size,
+        accumulation=options.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    with renamed(vae="data.vae"):
+        vae, scaling, latent_shape, record = open_latents(config, source, accelerator.device)
+    set_seed(config.seed)
+    build = partial(
+        create_model,
+        config.model.name,
+        sample_size=latent_shape[1:],
+        in_channels=latent_shape[0],
+        out_channels=objective.out_channels(latent_shape[0]),
+        num_classes=len(source.class_names),
+        **config.model.overrides,
+    )
+    try:
+        with renamed(OVERRIDES, name="model.name"):
+            model = build().to(accelerator.device)
+    except InputError as error:
+        problem = str(error).removeprefix(OVERRIDES)
+        if problem.startswith("sample_size="):
+            raise InputError(f"data.image_size={config.data.image_size}: of its latents, {problem}") from error
+        if "no such option" in problem:
+            raise InputError(f"{error}; --model.overrides '{{}}' takes none of a file's") from error
+        raise
+    stream = TrainingStream(
+        source,
+        latent_shape=latent_shape,
+        null_class=model.null_class,
+        class_dropout=config.diffusion.class_dropout,
+        horizontal_flip=config.data.horizontal_flip,
+        seed=config.seed,
+    )
+    evaluator = Evaluator(config, accelerator, source.class_names) if config.evaluation.every else None
+    return Parts(source, stream, steps, vae, scaling, record, objective, build, model, evaluator)
+
+
+def start_from(model: LatentModel, path: str, class_names: list[str]) -> str | None:
+    """Give a new model the averaged weights of a run, a checkpoint or an exported folder, of whatever image size.
+
+    With another number of classes, a label's embedding is that of the class of the same name there, or new.
+
+    Args:
+        model: On which the weights are changed.
+        path: Of the others.
+        class_names: The model's.
+
+    Returns:
+        What became of the labels' embeddings, if the numbers of classes differ.
+
+    Raises:
+        InputError: If there are none, or they are another network's.
+    """
+    with renamed(model="model.init_from"):
+        source = load_transformer(path)
+    theirs, ours = (
+        {name: p for name, p in each.named_parameters() if p.requires_grad}  # what is not trained goes with the size
+        for each in (source, model)
+    )
+    for name in theirs | ours:
+        found, wanted = (tuple(of[name].shape) if name in of else "not there" for of in (theirs, ours))
+        if found != wanted and not (name == LABELS and found[1:] == wanted[1:]):
+            raise InputError(
+                f"model.init_from={path!r}: its {name} is {found}, this model's {wanted}; wanted the same model.name, "
+                "model.overrides and diffusion.objective"
+            )
+    their_table, our_table = theirs.pop(LABELS), ours.pop(LABELS)
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(theirs[name])
+        if their_table.shape == our_table.shape:
+            our_table.copy_(their_table)
+            return None
+        our_table[-1] = their_table[-1]  # no class
+        names = load_class_names(path) or []
+        kept = [label for label, name in enumerate(class_names) if name in names]
+        our_table[kept] = their_table[[names.index(class_names[label]) for label in kept]]
+    before, now = len(their_table) - 1, len(our_table) - 1
+    of_same_name = f"; {len(kept)} of the same name keep theirs" if kept else ""
+    return f"{path} has {before} classes, the data {now}: new label rows for {now - len(kept)}{of_same_name}"
+
+
+def check_options(config: Config) -> None:
+    """Raise :class:`InputError` for what only a later part of the run would stumble over."""
+    with renamed(sampler="sampling.sampler", num_inference_steps="sampling.num_inference_steps"):
+        scheduler = create_scheduler(config.diffusion.objective, config.sampling.sampler)
+        check_steps(scheduler, config.sampling.num_inference_steps)
+    if (dropout := config.diffusion.class_dropout) in (0, 1):
+        if config.evaluation.guidance_scale > 1:
+            raise InputError(
+                f"evaluation.guidance_scale={config.evaluation.guidance_scale}: {unguided(dropout)}; give 1"
+            )
+        if config.sampling.guidance_scale > 1 and PartialState().is_main_process:
+            print(f"samples are drawn at guidance_scale 1: {unguided(dropout)}", file=sys.stderr)
+    if taken := sorted({"sample_size", "in_channels", "out_channels", "num_classes"} & config.model.overrides.keys()):
+        raise InputError(f"model.overrides.{taken[0]}: the data and the objective set it; leave it out")
+    if config.training.mixed_precision == "fp16" and PartialState().device.type == "cpu":
+        raise InputError("training.mixed_precision='fp16': needs an accelerator; on the CPU use 'bf16' or 'no'")
+    trackers = [tracker.value for tracker in get_available_trackers()]
+    for name in config.training.trackers:
+        if name not in trackers:
+            raise InputError(f"training.trackers: {name!r} is not installed here; there are {', '.join(trackers)}")
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Raise :class:`InputError` for a way of sharing training that checkpoints and averages do not know."""
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise InputError(
+            f"distributed_type={accelerator.distributed_type.value!r}: wanted several processes as they are, or FSDP2"
+        )
+    if accelerator.distributed_type is DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise InputError("fsdp_version=1: wanted 2; launch with --fsdp_version 2 or configs/accelerate/fsdp.yaml")
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.activation_checkpointing:  # accelerate's renames weights and drops other blocks when it goes back
+            raise InputError(
+                "fsdp_activation_checkpointing=true: wanted false, and --training.gradient-checkpointing true instead"
+            )
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            raise InputError("fsdp_offload_params=true: wanted false; averages and samples are for the GPUs' memory")
+    if accelerator.device.type == "mps":
+        raise InputError("device='mps': lacks the float64 that training needs; set ACCELERATE_USE_CPU=true")
+
+
+def open_latents(
+    config: Config, source: LatentStore | ImageDataset, device: torch.device
+) -> tuple[AutoencoderKL | None, LatentScaling, tuple[int, int, int], dict[str, Any]]:
+    """The VAE, the latents' scaling and shape (C, h, w), and the record of the VAE they are of.
+
+    The VAE is None where there is nothing to encode or to draw. A few latents are looked at, and warned of.
+
+    Raises :class:`InputError` for a VAE that did not make the store's latents, or does not take the image size.
+    """
+    if isinstance(source, LatentStore):
+        drawn = bool(config.training.sample_every or config.evaluation.every)
+        vae = open_vae_of(source, config, drawn)
+        if drawn:
+            adopt_normalisation(vae, source, config.data.source)
+        count = min(STORED_LOOKED_AT, len(source))
+        looked_at = torch.stack([source.moments(k * len(source) // count) for k in range(count)])
+        warn_of_latents(latent_statistics(source, [looked_at]), source)
+        if (decibels := source.manifest.get("reconstruction_psnr")) is not None:
+            warn_of_psnr(decibels)
+        record = vae_record(config.data.vae, source, source.vae_sha256 if vae is None else vae)
+        vae = vae.to(device) if drawn else None
+        return vae, source, (source.latent_channels, *source.latent_size), record
+    vae = load_vae(config.data.vae).to(device)
+    side, rest = divmod(config.data.image_size, downsampling(vae))
+    if rest:
+        raise InputError(f"data.image_size={config.data.image_size}: this VAE wants a multiple of {downsampling(vae)}")
+    images = list(some_images(source, ENCODED_LOOKED_AT))
+    warn_of_latents(latent_statistics(vae.config, (encode_moments(vae, image) for image in images)), vae.config)
+    warn_of_psnr(psnr(reconstruction_error(vae, images)))
+    record = vae_record(config.data.vae, vae.config, vae)
+    return vae, vae.config, (vae.config.latent_channels, side, side), record
+
+
+def open_vae_of(store: LatentStore, config: Config, drawn: bool) -> AutoencoderKL | None:
+    """The VAE that `data.vae` names, if it is to draw or to be compared with the one that made a store.
+
+    A store that says what its VAE's weights are takes that VAE by any name; a decoder trained further is as good.
+
+    Raises :class:`InputError` if it is another.
+    """
+    same_place = is_same_place(store.vae, config.data.vae)
+    if store.vae_sha256 is None:
+        if not same_place:
+            raise InputError(
+                f"data.vae={config.data.vae!r}: {store.folder} was encoded by {store.vae!r}, and was so before stores "
+                "noted what that is; if this is the same VAE in another place, write its name for `vae` into the "
+                "store's manifest.json and encode.json"
+            )
+        return load_vae(config.data.vae) if drawn else None
+    if same_place and not drawn:
+        return None
+    vae = load_vae(config.data.vae)
+    if vae_sha256(vae)["encoder"] != store.vae_sha256["encoder"]:
+        raise InputError(
+            f"data.vae={config.data.vae!r}: its weights are not those that {store.folder} was encoded with, of "
+            f"{store.vae!r}; name that VAE, wherever it lies, or encode anew"
+        )
+    return vae

@@ -1,0 +1,271 @@
+"""gspn-dit's other mixers: what they compute, whom they reach, and that the default is what it was."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from gspn_dit.errors import InputError
+from gspn_dit.layers.mixers import MIXERS, GSPNMixer, LinearAttentionMixer
+from gspn_dit.models import GSPNDiT, create_model
+from gspn_dit.models.macs import count_macs
+
+SIZE = {"width": 32, "depth": 3, "num_groups": 2, "sample_size": 8, "num_classes": 10}
+mixers = pytest.mark.parametrize("mixer", MIXERS)
+other_mixers = pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer != "gspn"])  # test_models.py has it
+
+
+def small(mixer: str, **overrides) -> GSPNDiT:
+    """A small model with this mixer in which nothing is zero any more, in eval mode."""
+    torch.manual_seed(0)
+    model = create_model("gspn-dit-ti-2", **SIZE, mixer=mixer, **overrides)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.5)
+    return model.eval()
+
+
+def inputs(height: int = 8, width: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(2, 4, height, width), torch.tensor([100.0, 800.0]), torch.tensor([3, 10])
+
+
+def on_meta(mixer: str) -> GSPNDiT:
+    with torch.device("meta"):
+        return create_model("gspn-dit-s-2", mixer=mixer)
+
+
+@other_mixers
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 10), (2, 2)])
+def test_any_size_divisible_by_the_patch(mixer, height, width):
+    y = small(mixer)(*inputs(height, width))
+    assert y.shape == (2, 8, height, width)
+    assert y.isfinite().all()
+
+
+@other_mixers
+def test_save_and_load_is_bit_equal(mixer, tmp_path):
+    model = small(mixer)
+    model.save_pretrained(tmp_path)
+    loaded = GSPNDiT.from_pretrained(tmp_path)
+    assert loaded.config.mixer == mixer
+    assert torch.equal(loaded(*inputs()), model(*inputs()))
+
+
+def test_a_folder_without_some_of_the_weights_is_refused_by_their_names(tmp_path):
+    small("gspn").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    del weights["blocks.1.mixer.scale"]
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"1 of the GSPNDiT's weights are not in it, such as blocks\.1\.mixer\.scale"):
+        GSPNDiT.from_pretrained(tmp_path)
+
+
+def test_a_folder_with_weights_of_another_shape_is_refused_by_a_name(tmp_path):
+    """As those of a version whose s was a number a group."""
+    small("gspn").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    weights["blocks.1.mixer.scale"] = torch.ones(4, 2)
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"another shape than the GSPNDiT's, such as blocks\.1\.mixer\.scale; .* anew"):
+        GSPNDiT.from_pretrained(tmp_path)
+
+
+def test_a_config_from_before_there_was_a_choice_is_of_scans():
+    config = {key: value for key, value in small("conv").config.items() if key != "mixer"}
+    assert GSPNDiT.from_config(config).config.mixer == "gspn"
+
+
+@other_mixers
+def test_bf16_autocast_is_close_to_float32_and_trains(mixer):
+    model = small(mixer).train()
+    exact = model(*inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(*inputs())
+    assert (rounded.float() - exact).norm() <= 0.05 * exact.norm()
+    rounded.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@other_mixers
+def test_compiles_as_one_graph(mixer):
+    torch._dynamo.reset()
+    model = small(mixer)
+    torch.testing.assert_close(
+        torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs()), model(*inputs()), atol=1e-4, rtol=1e-4
+    )
+
+
+@mixers
+def test_a_mixer_projects_its_normed_groups_and_the_direct_path(mixer):
+    """y = W (mix(v) / its groups' root mean squares + d ⊙ v), v the filtered values."""
+    layer = small(mixer).blocks[0].mixer
+    x = torch.randn(2, 4, 6, 32)
+    value = layer.conv(layer.value(x))
+    groups = layer.mix(value).unflatten(-1, (2, 16))
+    joined = (groups / groups.square().mean(-1, keepdim=True).sqrt()).flatten(-2) + layer.direct * value
+    torch.testing.assert_close(layer(x), layer.proj(joined), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("mixer", "reach"), [("attention", 20), ("linear", 20), ("conv", 4)])
+def test_attention_reaches_the_whole_map_and_convolution_its_window(mixer, reach):
+    layer = small(mixer).blocks[0].mixer
+    x = torch.randn(1, 21, 17, 32, requires_grad=True)
+    layer(x)[0, 0, 0].sum().backward()
+    reached = x.grad[0].abs().sum(-1) > 0
+    rows, columns = (torch.arange(length) <= reach for length in reached.shape)
+    assert torch.equal(reached, rows[:, None] & columns)
+
+
+def test_linear_attention_is_the_quadratic_form_with_relu_products_for_weights():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 20, 8).unbind(0)  # (B, G, N, D)
+    weights = query.relu() @ key.relu().transpose(-1, -2)  # (B, G, N, N)
+    expected = weights / weights.sum(-1, keepdim=True) @ value
+    attend = LinearAttentionMixer(24, 3, 3, None).attend
+    torch.testing.assert_close(attend(query, key, value), expected, atol=1e-4, rtol=1e-4)
+    assert attend(-query.abs(), key, value).count_nonzero() == 0  # a query that meets no key: 0, not NaN
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_attention_of_a_large_map_keeps_its_sums_in_float32(dtype):
+    """40,000 sites with equal keys: the result is the values' mean, where sums of that many in half precision stall."""
+    query, key, value = torch.ones(3, 1, 1, 40_000, 4, dtype=dtype).unbind(0)
+    with torch.autocast("cpu", dtype=dtype):
+        y = LinearAttentionMixer(4, 1, 3, None).attend(query * 300, key * 300, value)
+    torch.testing.assert_close(y, torch.ones_like(y), atol=1e-3, rtol=0)
+
+
+def test_cost_grows_with_the_sites_and_for_softmax_attention_with_their_square():
+    for mixer in MIXERS:
+        model = on_meta(mixer)
+        small_map, large_map = (count_macs(model, (side, side)) for side in (32, 128))
+        assert (large_map > 30 * small_map) == (mixer == "attention")
+
+
+def test_mixers_differ_in_their_own_layers_alone():
+    """Queries and keys are 2C² + 2C a block, the filter 50C; every other parameter has its name and shape in all."""
+    models = {mixer: on_meta(mixer) for mixer in MIXERS}
+    shapes = {mixer: {k: v.shape for k, v in model.state_dict().items()} for mixer, model in models.items()}
+    own = {"gspn": "head", "attention": "query_key", "linear": "query_key", "conv": "wide_conv"}
+    numbers = ("mixer.log_rate", "mixer.scale")  # of scans
+    shared = [
+        {k: v for k, v in shapes[mixer].items() if f".{own[mixer]}." not in k and not k.endswith(numbers)}
+        for mixer in MIXERS
+    ]
+    assert all(other == shared[0] for other in shared)
+    rest = sum(shape.numel() for shape in shared[0].values())
+    extra = {mixer: model.num_parameters() - rest for mixer, model in models.items()}
+    attention = 12 * (2 * 384**2 + 2 * 384)
+    scans = 12 * (384 * 24 + (24 + 1) * 6 * 16 + 2 * 4 * 384)
+    assert extra == {"gspn": scans, "attention": attention, "linear": attention, "conv": 12 * 50 * 384}
+
+
+def straight_scans(chunk: int | None, rate: float | None = None) -> GSPNMixer:
+    """A mixer of two groups whose lines are straight, with λ = 1 everywhere and all four scans added up."""
+    mixer = GSPNMixer(8, 2, 1, chunk)
+    with torch.no_grad():
+        mixer.scale.fill_(1)
+        mixer.head[1].weight.zero_()
+        mixer.head[1].bias.copy_(torch.tensor([-1e4, 1e4, -1e4] * 4 + [1.0] * 4).repeat(2))
+        if rate is not None:
+            mixer.log_rate.fill_(rate).log_()
+    return mixer
+
+
+def test_channels_of_a_new_mixer_are_filters_of_their_own():
+    """What eight channels of one group make of one site are as many independent maps."""
+    torch.manual_seed(0)
+    mixer = GSPNMixer(8, 1, 1, None)
+    value = torch.zeros(1, 17, 17, 8)
+    value[0, 8, 8] = 1
+    with torch.no_grad():
+        mixer.head[1].weight.zero_()
+        maps = mixer.mix(value)[0].flatten(0, 1)
+    assert torch.linalg.matrix_rank(maps, rtol=1e-3) == 8
+    assert (maps.amin(0) < 0).any() and (maps.amax(0) > 0).any()
+
+
+@pytest.mark.parametrize("chunk", [None, 4, 5])
+def test_scans_forget_at_the_rate_of_their_channel_and_direction(chunk):
+    """One site of value 1: every scan hands it straight on, less by f at each line, to the end of its chunk."""
+    mixer, (row, column) = straight_scans(chunk), (6, 2)
+    torch.manual_seed(0)
+    nn.init.normal_(mixer.log_rate, mean=-1.0)
+    nn.init.normal_(mixer.scale)
+    value = torch.zeros(1, 9, 7, 8)
+    value[0, row, column] = 1
+    y = mixer.mix(value)[0]
+    (down, up, right, left), scale = torch.exp(-mixer.log_rate.exp()), mixer.scale
+    expected = torch.zeros(9, 7, 8)
+    for other in range(9):
+        if chunk is None or other // chunk == row // chunk:
+            forgotten, s = (down, scale[0]) if other >= row else (up, scale[1])
+            expected[other, column] += s * forgotten ** abs(other - row)
+    for other in range(7):
+        if chunk is None or other // chunk == column // chunk:
+            forgotten, s = (right, scale[2]) if other >= column else (left, scale[3])
+            expected[row, other] += s * forgotten ** abs(other - column)
+    expected[row, column] = scale.sum(0)  # the site itself, by all four
+    torch.testing.assert_close(y, expected)
+
+
+def test_lines_of_a_new_mixer_keep_to_their_row():
+    """One site of value 1 in the first column: of what the last column receives, its own row has most."""
+    torch.manual_seed(0)
+    mixer = GSPNMixer(32, 2, 1, None)
+    value = torch.zeros(1, 13, 9, 32)
+    value[0, 6, 0] = 1
+    mixer.scale.data.fill_(1)
+    received = mixer.mix(value)[0, :, -1].detach().unflatten(-1, (2, -1)).mean(-1)  # by no scan but the one along rows
+    assert (received > 0).sum(0).tolist() == [13, 13]
+    assert (received[6] > received.sum(0) / 3).all()
+    assert (received[5:8].sum(0) > 0.7 * received.sum(0)).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_lines_of_a_new_mixer_are_straighter_from_group_to_group(groups):
+    """Of one site's value, 56 columns on, its own row still has most in the last group; in the first it is spread."""
+    torch.manual_seed(0)
+    mixer = GSPNMixer(8 * groups, groups, 1, None)
+    mixer.scale.data.fill_(1)
+    value = torch.zeros(1, 21, 57, 8 * groups)
+    value[0, 10, 0] = 1
+    received = mixer.mix(value)[0, :, -1].detach().unflatten(-1, (groups, -1)).mean(-1)  # (21, G)
+    own = received[10] / received.sum(0)
+    assert own[0] < 0.2 and (own.diff() > 0).all()
+    assert groups == 1 or own[-1] > 0.7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_remembers_for_as_long(dtype):
+    """A half-life of 64 lines is f = 0.98923. bfloat16 has 0.98828 there, of which a line's 400th is 68% of f's."""
+    mixer = straight_scans(None, rate=math.log(2) / 64)
+    mixer.scale.data[1:] = 0  # down alone
+    value = torch.zeros(1, 400, 3, 8, dtype=dtype)
+    value[:, 0] = 1
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        y = mixer.mix(value)
+    expected = 2 ** (-torch.arange(400) / 64)
+    torch.testing.assert_close(y[0, :, 1].float(), expected[:, None].expand(-1, 8), rtol=0.01, atol=0)
+    decay, scale = mixer.to(dtype).channel_factors(torch.float32)
+    assert decay.dtype == scale.dtype == torch.float32
+    torch.testing.assert_close(
+        decay, torch.full_like(decay, 2 ** (-1 / 64)), rtol=5e-4, atol=0
+    )  # rates are rounded, not f
+
+
+def test_half_lives_of_a_new_mixer_are_spread_over_each_groups_channels():
+    for groups in (1, 2, 8):  # of 8, 4 channels and one
+        half_lives = math.log(2) / GSPNMixer(8, groups, 1, None).log_rate.detach().exp()
+        each = half_lives.view(4, groups % 8 or 1, -1)
+        torch.testing.assert_close(each.amin(-1), torch.full_like(each[..., 0], 2))
+        torch.testing.assert_close(each.amax(-1), torch.full_like(each[..., 0], 64))
+
+
+def test_an_unknown_mixer_is_refused_by_name():
+    with pytest.raises(InputError, match="mixer='mamba': give one of gspn, attention, linear, conv"):
+        create_model("gspn-dit-s-2", mixer="mamba")

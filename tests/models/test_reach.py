@@ -1,0 +1,161 @@
+"""Which sites reach which: chunks that are local, global layers that are global, directions that turn with the map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gspn_dit.layers.mixers import GSPNMixer
+from gspn_dit.models import create_model
+from gspn_dit.models.gspn import GSPNCore
+from gspn_dit.ops import propagate
+
+HEIGHT, WIDTH, CHANNELS = 9, 7, 16
+SITES = [(i, j) for i in range(HEIGHT) for j in range(WIDTH)]
+
+
+def scan_layer(kind: str, chunk: int | None) -> nn.Module:
+    """A layer in which sites meet only in the scan: gspn's core, gspn-dit's mixer with a 1 × 1 filter."""
+    torch.manual_seed(0)
+    layer = GSPNCore(CHANNELS, chunk) if kind == "gspn" else GSPNMixer(CHANNELS, 2, 1, chunk)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def reaches(layer: nn.Module, sites: list[tuple[int, int]], height: int, width: int, channels: int) -> torch.Tensor:
+    """(len(sites), height, width): does the input at a site have a gradient from the output at the given site."""
+    x = torch.randn(1, height, width, channels).repeat(len(sites), 1, 1, 1).requires_grad_()
+    y = layer(x)
+    sum(y[n, i, j].sum() for n, (i, j) in enumerate(sites)).backward()
+    return x.grad.abs().sum(-1) > 0
+
+
+def in_reach(source: tuple[int, int], target: tuple[int, int], chunk: int | None) -> bool:
+    """The scan along rows spreads one column a line within a chunk of rows, the scan along columns likewise."""
+    down, across = abs(source[0] - target[0]), abs(source[1] - target[1])
+    same_rows = chunk is None or source[0] // chunk == target[0] // chunk
+    same_columns = chunk is None or source[1] // chunk == target[1] // chunk
+    return (same_rows and across <= down) or (same_columns and down <= across)
+
+
+@pytest.mark.parametrize("kind", ["gspn", "gspn-dit"])
+@pytest.mark.parametrize("chunk", [None, 1, 2, 4, 9])
+def test_a_layer_reaches_the_cones_of_its_chunks_and_nothing_else(kind, chunk):
+    reach = reaches(scan_layer(kind, chunk), SITES, HEIGHT, WIDTH, CHANNELS)
+    expected = torch.tensor([[in_reach(source, target, chunk) for source in SITES] for target in SITES])
+    assert torch.equal(reach.flatten(1), expected)
+    if chunk in (None, 9):
+        assert expected.all()  # four cones make the plane: in a global layer every site reaches every site
+    if chunk == 1:
+        assert torch.equal(expected, torch.eye(len(SITES), dtype=torch.bool))
+
+
+def test_chunks_are_fixed_to_the_map():
+    """Row 3 meets row 2 and not row 4, from both sides, wherever the site lies."""
+    reach = reaches(scan_layer("gspn", 2), [(3, 3)], HEIGHT, WIDTH, CHANNELS)[0]
+    assert reach[2, 3]
+    assert not reach[4, 3]
+    reach = reaches(scan_layer("gspn", 2), [(4, 3)], HEIGHT, WIDTH, CHANNELS)[0]
+    assert reach[5, 3]
+    assert not reach[3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "local_reach"),
+    [
+        # a block of gspn: 7 × 7 and 3 × 3 filters, and one line of a chunk of 2
+        ("gspn-ti-1", {"width": 16, "depth": 3}, 3 * (3 + 1 + 1)),
+        # a block of gspn-dit: a 3 × 3 filter, and up to three lines of a chunk of 4
+        ("gspn-dit-ti-1", {"width": 16, "depth": 3, "num_groups": 1, "chunk": 4}, 3 * (1 + 3)),
+    ],
+)
+def test_a_model_is_local_until_its_last_two_layers(name, layers, local_reach):
+    side = 36
+    reach = {}
+    for global_layers in (0, 2):
+        torch.manual_seed(0)
+        model = create_model(name, sample_size=side, global_layers=global_layers, **layers).eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        latents = torch.randn(1, 4, side, side, requires_grad=True)
+        model(latents, torch.tensor([500.0]), torch.tensor([3]))[0, :, 0, 0].sum().backward()
+        reach[global_layers] = latents.grad[0].abs().sum(0) > 0
+    rows, columns = reach[0].nonzero().unbind(1)
+    assert 3 < max(rows.max(), columns.max()) <= local_reach < side - 1
+    assert reach[2].all()
+
+
+def test_layers_can_be_made_global_by_index_and_are_the_last_two_by_default():
+    chunks = [block.mixer.chunk for block in create_model("gspn-dit-ti-2").blocks]
+    assert chunks == [32, 32, 32, 32, None, None]
+    chunks = [block.core.chunk for block in create_model("gspn-ti-2", global_layers=[0, -2]).blocks]
+    assert chunks == [None, 2, 2, 2, 2, None, 2]
+    assert {block.core.chunk for block in create_model("gspn-ti-2", chunk=None).blocks} == {None}
+
+
+# Turning a map a quarter to the left makes the scan in each direction the scan in another; where the line's own
+# coordinate then runs the other way, the neighbours (-1, 0, +1) change places.
+DOWN, UP, RIGHT, LEFT = range(4)
+TURNED = {DOWN: (RIGHT, True), RIGHT: (UP, False), UP: (LEFT, True), LEFT: (DOWN, False)}
+
+
+def turn_directions(by_direction: torch.Tensor, neighbours: bool = False) -> torch.Tensor:
+    """Rearrange parameters (4, …), or (4, 3, …) with neighbours, as the turn does the directions."""
+    turned = torch.empty_like(by_direction)
+    for direction, (becomes, flipped) in TURNED.items():
+        turned[becomes] = by_direction[direction].flip(0) if neighbours and flipped else by_direction[direction]
+    return turned
+
+
+def turned_gspn(core: GSPNCore, chunk: int | None) -> GSPNCore:
+    turned = scan_layer("gspn", chunk)
+    turned.load_state_dict(core.state_dict())
+    gates = core.gates.weight.view(4, 3, -1)
+    turned.gates.weight.copy_(turn_directions(gates, neighbours=True).view_as(core.gates.weight))
+    for name in ("lam", "out", "skip"):
+        weight = getattr(core, name).weight
+        getattr(turned, name).weight.copy_(turn_directions(weight.view(4, -1)).view_as(weight))
+    turned.merge.copy_(turn_directions(core.merge))
+    return turned
+
+
+def turned_gspn_dit(mixer: GSPNMixer, chunk: int | None) -> GSPNMixer:
+    turned = scan_layer("gspn-dit", chunk)
+    turned.load_state_dict(mixer.state_dict())
+    for name in ("log_rate", "scale"):
+        getattr(turned, name).copy_(turn_directions(getattr(mixer, name)))
+    for name in ("weight", "bias"):
+        before = getattr(mixer.head[1], name)
+        by_group = before.view(2, 16, -1).movedim(1, 0)  # (16, G, …): 4 × 3 logits, 4 λ
+        gates = turn_directions(by_group[:12].unflatten(0, (4, 3)), neighbours=True).flatten(0, 1)
+        after = torch.cat([gates, turn_directions(by_group[12:])]).movedim(0, 1)
+        getattr(turned.head[1], name).copy_(after.reshape(before.shape))
+    return turned
+
+
+@pytest.mark.parametrize(("kind", "turn"), [("gspn", turned_gspn), ("gspn-dit", turned_gspn_dit)])
+@pytest.mark.parametrize("chunk", [None, 2])
+@torch.no_grad()
+def test_turning_the_map_and_the_directions_turns_the_output(kind, turn, chunk):
+    layer = scan_layer(kind, chunk)
+    x = torch.randn(2, 8, 6, CHANNELS)
+    turned_output = turn(layer, chunk)(x.rot90(1, (1, 2)))
+    torch.testing.assert_close(turned_output, layer(x).rot90(1, (1, 2)), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(layer(x.rot90(1, (1, 2))), layer(x).rot90(1, (1, 2)), atol=1e-1)
+
+
+@torch.no_grad()
+def test_the_core_is_the_sum_of_its_four_scans_and_skips():
+    """y = Σ_k s_k (u_k ⊙ h_k + D_k ⊙ x), term by term, where the core folds s into the weights of u and D."""
+    core = scan_layer("gspn", None)
+    x = torch.randn(2, 5, 4, CHANNELS)
+    proxy = core.proxy(x)
+    expected = 0
+    for k, direction in enumerate(("down", "up", "right", "left")):
+        gates = core.gates(proxy).unflatten(-1, (4, 3, CHANNELS))[..., k : k + 1, :, :]
+        lam, u, d = (head(proxy).unflatten(-1, (4, CHANNELS))[..., k, :] for head in (core.lam, core.out, core.skip))
+        h = propagate(x, gates, lam[..., None, :], directions=(direction,))
+        expected = expected + core.merge[k] * (u * h + d * x)
+    torch.testing.assert_close(core(x), expected, atol=1e-4, rtol=1e-4)

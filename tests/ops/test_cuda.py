@@ -1,0 +1,364 @@
+"""The CUDA kernels: emulated on the CPU everywhere, and on the GPU where there is one."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from made.emulated_cuda import SHARED_MEMORY, emulated_kernels
+
+from gspn_dit.ops import propagate
+from gspn_dit.ops.backends import ReferenceKernel, status
+from gspn_dit.ops.build import CSRC, architectures, check_toolkit, cuda_home
+from gspn_dit.ops.reference import DIRECTIONS
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # ‖got - float64‖ / ‖float64‖
+
+
+class Emulated:
+    device = "cpu"
+
+    def __init__(self, shared_memory):
+        self.ops = emulated_kernels()
+        self.ops.set_shared_memory(shared_memory)
+        self.forward, self.backward = self.ops.propagate, self.ops.propagate_backward
+
+
+class OnGpu:
+    device = "cuda"
+
+    def __init__(self):
+        from gspn_dit.ops.backends import kernel
+
+        chosen = kernel("cuda", torch.device("cuda"))
+        self.forward, self.backward = chosen.forward, chosen.backward
+
+
+@pytest.fixture(params=["emulated", "emulated, little shared memory", "gpu"])
+def kernel(request):
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        assert status("cuda").available, status("cuda").detail  # with a GPU, a missing kernel is a failure
+        torch.use_deterministic_algorithms(True, warn_only=True)  # what is not written is NaN
+        yield OnGpu()
+        torch.use_deterministic_algorithms(False)
+        return
+    if torch.cuda.is_available():
+        pytest.skip("the GPU itself is tested")
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    yield Emulated(SHARED_MEMORY if request.param == "emulated" else 30 * 1024)
+
+
+def operands(b, h, w, c, k, g, *, dtype=torch.float32, device="cpu"):
+    """Random x, gates, λ, u, f, s and dy, the same in every run."""
+    random = torch.Generator().manual_seed(0)
+    shapes = (b, h, w, c), (b, h, w, k, 3, g), (b, h, w, k, g), (b, h, w, k, g), (b, h, w, c)
+    *tensors, grad = (torch.randn(shape, generator=random, dtype=torch.float64).to(device, dtype) for shape in shapes)
+    decay, scale = (draw(k, c, generator=random).to(device) for draw in (torch.rand, torch.randn))
+    return [*tensors, decay, scale, grad]
+
+
+def distance(got, want):
+    scale = want.norm()
+    return ((got.double() - want).norm() / (scale if scale > 1e-9 else 1.0)).item()
+
+
+def check(kernel, x, gates, lam, out, decay, scale, grad, chunk, directions):
+    """Outputs and gradients against the reference in float64."""
+    tolerance = TOLERANCE[x.dtype] * (10 if max(x.shape[1:3]) > 500 else 1)  # rounding adds up over a long history
+    tensors = (x, gates, lam, out, decay, scale)
+    exact = [None if t is None else t.double() for t in tensors]
+    want = ReferenceKernel().forward(*exact, chunk, directions)
+    y = kernel.forward(*tensors, chunk, directions)
+    assert y.dtype == x.dtype and y.stride() == torch.empty_like(x).stride()
+    assert distance(y, want) < tolerance
+    wants = ReferenceKernel().backward(grad.double(), *exact, chunk, directions)
+    gots = kernel.backward(grad, *tensors, chunk, directions)
+    for name, got, want in zip(("x", "gates", "lam", "out", "decay", "scale"), gots, wants, strict=True):
+        assert got.shape == want.shape
+        if got.numel():
+            assert distance(got, want) < 2 * tolerance, name
+
+
+SHAPES = [
+    # B, H, W, C, K, G, chunk (0: global)
+    (2, 16, 16, 64, 4, 1, 0),
+    (1, 16, 16, 128, 4, 2, 2),
+    (1, 16, 16, 72, 4, 2, 4),  # 36 channels a group: a slab is not full
+    (2, 16, 16, 64, 4, 4, 0),  # 16 channels a group
+    (1, 5, 7, 12, 4, 3, 3),
+    (1, 7, 5, 5, 4, 5, 2),  # odd C, one channel a group
+    (1, 13, 11, 15, 4, 3, 0),  # odd groups
+    (2, 1, 6, 6, 4, 2, 0),
+    (1, 6, 1, 6, 2, 6, 1),
+    (1, 16, 16, 64, 4, 64, 2),
+    (1, 20, 30, 36, 4, 2, 5),
+    (1, 32, 32, 16, 4, 1, 0),
+    (1, 17, 9, 40, 3, 40, 0),
+    (1, 9, 17, 40, 1, 1, 4),
+    (2, 33, 6, 20, 4, 2, 4),  # too long to hold on chip: in tiles, or line by line
+    (1, 40, 36, 12, 4, 12, 7),
+    (1, 34, 67, 24, 4, 2, 0),
+    (1, 64, 33, 16, 3, 16, 4),
+    (1, 34, 34, 20, 4, 1, 16),
+    (1, 40, 33, 15, 4, 3, 0),
+    (1, 2, 3, 1, 4, 1, 0),
+    (1, 32, 32, 128, 4, 2, 4),
+    (1, 1030, 2, 8, 2, 8, 0),
+]
+# Emulated, these take seconds.
+LARGE_SHAPES = [
+    (1, 2, 700, 64, 4, 1, 0),
+    (1, 3, 1030, 20, 4, 1, 2),
+    (1, 40, 36, 128, 4, 2, 0),
+    (1, 2, 1024, 128, 4, 2, 0),
+    (1, 513, 33, 6, 4, 2, 16),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_agrees_with_the_reference_in_float64(kernel, shape, dtype):
+    *sizes, chunk = shape
+    tensors = operands(*sizes, dtype=dtype, device=kernel.device)
+    check(kernel, *tensors, chunk, list(range(sizes[4])))
+
+
+@pytest.mark.parametrize("kernel", ["gpu"], indirect=True)
+@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_long_lines_and_many_channels_agree_on_the_gpu(kernel, shape, dtype):
+    *sizes, chunk = shape
+    check(kernel, *operands(*sizes, dtype=dtype, device="cuda"), chunk, list(range(sizes[4])))
+
+
+@pytest.mark.parametrize("directions", [[1], [3], [2, 1], [3, 0, 2], [1, 0], [2, 3]], ids=str)
+def test_any_directions_in_any_order(kernel, directions):
+    x, gates, lam, out, decay, scale, grad = operands(1, 13, 11, 24, len(directions), 2, device=kernel.device)
+    check(kernel, x, gates, lam, out, decay, scale, grad, 3, directions)
+    check(kernel, x, gates, lam, None, decay, None, grad, 0, directions)
+    check(kernel, x, gates, lam, out, None, scale, grad, 0, directions)
+    check(kernel, x, gates, lam, None, None, None, grad, 3, directions)
+    check(kernel, *operands(1, 36, 40, 8, len(directions), 2, device=kernel.device), 0, directions)
+
+
+@pytest.mark.parametrize("groups", [2, 24])
+def test_any_strides(kernel, groups):
+    x, gates, lam, out, decay, scale, grad = operands(2, 13, 11, 24, 4, groups, device=kernel.device)
+    factors = decay.t().contiguous().t(), scale[0].expand(4, -1)
+    channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    group_by_group = gates.permute(0, 1, 2, 5, 3, 4).contiguous().permute(0, 1, 2, 4, 5, 3)
+    part_of_more = torch.cat([x, x], dim=-1)[..., 24:]
+    check(kernel, channels_first, gates, lam, out, *factors, grad, 0, [0, 1, 2, 3])
+    check(
+        kernel,
+        x,
+        group_by_group,
+        lam.transpose(3, 4).contiguous().transpose(3, 4),
+        out,
+        *factors,
+        grad,
+        0,
+        [0, 1, 2, 3],
+    )
+    check(kernel, part_of_more, gates, lam, out, *factors, grad.expand_as(grad), 4, [0, 1, 2, 3])
+    check(kernel, x, gates, lam, out, *factors, torch.ones((), device=kernel.device).expand_as(grad), 4, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("direction", range(4))
+@pytest.mark.parametrize("chunk", [0, 1, 3])
+def test_ones_count_the_lines_of_the_chunk(kernel, direction, chunk):
+    h, w = 7, 5
+    gates = torch.randn(1, h, w, 1, 3, 2, device=kernel.device)
+    ones = torch.ones(1, h, w, 4, device=kernel.device)
+    y = kernel.forward(
+        ones, gates, torch.ones(1, h, w, 1, 2, device=kernel.device), None, None, None, chunk, [direction]
+    )
+    lines = h if direction < 2 else w
+    n = chunk or lines
+    for line in range(lines):
+        first, last = line // n * n, min(line // n * n + n, lines) - 1
+        expected = line - first + 1 if direction % 2 == 0 else last - line + 1
+        torch.testing.assert_close(
+            *torch.broadcast_tensors(
+                y.select(1 if direction < 2 else 2, line), torch.tensor(float(expected), device=kernel.device)
+            )
+        )
+
+
+def test_logits_of_any_size_stay_finite(kernel):
+    x, _, *others = operands(1, 6, 5, 8, 4, 2, device=kernel.device)
+    sizes = torch.tensor([-1e4, -80.0, 0.0, 80.0, 1e4], device=kernel.device)
+    random = torch.Generator().manual_seed(0)
+    gates = sizes[torch.randint(5, (1, 6, 5, 4, 3, 2), generator=random).to(kernel.device)]
+    check(kernel, x, gates, *others, 0, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 40, 36, 24, 4, 2)], ids=str)
+def test_gradients_are_the_same_bits_twice(kernel, shape):
+    *tensors, grad = operands(*shape, device=kernel.device)
+    first, second = (kernel.backward(grad, *tensors, 0, [0, 1, 2, 3]) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(2, 16, 16, 128, 4, 2), (1, 40, 36, 24, 4, 2)], ids=str)
+def test_a_cuda_graph_replays_it(shape):
+    tensors = [t.requires_grad_() for t in operands(*shape, device="cuda")[:-1]]
+    grad = torch.randn(shape[:4], device="cuda")
+
+    def step():
+        y = propagate(*tensors[:4], decay=tensors[4], scale=tensors[5], backend="cuda")
+        return y, *torch.autograd.grad(y, tensors, grad)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.normal_()  # fresh inputs in the same memory
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@gpu
+def test_compiles_without_graph_breaks_on_the_gpu():
+    tensors = [t.requires_grad_() for t in operands(2, 16, 16, 64, 4, 2, device="cuda")[:-1]]
+
+    def loss(*a):
+        return propagate(*a[:4], decay=a[4], scale=a[5], chunk=4).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    want = torch.autograd.grad(loss(*tensors), tensors)
+    for got, expected in zip(torch.autograd.grad(compiled(*tensors), tensors), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@gpu
+@pytest.mark.slow
+def test_a_tensor_of_more_than_two_to_the_31_elements():
+    x = torch.randn(1, 2048, 2048, 576, dtype=torch.bfloat16, device="cuda")  # 2.4e9 elements
+    gates = torch.randn(1, 2048, 2048, 1, 3, 1, dtype=torch.bfloat16, device="cuda")
+    lam = torch.rand(1, 2048, 2048, 1, 1, dtype=torch.bfloat16, device="cuda")
+    y = propagate(x, gates, lam, chunk=2, directions=["up"])
+    for corner in (slice(0, 4), slice(-4, None)):
+        want = propagate(
+            x[:, corner], gates[:, corner], lam[:, corner], chunk=2, directions=["up"], backend="reference"
+        )
+        torch.testing.assert_close(y[:, corner], want, rtol=1e-2, atol=1e-2)
+
+
+# An instruction's results are its first operands: after a register, if it has one of those, up to two predicates. What
+# follows the second is an operand, so a vote of one predicate is not meant.
+TWO_RESULTS_IN_ONE_PREDICATE = re.compile(r"[A-Z][\w.]* +(?:U?R\w+, )?(U?P\d), \1, .*;")
+
+
+def test_an_instruction_with_two_results_in_one_predicate_is_found():
+    assert TWO_RESULTS_IN_ONE_PREDICATE.search("VIMNMX.RELU R39, P5, P5, R53, 0x2, PT ;")
+    assert TWO_RESULTS_IN_ONE_PREDICATE.search("/*01a0*/  @!UP1 UISETP.GE.AND UP0, UP0, UR4, 0x1, UPT ;")
+    right = """
+        /*0100*/                   VIMNMX.RELU R39, P5, P4, R53, 0x2, PT ;
+        /*0110*/                   VIMNMX R39, PT, PT, R53, 0x2, PT ;
+        /*0120*/               @P5 ISETP.GE.AND P5, PT, R53, R39, P5 ;
+        /*0130*/                   PLOP3.LUT P5, PT, P5, P5, PT, 0x80, 0x0 ;
+        /*0140*/                   IADD3.X R2, P5, PT, R3, R4, R5, P5, P5 ;
+        /*0150*/                   VOTE.ANY R9, P5, P5 ;
+    """
+    assert not TWO_RESULTS_IN_ONE_PREDICATE.search(right)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The kernels compiled for every target, and what ptxas says of them."""
+    nvcc = cuda_home() and cuda_home() / "bin" / "nvcc"
+    if nvcc is None or not nvcc.exists():
+        pytest.skip("no nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    newest = max(int(arch.removeprefix("compute_")) for arch in known)
+    targets = [f"arch=compute_{n},code=sm_{n}" for n in (80, 90)] + [f"arch=compute_{newest},code=compute_{newest}"]
+    kernels = tmp_path_factory.mktemp("compiled") / "kernels.o"
+    result = subprocess.run(
+        [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "-Werror",
+            "all-warnings",
+            "-Xptxas",
+            "-v",
+            "--threads",
+            "2",
+            *(word for target in targets for word in ("-gencode", target)),
+            "-c",
+            CSRC / "propagate_cuda.cu",
+            "-o",
+            kernels,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return kernels, result.stderr
+
+
+@pytest.mark.slow
+def test_compiles_for_every_target_without_spills(compiled):
+    report = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled[1])
+    assert len(report) > 2 * 12 * len(DIRECTIONS) // 2  # kernels of two machine targets: the report was really read
+    assert set(report) == {("0", "0", "0")}
+
+
+@pytest.mark.slow
+def test_no_instruction_puts_two_results_into_one_predicate(compiled):
+    """As ptxas 13.0 does for sm_90 of a clamp whose result is compared with its bounds: one comparison is lost."""
+    kernels, report = compiled
+    folders = [cuda_home() / "bin"]
+    if triton := importlib.util.find_spec("triton"):  # the wheel brings one
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
+    if cuobjdump is None:
+        pytest.skip(f"no cuobjdump in {' or '.join(map(str, folders))}, nor on PATH")
+    code = subprocess.run([cuobjdump, "-sass", kernels], capture_output=True, text=True, check=True).stdout
+    assert code.count("Function : ") == report.count("Compiling entry function") > 0  # all of it was really read
+    assert [found[0] for found in TWO_RESULTS_IN_ONE_PREDICATE.finditer(code)] == []
+
+
+def test_architectures_older_than_the_kernel_are_left_out(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 7.5;8.0 9.0+PTX Volta Hopper")
+    assert architectures() == ["8.0", "9.0+PTX", "Hopper"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [(None, "there is no nvcc"), ("12.4", r"CUDA 13\.0, and .*nvcc is of CUDA 12\.4"), ("13.1", None)],
+)
+def test_a_missing_or_another_toolkit_is_named_with_the_remedy(tmp_path, monkeypatch, installed, said):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if installed is not None:
+        (tmp_path / "bin").mkdir()
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {installed}, V{installed}.1'\n")
+        nvcc.chmod(0o755)
+    if said is None:
+        check_toolkit()
+    else:
+        with pytest.raises(RuntimeError, match=f"{said}.*CUDA_HOME"):
+            check_toolkit()
