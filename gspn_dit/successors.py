@@ -10,7 +10,7 @@ _SUCCESSORS = {
     "gspn_dit.data.imagefolder": "gspn_dit.data.image_folder",
     "gspn_dit.data.latents": "gspn_dit.data.latent_store",
     "gspn_dit.data.vae": "gspn_dit.autoencoder.vae",
-    "gspn_dit.drawing": "gspn_dit.inference.drawing",
+    "gspn_dit.drawing": "gspn_dit.inference.sample_folder",
     "gspn_dit.export": "gspn_dit.inference.export; the command is `gspn-dit export`",
     "gspn_dit.fid": "gspn_dit.evaluation; the commands are `gspn-dit evaluate` and `gspn-dit reference`, and "
     "`gspn-dit classifier` trains a classifier",

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from made.runs import checkpoint_step, list_checkpoints
 from safetensors.torch import load_file, save_file
 
 from gspn_dit.errors import InputError, machine_fault
 from gspn_dit.options import command
 from gspn_dit.storage.files import alone_in, check_place, new_folder, replacing, save_tensors
-from gspn_dit.storage.runs import checkpoint_step, list_checkpoints
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
