@@ -35,7 +35,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of products and convolutions."""
+        """The dtype of products and convolutions."""
         return DTYPES.get(self.name, torch.float32)
 
     def say(self) -> None:

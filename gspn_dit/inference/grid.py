@@ -18,8 +18,8 @@ def draw_grid(pipe: GSPNDiTPipeline, path: Path, *, count: int, seed: int, **opt
         pipe: On the device to draw on.
         path: The file; its folder is made.
         count: How many images.
-        seed: Of their noise.
-        options: Of the pipeline's call.
+        seed: Seed of their noise.
+        options: Further arguments of the pipeline's call.
     """
     classes = pipe.transformer.config.num_classes
     labels = [i * classes // count if count < classes else i % classes for i in range(count)]

@@ -18,7 +18,7 @@ from gspn_dit.storage.run_folder import Checkpoint
 
 GRID_FILE = "samples.png"
 SCORES = ("fid", "fd", "sfid", "inception_score", "classifier_score", "precision", "recall", "class_accuracy")
-# what a figure is read by, out of metrics.json
+# what the scores in metrics.json were computed with
 OF_THE_SCORES = (
     "features",
     "reference",

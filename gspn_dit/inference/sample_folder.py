@@ -29,8 +29,8 @@ from gspn_dit.storage.files import begin_or_continue, replacing
 from gspn_dit.storage.pictures import save_image
 
 SETTINGS_FILE = "settings.json"
-IGNORED = ("model",)  # of the settings: where it lies, as its weights are there
-ABSENT = {"mixed_precision": "no"}  # what a setting that nobody was asked for stands for
+IGNORED = ("model",)  # settings that may differ: the model's place may, since its weights' hash may not
+ABSENT = {"mixed_precision": "no"}  # what stands for a setting that an older folder does not have
 
 
 def image_file(i: int) -> str:
@@ -88,13 +88,13 @@ def draw_missing(
 
     Args:
         pipe: On this process's device.
-        folder: Of :func:`begin`, as is `missing`.
+        folder: The folder that :func:`begin` began.
         labels: Class id of every image, missing or not.
-        missing: Numbers of the images to draw.
-        processes: All that share them.
+        missing: Numbers of the images to draw, as :func:`begin` returned them.
+        processes: The processes that share them.
         seed: Image i is a function of (seed, i).
         batch_size: Images at a time.
-        options: Of the pipeline's call.
+        options: Further arguments of the pipeline's call.
     """
     batch_size = min(batch_size, math.ceil(len(missing) / processes.num_processes) or 1)
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
