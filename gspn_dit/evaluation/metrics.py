@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_fidelity.defaults import DEFAULTS
 
 from gspn_dit.evaluation.moments import Statistics, float64_device
-from gspn_dit.evaluation.processes import Processes
+from gspn_dit.processes import Processes
 
 ADM_SPLIT = 5000
 
