@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from gspn_dit.errors import InputError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 _LONGEST_WAIT = timedelta(days=1)  # of a process that has done its share for the slowest one
 
@@ -39,6 +41,9 @@ def join_processes(device: str = "auto") -> tuple[PartialState, torch.device]:
 
     Raises :class:`InputError` for a device that is not there, or one device for several processes.
     """
+    from accelerate import PartialState  # a pipeline needs a device, and none of accelerate
+    from accelerate.utils import parse_flag_from_env
+
     forced = device == "auto" and parse_flag_from_env("ACCELERATE_USE_CPU")  # accelerate launch --cpu
     chosen = choose_device("cpu" if forced else device)
     if "LOCAL_RANK" not in os.environ:

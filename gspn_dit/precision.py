@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate.utils import gather_object
 
 from gspn_dit.config import MixedPrecision
 from gspn_dit.errors import warn
@@ -60,6 +59,8 @@ def choose_precision(asked: MixedPrecision, device: torch.device) -> Precision:
 
 def agreed_precision(asked: MixedPrecision, device: torch.device) -> Precision:
     """What `asked` is for all processes of a launch: the first whose device lacks bfloat16 decides. All call this."""
+    from accelerate.utils import gather_object  # a pipeline, which is alone, needs none of accelerate
+
     everyone = gather_object([choose_precision(asked, device)])
     lacking = [process for process, each in enumerate(everyone) if not each.native]
     if not lacking or len(lacking) == len(everyone):

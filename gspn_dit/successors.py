@@ -21,7 +21,7 @@ _SUCCESSORS = {
     "gspn_dit.pipeline": "gspn_dit.inference.pipeline; `from gspn_dit import GSPNDiTPipeline` finds it wherever it is",
     "gspn_dit.sample": "gspn_dit.inference.sample; the command is `gspn-dit sample`",
     "gspn_dit.training.small_vae": "gspn_dit.demo.small_vae; the command is `gspn-dit small-vae`",
-    "gspn_dit.weights": "gspn_dit.demo.packaged",
+    "gspn_dit.weights": "gspn_dit.storage.packaged",
 }
 
 

@@ -34,7 +34,6 @@ from gspn_dit.autoencoder.vae import (
     vae_sha256,
 )
 from gspn_dit.config import Config
-from gspn_dit.demo.packaged import PACKAGED, packaged
 from gspn_dit.devices import memory_of
 from gspn_dit.diffusion import create_scheduler, denoise
 from gspn_dit.diffusion.sampling import Generators
@@ -45,6 +44,7 @@ from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.registry import FAMILIES
 from gspn_dit.precision import DTYPES, MixedPrecision, autocast, choose_precision
 from gspn_dit.storage.files import in_bytes
+from gspn_dit.storage.packaged import PACKAGED_MODELS
 from gspn_dit.storage.runs import list_checkpoints
 
 _PIXELS_A_DECODE = 2**20  # together; an image of more is decoded in tiles
@@ -353,7 +353,7 @@ def load_pipeline(path: str | os.PathLike, vae: str | None = None) -> GSPNDiTPip
 
     Raises :class:`InputError` if there is none of these, or its files cannot be read.
     """
-    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    folder = PACKAGED_MODELS.get(str(path), Path(path))
     given = None if vae is None else load_vae(vae)
     with _reading(path):
         if not (folder / "model_index.json").is_file():
@@ -370,7 +370,7 @@ def load_pipeline(path: str | os.PathLike, vae: str | None = None) -> GSPNDiTPip
 
 def load_transformer(path: str | os.PathLike) -> LatentModel:
     """The network alone of what :func:`load_pipeline` takes, which needs no VAE. Raises as that does."""
-    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    folder = PACKAGED_MODELS.get(str(path), Path(path))
     with _reading(path):
         exported = (folder / "model_index.json").is_file()
         return _load_transformer(folder / "transformer" if exported else _newest_checkpoint(folder) / "ema")
@@ -378,7 +378,7 @@ def load_transformer(path: str | os.PathLike) -> LatentModel:
 
 def load_class_names(path: str | os.PathLike) -> list[str] | None:
     """The names of its classes alone, if they have any. Raises as :func:`load_pipeline` does."""
-    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    folder = PACKAGED_MODELS.get(str(path), Path(path))
     with _reading(path):
         if (folder / "model_index.json").is_file():
             return json.loads((folder / "model_index.json").read_text()).get("class_names")
@@ -405,7 +405,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path | None:
 
     A run in training goes on writing checkpoints: who loads twice finds it once. Raises :class:`InputError`.
     """
-    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    folder = PACKAGED_MODELS.get(str(path), Path(path))
     try:
         return None if (folder / "model_index.json").is_file() else _newest_checkpoint(folder).resolve()
     except InputError as error:
@@ -417,7 +417,8 @@ def _newest_checkpoint(folder: Path) -> Path:
     if folder.is_file():
         raise InputError("is a file; wanted the folder of a run, a checkpoint or an exported pipeline")
     if not folder.is_dir():
-        raise InputError(f"no such folder; wanted a run, a checkpoint, an exported pipeline or {' or '.join(PACKAGED)}")
+        names = " or ".join(PACKAGED_MODELS)
+        raise InputError(f"no such folder; wanted a run, a checkpoint, an exported pipeline or {names}")
     if (folder / "ema").is_dir():
         return folder
     if not (folder / "checkpoints").is_dir() and not (folder / "config.yaml").is_file():
