@@ -64,7 +64,7 @@ def test_training_learns_and_is_the_same_for_the_same_seed(held_out):
     assert not torch.equal(again.classify.weight, other.classify.weight)
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", list(CLASSIFIERS))
 def test_a_classifiers_classes_are_its_datas(name):
     kind = CLASSIFIERS.load(name)
     assert kind.data == name
