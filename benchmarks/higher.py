@@ -33,7 +33,7 @@ from benchmarks.saved_rows import saved_rows
 from gspn_dit.autoencoder import downsampling
 from gspn_dit.autoencoder.vae import weights_sha256
 from gspn_dit.diffusion import objective_of
-from gspn_dit.evaluation.extractors import Extractor, FeatureName, create_extractor
+from gspn_dit.evaluation.extractors import Extractor, create_extractor
 from gspn_dit.evaluation.features import layer_widths, observe
 from gspn_dit.evaluation.image_sets import ImageSet, open_reference
 from gspn_dit.evaluation.metrics import frechet_distance
@@ -78,7 +78,7 @@ class Options:
 
     models: list[str] = field(default_factory=lambda: ["digits"])
     pixels: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
-    features: FeatureName | None = None
+    features: str | None = None
     num_images: int = 200
     guidance_scale: float | None = None
     num_inference_steps: int | None = None

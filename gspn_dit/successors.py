@@ -22,7 +22,7 @@ _SUCCESSORS = {
     "gspn_dit.runs": "gspn_dit.storage.run_folder",
     "gspn_dit.sample": "gspn_dit.inference.sample; the command is `gspn-dit sample`",
     "gspn_dit.training.small_vae": "gspn_dit.demo.small_vae; the command is `gspn-dit small-vae`",
-    "gspn_dit.weights": "gspn_dit.demo.packaged",
+    "gspn_dit.weights": "gspn_dit.storage.packaged",
 }
 
 

@@ -71,6 +71,7 @@ def commands() -> list:
             if not re.search(rf"\b{STARTS} ", line):
                 continue
             words = shlex.split(line, comments=True)
+            words = words[words[0] == "run" :]  # of quickstart.sh
             if words[0] == "gspn-dit":
                 words[:1] = ["python", "-m", "gspn_dit"]
             if "-c" in words:  # bash -c 'exec accelerate launch …'

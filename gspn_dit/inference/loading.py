@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 
 from gspn_dit.autoencoder import load_vae
 from gspn_dit.autoencoder.vae import NOT_HEEDED, adopt_normalisation, normalisation, vae_record, vae_sha256
-from gspn_dit.demo.packaged import PACKAGED, packaged
 from gspn_dit.diffusion import create_scheduler
 from gspn_dit.errors import InputError, machine_fault, warn
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.inference.run_description import RunDescription
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.registry import FAMILIES
+from gspn_dit.storage.packaged import PACKAGED_MODELS
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder
 
 _INDEX = "model_index.json"  # of an exported folder, as diffusers calls it
@@ -95,7 +95,7 @@ def pipeline_of(
 
 
 def _folder(path: str | os.PathLike) -> Path:
-    return packaged(str(path)) if str(path) in PACKAGED else Path(path)
+    return PACKAGED_MODELS.get(str(path), Path(path))
 
 
 def _is_exported(folder: Path) -> bool:
@@ -121,7 +121,9 @@ def _newest_checkpoint(folder: Path) -> Checkpoint:
     if folder.is_file():
         raise InputError("is a file; wanted the folder of a run, a checkpoint or an exported pipeline")
     if not folder.is_dir():
-        raise InputError(f"no such folder; wanted a run, a checkpoint, an exported pipeline or {' or '.join(PACKAGED)}")
+        raise InputError(
+            f"no such folder; wanted a run, a checkpoint, an exported pipeline or {' or '.join(PACKAGED_MODELS)}"
+        )
     checkpoint, run = Checkpoint(folder), RunFolder(folder)
     if checkpoint.ema.is_dir():
         return checkpoint

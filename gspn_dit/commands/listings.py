@@ -1,0 +1,28 @@
+"""Options of the commands that say what there is: models, and kernels of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class ModelsOptions:
+    """Models: which ones to list.
+
+    Args:
+        names: Models to count, for example `[dit-xl-2,gspn-dit-xl-2]`; all if not given.
+    """
+
+    names: list[str] | None = None
+
+
+@dataclass
+class OpsOptions:
+    """Operator: its kernels on this machine.
+
+    Args:
+        require: Look for this kernel only, and fail if it is missing.
+    """
+
+    require: Literal["cpu", "cuda"] | None = None
