@@ -349,10 +349,10 @@ class OpsOptions:
     """Which backends to look for.
 
     Args:
-        require: Look for this one alone, and end with an error if it is missing.
+        require: Look for this one alone, say native-cuda, and end with an error if it is missing.
     """
 
-    require: Literal["cpu", "cuda"] | None = None
+    require: str | None = None
 
 
 @dataclass
