@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
-from made.runs import tiny_vae
+from made.runs import pipeline, tiny_vae
 from PIL import Image
-from test_pipeline import pipeline
 
 from gspn_dit.autoencoder import decode
 from gspn_dit.autoencoder.tiling import decode_in_tiles, mosaic, tile_side
