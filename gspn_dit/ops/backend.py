@@ -39,18 +39,25 @@ class Status(NamedTuple):
 
 
 class Backend(Protocol):
-    """One implementation of the operator, found by its name in :mod:`gspn_dit.ops.registry`.
+    """One implementation of the operator, found by its name in :mod:`gspn_dit.ops.registry`."""
 
-    Attributes:
-        name: What `backend=` and `gspn-dit ops --require` call it. Not a device's name: a device may have several.
-        device_types: Types of the devices whose tensors it takes ("cpu", "cuda", ...); None is any.
-        priority: Of the backends that can run a call, the one of the highest priority does. The reference has 0, the
-            kernels of csrc/ have 100.
-    """
+    @property
+    def name(self) -> str:
+        """What `backend=` and `gspn-dit ops --require` call it. Not a device's name: a device may have several."""
+        ...
 
-    name: str
-    device_types: Sequence[str] | None
-    priority: int
+    @property
+    def device_types(self) -> Sequence[str] | None:
+        """Types of the devices whose tensors it takes ("cpu", "cuda", ...); None is any."""
+        ...
+
+    @property
+    def priority(self) -> int:
+        """Of the backends that can run a call, the one of the highest priority does.
+
+        The reference has 0, the kernels of csrc/ have 100.
+        """
+        ...
 
     def status(self, device: torch.device | None = None) -> Status:
         """Whether it runs on this machine, on that device (None: the current one).
