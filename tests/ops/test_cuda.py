@@ -87,6 +87,7 @@ def check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, chunk, 
     exact = [None if t is None else t.double() for t in tensors]
     want = Reference().forward(Call(*exact, chunk, directions))
     call = Call(*tensors, chunk, directions)
+    assert kernel.supports(call) is None
     y = kernel.forward(call)
     assert y.dtype == x.dtype and y.stride() == torch.empty_like(x).stride()
     assert distance(y, want) < tolerance
@@ -224,8 +225,6 @@ def test_logits_of_any_size_stay_finite(kernel):
 
 
 def test_a_line_too_long_for_shared_memory_runs_elsewhere(emulates):
-    if not hasattr(emulated_kernels(), "refusal"):
-        pytest.skip("these kernels do not say what they refuse")
     call = Call(*operands(1, 2, 1400, 2, 1, 2)[:-1], directions=[0])
     assert EmulatedCuda(SHARED_MEMORY).supports(call) is None
     kernel = EmulatedCuda(LITTLE_MEMORY)
@@ -245,6 +244,39 @@ def test_gradients_are_the_same_bits_twice(kernel, shape):
     first, second = (kernel.backward(grad, Call(*tensors, 0, [0, 1, 2, 3])) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kernel", ["emulated, little shared memory"], indirect=True)
+def test_what_does_not_fit_is_refused_before_it_runs(kernel):
+    """On a block of 30 KB, forward has room for lines of 3840 tokens, backward for 1280."""
+    too_long = "a line is too long for the shared memory of this device"
+    for width, forward, backward in (
+        (1280, "", ""),
+        (1281, "", too_long),
+        (3840, "", too_long),
+        (3841, too_long, too_long),
+    ):
+        *tensors, grad = operands(1, 2, width, 1, 1, 1)
+        call = Call(*tensors, directions=[0])
+        assert kernel.supports(call) == (backward or None)
+        assert torch.ops.gspn_dit_cuda.refusal(*call, backward=False) == forward
+        passes = (forward, kernel.forward, (call,)), (backward, kernel.backward, (grad, call))
+        for reason, run, arguments in passes:
+            if reason:
+                with pytest.raises(RuntimeError, match=reason):
+                    run(*arguments)
+            else:
+                run(*arguments)
+
+
+@pytest.mark.parametrize("kernel", ["emulated"], indirect=True)
+def test_a_dtype_without_a_kernel_is_refused(kernel):
+    *tensors, _ = operands(1, 2, 3, 4, 1, 2, dtype=torch.float64)
+    said = "x has dtype Double: wanted float32, bfloat16 or float16 on CUDA"
+    call = Call(*tensors, directions=[0])
+    assert kernel.supports(call) == said
+    with pytest.raises(RuntimeError, match=said):
+        kernel.forward(call)
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -354,7 +386,8 @@ def compiled(tmp_path_factory):
             "2",
             *(word for target in targets for word in ("-gencode", target)),
             "-c",
-            CSRC / "propagate_cuda.cu",
+            f"-I{CSRC}",
+            CSRC / "cuda" / "propagate.cu",
             "-o",
             kernels,
         ],
