@@ -112,7 +112,7 @@ for name in resolution-cuda.json quality-cuda.tar.gz; do
   [ -e "$out/$name" ] || [ ! -e "$state/$name" ] || cp "$state/$name" "$out"
 done
 [ ! -e "$out/quality-cuda.tar.gz" ] || tar -C "$work" -xzf "$out/quality-cuda.tar.gz" || failed=1
-[ $failed -ne 0 ] || step build 240 "$python" -m gspn_dit.ops --require cuda
+[ $failed -ne 0 ] || step build 240 "$python" -m gspn_dit.ops --require native-cuda
 [ $failed -eq 0 ] || exit 1 # the reference operator would be measured
 if [ "$part" != kernels ]; then
   step import 60 "$python" -c "import gspn_dit.models" # diffusers, and what of its friends is installed

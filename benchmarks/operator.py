@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from benchmarks.machine import machine
 from gspn_dit.ops import propagate
-from gspn_dit.ops.backends import status
+from gspn_dit.ops.registry import find
 from gspn_dit.options import command
 
 SHAPES = [(1, 16, 16, 384, 6), (1, 64, 64, 384, 6), (1, 64, 64, 384, 384), (1, 128, 128, 384, 6)]  # B, H, W, C, G
@@ -49,17 +49,20 @@ def operands(shape: tuple[int, ...]) -> list[torch.Tensor]:
     """
     b, h, w, c, g = shape
     if g < c:
-        gates, lam = torch.randn(b, h, w, g, 4, 3).permute(0, 1, 2, 4, 5, 3), torch.rand(b, h, w, g, 4).transpose(3, 4)
+        gates = torch.randn(b, h, w, g, 4, 3).permute(0, 1, 2, 4, 5, 3)
+        input_gate = torch.rand(b, h, w, g, 4).transpose(3, 4)
         rest = torch.rand(4, c), torch.randn(4, c)
     else:
-        gates, lam, rest = torch.randn(b, h, w, 4, 3, g), torch.rand(b, h, w, 4, g), (torch.rand(b, h, w, 4, g),)
-    return [tensor.requires_grad_() for tensor in (torch.randn(b, h, w, c), gates, lam, *rest)]
+        gates, input_gate, rest = torch.randn(b, h, w, 4, 3, g), torch.rand(b, h, w, 4, g), (torch.rand(b, h, w, 4, g),)
+    return [tensor.requires_grad_() for tensor in (torch.randn(b, h, w, c), gates, input_gate, *rest)]
 
 
-def scan(backend: str, x: torch.Tensor, gates: torch.Tensor, lam: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+def scan(
+    backend: str, x: torch.Tensor, gates: torch.Tensor, input_gate: torch.Tensor, *rest: torch.Tensor
+) -> torch.Tensor:
     """The operator on a set of operands."""
-    factors = {"decay": rest[0], "scale": rest[1]} if len(rest) == 2 else {"out": rest[0]}
-    return propagate(x, gates, lam, **factors, backend=backend)
+    factors = {"decay": rest[0], "scale": rest[1]} if len(rest) == 2 else {"output_gate": rest[0]}
+    return propagate(x, gates, input_gate, **factors, backend=backend)
 
 
 def median_ms(run: Callable[[], object], repeats: int) -> float:
@@ -94,7 +97,7 @@ def shape_rows(repeats: int) -> list[str]:
         b, h, w, c, g = shape
         inputs = operands(shape)
         qkv = [torch.randn(b, 6, h * w, c // 6, requires_grad=True) for _ in range(3)]
-        ours = forward_and_backward(partial(scan, "cpu"), inputs, repeats)
+        ours = forward_and_backward(partial(scan, "native-cpu"), inputs, repeats)
         # the slow peers: fewer repeats, still a median of at least three
         few = max(3, repeats // 2)
         reference = forward_and_backward(partial(scan, "reference"), inputs, few)
@@ -114,7 +117,7 @@ def scaling_rows(repeats: int) -> list[str]:
     for shape in SCALING:
         inputs = operands(shape)
         with torch.no_grad():
-            ms = median_ms(partial(scan, "cpu", *inputs), repeats)
+            ms = median_ms(partial(scan, "native-cpu", *inputs), repeats)
         costs.append(1e6 * ms / (shape[1] * shape[2]))
         rows.append(f"| {shape[1]}×{shape[2]}, C=384, G=6 | {ms:.2f} | {costs[-1]:.0f} |")
     rows.append(f"\nslowest over fastest a pixel: {max(costs) / min(costs):.2f}")
@@ -123,7 +126,7 @@ def scaling_rows(repeats: int) -> list[str]:
 
 def main(options: Options) -> None:
     """Time the operator against its peers, in float32 on the CPU or as on a GPU's own list."""
-    available, detail = status(options.device)
+    available, detail = find(f"native-{options.device}").status()
     if not available:
         raise SystemExit(f"nothing to measure: {detail}")
     torch.manual_seed(0)

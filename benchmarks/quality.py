@@ -37,7 +37,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.macs import count_macs
-from gspn_dit.ops.backends import kernel
+from gspn_dit.ops.registry import require_kernels
 from gspn_dit.options import command, require
 from gspn_dit.precision import autocast, choose_precision
 from gspn_dit.storage.files import begin_or_continue, replacing, write_json
@@ -406,7 +406,7 @@ def main(options: Options) -> None:
     deadline = Deadline(options.time_budget)
     device = choose_device(options.device)
     options = replace(options, mixed_precision=choose_precision(options.mixed_precision, device).name)
-    kernel(device.type, device)  # raises where the reference operator would be timed for want of it
+    require_kernels(device)  # raises where the reference operator would be timed for want of it
     tasks = {name: TASKS[name]() for name in options.data}
     for task in tasks.values():
         for spec in options.models:

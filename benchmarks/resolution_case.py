@@ -28,7 +28,7 @@ from benchmarks import cuda_timing
 from gspn_dit.diffusion import create_objective
 from gspn_dit.models import DiT, create_model
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.ops.backends import kernel
+from gspn_dit.ops.registry import require_kernels
 
 LONGEST_WHOLE = 10.0  # seconds of a call; a model that takes longer is put together from its blocks
 FEWEST, SECONDS_OF_REPEATS = 3, 3.0  # calls timed: so many at least, and more while there are seconds left
@@ -132,7 +132,7 @@ def random_model(case: Case) -> LatentModel:
 
     Raises :class:`InputError` where the reference operator would be measured for want of the kernel.
     """
-    kernel(case.device, torch.device(case.device))
+    require_kernels(torch.device(case.device))
     objective = create_objective("flow")
     model = create_model(case.name, out_channels=objective.out_channels(4), **case.overrides)
     for parameter in model.parameters():

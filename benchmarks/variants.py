@@ -47,10 +47,12 @@ def norm_free(mixer: GSPNMixer, width: int) -> None:
     mixer.norm = lambda y: y
 
 
-def scan(mixer: GSPNMixer, value: Tensor, gates: Tensor, lam: Tensor, out: Tensor | None = None) -> Tensor:
+def scan(
+    mixer: GSPNMixer, value: Tensor, gates: Tensor, input_gate: Tensor, output_gate: Tensor | None = None
+) -> Tensor:
     """The mixer's scans with these gates and λ, and u where it is given."""
     decay, scale = mixer.channel_factors(torch.float32)
-    return propagate(value, gates, lam, out, decay=decay, scale=scale, chunk=mixer.chunk)
+    return propagate(value, gates, input_gate, output_gate, decay=decay, scale=scale, chunk=mixer.chunk)
 
 
 def lam_through(activation: Callable[[Tensor], Tensor], start: float) -> Callable[[GSPNDiT], None]:

@@ -18,6 +18,7 @@ _SUCCESSORS = {
     "gspn_dit.models.layers": "gspn_dit.layers.blocks",
     "gspn_dit.models.mixers": "gspn_dit.layers.mixers",
     "gspn_dit.models.presets": "gspn_dit.models.registry",
+    "gspn_dit.ops.backends": "gspn_dit.ops.registry",
     "gspn_dit.pipeline": "gspn_dit.inference.pipeline; `from gspn_dit import GSPNDiTPipeline` finds it wherever it is",
     "gspn_dit.runs": "gspn_dit.storage.run_folder",
     "gspn_dit.sample": "gspn_dit.inference.sample; the command is `gspn-dit sample`",

@@ -32,12 +32,12 @@ def count_macs(model: LatentModel, latent_size: tuple[int, int]) -> int:
 def _propagate_flops(
     x_shape: Sequence[int],
     gates_shape: Sequence[int],
-    lam_shape: Sequence[int],
+    input_gate_shape: Sequence[int],
     *factor_shapes_and_options: Sequence[int] | None,
     **_: object,
 ) -> int:
     """Two for each multiplication: three neighbours, λ, and what there is of u, f, s, per channel and direction."""
     batch, height, width, channels = x_shape
-    directions = lam_shape[3]
+    directions = input_gate_shape[3]
     factors = sum(shape is not None for shape in factor_shapes_and_options[:3])
     return 2 * batch * height * width * channels * directions * (4 + factors)

@@ -155,7 +155,8 @@ def test_the_core_is_the_sum_of_its_four_scans_and_skips():
     expected = 0
     for k, direction in enumerate(("down", "up", "right", "left")):
         gates = core.gates(proxy).unflatten(-1, (4, 3, CHANNELS))[..., k : k + 1, :, :]
-        lam, u, d = (head(proxy).unflatten(-1, (4, CHANNELS))[..., k, :] for head in (core.lam, core.out, core.skip))
-        h = propagate(x, gates, lam[..., None, :], directions=(direction,))
+        heads = core.lam, core.out, core.skip
+        input_gate, u, d = (head(proxy).unflatten(-1, (4, CHANNELS))[..., k, :] for head in heads)
+        h = propagate(x, gates, input_gate[..., None, :], directions=(direction,))
         expected = expected + core.merge[k] * (u * h + d * x)
     torch.testing.assert_close(core(x), expected, atol=1e-4, rtol=1e-4)
