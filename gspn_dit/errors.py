@@ -45,6 +45,11 @@ def is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_guidance(scale: object, interval: object, group: str = "") -> None:
     """Raise :class:`InputError` for a guidance_scale or a guidance_interval, options of `group`, that cannot be."""
     if not is_finite(scale) or scale < 1:

@@ -9,7 +9,7 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -39,10 +39,9 @@ from gspn_dit.devices import memory_of
 from gspn_dit.diffusion import create_scheduler, denoise
 from gspn_dit.diffusion.sampling import Generators
 from gspn_dit.diffusion.schedulers import own_shift, shifted
-from gspn_dit.errors import InputError, check_guidance, machine_fault, warn
-from gspn_dit.layers.chunks import chunked_layers, scaled_chunks
+from gspn_dit.errors import InputError, check_guidance, is_finite, machine_fault, warn
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.models.registry import FAMILIES
+from gspn_dit.models.registry import find_class
 from gspn_dit.precision import DTYPES, MixedPrecision, autocast, choose_precision
 from gspn_dit.storage.files import in_bytes
 from gspn_dit.storage.runs import list_checkpoints
@@ -181,12 +180,13 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 return None
             return (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents")
 
-        with self._chunks(chunk_scale), autocast(device, precision):
+        with autocast(device, precision):
             latents = denoise(
                 self.transformer,
                 self.scheduler if shift is None else shifted(self.scheduler, shift),
                 randn_tensor(shape, generator=generator, device=device, dtype=torch.float32),
                 torch.tensor(labels, device=device),
+                model_options=None if chunk_scale is None else {"chunk_scale": chunk_scale},
                 guidance_scale=guidance_scale,
                 guidance_interval=guidance_interval,
                 num_inference_steps=num_inference_steps,
@@ -296,14 +296,14 @@ class GSPNDiTPipeline(DiffusionPipeline):
         if shift == "auto":
             shift = own_shift(self.scheduler) * ratio
         if chunk_scale == "auto":
-            chunk_scale = ratio if chunked_layers(self.transformer) else None
+            chunk_scale = ratio if self.transformer.has_chunks else None
         if shift is not None:
             shifted(self.scheduler, shift)
-        with self._chunks(chunk_scale):  # raises what the call would
-            return shift, chunk_scale
-
-    def _chunks(self, scale: float | None) -> AbstractContextManager[None]:
-        return nullcontext() if scale is None else scaled_chunks(self.transformer, scale)
+        if chunk_scale is not None:
+            if not is_finite(chunk_scale) or chunk_scale <= 0:
+                raise InputError(f"chunk_scale={chunk_scale!r}: wanted a positive number, or auto")
+            self.transformer.check_chunk_scale(chunk_scale)
+        return shift, chunk_scale
 
     def _pictures(self, latents: Tensor, output_type: str) -> Any:
         """Decoded images, a few at a time: the VAE's activations are far larger than the transformer's."""
@@ -432,7 +432,7 @@ def _newest_checkpoint(folder: Path) -> Path:
 
 def _load_transformer(folder: Path) -> LatentModel:
     kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-    family = next((family for family in FAMILIES.values() if family.__name__ == kind), None)
+    family = find_class(kind)
     if family is None:
         raise InputError(f"{folder / 'config.json'}: _class_name={kind!r} is no model of gspn_dit.models")
     return family.from_pretrained(folder, use_safetensors=True)

@@ -1,4 +1,4 @@
-"""What one forward pass of a model costs in multiplications (`model.num_parameters()` counts its parameters)."""
+"""Multiply-accumulates of one forward pass of a model (`model.num_parameters()` counts its parameters)."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ def count_macs(model: LatentModel, latent_size: tuple[int, int]) -> int:
     """
     device = next(model.parameters()).device
     latents = torch.zeros(1, model.in_channels, *latent_size, device=device)
-    timesteps, class_labels = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    timesteps, condition = torch.zeros(1, device=device), model.example_condition(1)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.gspn_dit.propagate: _propagate_flops})
     with counter, torch.no_grad():
-        model(latents, timesteps, class_labels)
+        model(latents, timesteps, **condition)
     return counter.get_total_flops() // 2
 
 
 def _propagate_flops(
     x_shape: Sequence[int],
     gates_shape: Sequence[int],
-    lam_shape: Sequence[int],
+    input_gate_shape: Sequence[int],
     *factor_shapes_and_options: Sequence[int] | None,
     **_: object,
 ) -> int:
-    """Two for each multiplication: three neighbours, λ, and what there is of u, f, s, per channel and direction."""
+    """Two per multiplication, per channel and direction: three neighbours, the input gate, and as many of output gate,
+    decay and scale as there are."""
     batch, height, width, channels = x_shape
-    directions = lam_shape[3]
+    directions = input_gate_shape[3]
     factors = sum(shape is not None for shape in factor_shapes_and_options[:3])
     return 2 * batch * height * width * channels * directions * (4 + factors)

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gspn_dit
 from gspn_dit.errors import InputError
-from gspn_dit.layers.blocks import SquaredReLU
 from gspn_dit.layers.embeddings import TimestepEmbedding, sincos_positions
+from gspn_dit.layers.feed_forward import SquaredReLU
 from gspn_dit.models import DiT, GSPNDiT, create_model, list_models
 from gspn_dit.models import __main__ as table
 from gspn_dit.models.dit import Attention
@@ -80,7 +80,7 @@ def test_parameters_are_as_published(name, parameters, trainable):
     assert (model.num_parameters(), model.num_parameters(only_trainable=True)) == (parameters, trainable)
 
 
-@pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("gspn-dit-")])
+@pytest.mark.parametrize("name", list_models("gspn-dit-*"))
 def test_gspn_dit_has_at_most_65_6_percent_of_the_parameters_of_dit(name):
     assert on_meta(name).num_parameters() <= 0.656 * on_meta(name.removeprefix("gspn-")).num_parameters()
 
@@ -384,9 +384,10 @@ def test_gspn_keeps_the_first_half_and_joins_it_mirrored_in_the_second():
     b = model.blocks
     condition = (model.t_embedder(timesteps) + model.y_embedder(labels))[:, None, None]
     x = model.x_embedder(latents) + condition
-    first = b[0](x)
-    second = b[1](first)
-    y = b[4](b[3](b[2](second), second), first)
+    assert model.chunks == (2, 2, 2, None, None)
+    first = b[0](x, None, 2)
+    second = b[1](first, None, 2)
+    y = b[4](b[3](b[2](second, None, 2), second), first)
     y = F.layer_norm(y, (32,), model.norm.weight, model.norm.bias)
     shift, scale = model.final_layer.adaLN_modulation(condition).chunk(2, dim=-1)
     y = model.final_layer.linear(F.layer_norm(y, (32,), eps=1e-6) * (1 + scale) + shift)
@@ -395,10 +396,10 @@ def test_gspn_keeps_the_first_half_and_joins_it_mirrored_in_the_second():
 
 def test_stochastic_depth_keeps_or_drops_whole_branches_and_rises_with_depth():
     torch.manual_seed(0)
-    block = GSPNBlock(16, chunk=2, drop_chance=0.5, joins=False)
+    block = GSPNBlock(16, drop_chance=0.5, joins=False)
     x = torch.randn(64, 4, 4, 16)
-    branch = block.eval()(x) - x
-    scales = ((block.train()(x) - x) * branch).sum((1, 2, 3)) / branch.square().sum((1, 2, 3))
+    branch = block.eval()(x, None, 2) - x
+    scales = ((block.train()(x, None, 2) - x) * branch).sum((1, 2, 3)) / branch.square().sum((1, 2, 3))
     kept = scales > 1
     torch.testing.assert_close(scales, kept * 2.0, atol=1e-3, rtol=0)  # so the mean over many is the eval branch
     assert 16 < kept.sum() < 48
@@ -465,9 +466,9 @@ def test_depthwise_convolution_needs_no_layout_copies():
     mixer = GSPNDiT(width=32, depth=2, num_groups=2).blocks[0].mixer
     value = mixer.value(torch.randn(2, 6, 5, 32))
     assert mixer.conv(value).is_contiguous()
-    gates, lam = mixer.gates_and_lam(value)
-    assert gates.data_ptr() + 12 * gates.element_size() == lam.data_ptr()  # a group's numbers side by side
-    assert (gates.shape, lam.shape) == ((2, 6, 5, 4, 3, 2), (2, 6, 5, 4, 2))
+    gates, input_gate = mixer.token_gates(value)
+    assert gates.data_ptr() + 12 * gates.element_size() == input_gate.data_ptr()  # a group's numbers side by side
+    assert (gates.shape, input_gate.shape) == ((2, 6, 5, 4, 3, 2), (2, 6, 5, 4, 2))
 
 
 def test_the_package_is_light_to_import_and_finds_its_names():
