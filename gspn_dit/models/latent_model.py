@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 from os import PathLike
 from typing import Any, Self
 
@@ -12,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
-from gspn_dit.errors import InputError, is_finite, is_whole
+from gspn_dit.errors import InputError, is_whole
 from gspn_dit.layers.chunks import scale_chunk
 from gspn_dit.layers.embeddings import PatchEmbedding
 
@@ -120,7 +122,8 @@ class LatentModel(ModelMixin, ConfigMixin):
         """Raise :class:`InputError` unless forward takes the scale: positive, and 1 where no layer has a chunk."""
         if scale == 1:
             return
-        if not is_finite(scale) or scale <= 0:
+        number = isinstance(scale, Real) and not isinstance(scale, bool)
+        if not number or not 0 < scale < math.inf:  # torch.compile cannot trace math.isfinite
             raise InputError(f"chunk_scale={scale!r}: wanted a positive number")
         if not self.has_chunks:
             raise InputError(f"chunk_scale={scale!r}: no layer of this {type(self).__name__} has a chunk; leave it out")

@@ -110,6 +110,34 @@ def test_a_mixer_projects_its_normed_groups_and_the_direct_path(mixer):
     torch.testing.assert_close(layer(x), layer.proj(joined), atol=1e-3, rtol=1e-3)
 
 
+@mixers
+def test_a_mixer_alone_is_the_mixing_of_the_layer_in_the_block(mixer):
+    """Without value projection, filter, norm, skip and output projection, on any map of values."""
+    layer, alone = small(mixer).blocks[0].mixer, MIXERS[mixer](32, 2)
+    around = {"value.weight", "value.bias", "conv.weight", "conv.bias", "direct", "proj.weight", "proj.bias"}
+    weights = layer.state_dict()
+    alone.load_state_dict({name: value for name, value in weights.items() if name not in around})
+    assert not around & set(alone.state_dict()) and around < set(weights)
+    value = torch.randn(2, 5, 7, 32)
+    assert torch.equal(alone(value), layer.mix(value))
+    if alone.scans:
+        assert torch.equal(alone(value, 3), layer.mix(value, 3)) and not torch.equal(alone(value, 3), alone(value))
+    else:
+        with pytest.raises(InputError, match=rf"chunk=3: a {type(alone).__name__} has no lines; leave it out"):
+            alone(value, 3)
+
+
+@mixers
+def test_a_mixer_mixes_the_values_of_a_convolutional_network(mixer):
+    """As the attention of a U-Net, or in a classifier: nothing but maps goes in, and gradients reach all weights."""
+    torch.manual_seed(0)
+    features, alone = nn.Conv2d(3, 8, 3, stride=2), MIXERS[mixer](8, 1)
+    x = features(torch.randn(2, 3, 15, 11)).permute(0, 2, 3, 1)
+    nn.functional.cross_entropy((x + alone(x)).mean((1, 2)), torch.tensor([3, 5])).backward()
+    parameters = [*features.parameters(), *alone.parameters()]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
+
+
 @pytest.mark.parametrize(("mixer", "reach"), [("attention", 20), ("linear", 20), ("conv", 4)])
 def test_attention_reaches_the_whole_map_and_convolution_its_window(mixer, reach):
     layer = small(mixer).blocks[0].mixer
@@ -132,7 +160,7 @@ def test_linear_attention_is_the_quadratic_form_with_relu_products_for_weights()
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_attention_of_a_large_map_keeps_its_sums_in_float32(dtype):
-    """40,000 tokens with equal keys give the mean of the values, where sums of that many in half precision stall."""
+    """40,000 tokens with equal keys give the values' mean, where sums of that many in half precision stall."""
     query, key, value = torch.ones(3, 1, 1, 40_000, 4, dtype=dtype).unbind(0)
     with torch.autocast("cpu", dtype=dtype):
         y = LinearAttentionMixer(4, 1).attend(query * 300, key * 300, value)
