@@ -22,7 +22,7 @@ from gspn_dit.layers.embeddings import PatchEmbedding
 class LatentModel(ModelMixin, ConfigMixin):
     """A network over latents: model(latents, timesteps, …, chunk_scale=1.0) → prediction.
 
-    What it is conditioned on is a family's own: the named arguments of its forward, and the embedders that it makes.
+    A family decides what it is conditioned on: it names the arguments of its forward and makes their embedders.
 
     Args:
         width: Channels C of a token.
@@ -85,9 +85,9 @@ class LatentModel(ModelMixin, ConfigMixin):
         return (model, info) if wants_info else model
 
     def example_condition(self, batch: int) -> dict[str, Tensor]:
-        """What forward takes beside latents and timesteps, by name, for `batch` samples; the values do not matter.
+        """The named tensors that forward takes beside latents and timesteps, for `batch` samples, of any value.
 
-        For counting operations and memory without knowing what the family is conditioned on.
+        Operations and memory are counted with them, by code that does not know what the family is conditioned on.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its forward is conditioned on")
 
@@ -122,8 +122,8 @@ class LatentModel(ModelMixin, ConfigMixin):
         """Raise :class:`InputError` unless forward takes the scale: positive, and 1 where no layer has a chunk."""
         if scale == 1:
             return
-        number = isinstance(scale, Real) and not isinstance(scale, bool)
-        if not number or not 0 < scale < math.inf:  # torch.compile cannot trace math.isfinite
+        is_number = isinstance(scale, Real) and not isinstance(scale, bool)
+        if not is_number or not 0 < scale < math.inf:  # not math.isfinite, which torch.compile cannot trace
             raise InputError(f"chunk_scale={scale!r}: wanted a positive number")
         if not self.has_chunks:
             raise InputError(f"chunk_scale={scale!r}: no layer of this {type(self).__name__} has a chunk; leave it out")
