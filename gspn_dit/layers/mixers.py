@@ -68,13 +68,15 @@ class Mixer(nn.Module):
         projections: The layers around the mixing; None for a mixer alone.
 
     Raises:
-        InputError: At the call, a chunk for a mixer that has no lines.
+        InputError: Groups that do not divide the width; at the call, a chunk for a mixer that has no lines.
     """
 
     scans: ClassVar[bool] = False  # whether it runs over lines, so that `mix` takes a chunk
 
     def __init__(self, width: int, num_groups: int, projections: Projections | None = None) -> None:
         super().__init__()
+        if num_groups < 1 or width % num_groups:
+            raise InputError(f"num_groups={num_groups}: give a divisor of width={width}")
         self.num_groups, self.projected = num_groups, projections is not None
         if projections is not None:
             self.value, self.conv = projections.before(width)

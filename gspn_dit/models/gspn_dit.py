@@ -81,8 +81,6 @@ class GSPNDiT(LatentModel):
         require_count("depth", depth)
         require_count("num_groups", num_groups)
         require_count("num_classes", num_classes)
-        if width % num_groups:
-            raise InputError(f"num_groups={num_groups}: give a divisor of width={width}")
         if mixer not in MIXERS:
             raise InputError(f"mixer={mixer!r}: give one of {', '.join(MIXERS)}")
         super().__init__(

@@ -128,6 +128,12 @@ def test_a_mixer_alone_is_the_mixing_of_the_layer_in_the_block(mixer):
 
 
 @mixers
+def test_groups_that_do_not_divide_the_width_are_refused(mixer):
+    with pytest.raises(InputError, match="num_groups=3: give a divisor of width=32"):
+        MIXERS[mixer](32, 3)
+
+
+@mixers
 def test_a_mixer_mixes_the_values_of_a_convolutional_network(mixer):
     """As the attention of a U-Net, or in a classifier: nothing but maps goes in, and gradients reach all weights."""
     torch.manual_seed(0)
