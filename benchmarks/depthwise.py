@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.block_budget import median
 from benchmarks.machine import machine
-from gspn_dit.layers.blocks import DepthwiseConv
+from gspn_dit.layers.convolution import DepthwiseConv
 from gspn_dit.options import command, require
 from gspn_dit.precision import choose_precision
 

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
-from gspn_dit.layers.blocks import DepthwiseConv, FinalLayer, linear
+from gspn_dit.layers.convolution import DepthwiseConv
+from gspn_dit.layers.linear import linear
 from gspn_dit.layers.mixers import NUM_DIRECTIONS, GSPNMixer
+from gspn_dit.layers.modulation import FinalLayer
 from gspn_dit.models import GSPNDiT
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.ops import propagate
@@ -35,9 +37,9 @@ def gated(mixer: GSPNMixer, width: int) -> None:
     """A branch beside the scan, y = proj(norm(mix(v)) ⊙ SiLU(W_g x)): C² more."""
     mixer.gate = linear(width, width)
 
-    def forward(self: GSPNMixer, x: Tensor) -> Tensor:
+    def forward(self: GSPNMixer, x: Tensor, chunk: int | None = None) -> Tensor:
         value = self.conv(self.value(x))
-        return self.proj(self.join(self.mix(value), value) * F.silu(self.gate(x)))
+        return self.proj(self.join(self.mix(value, chunk), value) * F.silu(self.gate(x)))
 
     mixer.forward = MethodType(forward, mixer)
 
@@ -48,11 +50,11 @@ def norm_free(mixer: GSPNMixer, width: int) -> None:
 
 
 def scan(
-    mixer: GSPNMixer, value: Tensor, gates: Tensor, input_gate: Tensor, output_gate: Tensor | None = None
+    mixer: GSPNMixer, value: Tensor, chunk: int | None, gates: Tensor, lam: Tensor, out: Tensor | None = None
 ) -> Tensor:
     """The mixer's scans with these gates and λ, and u where it is given."""
     decay, scale = mixer.channel_factors(torch.float32)
-    return propagate(value, gates, input_gate, output_gate, decay=decay, scale=scale, chunk=mixer.chunk)
+    return propagate(value, gates, lam, out, decay=decay, scale=scale, chunk=chunk)
 
 
 def lam_through(activation: Callable[[Tensor], Tensor], start: float) -> Callable[[GSPNDiT], None]:
@@ -62,9 +64,9 @@ def lam_through(activation: Callable[[Tensor], Tensor], start: float) -> Callabl
         with torch.no_grad():
             mixer.head[1].bias.view(mixer.num_groups, NUM_DIRECTIONS * 4)[:, NUM_DIRECTIONS * 3 :] = start
 
-        def mix(self: GSPNMixer, value: Tensor) -> Tensor:
-            gates, lam = self.gates_and_lam(value)
-            return scan(self, value, gates, activation(lam))
+        def mix(self: GSPNMixer, value: Tensor, chunk: int | None = None) -> Tensor:
+            gates, lam = self.token_gates(value)
+            return scan(self, value, chunk, gates, activation(lam))
 
         mixer.mix = MethodType(mix, mixer)
 
@@ -77,10 +79,10 @@ def output_gates(mixer: GSPNMixer, width: int) -> None:
     nn.init.normal_(mixer.out_head.weight, std=0.02)
     nn.init.ones_(mixer.out_head.bias)
 
-    def mix(self: GSPNMixer, value: Tensor) -> Tensor:
-        gates, lam = self.gates_and_lam(value)
+    def mix(self: GSPNMixer, value: Tensor, chunk: int | None = None) -> Tensor:
+        gates, lam = self.token_gates(value)
         out = self.out_head(self.head[0](value)).to(value.dtype).unflatten(-1, (NUM_DIRECTIONS, self.num_groups))
-        return scan(self, value, gates, lam, out)
+        return scan(self, value, chunk, gates, lam, out)
 
     mixer.mix = MethodType(mix, mixer)
 
@@ -164,10 +166,10 @@ def half_lives(shortest: float, longest: float) -> Callable[[GSPNDiT], None]:
 def gates_from_input(mixer: GSPNMixer, width: int) -> None:
     """The head reads the block's input, as attention's queries do, not the convolved value."""
 
-    def forward(self: GSPNMixer, x: Tensor) -> Tensor:
+    def forward(self: GSPNMixer, x: Tensor, chunk: int | None = None) -> Tensor:
         value = self.conv(self.value(x))
-        gates, lam = self.gates_and_lam(x.to(value.dtype))
-        return self.proj(self.join(scan(self, value, gates, lam), value))
+        gates, lam = self.token_gates(x.to(value.dtype))
+        return self.proj(self.join(scan(self, value, chunk, gates, lam), value))
 
     mixer.forward = MethodType(forward, mixer)
 
@@ -233,7 +235,7 @@ def long_skips(model: GSPNDiT) -> None:
             mirror = i - (depth - depth // 2)
             if mirror >= 0:
                 x = self.skips[mirror](torch.cat([x, kept[depth // 2 - 1 - mirror]], -1))
-            x = self.run(block, x, modulation, block_condition)
+            x = self.run(block, x, modulation, block_condition, self.chunks[i])
             if i < depth // 2:
                 kept.append(x)
         return self.unpatchify(self.final_layer(x, modulation))
@@ -276,8 +278,8 @@ def final_modulation(model: GSPNDiT) -> None:
     def forward(self: GSPNDiT, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         x, condition = self.embed(latents, timesteps, class_labels)
         modulation, block_condition = self.modulation(condition), self.block_condition(condition)
-        for block in self.blocks:
-            x = self.run(block, x, modulation, block_condition)
+        for block, chunk in zip(self.blocks, self.chunks, strict=True):
+            x = self.run(block, x, modulation, block_condition, chunk)
         return self.unpatchify(self.final_layer(x, condition))
 
     model.forward = MethodType(forward, model)

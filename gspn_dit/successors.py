@@ -15,7 +15,7 @@ _SUCCESSORS = {
     "gspn_dit.fid": "gspn_dit.evaluation; the commands are `gspn-dit evaluate` and `gspn-dit reference`, and "
     "`gspn-dit classifier` trains a classifier",
     "gspn_dit.files": "gspn_dit.storage.files",
-    "gspn_dit.models.layers": "gspn_dit.layers.blocks",
+    "gspn_dit.models.layers": "gspn_dit.layers, a file for each kind of layer",
     "gspn_dit.models.mixers": "gspn_dit.layers.mixers",
     "gspn_dit.models.presets": "gspn_dit.models.registry",
     "gspn_dit.ops.backends": "gspn_dit.ops.registry",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ def denoise(
     noise: Tensor,
     class_labels: Tensor,
     *,
+    model_options: dict[str, Any] | None = None,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     num_inference_steps: int = 50,
@@ -52,6 +54,7 @@ def denoise(
         scheduler: Any diffusers scheduler for the model's objective.
         noise: (B,C,h,w), standard normal, on the model's device.
         class_labels: (B,) long.
+        model_options: Named arguments of every call of the model, such as chunk_scale.
         guidance_scale: w of ε = ε(∅) + w·(ε(c) - ε(∅)) on all latent channels (Ho & Salimans, arXiv 2207.12598); the
             learned variance stays the conditional one. 1 is no guidance and costs one forward a step, not two.
         guidance_interval: Share of the noise levels t/1000 at which guidance acts, 0 clean and 1 pure noise
@@ -70,6 +73,7 @@ def denoise(
     _set_timesteps(scheduler, num_inference_steps, noise.device)
     step_options = {"generator": generator} if _accepts(scheduler.step, "generator") else {}
     dtype = getattr(model, "dtype", torch.float32)
+    options = model_options or {}
     null_labels = torch.full_like(class_labels, model.null_class)
 
     latents = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -82,12 +86,12 @@ def denoise(
         guided = guidance_scale != 1 and low <= level <= high
         if guided:
             output, unconditional = (
-                model(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([class_labels, null_labels]))
+                model(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([class_labels, null_labels]), **options)
                 .float()
                 .chunk(2)
             )
         else:
-            output = model(inputs, timesteps, class_labels).float()
+            output = model(inputs, timesteps, class_labels, **options).float()
         _check_objective(scheduler, output, latents)
 
         prediction, variance = output.split([latents.shape[1], output.shape[1] - latents.shape[1]], dim=1)

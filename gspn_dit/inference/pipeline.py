@@ -7,7 +7,6 @@ import math
 import operator
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -22,10 +21,9 @@ from gspn_dit.autoencoder.vae import check_vae
 from gspn_dit.diffusion import denoise
 from gspn_dit.diffusion.sampling import Generators
 from gspn_dit.diffusion.schedulers import own_shift, shifted
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, is_finite
 from gspn_dit.inference.decoding import decode_images
 from gspn_dit.inference.memory import check_memory
-from gspn_dit.layers.chunks import chunked_layers, scaled_chunks
 from gspn_dit.precision import autocast, choose_precision
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
@@ -160,12 +158,13 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 return None
             return (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents")
 
-        with self._chunks(chunk_scale), autocast(device, precision):
+        with autocast(device, precision):
             latents = denoise(
                 self.transformer,
                 self.scheduler if shift is None else shifted(self.scheduler, shift),
                 randn_tensor(shape, generator=generator, device=device, dtype=torch.float32),
                 torch.tensor(labels, device=device),
+                model_options=None if chunk_scale is None else {"chunk_scale": chunk_scale},
                 guidance_scale=guidance_scale,
                 guidance_interval=guidance_interval,
                 num_inference_steps=num_inference_steps,
@@ -260,14 +259,14 @@ class GSPNDiTPipeline(DiffusionPipeline):
         if shift == "auto":
             shift = own_shift(self.scheduler) * ratio
         if chunk_scale == "auto":
-            chunk_scale = ratio if chunked_layers(self.transformer) else None
+            chunk_scale = ratio if self.transformer.has_chunks else None
         if shift is not None:
             shifted(self.scheduler, shift)
-        with self._chunks(chunk_scale):  # raises what the call would
-            return shift, chunk_scale
-
-    def _chunks(self, scale: float | None) -> AbstractContextManager[None]:
-        return nullcontext() if scale is None else scaled_chunks(self.transformer, scale)
+        if chunk_scale is not None:
+            if not is_finite(chunk_scale) or chunk_scale <= 0:
+                raise InputError(f"chunk_scale={chunk_scale!r}: wanted a positive number, or auto")
+            self.transformer.check_chunk_scale(chunk_scale)
+        return shift, chunk_scale
 
 
 def unguided(class_dropout: float) -> str:
