@@ -93,6 +93,20 @@ class LatentStore(Dataset):
         shard, row = self._find(index)
         return shard["moments"][row].float(), int(shard["labels"][row])
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        return self.latent_channels, *self.latent_size
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """What a sample holds beside the latents."""
+        return ("class_labels",)
+
+    def sample(self, index: int, flip: bool = False) -> dict[str, Tensor]:
+        """`moments` (2C, h, w) float32, of the mirror image if asked, and `class_labels` () long."""
+        return {"moments": self.moments(index, flip), "class_labels": torch.tensor(self.label(index))}
+
     def moments(self, index: int, flip: bool = False) -> Tensor:
         """Mean and log-variance (2C, h, w), float32, of image `index`, or of its mirror image.
 

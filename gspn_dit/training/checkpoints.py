@@ -30,17 +30,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 
 from gspn_dit.autoencoder.vae import NORMALISATION, NOT_HEEDED, is_same_place
 from gspn_dit.config import Config
+from gspn_dit.data import Source
 from gspn_dit.errors import InputError
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.precision import Precision
 from gspn_dit.storage.files import save_tensors, sha256
 from gspn_dit.storage.runs import list_checkpoints
-from gspn_dit.training.ema import Average
+from gspn_dit.training.ema import EMA
 from gspn_dit.training.sharding import fill, like, whole
 
 EMA_WEIGHTS = "ema/diffusion_pytorch_model.safetensors"
@@ -81,21 +81,23 @@ class DiskWork:
 
 
 @dataclass
-class TrainingState:
-    """All that training changes.
+class State:
+    """All that the steps of a run change.
 
     Args:
         model: The model that is trained, without DDP's wrapper; FSDP may have split its parameters.
-        optimizer: Its AdamW.
+        wrapped: The same as accelerate wraps it, which is what a step calls.
+        optimizer: Its AdamW, as accelerate wraps that.
         ema: The average that sampling uses.
         power_emas: The post-hoc EMA's averages, by relative width σ_rel.
         model_config: The model's config.json, from before FSDP gave it a class of its own.
     """
 
     model: LatentModel
+    wrapped: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: Average
-    power_emas: dict[float, Average]
+    ema: EMA
+    power_emas: dict[float, EMA]
     model_config: str
 
     def files(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -117,7 +119,7 @@ class TrainingState:
 def save_checkpoint(
     accelerator: Accelerator,
     config: Config,
-    state: TrainingState,
+    state: State,
     class_names: list[str],
     metadata: dict[str, Any],
 ) -> Path:
@@ -166,7 +168,7 @@ def save_checkpoint(
     return checkpoint
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> dict[str, Any]:
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: State) -> dict[str, Any]:
     """Bring weights, optimiser and averages back; returns the checkpoint's metadata. Every process calls this."""
     for name, tensors in state.files():
         with safe_open(checkpoint / name, framework="pt") as file:
@@ -204,7 +206,7 @@ def collect(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def checkpoint_to_resume(
-    config: Config, source: Dataset, vae_record: dict[str, Any], precision: Precision
+    config: Config, source: Source, vae_record: dict[str, Any], precision: Precision
 ) -> Path | None:
     """The newest checkpoint of the run that is whole; None if it has none at all.
 
@@ -257,7 +259,7 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def check_resumable(checkpoint: Path, config: Config, source: Dataset, vae_record: dict[str, Any]) -> None:
+def check_resumable(checkpoint: Path, config: Config, source: Source, vae_record: dict[str, Any]) -> None:
     """Raise :class:`InputError` unless a configuration and its data continue the run that a checkpoint is of."""
     saved = Config.load(checkpoint / "config.yaml")
     for key in (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gspn_dit.training.sharding import local
 
 
-class Average:
+class EMA:
     """A running average of a model's weights: in their own type, and sharded where they are.
 
     Args:
