@@ -41,7 +41,7 @@ from gspn_dit.precision import Precision
 from gspn_dit.storage.files import save_tensors, sha256
 from gspn_dit.storage.runs import list_checkpoints
 from gspn_dit.training.ema import EMA
-from gspn_dit.training.sharding import fill, like, whole
+from gspn_dit.training.sharding import copy_full, full_tensor, sharded_like
 
 EMA_WEIGHTS = "ema/diffusion_pytorch_model.safetensors"
 
@@ -179,7 +179,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: State) ->
                         f"{checkpoint / name}: {key} has shape {tuple(value.shape)}, the model's has "
                         f"{tuple(tensor.shape)}: it is of another version; train anew"
                     )
-                fill(tensor, value)
+                copy_full(tensor, value)
     parameters = dict(state.model.named_parameters())
     with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (it is no dictionary)
@@ -187,7 +187,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: State) ->
             # A copy: the file's memory would keep it open, and NFS keeps a folder of which a file is open.
             parameter, value = parameters[name], file.get_tensor(key).clone()
             # AdamW's count of steps is one number, on the parameter's device; the rest is shaped as the parameter.
-            value = like(value, parameter.detach()) if value.ndim else value.to(parameter.device)
+            value = sharded_like(value, parameter.detach()) if value.ndim else value.to(parameter.device)
             state.optimizer.state[parameter][kind] = value
     metadata = json.loads((checkpoint / "metadata.json").read_text())
     if accelerator.scaler is not None and "scaler" in metadata:
@@ -199,7 +199,7 @@ def collect(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """The tensors whole, on the CPU, for the process that keeps them; every process calls this."""
     collected = {}
     for key, tensor in tensors.items():
-        piece = whole(tensor)
+        piece = full_tensor(tensor)
         if keep:
             collected[key] = piece.cpu().contiguous()
     return collected

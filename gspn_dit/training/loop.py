@@ -53,12 +53,12 @@ from gspn_dit.training.processes import (
     EveryonesError,
     StoppedByCtrlC,
     StopRequest,
-    claimed,
     on_main,
+    run_lock,
     together,
 )
 from gspn_dit.training.record import Record, note, read_metrics, redrawn_at_an_error
-from gspn_dit.training.sharding import whole
+from gspn_dit.training.sharding import full_tensor
 from gspn_dit.training.step import NonFiniteLoss, take_step
 from gspn_dit.training.trackers import start_trackers, track_samples
 
@@ -123,7 +123,7 @@ def train(config: Config) -> None:
         run, model = together(lambda: open_run(config, accelerator))
 
         def claim() -> Path | None:
-            stack.enter_context(claimed(folder))
+            stack.enter_context(run_lock(folder))
             checkpoint = checkpoint_to_resume(config, run.source, run.vae_record, precision)
             if checkpoint is None:
                 check_nothing_lost(folder)
@@ -352,7 +352,7 @@ def averaged_pipeline(run: Run, ema: EMA) -> GSPNDiTPipeline:
     """
     with torch.device("meta"):
         model = run.build().eval()
-    model.load_state_dict({name: whole(tensor) for name, tensor in ema.tensors.items()}, assign=True)
+    model.load_state_dict({name: full_tensor(tensor) for name, tensor in ema.tensors.items()}, assign=True)
     pipeline = pipeline_of(run.config, model, run.vae, run.source.class_names)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

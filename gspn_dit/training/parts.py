@@ -20,7 +20,6 @@ from gspn_dit.autoencoder.quality import (
     latent_statistics,
     psnr,
     reconstruction_error,
-    some_images,
     warn_of_latents,
     warn_of_psnr,
 )
@@ -264,7 +263,8 @@ def open_encoded_images(config: Config, source: Source, device: torch.device) ->
     side, rest = divmod(config.data.image_size, downsampling(vae))
     if rest:
         raise InputError(f"data.image_size={config.data.image_size}: this VAE wants a multiple of {downsampling(vae)}")
-    images = list(some_images(source, ENCODED_LOOKED_AT))
+    count = min(ENCODED_LOOKED_AT, len(source))
+    images = [source.sample(k * len(source) // count)["image"][None] for k in range(count)]
     warn_of_latents(latent_statistics(vae.config, (encode_moments(vae, image) for image in images)), vae.config)
     warn_of_psnr(psnr(reconstruction_error(vae, images)))
     record = vae_record(config.data.vae, vae.config, vae)

@@ -18,7 +18,7 @@ from gspn_dit.training.checkpoints import State, last_good
 from gspn_dit.training.latents import LatentEncoder
 from gspn_dit.training.parts import Run
 from gspn_dit.training.processes import StopRequest
-from gspn_dit.training.sharding import whole
+from gspn_dit.training.sharding import full_tensor
 
 
 class NonFiniteLoss(RuntimeError):
@@ -58,7 +58,7 @@ def take_step(
     stop_requested = loss.new_full((), stop.requested)
     told = accelerator.reduce(torch.stack([torch.stack(losses).mean(), finite.float(), stop_requested]), "mean")
     # Whole: with FSDP2, torch 2.8 returns each process's part of the norm. Only tolist() waits for the device.
-    grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
+    grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
     loss, finite, stopping, grad_norm = torch.cat([told, grad_norm.reshape(1)]).tolist()
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_skip):
         raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
