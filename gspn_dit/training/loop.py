@@ -53,8 +53,8 @@ from gspn_dit.training.processes import (
     EveryonesError,
     StoppedByCtrlC,
     StopRequest,
+    claimed,
     on_main,
-    run_lock,
     together,
 )
 from gspn_dit.training.record import Record, note, read_metrics, redrawn_at_an_error
@@ -123,7 +123,7 @@ def train(config: Config) -> None:
         run, model = together(lambda: open_run(config, accelerator))
 
         def claim() -> Path | None:
-            stack.enter_context(run_lock(folder))
+            stack.enter_context(claimed(folder))
             checkpoint = checkpoint_to_resume(config, run.source, run.vae_record, precision)
             if checkpoint is None:
                 check_nothing_lost(folder)

@@ -91,7 +91,7 @@ class StopRequest:
 
 
 @contextmanager
-def run_lock(run: str | os.PathLike) -> Iterator[None]:
+def claimed(run: str | os.PathLike) -> Iterator[None]:
     """In the block, the run's folder is this process's to write; a `.lock` in it says so. A new one goes if empty.
 
     Raises:
