@@ -24,15 +24,17 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.machine import machine
-from benchmarks.quality_data import TASKS, Task
+from benchmarks.quality_data import TASKS, Labelled, Task
 from benchmarks.quality_report import write_report
 from benchmarks.variants import OF_ANY_FAMILY, VARIANTS
+from gspn_dit.conditioning import ClassLabels
 from gspn_dit.devices import choose_device
-from gspn_dit.diffusion import create_objective, create_scheduler, denoise, image_generator
+from gspn_dit.diffusion import Batch, create_objective, create_scheduler, denoise, image_generator
 from gspn_dit.errors import InputError
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
@@ -42,7 +44,8 @@ from gspn_dit.options import command, require
 from gspn_dit.precision import autocast, choose_precision
 from gspn_dit.storage.files import begin_or_continue, replacing, write_json
 from gspn_dit.storage.pictures import save_grid
-from gspn_dit.training.ema import Average, exponential
+from gspn_dit.training.ema import EMA, exponential
+from gspn_dit.training.step import make_batch
 from gspn_dit.training.stream import StepSampler, TrainingStream
 
 TIMES = [(i + 0.5) / 10 for i in range(10)]  # of the held-out loss
@@ -201,11 +204,11 @@ class Cell:
     def __init__(self, folder: Path, task: Task, spec: str, seed: int, options: Options, device: torch.device) -> None:
         self.folder, self.task, self.spec, self.seed = folder, task, spec, seed
         self.options, self.device = options, device
-        self.objective = create_objective("flow")
+        self.objective, self.conditioning = create_objective("flow"), ClassLabels(task.num_classes)
         self.precision = autocast(device, choose_precision(options.mixed_precision, device).name)
         torch.manual_seed(seed)
         self.model = make_model(spec, task, options).to(device)
-        self.average = Average(self.model, exponential(options.ema_decay))
+        self.average = EMA(self.model, exponential(options.ema_decay))
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad], lr=options.learning_rate, weight_decay=0.0
         )
@@ -262,18 +265,19 @@ class Cell:
         write_json(self.folder / "result.json", result)
         self.checkpoint.unlink(missing_ok=True)
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
+    def _batches(self) -> Iterator[dict[str, Any]]:
         task, options = self.task, self.options
         stream = TrainingStream(
-            task.train,
+            Labelled(task.train),
             latent_shape=task.latent_shape,
-            null_class=self.model.null_class,
-            class_dropout=0.1,
+            condition_names=self.conditioning.names,
+            dropout=0.1,
             horizontal_flip=task.horizontal_flip,
             seed=self.seed,
         )
-        steps = StepSampler(options.steps, batch_size=options.batch_size, accumulation=1, rank=0, processes=1)
-        steps.first = self.step
+        steps = StepSampler(
+            self.step, options.steps, batch_size=options.batch_size, accumulation=1, rank=0, processes=1
+        )
         return iter(
             DataLoader(
                 stream,
@@ -284,24 +288,26 @@ class Cell:
             )
         )
 
-    def _train_step(self, batch: dict[str, Tensor]) -> Tensor:
+    def _train_step(self, samples: dict[str, Any]) -> Tensor:
         step, last = self.step + 1, self.options.steps
         torch.manual_seed(self.seed * 1_000_003 + step)  # for what a model draws itself, wherever the run was cut
         warmup = max(1, last // 20)
         rate = min(step / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, last - warmup))))
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * rate
-        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        latents = self.task.clean(batch["image"], batch["posterior_noise"])
+        samples = send_to_device(samples, self.device, non_blocking=True)
+        batch = make_batch(samples, self._encode, self.conditioning)
         with self.precision:
-            times = self.objective.times(batch["u"])
-            loss = self.objective.loss(self.model, latents, batch["class_label"], times, batch["noise"]).mean()
+            loss = self.objective.loss(self.model, batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update(self.model, step)
         return loss.detach()
+
+    def _encode(self, samples: dict[str, Any]) -> Tensor:
+        return self.task.clean(samples["image"], samples["posterior_noise"])
 
     @torch.no_grad()
     def _held_out_loss(self) -> list[float]:
@@ -317,9 +323,10 @@ class Cell:
             latents = self.task.clean(values, posterior_noise).to(self.device)
             labels, noise = labels.to(self.device), noise.to(self.device)
             for i, t in enumerate(TIMES):
+                u = torch.full((len(chosen),), t, device=self.device)  # the times are uniform: u is the time itself
+                batch = Batch(latents=latents, noise=noise, u=u, condition={"class_labels": labels})
                 with self.precision:
-                    times = torch.full((len(chosen),), t, device=self.device)
-                    losses = self.objective.loss(self.averaged, latents, labels, times, noise)
+                    losses = self.objective.loss(self.averaged, batch)
                 totals[i] += losses.double().sum().cpu()
         return (totals / count).tolist()
 
@@ -357,7 +364,7 @@ class Cell:
                     self.averaged,
                     create_scheduler("flow"),
                     noise.to(self.device),
-                    some.to(self.device),
+                    {"class_labels": some.to(self.device)},
                     num_inference_steps=self.options.inference_steps,
                 )
             drawn.append(latents.cpu())

@@ -58,6 +58,22 @@ class Task:
         return {}
 
 
+class Labelled:
+    """A sequence of (values, label) as a source of the training stream (:class:`gspn_dit.data.Source`)."""
+
+    latent_shape, condition_names = None, ("class_labels",)
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, int]]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def sample(self, index: int, flip: bool = False) -> dict[str, Tensor]:
+        values, label = self.pairs[index]
+        return {"image": values.flip(-1) if flip else values, "class_labels": torch.tensor(label)}
+
+
 class ClassifiedTask(Task):
     """Real images, whose samples the packaged classifier of the data set judges: its features and its classes.
 
