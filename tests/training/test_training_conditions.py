@@ -3,7 +3,6 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from gspn_dit.training.stop_request import StopRequest
 from made.store import make_store
 from torch import nn
 from torch.nn import functional
@@ -20,6 +19,7 @@ from gspn_dit.training.latents import FromMoments
 from gspn_dit.training.loop import load_batches
 from gspn_dit.training.parts import Run
 from gspn_dit.training.step import make_batch, step_seed, take_step
+from gspn_dit.training.stop_request import StopRequest
 from gspn_dit.training.stream import TrainingStream
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
