@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.reach_task import FarEnds, agreement, reach_gained
 from gspn_dit.autoencoder import decode, encode_moments, load_vae, sample_posterior
+from gspn_dit.autoencoder.vae import LatentScaling
 from gspn_dit.data import open_images
 from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.metrics import ClassAccuracy, frechet_distance
@@ -21,10 +23,27 @@ BATCH_SIZE = 250
 Velocity = Callable[[Tensor, float, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class UnitScaling:
+    """The scaling of latents that have unit scale already (:class:`gspn_dit.autoencoder.vae.LatentScaling`)."""
+
+    scaling_factor: float = 1.0
+    shift_factor: float | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+
+
+def certain(latents: Tensor) -> Tensor:
+    """Moments (…, 2C, h, w) of a posterior that is these latents (…, C, h, w) and nothing else: log-variances of -∞."""
+    return torch.cat([latents, torch.full_like(latents, -torch.inf)], dim=-3)
+
+
 class Task:
     """A data set as the models see it. `train[i]` and `held_out[i]` are (values, label).
 
     Attributes:
+        name: Its name.
+        scaling: What brings its latents to unit scale.
         latent_shape: (C, h, w) of what the models denoise.
         patch_size: Side of a token.
         num_classes: Classes.
@@ -33,6 +52,8 @@ class Task:
             better.
     """
 
+    name: str
+    scaling: LatentScaling = UnitScaling()
     latent_shape: tuple[int, int, int]
     patch_size: int
     num_classes: int
@@ -41,9 +62,13 @@ class Task:
     train: Sequence[tuple[Tensor, int]]
     held_out: Sequence[tuple[Tensor, int]]
 
+    def moments(self, values: Tensor) -> Tensor:
+        """Means and log-variances of latents, (B, 2C, h, w), of values (B, …)."""
+        raise NotImplementedError
+
     def clean(self, values: Tensor, noise: Tensor) -> Tensor:
         """Latents (B, C, h, w) of about unit scale; the noise of that shape is for a VAE's posterior."""
-        raise NotImplementedError
+        return sample_posterior(self.scaling, self.moments(values), noise)
 
     def images(self, latents: Tensor) -> Tensor:
         """Images uint8 (B, 3, H, W) of latents."""
@@ -62,24 +87,22 @@ class ClassifiedTask(Task):
     """Real images, whose samples the packaged classifier of the data set judges: its features and its classes.
 
     Attributes:
-        data: The data set.
         image_size: Side of its images in pixels.
         references: How many training images the Fréchet distance is to, None for all.
     """
 
     figures = (("FD", 1, False), ("class_accuracy", 3, True))
-    data: str
     image_size: int
     references: int | None = None
 
     @cached_property
     def extractor(self) -> Callable[[Tensor], dict[str, Tensor]]:
-        return create_extractor(self.data)
+        return create_extractor(self.name)
 
     @cached_property
     def reference(self) -> Statistics:
         """Of the training images, as FID's usually are."""
-        moments, images = Moments(64), open_images(self.data, self.image_size)
+        moments, images = Moments(64), open_images(self.name, self.image_size)
         for indices in torch.arange(self.references or len(images)).split(BATCH_SIZE):
             batch = torch.stack([images[i][0] for i in indices.tolist()])
             moments.update(indices, self.extractor(batch)["64"])
@@ -99,11 +122,12 @@ class ClassifiedTask(Task):
 class DigitsTask(ClassifiedTask):
     """4,500 digits in the packaged VAE's latents, 8×8 tokens; 500 held out."""
 
-    data, image_size = "digits", 32
+    name, image_size = "digits", 32
     latent_shape, patch_size, num_classes = (4, 8, 8), 1, 10
 
     def __init__(self) -> None:
         self.vae = load_vae("digits")
+        self.scaling = self.vae.config
 
     @cached_property
     def train(self) -> Sequence[tuple[Tensor, int]]:
@@ -118,8 +142,8 @@ class DigitsTask(ClassifiedTask):
         moments = [encode_moments(self.vae, images) for images in digits.images.split(BATCH_SIZE)]
         return list(zip(torch.cat(moments), digits.labels.tolist(), strict=True))
 
-    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
-        return sample_posterior(self.vae.config, values, noise)
+    def moments(self, values: Tensor) -> Tensor:
+        return values
 
     def images(self, latents: Tensor) -> Tensor:
         return torch.cat([decode(self.vae, batch).cpu() for batch in latents.cpu().split(BATCH_SIZE)])
@@ -128,15 +152,15 @@ class DigitsTask(ClassifiedTask):
 class PhotosTask(ClassifiedTask):
     """Crops of 16 photographs in pixels, 64×64, as 32×32 tokens of 2×2; held out are other crops of the same."""
 
-    data, image_size, references = "photos", 64, 4000
+    name, image_size, references = "photos", 64, 4000
     latent_shape, patch_size, num_classes = (3, 64, 64), 2, 16
     horizontal_flip = True
 
     def __init__(self) -> None:
         self.train, self.held_out = (open_images("photos", 64, split=split) for split in ("train", "test"))
 
-    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
-        return values.float() / 127.5 - 1
+    def moments(self, values: Tensor) -> Tensor:
+        return certain(values.float() / 127.5 - 1)
 
 
 class ReachTask(Task):
@@ -146,11 +170,11 @@ class ReachTask(Task):
     figures = (("reach_gained", 3, True), ("agreement", 3, True))
 
     def __init__(self, side: int) -> None:
-        self.latent_shape = (3, side, side)
+        self.name, self.latent_shape = f"reach-{side}", (3, side, side)
         self.train, self.held_out = FarEnds(side, "train", 100_000), FarEnds(side, "test", 2_000)
 
-    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
-        return values
+    def moments(self, values: Tensor) -> Tensor:
+        return certain(values)
 
     def judge(self, latents: Tensor, labels: Tensor) -> dict[str, float]:
         return {"agreement": agreement(latents)}
