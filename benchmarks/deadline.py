@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 
+GO_ON = "no time left; run the same command again to go on"  # gpu.sh looks for it
+
 
 class Deadline:
     """A number of seconds from now, or never.

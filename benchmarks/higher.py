@@ -20,7 +20,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
@@ -32,6 +31,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.deadline import GO_ON, Deadline
 from benchmarks.higher_case import CALLS_FILE, OUT_OF_MEMORY, Case, open_pipeline
 from benchmarks.machine import machine
 from benchmarks.result_files import noted, origin, saved_rows, write_rows, write_text
@@ -332,7 +332,7 @@ def show(results: Results, path: Path) -> None:
 
 def main(options: Options) -> None:
     """Draw images of models at sizes they were not trained for, and measure how good and how dear they are."""
-    deadline = time.monotonic() + options.time_budget
+    deadline = Deadline(options.time_budget)
     results = Results(options)
     if results.extractor and "held out" not in results.rows:
         results.add("held out", results.held_out())
@@ -340,10 +340,10 @@ def main(options: Options) -> None:
     for key, case in results.cases():
         if key in results.rows:
             continue
-        left = deadline - time.monotonic()
+        left = deadline.left
         ended = draw_in_process(case, left) if left > 0 else None
         if ended is None:
-            print(f"{key}: no time left; run the same command again to go on")
+            print(f"{key}: {GO_ON}")
             break
         label = next(label for label, source in options.sources.items() if source == case.model)
         figures = {**costs(case), **results.distances(case)} if ended == "ok" else {"error": ended}

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from benchmarks.deadline import Deadline
+from benchmarks.deadline import GO_ON, Deadline
 from benchmarks.quality_cell import TIMES, Cell
 from benchmarks.quality_data import TASKS
 from benchmarks.quality_model import make_model
@@ -97,7 +97,7 @@ def main(options: Options) -> None:
             if stopped:
                 break
     print(write_report(out, tasks, options.models, TIMES, settings(options)))
-    done = "time is up: run the same again to go on" if stopped else "all is done" if not failed else "the rest is done"
+    done = GO_ON if stopped else "all is done" if not failed else "the rest is done"
     print(f"{done}; report: {out / 'report.md'}")
     if failed:
         raise SystemExit(f"{len(failed)} trainings failed: {'; '.join(failed)}")

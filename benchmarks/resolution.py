@@ -19,7 +19,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.deadline import GO_ON, Deadline
 from benchmarks.machine import machine
 from benchmarks.resolution_case import LONGEST_WHOLE, Case
 from benchmarks.result_files import noted, origin, saved_rows, write_rows, write_text
@@ -263,12 +263,12 @@ def main(options: Options) -> None:
 
     A case that fails is tried again by the next command; this one goes on, and ends with an error.
     """
-    deadline = time.monotonic() + options.time_budget
+    deadline = Deadline(options.time_budget)
     results, failed = Results(options), []
     for case in results.cases():
         if case.key in results.rows:
             continue
-        left = deadline - time.monotonic()
+        left = deadline.left
         try:
             measured = run_case(case, left) if left > 0 else None
         except CaseFailed as error:
@@ -276,7 +276,7 @@ def main(options: Options) -> None:
             print(f"{case.key}: FAILED\n{error}", flush=True)
             continue
         if measured is None and left < 0.9 * options.time_budget:
-            print(f"{case.key}: no time left; run the same command again to go on")
+            print(f"{case.key}: {GO_ON}")
             break
         measured = measured or {"error": f"over {left:.0f} s"}  # as it would be again
         results.add(case, measured)

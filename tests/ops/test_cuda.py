@@ -38,7 +38,7 @@ class OnGpu:
         self.forward, self.backward = chosen.forward, chosen.backward
 
 
-@pytest.fixture(params=["emulated", "emulated, little shared memory", "gpu"])
+@pytest.fixture(params=["emulated", "emulated, little shared memory", pytest.param("gpu", marks=pytest.mark.gpu)])
 def kernel(request):
     if request.param == "gpu":
         if not torch.cuda.is_available():
@@ -130,6 +130,7 @@ def test_agrees_with_the_reference_in_float64(kernel, shape, dtype):
     check(kernel, *tensors, chunk, list(range(sizes[4])))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["gpu"], indirect=True)
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -212,6 +213,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 16, 16, 128, 4, 2), (1, 40, 36, 24, 4, 2)], ids=str)
 def test_a_cuda_graph_replays_it(shape):
     tensors = [t.requires_grad_() for t in operands(*shape, device="cuda")[:-1]]
@@ -238,6 +240,7 @@ def test_a_cuda_graph_replays_it(shape):
 
 
 @gpu
+@pytest.mark.gpu
 def test_compiles_without_graph_breaks_on_the_gpu():
     tensors = [t.requires_grad_() for t in operands(2, 16, 16, 64, 4, 2, device="cuda")[:-1]]
 
@@ -251,6 +254,7 @@ def test_compiles_without_graph_breaks_on_the_gpu():
 
 
 @gpu
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_a_tensor_of_more_than_two_to_the_31_elements():
     x = torch.randn(1, 2048, 2048, 576, dtype=torch.bfloat16, device="cuda")  # 2.4e9 elements
