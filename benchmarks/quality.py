@@ -116,7 +116,7 @@ def run_cell(cell: Cell, deadline: Deadline) -> bool:
     if cell.step < cell.options.steps:
         cell.train(deadline)
         print(f"{cell.folder}: step {cell.step} of {cell.options.steps}, {cell.seconds:.0f} s", flush=True)
-        if deadline.passed() or cell.training.stop.requested:
+        if deadline.passed() or cell.stop.requested:
             return False
     cell.evaluate()
     return not deadline.passed()

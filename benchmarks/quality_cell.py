@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,11 +15,12 @@ from torch import Tensor
 from benchmarks.commands import QualityOptions
 from benchmarks.deadline import Deadline
 from benchmarks.machine import machine
-from benchmarks.quality_data import Task
+from benchmarks.quality_data import Labelled, Task
 from benchmarks.quality_model import make_model, model_config
 from benchmarks.result_files import noted
+from gspn_dit.conditioning import ClassLabels
 from gspn_dit.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainingConfig
-from gspn_dit.diffusion import create_objective, create_scheduler, denoise, image_generator
+from gspn_dit.diffusion import Batch, create_objective, create_scheduler, denoise, image_generator
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.macs import count_macs
 from gspn_dit.precision import autocast
@@ -28,10 +29,10 @@ from gspn_dit.storage.pictures import save_grid
 from gspn_dit.storage.runs import list_checkpoints
 from gspn_dit.training.checkpoints import load_checkpoint, save_checkpoint
 from gspn_dit.training.loop import learning_rate_at, load_batches, prepare
-from gspn_dit.training.parts import Parts
+from gspn_dit.training.parts import Run
 from gspn_dit.training.processes import StopRequest
-from gspn_dit.training.step import Training, take_step
-from gspn_dit.training.stream import StepSampler, TrainingStream
+from gspn_dit.training.step import take_step
+from gspn_dit.training.stream import TrainingStream
 
 TIMES = [(i + 0.5) / 10 for i in range(10)]  # of the held-out loss
 CHECKPOINT_SECONDS = 60
@@ -67,21 +68,18 @@ class Cell:
         stop: StopRequest,
     ) -> None:
         self.folder, self.task, self.spec, self.seed, self.options = folder, task, spec, seed, options
-        self.device = accelerator.device
+        self.device, self.stop = accelerator.device, stop
         self.precision = partial(autocast, self.device, options.mixed_precision)
-        self.objective = create_objective("flow")
-        config = training_config(folder, task, spec, seed, options)
         torch.manual_seed(seed)
         model = make_model(spec, task, options).to(self.device)
         if options.compile:
             torch.compiler.reset()  # after eight models of one class it would compile no more
         accelerator.free_memory()  # of the cell before
-        parts = self._parts(model)
-        wrapped, state = prepare(config, accelerator, parts, is_new=True)
-        self.training = Training(config, accelerator, parts, wrapped, state, stop)
+        self.run = self._run(training_config(folder, task, spec, seed, options), accelerator)
+        self.state = prepare(self.run, model, is_new=True)
         self.step, self.seconds, self.losses = 0, 0.0, []
         if checkpoints := list_checkpoints(folder):
-            done = load_checkpoint(accelerator, checkpoints[-1], state)
+            done = load_checkpoint(accelerator, checkpoints[-1], self.state)
             self.step, self.seconds, self.losses = done["step"], done["seconds"], done["losses"]
 
     def train(self, deadline: Deadline) -> None:
@@ -89,15 +87,15 @@ class Cell:
 
         Raises :class:`gspn_dit.training.step.NonFiniteLoss` at a step whose loss or gradient is not finite.
         """
-        training, options = self.training, self.training.config.training
+        options = self.run.config.training
         begun = saved = time.monotonic()
         before = self.seconds
-        batches, stopping = self._batches(), False
+        batches, stopping = load_batches(self.run, self.step), False
         while self.step < options.max_steps and not stopping:
             self.step += 1
-            for group in training.state.optimizer.param_groups:
+            for group in self.state.optimizer.param_groups:
                 group["lr"] = learning_rate_at(self.step, options)
-            loss, _, stopping = take_step(training, batches, self.step, may_skip=False)
+            loss, _, stopping = take_step(self.run, self.state, batches, self.step, self.stop, may_skip=False)
             self.losses.append(loss)
             now = time.monotonic()
             stopping = stopping or deadline.passed()
@@ -110,7 +108,7 @@ class Cell:
     def evaluate(self) -> None:
         """Write the averaged model's figures, result.json, and a grid of samples."""
         averaged = make_model(self.spec, self.task, self.options).to(self.device).eval()
-        averaged.load_state_dict(self.training.state.ema.tensors)
+        averaged.load_state_dict(self.state.ema.tensors)
         samples, labels = self._draw(averaged)
         save_grid(self.task.images(samples[:GRID]), self.folder / "samples.png")
         with torch.device("meta"):
@@ -130,35 +128,35 @@ class Cell:
         write_json(self.folder / "result.json", noted(result))
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
-    def _parts(self, model: LatentModel) -> Parts:
-        """What the run is made of: as for `gspn-dit train`, but that the task's latents need no VAE."""
-        task, options = self.task, self.options
+    def _run(self, config: Config, accelerator: Accelerator) -> Run:
+        """What the run is made of: as for `gspn-dit train`, but that the task makes the latents."""
+        task, conditioning = self.task, ClassLabels(self.task.num_classes)
+        source = Labelled(task.train, task.num_classes)
         stream = TrainingStream(
-            task.train,
+            source,
             latent_shape=task.latent_shape,
-            null_class=model.null_class,
-            class_dropout=0.1,
+            condition_names=conditioning.names,
+            dropout=config.diffusion.class_dropout,
             horizontal_flip=task.horizontal_flip,
             seed=self.seed,
         )
-        steps = StepSampler(options.steps, batch_size=options.batch_size, accumulation=1, rank=0, processes=1)
-        return Parts(
-            source=task.train,
+        return Run(
+            config=config,
+            accelerator=accelerator,
+            source=source,
             stream=stream,
-            steps=steps,
+            encoder=self._encode,
+            conditioning=conditioning,
+            objective=create_objective("flow"),
+            build=partial(make_model, self.spec, task, self.options),
             vae=None,
-            scaling=task.scaling,
             vae_record={},
-            objective=self.objective,
-            build=partial(make_model, self.spec, task, options),
-            model=model,
             evaluator=None,
         )
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """The batches of the steps to come, their values as moments of latents."""
-        batches = load_batches(self.training, self.step)  # now, not at the first batch that is asked for
-        return ({"moments": self.task.moments(batch.pop("image")), **batch} for batch in batches)
+    def _encode(self, samples: dict[str, Any]) -> Tensor:
+        """Clean latents of samples of the stream."""
+        return self.task.clean(samples["image"], samples["posterior_noise"])
 
     @torch.no_grad()
     def _held_out_loss(self, model: LatentModel) -> list[float]:
@@ -174,9 +172,10 @@ class Cell:
             latents = self.task.clean(values, posterior_noise).to(self.device)
             labels, noise = labels.to(self.device), noise.to(self.device)
             for i, t in enumerate(TIMES):
+                u = torch.full((len(chosen),), t, device=self.device)  # the times are uniform: u is the time itself
+                batch = Batch(latents=latents, noise=noise, u=u, condition={"class_labels": labels})
                 with self.precision():
-                    times = torch.full((len(chosen),), t, device=self.device)
-                    losses = self.objective.loss(model, latents, labels, times, noise)
+                    losses = self.run.objective.loss(model, batch)
                 totals[i] += losses.double().sum().cpu()
         return (totals / count).tolist()
 
@@ -206,7 +205,7 @@ class Cell:
                     model,
                     create_scheduler("flow"),
                     noise.to(self.device),
-                    some.to(self.device),
+                    {"class_labels": some.to(self.device)},
                     num_inference_steps=self.options.inference_steps,
                 )
             drawn.append(latents.cpu())
@@ -215,8 +214,8 @@ class Cell:
     def _save(self) -> None:
         """A checkpoint of the step, with what is known of the steps before."""
         metadata = {"step": self.step, "seconds": self.seconds, "losses": self.losses}
-        classes = [str(label) for label in range(self.task.num_classes)]
-        save_checkpoint(self.training.accelerator, self.training.config, self.training.state, classes, metadata)
+        run = self.run
+        save_checkpoint(run.accelerator, run.config, self.state, run.source.class_names, metadata)
 
 
 def training_config(folder: Path, task: Task, spec: str, seed: int, options: QualityOptions) -> Config:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from benchmarks.reach_task import FarEnds, agreement, reach_gained
 from gspn_dit.autoencoder import decode, encode_moments, load_vae, sample_posterior
-from gspn_dit.autoencoder.vae import LatentScaling
 from gspn_dit.data import open_images
 from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.metrics import ClassAccuracy, frechet_distance
@@ -23,27 +21,11 @@ BATCH_SIZE = 250
 Velocity = Callable[[Tensor, float, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class UnitScaling:
-    """The scaling of latents that have unit scale already (:class:`gspn_dit.autoencoder.vae.LatentScaling`)."""
-
-    scaling_factor: float = 1.0
-    shift_factor: float | None = None
-    latents_mean: list[float] | None = None
-    latents_std: list[float] | None = None
-
-
-def certain(latents: Tensor) -> Tensor:
-    """Moments (…, 2C, h, w) of a posterior that is these latents (…, C, h, w) and nothing else: log-variances of -∞."""
-    return torch.cat([latents, torch.full_like(latents, -torch.inf)], dim=-3)
-
-
 class Task:
     """A data set as the models see it. `train[i]` and `held_out[i]` are (values, label).
 
     Attributes:
         name: Its name.
-        scaling: What brings its latents to unit scale.
         latent_shape: (C, h, w) of what the models denoise.
         patch_size: Side of a token.
         num_classes: Classes.
@@ -53,7 +35,6 @@ class Task:
     """
 
     name: str
-    scaling: LatentScaling = UnitScaling()
     latent_shape: tuple[int, int, int]
     patch_size: int
     num_classes: int
@@ -62,13 +43,9 @@ class Task:
     train: Sequence[tuple[Tensor, int]]
     held_out: Sequence[tuple[Tensor, int]]
 
-    def moments(self, values: Tensor) -> Tensor:
-        """Means and log-variances of latents, (B, 2C, h, w), of values (B, …)."""
-        raise NotImplementedError
-
     def clean(self, values: Tensor, noise: Tensor) -> Tensor:
         """Latents (B, C, h, w) of about unit scale; the noise of that shape is for a VAE's posterior."""
-        return sample_posterior(self.scaling, self.moments(values), noise)
+        raise NotImplementedError
 
     def images(self, latents: Tensor) -> Tensor:
         """Images uint8 (B, 3, H, W) of latents."""
@@ -81,6 +58,22 @@ class Task:
     def judge_network(self, velocity: Velocity, count: int) -> dict[str, float]:
         """Figures of the network itself, on `count` held-out images."""
         return {}
+
+
+class Labelled:
+    """A sequence of (values, label) as a source of the training stream (:class:`gspn_dit.data.Source`)."""
+
+    latent_shape, condition_names = None, ("class_labels",)
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, int]], num_classes: int) -> None:
+        self.pairs, self.class_names = pairs, [str(label) for label in range(num_classes)]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def sample(self, index: int, flip: bool = False) -> dict[str, Tensor]:
+        values, label = self.pairs[index]
+        return {"image": values.flip(-1) if flip else values, "class_labels": torch.tensor(label)}
 
 
 class ClassifiedTask(Task):
@@ -127,7 +120,6 @@ class DigitsTask(ClassifiedTask):
 
     def __init__(self) -> None:
         self.vae = load_vae("digits")
-        self.scaling = self.vae.config
 
     @cached_property
     def train(self) -> Sequence[tuple[Tensor, int]]:
@@ -142,8 +134,8 @@ class DigitsTask(ClassifiedTask):
         moments = [encode_moments(self.vae, images) for images in digits.images.split(BATCH_SIZE)]
         return list(zip(torch.cat(moments), digits.labels.tolist(), strict=True))
 
-    def moments(self, values: Tensor) -> Tensor:
-        return values
+    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
+        return sample_posterior(self.vae.config, values, noise)
 
     def images(self, latents: Tensor) -> Tensor:
         return torch.cat([decode(self.vae, batch).cpu() for batch in latents.cpu().split(BATCH_SIZE)])
@@ -159,8 +151,8 @@ class PhotosTask(ClassifiedTask):
     def __init__(self) -> None:
         self.train, self.held_out = (open_images("photos", 64, split=split) for split in ("train", "test"))
 
-    def moments(self, values: Tensor) -> Tensor:
-        return certain(values.float() / 127.5 - 1)
+    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
+        return values.float() / 127.5 - 1
 
 
 class ReachTask(Task):
@@ -173,8 +165,8 @@ class ReachTask(Task):
         self.name, self.latent_shape = f"reach-{side}", (3, side, side)
         self.train, self.held_out = FarEnds(side, "train", 100_000), FarEnds(side, "test", 2_000)
 
-    def moments(self, values: Tensor) -> Tensor:
-        return certain(values)
+    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
+        return values
 
     def judge(self, latents: Tensor, labels: Tensor) -> dict[str, float]:
         return {"agreement": agreement(latents)}

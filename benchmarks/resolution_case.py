@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.memory import peak_bytes
 from benchmarks.random_model import random_model
 from benchmarks.timing import FEWEST, paced
-from gspn_dit.diffusion import create_objective
+from gspn_dit.diffusion import Batch, create_objective
 from gspn_dit.models import DiT
 from gspn_dit.models.latent_model import LatentModel
 
@@ -163,22 +163,22 @@ def call_of(case: Case, model: LatentModel) -> Callable[[], None]:
     """A forward or a training step on random latents, times and labels."""
     side = case.pixels // 8
     latents, noise = (torch.randn(case.batch, model.in_channels, side, side) for _ in range(2))
-    times, labels = torch.rand(case.batch), torch.randint(model.null_class, (case.batch,))
+    u, condition = torch.rand(case.batch), {"class_labels": torch.randint(model.null_class, (case.batch,))}
     dtype = getattr(torch, case.dtype)
     if case.step == "forward":
-        latents, timesteps = latents.to(dtype), 1000 * times
+        latents, timesteps = latents.to(dtype), 1000 * u
 
         @torch.no_grad()
         def call() -> None:
-            model(latents, timesteps, labels)
+            model(latents, timesteps, **condition)
 
         return call
-    objective = create_objective("flow")
+    objective, batch = create_objective("flow"), Batch(latents=latents, noise=noise, u=u, condition=condition)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
         with torch.autocast(case.device, dtype, enabled=dtype != torch.float32):
-            loss: Tensor = objective.loss(model, latents, labels, times, noise).mean()
+            loss: Tensor = objective.loss(model, batch).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

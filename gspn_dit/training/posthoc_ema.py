@@ -39,7 +39,7 @@ from safetensors import SafetensorError, safe_open
 from gspn_dit.errors import InputError
 from gspn_dit.storage.files import new_folder, replacing, require_new, save_tensors, write_json
 from gspn_dit.storage.runs import list_checkpoints
-from gspn_dit.training.checkpoints import EMA_WEIGHTS, DiskWork, TrainingState, collect
+from gspn_dit.training.checkpoints import EMA_WEIGHTS, DiskWork, State, collect
 
 FOLDER = "posthoc-ema"
 OF_THE_RUN = ("config.yaml", "class_names.json")  # what a folder to sample from has of its run
@@ -96,7 +96,7 @@ def coefficients(snapshots: list[Snapshot], sigma_rel: float, step: int) -> tupl
     return weights, math.sqrt(max(0.0, rest) / length)
 
 
-def save_snapshot(accelerator: Accelerator, run: Path, state: TrainingState, step: int) -> None:
+def save_snapshot(accelerator: Accelerator, run: Path, state: State, step: int) -> None:
     """Write the running averages of a step; every process calls this. Raises as a checkpoint does."""
     folder, writing = run / FOLDER, DiskWork(accelerator.is_main_process)
     writing.attempt(lambda: _write_config(folder, state.model_config))

@@ -170,10 +170,10 @@ def test_what_needs_no_vae_is_its_own_latents(tmp_path):
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_model_whose_loss_is_not_finite_is_left_and_the_others_are_trained(tmp_path, monkeypatch, capsys):
-    def take_step(training, batches, step, may_skip):
-        if "mixer" not in training.config.model.overrides:
+    def take_step(run, state, batches, step, stop, may_skip):
+        if "mixer" not in run.config.model.overrides:
             raise NonFiniteLoss(f"the loss is nan at step {step}")
-        return real(training, batches, step, may_skip)
+        return real(run, state, batches, step, stop, may_skip)
 
     real = quality_cell.take_step
     monkeypatch.setattr(quality_cell, "take_step", take_step)
