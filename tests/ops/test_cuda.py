@@ -47,7 +47,7 @@ def emulates():
         pytest.skip("no C++ compiler")
 
 
-@pytest.fixture(params=["emulated", "emulated, little shared memory", "gpu"])
+@pytest.fixture(params=["emulated", "emulated, little shared memory", pytest.param("gpu", marks=pytest.mark.gpu)])
 def kernel(request):
     if request.param == "gpu":
         if not torch.cuda.is_available():
@@ -143,6 +143,7 @@ def test_agrees_with_the_reference_in_float64(kernel, shape, dtype):
     check(kernel, *tensors, chunk, list(range(sizes[4])))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["gpu"], indirect=True)
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -279,10 +280,7 @@ def test_a_dtype_without_a_kernel_is_refused(kernel):
         kernel.forward(call)
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 16, 16, 128, 4, 2), (1, 40, 36, 24, 4, 2)], ids=str)
 def test_a_cuda_graph_replays_it(shape):
     tensors = [t.requires_grad_() for t in operands(*shape, device="cuda")[:-1]]
@@ -308,7 +306,7 @@ def test_a_cuda_graph_replays_it(shape):
         assert torch.equal(got, want)
 
 
-@gpu
+@pytest.mark.gpu
 def test_compiles_without_graph_breaks_on_the_gpu():
     tensors = [t.requires_grad_() for t in operands(2, 16, 16, 64, 4, 2, device="cuda")[:-1]]
 
@@ -321,7 +319,7 @@ def test_compiles_without_graph_breaks_on_the_gpu():
         torch.testing.assert_close(got, expected)
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_line_too_long_for_the_gpu_runs_on_the_reference_and_one_warning_says_why():
     *tensors, _ = operands(1, 2, 60_000, 2, 1, 2, device="cuda")
     with pytest.warns(UserWarning, match="reference operator.*native-cuda: .*line") as said:
@@ -330,7 +328,7 @@ def test_a_line_too_long_for_the_gpu_runs_on_the_reference_and_one_warning_says_
     assert torch.equal(results[0], propagate(*tensors[:3], directions=["down"], backend="reference"))
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_a_tensor_of_more_than_two_to_the_31_elements():
     x = torch.randn(1, 2048, 2048, 576, dtype=torch.bfloat16, device="cuda")  # 2.4e9 elements
