@@ -1,5 +1,6 @@
 """The CUDA kernels: emulated on the CPU everywhere, and on the GPU where there is one."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -223,12 +224,9 @@ def test_what_does_not_fit_is_refused_before_it_runs(kernel):
         call = (*tensors, 0, [0])
         assert kernel.ops.refusal(*call) == backward
         assert kernel.ops.refusal(*call, backward=False) == forward
-        for reason, run in ((forward, lambda: kernel.forward(*call)), (backward, lambda: kernel.backward(grad, *call))):
-            if reason:
-                with pytest.raises(RuntimeError, match=reason):
-                    run()
-            else:
-                run()
+        for reason, run, arguments in ((forward, kernel.forward, call), (backward, kernel.backward, (grad, *call))):
+            with pytest.raises(RuntimeError, match=reason) if reason else contextlib.nullcontext():
+                run(*arguments)
 
 
 @pytest.mark.parametrize("kernel", ["emulated"], indirect=True)
