@@ -93,7 +93,16 @@ def find_class(class_name: str | None) -> type[LatentModel] | None:
 
 
 def _registered() -> dict[str, Preset]:
-    """All presets. A family is registered when its module is imported; this package's own are imported here."""
-    for module in FAMILIES.values():
+    """All presets, this package's families first, in the order of `FAMILIES`.
+
+    A family is registered when its module is imported, in whatever order that is; this package's are imported here.
+    """
+    own = list(FAMILIES.values())
+    for module in own:
         import_module(module)
-    return _presets
+
+    def place(named: tuple[str, Preset]) -> int:
+        module = named[1].family.__module__
+        return own.index(module) if module in own else len(own)
+
+    return dict(sorted(_presets.items(), key=place))
