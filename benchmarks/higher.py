@@ -38,7 +38,7 @@ from gspn_dit.evaluation.features import layer_widths, observe
 from gspn_dit.evaluation.image_sets import ImageSet, open_reference
 from gspn_dit.evaluation.metrics import frechet_distance
 from gspn_dit.evaluation.moments import Moments, Statistics
-from gspn_dit.inference.drawing import image_file
+from gspn_dit.inference.sample_folder import image_file
 from gspn_dit.layers.chunks import chunked_layers
 from gspn_dit.options import command, require
 from gspn_dit.storage.files import replacing, write_json

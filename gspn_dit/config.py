@@ -10,14 +10,12 @@ from typing import Any, Literal
 
 import yaml
 
+from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps
 from gspn_dit.data.sources import SOURCES, split_name
-from gspn_dit.errors import check_guidance
 from gspn_dit.evaluation.classifiers import check_features
 from gspn_dit.options import parse, require
 from gspn_dit.storage.files import replacing
 from gspn_dit.storage.packaged import PACKAGED_MODELS, PACKAGED_VAES, absolute
-
-MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
 @dataclass
@@ -181,7 +179,7 @@ class SamplingConfig:
     num_images: int = 16
 
     def __post_init__(self) -> None:
-        require(self.num_inference_steps >= 1, "sampling.num_inference_steps", self.num_inference_steps, "1 or more")
+        check_num_inference_steps(self.num_inference_steps, "sampling.")
         check_guidance(self.guidance_scale, self.guidance_interval, "sampling.")
         require(self.num_images >= 1, "sampling.num_images", self.num_images, "1 or more")
 

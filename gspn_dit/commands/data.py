@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gspn_dit.config import MixedPrecision
+from gspn_dit.arguments import MixedPrecision
 from gspn_dit.options import require
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gspn_dit.config import MixedPrecision
-from gspn_dit.errors import check_guidance
+from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps
 from gspn_dit.options import require
 from gspn_dit.storage.files import is_stream
 
@@ -74,7 +73,7 @@ class SampleOptions:
             require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         if self.num_inference_steps is not None:
-            require(self.num_inference_steps >= 1, "num_inference_steps", self.num_inference_steps, "1 or more")
+            check_num_inference_steps(self.num_inference_steps)
         check_guidance(
             1 if self.guidance_scale is None else self.guidance_scale,
             (0, 1) if self.guidance_interval is None else self.guidance_interval,

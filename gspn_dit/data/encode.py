@@ -38,9 +38,9 @@ from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.latent_store import begun_with, some_moments, verify, write_manifest, write_shard
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.data.workers import load
-from gspn_dit.devices import join_processes
 from gspn_dit.errors import InputError, renamed
-from gspn_dit.precision import agreed_precision, autocast
+from gspn_dit.precision import autocast
+from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import Bar, Lines, progress
 from gspn_dit.storage.files import begin_or_continue, check_place, write_json
 from gspn_dit.storage.packaged import PACKAGED_VAES, absolute

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gspn_dit.evaluation.moments import Statistics, float64_device
-from gspn_dit.evaluation.processes import Processes
+from gspn_dit.processes import Processes
 
 ADM_SPLIT = 5000
 

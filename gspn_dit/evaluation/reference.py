@@ -28,8 +28,8 @@ from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.features import BATCH_SIZE, layer_widths
 from gspn_dit.evaluation.image_sets import ImageSet, of_dataset, open_samples
 from gspn_dit.evaluation.npz import Notes, write_reference
-from gspn_dit.evaluation.processes import launched
 from gspn_dit.options import require
+from gspn_dit.processes import launched
 from gspn_dit.progress import progress
 from gspn_dit.storage.files import check_place
 

@@ -7,6 +7,7 @@ from gspn_dit.commands import run as run_command
 if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit(run_command("train", prog="python -m gspn_dit.training.loop"))
 
+import dataclasses
 import json
 import math
 import os
@@ -31,10 +32,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data.workers import is_of_a_dead_worker, load
 from gspn_dit.errors import InputError, Stopped
-from gspn_dit.inference.pipeline import GSPNDiTPipeline, pipeline_of
-from gspn_dit.precision import agreed_precision
+from gspn_dit.inference.loading import pipeline_of
+from gspn_dit.inference.pipeline import GSPNDiTPipeline
+from gspn_dit.inference.run_description import RunDescription
+from gspn_dit.processes import SharedInputError, agreed_precision, on_every_process, on_main_process
 from gspn_dit.progress import figure, progress
-from gspn_dit.storage.runs import checkpoint_step
+from gspn_dit.storage.run_folder import Checkpoint, RunFolder
 from gspn_dit.training.checkpoints import (
     CheckpointNotWritten,
     TrainingState,
@@ -44,21 +47,13 @@ from gspn_dit.training.checkpoints import (
     save_checkpoint,
 )
 from gspn_dit.training.ema import Average, exponential, power_function
-from gspn_dit.training.evaluator import EVALUATION, draw_samples
+from gspn_dit.training.evaluator import draw_samples
 from gspn_dit.training.parts import Parts, check_launch, check_options, open_parts, start_from
-from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, list_snapshots, save_snapshot
-from gspn_dit.training.processes import (
-    CTRL_C,
-    EveryonesError,
-    StoppedByCtrlC,
-    StopRequest,
-    claimed,
-    on_main,
-    together,
-)
+from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, save_snapshot
 from gspn_dit.training.record import Record, note, read_metrics, redrawn_at_an_error
 from gspn_dit.training.sharding import whole
 from gspn_dit.training.step import NonFiniteLoss, Training, take_step
+from gspn_dit.training.stop_request import CTRL_C, StoppedByCtrlC, StopRequest
 from gspn_dit.training.trackers import start_trackers, track_samples
 
 MOST_OVERFLOWS = 100  # steps in a row that fp16 may skip: from 2^16 its scale has then come to nothing
@@ -81,7 +76,7 @@ def main(config: Config) -> None:
         if not first or isinstance(error, StoppedByCtrlC):
             raise SystemExit(130) from None
         raise Stopped(f"interrupted; {last_good(config.output_dir)}", 130) from None
-    except EveryonesError:
+    except SharedInputError:
         if first:
             raise
         raise SystemExit(2) from None
@@ -102,55 +97,54 @@ def train(config: Config) -> None:
         StoppedByCtrlC: When what Ctrl-C stopped is saved.
     """
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_PAUSE)  # the processes meet
-    together(lambda: check_options(config))
-    run = Path(config.output_dir)
+    on_every_process(lambda: check_options(config))
+    run = RunFolder(Path(config.output_dir))
     precision = agreed_precision(config.training.mixed_precision, PartialState().device)
     # A view of DDP's buckets for gradients saves a copy of them.
     accelerator = Accelerator(
         mixed_precision=precision.name,
         log_with=config.training.trackers or None,
-        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "logs")),
+        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run.logs)),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours, whatever the environment says
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    together(lambda: check_launch(accelerator))
+    on_every_process(lambda: check_launch(accelerator))
     if accelerator.is_fsdp2:
         # accelerate's own policy would round weights, gradients and the timesteps to bf16; autocast casts what may be
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        parts = together(lambda: open_parts(config, accelerator))
+        parts = on_every_process(lambda: open_parts(config, accelerator))
 
-        def claim() -> Path | None:
-            stack.enter_context(claimed(run))
+        def claim() -> Checkpoint | None:
+            stack.enter_context(run.locked("output_dir"))
             checkpoint = checkpoint_to_resume(config, parts.source, parts.vae_record, precision)
             if checkpoint is None:
                 check_nothing_lost(run)
             return checkpoint
 
-        checkpoint = on_main(claim, accelerator.is_main_process)
+        checkpoint = on_main_process(claim, accelerator.is_main_process)
         stopped_by = None
-        if checkpoint is None or checkpoint_step(checkpoint) < config.training.max_steps:
+        if checkpoint is None or checkpoint.step < config.training.max_steps:
             if accelerator.is_main_process:
                 precision.say()
             stopped_by = take_steps(config, accelerator, parts, checkpoint, stop)
         elif accelerator.is_main_process:
-            has = f"{run} is at step {checkpoint_step(checkpoint)} of training.max_steps={config.training.max_steps}"
+            has = f"{run} is at step {checkpoint.step} of training.max_steps={config.training.max_steps}"
             print(f"{has} already: nothing to do; a larger training.max_steps goes on")
     accelerator.end_training()
     if stopped_by == CTRL_C:
         raise StoppedByCtrlC
 
 
-def check_nothing_lost(run: Path) -> None:
+def check_nothing_lost(run: RunFolder) -> None:
     """Raise :class:`InputError` if a run without a checkpoint has been where it must have had one.
 
     Its checkpoints were taken away, and from its first step on it would write over its snapshots and metrics.
     """
-    steps = [row["step"] for row in read_metrics(run / "metrics.csv")]
-    last = max(steps + [snapshot.step for snapshot in list_snapshots(run)], default=0)
-    config = run / "config.yaml"
-    if last > (Config.load(config).training.checkpoint_every if config.is_file() else 0):
+    steps = [row["step"] for row in read_metrics(run.metrics)]
+    last = max(steps + [snapshot.step for snapshot in run.list_snapshots()], default=0)
+    if last > (Config.load(run.config).training.checkpoint_every if run.config.is_file() else 0):
         raise InputError(
             f"output_dir={str(run)!r}: holds metrics or averages up to step {last} and no checkpoint; bring its "
             "checkpoints/ back, or name another folder"
@@ -158,10 +152,10 @@ def check_nothing_lost(run: Path) -> None:
 
 
 def take_steps(
-    config: Config, accelerator: Accelerator, parts: Parts, checkpoint: Path | None, stop: StopRequest
+    config: Config, accelerator: Accelerator, parts: Parts, checkpoint: Checkpoint | None, stop: StopRequest
 ) -> str | None:
     """Train from a checkpoint, or None for the first step, to the last step or a request to stop; what made it."""
-    options, run = config.training, Path(config.output_dir)
+    options, run = config.training, RunFolder(Path(config.output_dir))
     model, state = prepare(config, accelerator, parts, is_new=checkpoint is None)
     done = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
     if checkpoint:
@@ -177,7 +171,7 @@ def take_steps(
         progress(
             total=options.max_steps,
             initial=step,
-            desc=run.name,
+            desc=run.path.name,
             unit="step",
             by_hand=True,
             disable=not accelerator.is_main_process,
@@ -234,7 +228,7 @@ def take_steps(
     if record and stopping:
         print(f"{stopped_by}: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
     elif record:
-        print(f"loss curve  {run / 'loss.png'}")
+        print(f"loss curve  {run.loss_picture}")
         print(f"checkpoint  {checkpoint}")
     return stopped_by
 
@@ -246,7 +240,7 @@ def prepare(config: Config, accelerator: Accelerator, parts: Parts, is_new: bool
     """
     options = config.training
     if config.model.init_from and is_new:
-        said = together(lambda: start_from(parts.model, config.model.init_from, parts.source.class_names))
+        said = on_every_process(lambda: start_from(parts.model, config.model.init_from, parts.source.class_names))
         if said and accelerator.is_main_process:
             print(said)
     if options.gradient_checkpointing:
@@ -277,7 +271,7 @@ def prepare(config: Config, accelerator: Accelerator, parts: Parts, is_new: bool
     return model, state
 
 
-def open_records(training: Training, step: int, checkpoint: Path | None) -> tuple[Record | None, Record | None]:
+def open_records(training: Training, step: int, checkpoint: Checkpoint | None) -> tuple[Record | None, Record | None]:
     """metrics.csv and evaluation.csv on the main process, which describes the run in its folder; and the trackers.
 
     What they and the snapshots hold of later steps than `step` goes. None for what there is not here.
@@ -286,11 +280,11 @@ def open_records(training: Training, step: int, checkpoint: Path | None) -> tupl
     start_trackers(accelerator, config)
     if not accelerator.is_main_process:
         return None, None
-    run, class_names = Path(config.output_dir), parts.source.class_names
-    config.save(run / "config.yaml")
-    (run / "class_names.json").write_text(json.dumps(class_names))
-    record = Record(run / "metrics.csv", step)
-    scores = Record(run / EVALUATION, step, parts.evaluator.columns) if parts.evaluator else None
+    run, class_names = RunFolder(Path(config.output_dir)), parts.source.class_names
+    config.save(run.config)
+    run.class_names.write_text(json.dumps(class_names))
+    record = Record(run.metrics, step)
+    scores = Record(run.evaluation, step, parts.evaluator.columns) if parts.evaluator else None
     drop_snapshots(run, step)
     where = f"step {step}, {checkpoint}" if checkpoint else "step 0"
     weights = sum(p.numel() for p in parts.model.parameters())
@@ -325,12 +319,12 @@ def draw_and_score(training: Training, step: int, record: Record | None, scores:
         return
     pipeline = averaged_pipeline(config, parts, training.state.ema)
     if drawn and record:
-        path = Path(config.output_dir) / "samples" / f"step-{step:07d}.png"
+        path = RunFolder(Path(config.output_dir)).samples(step)
         if draw_samples(pipeline, config, accelerator, path):
             note(f"the trackers have no samples of step {step}", track_samples, accelerator, path, step)
     accelerator.wait_for_everyone()
     if scored and (row := parts.evaluator.score(pipeline, step, training.stop)):
-        note(f"{EVALUATION} has no step {step}", scores.append, row)
+        note(f"{scores.path.name} has no step {step}", scores.append, row)
         named = {f"evaluation/{name}": row[name] for name in row if name != "step"}
         note(f"the trackers have no step {step}", accelerator.log, named, step)
 
@@ -353,7 +347,8 @@ def averaged_pipeline(config: Config, parts: Parts, ema: Average) -> GSPNDiTPipe
     with torch.device("meta"):
         model = parts.build().eval()
     model.load_state_dict({name: whole(tensor) for name, tensor in ema.tensors.items()}, assign=True)
-    pipeline = pipeline_of(config, model, parts.vae, parts.source.class_names)
+    run = RunDescription.of(dataclasses.asdict(config))
+    pipeline = pipeline_of(run, model, parts.vae, parts.source.class_names)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -37,7 +37,8 @@ from gspn_dit.data import ImageDataset, LatentStore
 from gspn_dit.diffusion import DDPM, Flow, create_objective, create_scheduler
 from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.errors import InputError, renamed
-from gspn_dit.inference.pipeline import load_class_names, load_transformer, unguided
+from gspn_dit.inference.loading import load_class_names, load_transformer
+from gspn_dit.inference.pipeline import unguided
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.training.evaluator import Evaluator

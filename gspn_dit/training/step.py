@@ -18,8 +18,8 @@ from gspn_dit.autoencoder.vae import LatentScaling
 from gspn_dit.config import Config
 from gspn_dit.training.checkpoints import TrainingState, last_good
 from gspn_dit.training.parts import Parts
-from gspn_dit.training.processes import StopRequest
 from gspn_dit.training.sharding import whole
+from gspn_dit.training.stop_request import StopRequest
 
 
 class NonFiniteLoss(RuntimeError):

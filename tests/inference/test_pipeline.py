@@ -19,7 +19,8 @@ from PIL import Image
 from gspn_dit.autoencoder import decode
 from gspn_dit.diffusion import create_scheduler, image_generator
 from gspn_dit.errors import InputError
-from gspn_dit.inference.pipeline import GSPNDiTPipeline, load_pipeline
+from gspn_dit.inference.loading import load_pipeline
+from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.models import create_model
 from gspn_dit.precision import choose_precision
 from gspn_dit.storage.pictures import save_grid

@@ -206,7 +206,7 @@ def test_large_images_alone_are_decoded_in_tiles(monkeypatch):
     monkeypatch.setattr(pipe.vae, "tiled_decode", lambda z, **more: calls.append(z.shape) or decode_tiled(z, **more))
     draw(pipe, height=64, width=64, num_inference_steps=1, output_type="uint8")
     assert calls == []
-    monkeypatch.setattr("gspn_dit.inference.pipeline._PIXELS_A_DECODE", 64 * 64)
+    monkeypatch.setattr("gspn_dit.inference.decoding._PIXELS_A_DECODE", 64 * 64)
     monkeypatch.setattr("gspn_dit.autoencoder.tiling.TILE_PIXELS", 32)
     draw(pipe, height=64, width=64, num_inference_steps=1, output_type="uint8")
     assert calls == []

@@ -10,6 +10,7 @@ from gspn_dit.config import Config, DataConfig, DiffusionConfig, ModelConfig, Sa
 from gspn_dit.diffusion import create_scheduler
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.models import create_model
+from gspn_dit.storage.run_folder import RunFolder
 
 CLASS_NAMES = ["golden retriever", "tabby cat", "goldfish"]
 
@@ -73,3 +74,13 @@ def pipeline(name="gspn-dit-ti-2", objective="flow", **options) -> GSPNDiTPipeli
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first."""
+    return [checkpoint.path for checkpoint in RunFolder(Path(run)).list_checkpoints()]
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.removeprefix("step-"))

@@ -75,6 +75,7 @@ def check(kernel, x, gates, lam, out, decay, scale, grad, chunk, directions):
     tensors = (x, gates, lam, out, decay, scale)
     exact = [None if t is None else t.double() for t in tensors]
     want = ReferenceKernel().forward(*exact, chunk, directions)
+    assert torch.ops.gspn_dit_cuda.refusal(*tensors, chunk, directions) == ""
     y = kernel.forward(*tensors, chunk, directions)
     assert y.dtype == x.dtype and y.stride() == torch.empty_like(x).stride()
     assert distance(y, want) < tolerance
@@ -208,6 +209,37 @@ def test_gradients_are_the_same_bits_twice(kernel, shape):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("kernel", ["emulated, little shared memory"], indirect=True)
+def test_what_does_not_fit_is_refused_before_it_runs(kernel):
+    """On a block of 30 KB, forward has room for lines of 3840 tokens, backward for 1280."""
+    too_long = "a line is too long for the shared memory of this device"
+    for width, forward, backward in (
+        (1280, "", ""),
+        (1281, "", too_long),
+        (3840, "", too_long),
+        (3841, too_long, too_long),
+    ):
+        *tensors, grad = operands(1, 2, width, 1, 1, 1)
+        call = (*tensors, 0, [0])
+        assert kernel.ops.refusal(*call) == backward
+        assert kernel.ops.refusal(*call, backward=False) == forward
+        for reason, run in ((forward, lambda: kernel.forward(*call)), (backward, lambda: kernel.backward(grad, *call))):
+            if reason:
+                with pytest.raises(RuntimeError, match=reason):
+                    run()
+            else:
+                run()
+
+
+@pytest.mark.parametrize("kernel", ["emulated"], indirect=True)
+def test_a_dtype_without_a_kernel_is_refused(kernel):
+    *tensors, _ = operands(1, 2, 3, 4, 1, 2, dtype=torch.float64)
+    said = "x has dtype Double: wanted float32, bfloat16 or float16 on CUDA"
+    assert kernel.ops.refusal(*tensors, 0, [0]) == said
+    with pytest.raises(RuntimeError, match=said):
+        kernel.forward(*tensors, 0, [0])
+
+
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -306,7 +338,8 @@ def compiled(tmp_path_factory):
             "2",
             *(word for target in targets for word in ("-gencode", target)),
             "-c",
-            CSRC / "propagate_cuda.cu",
+            f"-I{CSRC}",
+            CSRC / "cuda" / "propagate.cu",
             "-o",
             kernels,
         ],

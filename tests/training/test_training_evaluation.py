@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from made.images import write_images
+from made.runs import list_checkpoints
 from made.training import SCORED, config, losses, scores
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -13,7 +14,6 @@ from gspn_dit.evaluation import evaluate as fid_evaluate
 from gspn_dit.evaluation.evaluate import evaluate
 from gspn_dit.evaluation.features import observe
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
-from gspn_dit.storage.runs import list_checkpoints
 from gspn_dit.training import evaluator as evaluation
 from gspn_dit.training.loop import train
 from gspn_dit.training.record import Record

@@ -1,22 +1,22 @@
-// Maps larger than a tile: a first pass that finds what every tile needs to know of the others. One block scans one
-// direction (of one chunk) for a few channels, a warp to every tile along the line, and leaves h at the tiles' edges;
-// map_forward() then runs all tiles at once.
+// Maps larger than a tile: a first pass that computes what every tile needs from the others. One block scans one
+// direction of one chunk for a few channels, with a warp for every tile along the line, and writes h at the edges of
+// the tiles; map_forward() then runs all tiles at once.
 #pragma once
 
-#include "cuda_line.h"
-#include "cuda_map_forward.h"
+#include "cuda/line.h"
+#include "cuda/map_forward.h"
 
 namespace gspn {
 
 using EdgeLanes = Lanes<32, 4>;
-constexpr int kEdgeThreads = 512;  // lines of up to 512 sites
+constexpr int kEdgeThreads = 512;  // lines of up to 512 tokens
 
 struct EdgePlan {
   WalkPlan slabs;
   int directions, k[4];  // those of this launch
 };
 
-// The ends of every warp's share of a line, for its neighbours: of two lines, used in turn.
+// h at the ends of every warp's part of a line, for the neighbouring warps: for two lines, used in turn.
 struct LineEnds {
   float* data;
   int warps;
@@ -24,7 +24,9 @@ struct LineEnds {
     using L = EdgeLanes;
     return data + (((n & 1) * warps + warp) * 2 + end) * L::kWarpChannels + segment_lane * L::kLaneChannels;
   }
-  static GSPN_INLINE size_t bytes(int warps) { return size_t(2) * warps * 2 * EdgeLanes::kWarpChannels * sizeof(float); }
+  static GSPN_INLINE size_t bytes(int warps) {
+    return size_t(2) * warps * 2 * EdgeLanes::kWarpChannels * sizeof(float);
+  }
 };
 
 template <typename T, bool kShared>
@@ -34,7 +36,7 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
   using L = EdgeLanes;
   constexpr int kC = L::kLaneChannels, kQ = L::kPositions;
   const Problem& p = call.problem;
-  // directions side by side, so that they find each other's x in the cache
+  // neighbouring blocks have different directions, which read the same x: it is in the cache
   const int k = launched.k[blockIdx.x % unsigned(launched.directions)];
   WalkPlan plan = launched.slabs;
   plan.direction = p.directions[k];
@@ -48,7 +50,8 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
 #pragma unroll
   for (int i = 0; i < kC; ++i) decay[i] = real ? of_channel(call.decay, p, k, scan.channel + c + i) : 1.f;
   const LineGates gates(shared_memory(), kShared ? scan.positions : 0);
-  const LineEnds ends{reinterpret_cast<float*>(shared_memory() + (kShared ? LineGates::bytes(scan.positions) : 0)), warps};
+  char* const after_gates = shared_memory() + (kShared ? LineGates::bytes(scan.positions) : 0);
+  const LineEnds ends{reinterpret_cast<float*>(after_gates), warps};
 
   // gates of position `tid`, prepared one line ahead
   RawGates<T> ahead{};
@@ -56,7 +59,7 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
   const auto prepare = [&](int n) {
     if (!prepares || n >= scan.length) return;
     const Weights<float> w = n ? ahead.weights(scan, tid) : Weights<float>{0.f, 0.f, 0.f};
-    gates.weights[n % 2 * scan.positions + tid] = make_float4(w.minus, w.centre, w.plus, load(ahead.lam));
+    gates.weights[n % 2 * scan.positions + tid] = make_float4(w.minus, w.centre, w.plus, load(ahead.input_gate));
     if (n + 1 < scan.length) ahead.read(call, scan, k, scan.line(n + 1), tid, scan.group);
   };
   if (prepares) ahead.read(call, scan, k, scan.line(0), tid, scan.group);
@@ -78,19 +81,20 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
     float before[kC], after[kC];
     segment_neighbours<L>(h, segment, before, after);
     if (n > 0 && segment == 0 && warp > 0) load_vector(ends.at(n - 1, warp - 1, 1, segment_lane), before);
-    if (n > 0 && segment == L::kSegments - 1 && warp + 1 < warps) load_vector(ends.at(n - 1, warp + 1, 0, segment_lane), after);
+    if (n > 0 && segment == L::kSegments - 1 && warp + 1 < warps)
+      load_vector(ends.at(n - 1, warp + 1, 0, segment_lane), after);
 #pragma unroll
     for (int q = 0; q < kQ; ++q) {
       if (first + q >= scan.positions || !real) continue;
-      float lam[kC];
+      float input_gate[kC];
       Weights<float> w[kC];
       if constexpr (kShared) {
         const float4 g = gates.weights[n % 2 * scan.positions + first + q];
 #pragma unroll
-        for (int i = 0; i < kC; ++i) w[i] = {g.x, g.y, g.z}, lam[i] = g.w;
+        for (int i = 0; i < kC; ++i) w[i] = {g.x, g.y, g.z}, input_gate[i] = g.w;
       } else {
-        const int64_t row = scan.row(line, first + q), column = scan.column(line, first + q);
-        load_vector(gate_at(call.lam, 4, scan.batch, row, column, k, scan.channel + c), lam);
+        const int row = scan.row(line, first + q), column = scan.column(line, first + q);
+        load_vector(gate_at(call.input_gate, 4, scan.batch, row, column, k, scan.channel + c), input_gate);
         const T* logits = gate_at(call.gates, 5, scan.batch, row, column, k, scan.channel + c);
         float minus[kC], centre[kC], plus[kC];
         load_vector(logits, minus);
@@ -99,13 +103,15 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
 #pragma unroll
         for (int i = 0; i < kC; ++i) {
           w[i] = Weights<float>{0.f, 0.f, 0.f};
-          if (n) w[i] = normalise(minus[i], centre[i], plus[i], float(first + q > 0), float(first + q + 1 < scan.positions));
+          if (n)
+            w[i] = normalise(minus[i], centre[i], plus[i], float(first + q > 0),
+                             float(first + q + 1 < scan.positions));
         }
       }
 #pragma unroll
       for (int i = 0; i < kC; ++i) {
         const float centre = h[q][i], plus = q + 1 < kQ ? h[q + 1 < kQ ? q + 1 : 0][i] : after[i];
-        h[q][i] = advance(w[i], before[i], centre, plus, decay[i], lam[i] * x[q][i]);
+        h[q][i] = advance(w[i], before[i], centre, plus, decay[i], input_gate[i] * x[q][i]);
         before[i] = centre;
       }
     }
@@ -113,11 +119,13 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
     if (segment == 0) store_vector(ends.at(n, warp, 0, segment_lane), h[0]);
     if (segment == L::kSegments - 1) store_vector(ends.at(n, warp, 1, segment_lane), h[kQ - 1]);
     if (real) {
-      float* side = edges.side[k] + (scan.batch * scan.lines + line) * side_row + 2 * warp * p.channels + scan.channel + c;
+      float* side =
+          edges.side[k] + (scan.batch * scan.lines + line) * side_row + 2 * warp * p.channels + scan.channel + c;
       if (segment == 0) store_vector(side, h[0]);
       if (segment == L::kSegments - 1 && first + kQ <= scan.positions) store_vector(side + p.channels, h[kQ - 1]);
       if (scan.reversed ? line % L::kLine == 0 : line % L::kLine == L::kLine - 1) {
-        float* edge = edges.line[k] + ((scan.batch * line_tiles + line / L::kLine) * scan.positions + first) * p.channels +
+        float* edge = edges.line[k] +
+                      ((scan.batch * line_tiles + line / L::kLine) * scan.positions + first) * p.channels +
                       scan.channel + c;
 #pragma unroll
         for (int q = 0; q < kQ; ++q)

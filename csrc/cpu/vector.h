@@ -1,8 +1,8 @@
-// As many channels as fit a vector register, for the loops that the compiler does not keep in registers by itself. Written
-// with the vector extensions that gcc and clang have for every machine.
+// As many channels as fit a vector register, for the loops that the compiler does not keep in registers by itself.
+// Written with the vector extensions that gcc and clang have for every machine.
 #pragma once
 
-#include "cpu_map.h"
+#include "cpu/map.h"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -66,7 +66,8 @@ struct Vector {
     }
   }
 
-  // The first n of kLanes elements, `stride` apart; the other lanes are 0, and are not stored. Out of line: the rare case.
+  // The first n of kLanes elements, `stride` apart; the other lanes are 0, and are not stored. Out of line: the rare
+  // case.
   template <typename T>
   static __attribute__((noinline)) Vector load_some(const T* from, int64_t stride, int64_t n) {
     A lane[kLanes] = {};
@@ -112,14 +113,15 @@ struct Vector {
 template <typename T>
 constexpr bool kTransposes = std::is_same_v<T, float>;
 
-// Four numbers side by side at each of eight sites, `step` apart: the n-th of all sites go to to[n] + offset, unless to[n]
-// is null.
+// Four numbers side by side at each of eight tokens, `step` apart: the n-th of all tokens go to to[n] + offset, unless
+// to[n] is null.
 inline void transpose_4x8(const float* from, int64_t step, float* const (&to)[4], int64_t offset) {
-  __m256 site[4];  // and the fourth site after it
+  __m256 token[4];  // and the fourth token after it
   for (int s = 0; s < 4; ++s)
-    site[s] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + s * step)), _mm_loadu_ps(from + (s + 4) * step), 1);
-  const __m256 a = _mm256_unpacklo_ps(site[0], site[1]), b = _mm256_unpacklo_ps(site[2], site[3]);
-  const __m256 c = _mm256_unpackhi_ps(site[0], site[1]), d = _mm256_unpackhi_ps(site[2], site[3]);
+    token[s] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + s * step)),
+                                    _mm_loadu_ps(from + (s + 4) * step), 1);
+  const __m256 a = _mm256_unpacklo_ps(token[0], token[1]), b = _mm256_unpacklo_ps(token[2], token[3]);
+  const __m256 c = _mm256_unpackhi_ps(token[0], token[1]), d = _mm256_unpackhi_ps(token[2], token[3]);
   if (to[0]) _mm256_storeu_ps(to[0] + offset, _mm256_shuffle_ps(a, b, 0x44));
   if (to[1]) _mm256_storeu_ps(to[1] + offset, _mm256_shuffle_ps(a, b, 0xee));
   if (to[2]) _mm256_storeu_ps(to[2] + offset, _mm256_shuffle_ps(c, d, 0x44));

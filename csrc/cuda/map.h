@@ -1,11 +1,11 @@
-// How a block holds a whole map of a few channels on chip, and how its lanes share a line.
+// A whole map of a few channels in a block's memory, and a line divided among its lanes.
 //
-// Scans are independent from channel to channel, and within a line from site to site, so a line lives in registers: a
-// lane keeps kPositions neighbouring sites of kLaneChannels channels, kSegments lanes side by side cover the line, and a
-// warp covers kWarpChannels channels of it. Only the two ends of a segment are exchanged, by shuffles.
+// Scans are independent across channels, and within a line across tokens, so a line is kept in registers: a lane has
+// kPositions neighbouring tokens of kLaneChannels channels, kSegments lanes side by side cover the line, and a warp
+// covers kWarpChannels channels of it. Only the two ends of a segment are exchanged, by shuffles.
 #pragma once
 
-#include "cuda_gates.h"
+#include "cuda/gates.h"
 
 namespace gspn {
 
@@ -19,21 +19,22 @@ struct Lanes {
   static constexpr int kWarpChannels = kSegmentLanes * kLaneChannels;
   // Segments whose accesses to 16-bit elements meet in the same 128 bytes of banks; see MapShape.
   static constexpr int kBankGroups = 64 / kWarpChannels > 1 ? 64 / kWarpChannels : 1;
-  // Gates are prepared for this many sites at once and sense.
-  static constexpr int kStageSites = 128;
-  static constexpr int kStageLines = kStageSites / kLine;
+  // Gates are prepared for this many tokens at a time, for each sense.
+  static constexpr int kStageTokens = 128;
+  static constexpr int kStageLines = kStageTokens / kLine;
 };
 
-// What the host decides for the map kernels; see propagate_cuda.cu.
+// What the host decides for the map kernels; see cuda/propagate.cu.
 struct MapPlan {
   int parts;          // warps side by side along the channels: a block's slab is parts · kWarpChannels wide
-  int domain;         // a slab never crosses a multiple of this many channels: C / G where a group shares gates, else C
+  int domain;         // no slab crosses a multiple of this many channels: C / G where a group shares gates, else C
   int domain_slabs;   // slabs in a domain
-  int tile;           // a block holds a tile of this many rows and columns of the map, or less at its end
-  bool vector_x, vector_y, vector_grad;  // whether a lane's channels of x, of y (and dx), of dy lie aligned side by side
+  int tile;           // a block's tile has this many rows and columns of the map, or fewer at its end
+  // Whether a lane's channels of x, of y (and dx), of dy lie side by side and aligned.
+  bool vector_x, vector_y, vector_grad;
 };
 
-// The part of the map that this block holds: all of it, or a tile.
+// The block's part of the map: all of it, or a tile.
 struct Tile {
   int row, column, height, width;  // its first row and column, and its size
 
@@ -73,8 +74,9 @@ struct Channels {
     channel = first + part * L::kWarpChannels + segment_lane * L::kLaneChannels;
   }
   // The slab's channels from this lane's first on: the lane owns its c-th where c < room(), none where room() <= 0. Not
-  // clamped to 0 … kLaneChannels: of a clamp that is then compared with its bound, ptxas 13.0 makes for sm_90 a VIMNMX.RELU
-  // whose two predicates are one register, and a lane just beyond the slab, which owns nothing, stores a whole vector.
+  // clamped to 0 … kLaneChannels: for sm_90, ptxas 13.0 compiles a clamp that is then compared with its bound to a
+  // VIMNMX.RELU whose two predicates are one register, and a lane just beyond the slab, which owns nothing, would store
+  // a whole vector.
   GSPN_DEVICE int room() const { return end - channel; }
 };
 
@@ -94,10 +96,10 @@ struct LaneFactors {
   }
 };
 
-// Where a site's channels lie in shared memory, in elements. A unit is one warp's channels at one site. Lanes of a warp
-// differ in their segment, four sites apart along a row or along a column: units are exchanged within a row by the low
-// bits of the segment, and rows are a quarter of a unit longer than their units, so that neither order of segments meets
-// in the same banks.
+// Where a token's channels lie in shared memory, in elements. A unit is one warp's channels at one token. Lanes of a
+// warp differ in their segment, four tokens apart along a row or along a column. Units are permuted within a row by the
+// low bits of the segment, and rows are a quarter of a unit longer than their units, so that segments have different
+// banks in either order.
 template <typename L>
 struct MapShape {
   int height, width, parts, row_stride;
@@ -116,28 +118,25 @@ struct MapShape {
 
 // One axis of scans over a tile: its lines and its two senses. `line` and `position` count from the tile's first.
 //
-// A block runs both senses of an axis at once, in different warps: the lines are cut into an even number of stages, and
-// while one sense is at stage i the other is at the mirrored one, so that they never add to the same line together. At
-// the first half of the stages a line is touched for the first time, at the second half for the second.
+// A block runs both senses of an axis at once, in different warps. The lines are cut into an even number of stages;
+// while one sense is at stage i the other is at the mirrored one, so they never add to the same line at the same time.
+// Each line is added to once in the first half of the stages, and once in the second half.
 template <typename L>
 struct Axis {
-  bool rows;
-  int lines, positions, stages, stage_lines;
-  int first_line, first_position, map_lines, map_positions, chunk;
+  Lines<int> map;
+  int lines, positions, first_line, first_position;  // of the tile
+  int stages, stage_lines;
   int forward, reversed;  // the direction index of either sense, or -1
 
-  GSPN_DEVICE Axis(const Problem& p, const Tile& tile, bool rows_) : rows(rows_) {
-    lines = rows ? tile.height : tile.width;
-    positions = rows ? tile.width : tile.height;
-    first_line = rows ? tile.row : tile.column;
-    first_position = rows ? tile.column : tile.row;
-    map_lines = int(rows ? p.height : p.width);
-    map_positions = int(rows ? p.width : p.height);
-    chunk = p.chunk && p.chunk < map_lines ? int(p.chunk) : map_lines;
+  GSPN_DEVICE Axis(const Problem& p, const Tile& tile, bool rows) : map(p, rows) {
+    lines = map.line_of(tile.height, tile.width);
+    positions = map.position_of(tile.height, tile.width);
+    first_line = map.line_of(tile.row, tile.column);
+    first_position = map.position_of(tile.row, tile.column);
     stages = stages_of(lines);
     stage_lines = (lines + stages - 1) / stages;
-    forward = index_of(p, rows ? kDown : kRight);
-    reversed = index_of(p, rows ? kUp : kLeft);
+    forward = index_of(p, direction_of(rows, false));
+    reversed = index_of(p, direction_of(rows, true));
   }
   GSPN_INLINE static int stages_of(int lines) { return 2 * ((lines + 2 * L::kStageLines - 1) / (2 * L::kStageLines)); }
   GSPN_DEVICE static int index_of(const Problem& p, Direction direction) {
@@ -149,18 +148,18 @@ struct Axis {
   GSPN_DEVICE bool any() const { return forward >= 0 || reversed >= 0; }
   GSPN_DEVICE bool both() const { return forward >= 0 && reversed >= 0; }
   GSPN_DEVICE int direction(int sense) const { return sense ? reversed : forward; }
-  // The stage, in map coordinates, that a sense is at when it is at its i-th.
-  GSPN_DEVICE int stage(int i, int sense) const { return sense ? stages - 1 - i : i; }
+  // The i-th stage of a sense, counted in map order.
+  GSPN_DEVICE int stage(int i, int sense) const { return nth_read(0, stages, i, sense); }
   GSPN_DEVICE int stage_begin(int stage) const { return min(stage * stage_lines, lines); }
   GSPN_DEVICE int stage_end(int stage) const { return min((stage + 1) * stage_lines, lines); }
-  // Whether a line has no history: it is the first that its chunk's scan reads.
-  GSPN_DEVICE bool restarts(int line, int sense) const {
-    return starts_chunk(first_line + line, map_lines, chunk, sense);
-  }
+  // Whether the scan restarts at a line, which then has no line before.
+  GSPN_DEVICE bool restarts(int line, int sense) const { return map.starts_chunk(first_line + line, sense); }
   GSPN_DEVICE bool has_minus(int position) const { return first_position + position > 0; }
-  GSPN_DEVICE bool has_plus(int position) const { return first_position + position + 1 < map_positions; }
-  GSPN_DEVICE int row(int line, int position) const { return rows ? first_line + line : first_position + position; }
-  GSPN_DEVICE int column(int line, int position) const { return rows ? first_position + position : first_line + line; }
+  GSPN_DEVICE bool has_plus(int position) const { return first_position + position + 1 < map.positions; }
+  GSPN_DEVICE int row(int line, int position) const { return map.row(first_line + line, first_position + position); }
+  GSPN_DEVICE int column(int line, int position) const {
+    return map.column(first_line + line, first_position + position);
+  }
 };
 
 // Offsets of a lane's four positions on a line, and of the line, in shared memory and in a contiguous (B, H, W, C) map.
@@ -176,38 +175,40 @@ struct Walk {
     const int begin = at.segment * L::kPositions;
 #pragma unroll
     for (int q = 0; q < L::kPositions; ++q)
-      shared_step[q] = lane_offset + (axis.rows ? shape.along_row(begin + q, part) : (begin + q) * shape.row_stride);
-    map_step = int(axis.rows ? p.channels : p.width * p.channels);
-    map_line = int(axis.rows ? p.width * p.channels : p.channels);
+      shared_step[q] =
+          lane_offset + (axis.map.rows ? shape.along_row(begin + q, part) : (begin + q) * shape.row_stride);
+    map_step = int(axis.map.rows ? p.channels : p.width * p.channels);
+    map_line = int(axis.map.rows ? p.width * p.channels : p.channels);
     map_first = begin * map_step;
   }
   GSPN_DEVICE int shared_line(int line) const {
-    return axis.rows ? line * shape.row_stride : shape.along_row(line, part);
+    return axis.map.rows ? line * shape.row_stride : shape.along_row(line, part);
   }
 };
 
-// The gates of a stage of either sense that a group's channels share: (w-, w0, w+, λ) and u of every site.
+// The gates of both senses' current stages that a group's channels share: (w-, w0, w+, λ) and u of every token.
 struct Stage {
   float4* weights;
-  float* out;
+  float* output_gate;
 
   template <typename L>
   GSPN_DEVICE static Stage at(char* memory) {
     float4* weights = reinterpret_cast<float4*>(memory);
-    return {weights, reinterpret_cast<float*>(weights + 2 * L::kStageSites)};
+    return {weights, reinterpret_cast<float*>(weights + 2 * L::kStageTokens)};
   }
   template <typename L>
-  static constexpr size_t bytes() { return 2 * L::kStageSites * (sizeof(float4) + sizeof(float)); }
+  static constexpr size_t bytes() { return 2 * L::kStageTokens * (sizeof(float4) + sizeof(float)); }
 };
 
-// Prepares stage i of both senses, all threads of the block together. A line without history has weights 0, and nothing
-// is read for them.
+// Prepares stage i of both senses; all threads of the block take part. A line without a line before has weights 0, and
+// its logits are not read.
 template <typename L, typename Call>
-GSPN_DEVICE void prepare_stage(const Stage& stage, const Call& call, const Axis<L>& axis, const Channels<L>& at, int i) {
-  for (int t = threadIdx.x; t < 2 * L::kStageSites; t += blockDim.x) {
-    const int sense = t / L::kStageSites, site = t % L::kStageSites;
+GSPN_DEVICE void prepare_stage(const Stage& stage, const Call& call, const Axis<L>& axis, const Channels<L>& at,
+                               int i) {
+  for (int t = threadIdx.x; t < 2 * L::kStageTokens; t += blockDim.x) {
+    const int sense = t / L::kStageTokens, token = t % L::kStageTokens;
     const int s = axis.stage(i, sense), k = axis.direction(sense);
-    const int line = axis.stage_begin(s) + site / L::kLine, position = site % L::kLine;
+    const int line = axis.stage_begin(s) + token / L::kLine, position = token % L::kLine;
     if (k < 0 || line >= axis.stage_end(s) || position >= axis.positions) continue;
     const int row = axis.row(line, position), column = axis.column(line, position);
     Weights<float> w{0.f, 0.f, 0.f};
@@ -217,13 +218,15 @@ GSPN_DEVICE void prepare_stage(const Stage& stage, const Call& call, const Axis<
       w = normalise(load(logits[0]), load(logits[next]), load(logits[2 * next]), float(axis.has_minus(position)),
                     float(axis.has_plus(position)));
     }
-    stage.weights[t] = make_float4(w.minus, w.centre, w.plus, load(*gate_at(call.lam, 4, at.batch, row, column, k, at.group)));
-    stage.out[t] = call.out.data ? load(*gate_at(call.out, 4, at.batch, row, column, k, at.group)) : 1.f;
+    const float input_gate = load(*gate_at(call.input_gate, 4, at.batch, row, column, k, at.group));
+    stage.weights[t] = make_float4(w.minus, w.centre, w.plus, input_gate);
+    stage.output_gate[t] =
+        call.output_gate.data ? load(*gate_at(call.output_gate, 4, at.batch, row, column, k, at.group)) : 1.f;
   }
 }
 
-// Lets all of a block's threads begin stage i: what they wrote before it is seen, and its gates are there. The map that is
-// read may come in while the first stage's gates are prepared.
+// Begins stage i: afterwards all threads of the block see what others wrote before, and the stage's gates. The map may
+// still be on its way into shared memory while the first stage's gates are prepared.
 template <bool kShared, typename L, typename Call>
 GSPN_DEVICE void start_stage(const Stage& stage, const Call& call, const Axis<L>& axis, const Channels<L>& at, int i) {
   if constexpr (kShared) {
@@ -234,22 +237,22 @@ GSPN_DEVICE void start_stage(const Stage& stage, const Call& call, const Axis<L>
   __syncthreads();
 }
 
-// Fills the block's map of shared memory; channels beyond the slab's end become 0. To be followed by start_stage().
+// Reads the block's part of the map into shared memory; channels beyond the slab's end become 0. start_stage() must
+// follow.
 template <typename L, typename T>
 GSPN_DEVICE void read_map(T* shared, const Strided<const T>& from, const Tile& tile, const MapShape<L>& shape,
                           const Channels<L>& at, bool vector) {
   constexpr int kVector = L::kLaneChannels;
   const int step = vector ? kVector : 1;
-  int shift = 0;  // accesses a site, a power of two
+  int shift = 0;  // accesses a token, a power of two
   while ((step << shift) < shape.parts * L::kWarpChannels) ++shift;
   const int count = shape.height * shape.width << shift;
   const float inverse_width = 1.f / float(shape.width);
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const int site = i >> shift, c = (i - (site << shift)) * step;
-    const int row = int((float(site) + 0.5f) * inverse_width), column = site - row * shape.width;
+    const int token = i >> shift, c = (i - (token << shift)) * step;
+    const int row = int((float(token) + 0.5f) * inverse_width), column = token - row * shape.width;
     T* to = shared + shape.offset(row, column, c / L::kWarpChannels) + c % L::kWarpChannels;
-    const T* source = from.data + at.batch * from.stride[0] + (tile.row + row) * from.stride[1] +
-                      (tile.column + column) * from.stride[2] + (at.first + c) * from.stride[3];
+    const T* source = map_at(from, at.batch, tile.row + row, tile.column + column, at.first + c);
     if (at.first + c >= at.end) {
       for (int v = 0; v < step; ++v) store(to[v], 0.f);
     } else if (vector) {
@@ -260,7 +263,7 @@ GSPN_DEVICE void read_map(T* shared, const Strided<const T>& from, const Tile& t
   }
 }
 
-// A lane's channels at one site, to a contiguous map; `room` is Channels::room().
+// A lane's channels at one token, to a contiguous map; `room` is Channels::room().
 template <typename L, typename T>
 GSPN_DEVICE void write_channels(T* to, const float (&v)[L::kLaneChannels], int room, bool vector) {
   if (vector && room >= L::kLaneChannels) {
@@ -285,36 +288,37 @@ GSPN_DEVICE void segment_neighbours(const float (&line)[L::kPositions][L::kLaneC
   }
 }
 
-// A lane's gates at one site: those of its group from the stage, or its channels' own from memory.
+// A lane's gates at one token: those of its group from the stage, or its channels' own from memory.
 template <typename L, bool kShared>
-struct SiteGates {
+struct TokenGates {
   static constexpr int kSets = kShared ? 1 : L::kLaneChannels;
   Weights<float> weights[kSets];
-  float lam[kSets], out[kSets];
+  float input_gate[kSets], output_gate[kSets];
 
-  GSPN_DEVICE SiteGates(const Stage& stage, int stage_site) {
-    const float4 g = stage.weights[stage_site];
+  GSPN_DEVICE TokenGates(const Stage& stage, int stage_token) {
+    const float4 g = stage.weights[stage_token];
     weights[0] = {g.x, g.y, g.z};
-    lam[0] = g.w;
-    out[0] = stage.out[stage_site];
+    input_gate[0] = g.w;
+    output_gate[0] = stage.output_gate[stage_token];
   }
   template <typename Call>
-  GSPN_DEVICE SiteGates(const Call& call, const Axis<L>& axis, const Channels<L>& at, int k, int line, int position,
-                        bool restarts) {
+  GSPN_DEVICE TokenGates(const Call& call, const Axis<L>& axis, const Channels<L>& at, int k, int line, int position,
+                         bool restarts) {
     const int row = axis.row(line, position), column = axis.column(line, position);
-    load_vector(gate_at(call.lam, 4, at.batch, row, column, k, at.channel), lam);
+    load_vector(gate_at(call.input_gate, 4, at.batch, row, column, k, at.channel), input_gate);
 #pragma unroll
-    for (int c = 0; c < kSets; ++c) weights[c] = {0.f, 0.f, 0.f}, out[c] = 1.f;
-    if (call.out.data) load_vector(gate_at(call.out, 4, at.batch, row, column, k, at.channel), out);
+    for (int c = 0; c < kSets; ++c) weights[c] = {0.f, 0.f, 0.f}, output_gate[c] = 1.f;
+    if (call.output_gate.data)
+      load_vector(gate_at(call.output_gate, 4, at.batch, row, column, k, at.channel), output_gate);
     if (restarts) return;
     float minus[kSets], centre[kSets], plus[kSets];
-    read_logits(call, axis, at, k, row, column, minus, centre, plus);
+    read_logits(call, at, k, row, column, minus, centre, plus);
     const float has_minus = float(axis.has_minus(position)), has_plus = float(axis.has_plus(position));
 #pragma unroll
     for (int c = 0; c < kSets; ++c) weights[c] = normalise(minus[c], centre[c], plus[c], has_minus, has_plus);
   }
   template <typename Call>
-  GSPN_DEVICE static void read_logits(const Call& call, const Axis<L>&, const Channels<L>& at, int k, int row, int column,
+  GSPN_DEVICE static void read_logits(const Call& call, const Channels<L>& at, int k, int row, int column,
                                       float (&minus)[kSets], float (&centre)[kSets], float (&plus)[kSets]) {
     const auto* logits = gate_at(call.gates, 5, at.batch, row, column, k, at.channel);
     load_vector(logits, minus);

@@ -1,15 +1,17 @@
 // Which kernel runs a call, and its launches.
 //
-// A map whose lines have up to 32 sites is held on chip (cuda_map_*.h), if two blocks of it fit on a multiprocessor, or
-// one does: x is then read once and y written once. Forward, a larger map is cut into tiles of 32 × 32 sites, after a pass
-// that leaves h at their edges (cuda_edges.h). The rest (backward on larger maps, lines of more than 512 sites, a single
-// direction of a large map, channels that do not lie side by side) is walked line by line, one direction after another
-// (cuda_walk.h).
-#include "propagate_cuda.h"
+// Map kernels (cuda/map_*.h): a map whose lines have up to 32 tokens is held in a block's memory, if two blocks or one
+// fit on a multiprocessor; x is then read once and y written once. Forward, a larger map is cut into tiles of 32 × 32
+// tokens, after a pass that writes h at their edges (cuda/edges.h). Walk kernels (cuda/walk.h) run the rest line by
+// line, one direction after another: backward on larger maps, lines of more than 512 tokens, a single direction of a
+// large map, channels that do not lie side by side.
+#include "propagate.h"
 
-#include "cuda_edges.h"
-#include "cuda_map_backward.h"
-#include "cuda_walk.h"
+#include "cuda/edges.h"
+#include "cuda/kernel.h"
+#include "cuda/map_backward.h"
+#include "cuda/walk.h"
+#include "scan.h"
 
 namespace gspn {
 namespace {
@@ -18,7 +20,7 @@ constexpr int kLongestLine = 32;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Channels that a block's slab must not mix: a group's where gates are shared.
+// No block's slab crosses a multiple of this many channels: a group where gates are shared.
 int domain(const Problem& p) { return int(p.groups == p.channels ? p.channels : p.channels / p.groups); }
 bool shares_gates(const Problem& p) { return p.groups < p.channels; }
 
@@ -42,8 +44,9 @@ bool contiguous(const Strided<T>& t, const Problem& p) {
 }
 // Whether every channel's own gates can be read n channels at a time.
 template <typename T>
-bool gates_vectorise(const Problem& p, const Strided<T>& gates, const Strided<T>& lam, const Strided<T>& out, int n) {
-  return vectorises(p, gates, 5, n) && vectorises(p, lam, 4, n) && vectorises(p, out, 4, n);
+bool gates_vectorise(const Problem& p, const Strided<T>& gates, const Strided<T>& input_gate,
+                     const Strided<T>& output_gate, int n) {
+  return vectorises(p, gates, 5, n) && vectorises(p, input_gate, 4, n) && vectorises(p, output_gate, 4, n);
 }
 
 // A map kernel's plan: `parts` is 0 if the map does not fit, or a layout stands in the way.
@@ -57,7 +60,8 @@ struct MapChoice {
 
 // bytes(line, height, width, parts) is a block's shared memory, width_of_warp(line) a warp's channels.
 template <typename Bytes, typename WarpWidth>
-MapChoice choose_map(const Problem& p, const SharedMemory& memory, int max_parts, Bytes bytes, WarpWidth width_of_warp) {
+MapChoice choose_map(const Problem& p, const SharedMemory& memory, int max_parts, Bytes bytes,
+                     WarpWidth width_of_warp) {
   MapChoice choice;
   const int64_t longest = p.height > p.width ? p.height : p.width;
   choice.line = longest <= 16 ? 16 : 32;
@@ -65,7 +69,7 @@ MapChoice choose_map(const Problem& p, const SharedMemory& memory, int max_parts
   const int tile = longest < kLongestLine ? int(longest) : kLongestLine;
   const int height = p.height < tile ? int(p.height) : tile, width = p.width < tile ? int(p.width) : tile;
   constexpr int64_t kReserved = 1024;  // of a block, by the system
-  for (const int blocks_at_once : {2, 1}) {  // one block reads while another scans
+  for (const int blocks_at_once : {2, 1}) {  // two: one block reads while another scans
     for (int parts = max_parts; parts >= 1; parts /= 2) {
       const size_t size = bytes(choice.line, height, width, parts);
       const bool fits = int64_t(size) <= memory.of_a_block &&
@@ -90,8 +94,8 @@ size_t edge_bytes(const Problem& p) {
   return (shares_gates(p) ? LineGates::bytes(longest) : 0) + LineEnds::bytes(int(divide_up(longest, EdgeLanes::kLine)));
 }
 
-// Lanes of the forward pass. A warp of Short has 32 channels of a line, one of Narrow or Long 16: no lane is idle in groups
-// of 16 channels.
+// Lanes of the forward pass. A warp of Short has 32 channels of a line, one of Narrow or Long 16, so that no lane is
+// idle in groups of 16 channels.
 using Short = Lanes<16, 4>;
 using Narrow = Lanes<16, 2>;
 using Long = Lanes<32, 4>;
@@ -102,7 +106,8 @@ MapChoice choose_map(const Forward<T>& call, const SharedMemory& memory) {
   constexpr int kN = Lanes<16, 4>::kLaneChannels;
   const Problem& p = call.problem;
   const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
-  if (!contiguous(call.y, p) || (!shares_gates(p) && !(aligned && gates_vectorise(p, call.gates, call.lam, call.out, kN))))
+  if (!contiguous(call.y, p)) return {};
+  if (!shares_gates(p) && !(aligned && gates_vectorise(p, call.gates, call.input_gate, call.output_gate, kN)))
     return {};
   MapChoice choice = choose_map(p, memory, 2, [&](int line, int height, int width, int parts) {
     return line == 32 ? map_forward_bytes<Long>(height, width, parts, sizeof(T))
@@ -124,8 +129,8 @@ MapChoice choose_map(const Backward<T>& call, const SharedMemory& memory) {
   const Problem& p = call.problem;
   const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
   if (!contiguous(call.grad_x, p) || p.height > kLongestLine || p.width > kLongestLine) return {};
-  if (!shares_gates(p) && !(aligned && gates_vectorise(p, call.gates, call.lam, call.out, kN) &&
-                            gates_vectorise(p, call.grad_gates, call.grad_lam, call.grad_out, kN)))
+  if (!shares_gates(p) && !(aligned && gates_vectorise(p, call.gates, call.input_gate, call.output_gate, kN) &&
+                            gates_vectorise(p, call.grad_gates, call.grad_input_gate, call.grad_output_gate, kN)))
     return {};
   MapChoice choice = choose_map(p, memory, 4, [&](int line, int height, int width, int parts) {
     return line == 16 ? map_backward_bytes<16>(height, width, parts, sizeof(T))
@@ -137,7 +142,7 @@ MapChoice choose_map(const Backward<T>& call, const SharedMemory& memory) {
   return choice;
 }
 
-// kItems of walk_forward: what a thread reads ahead. Lines so long that this does not cover them are read as they come.
+// kItems of walk_forward: what a thread reads ahead. Longer lines than these can cover are not read ahead.
 constexpr int kSharedItems = 4, kOwnItems = 4;
 
 template <typename T>
@@ -146,75 +151,89 @@ WalkPlan plan_walk(const Problem& p, const Strided<const T>& x, int k, int64_t w
   const int64_t longest = p.height > p.width ? p.height : p.width;  // one slab for all directions
   int bits = 5;
   while (bits > 0 && ((1 << bits) / 2 >= domain(p) || (longest << bits) > widest_line)) --bits;
-  const bool sites_side_by_side = x.stride[3] != 1 && x.stride[lines_are_rows(direction) ? 2 : 1] == 1;
-  if (sites_side_by_side && !shares_gates(p)) bits = 0;
+  const bool tokens_side_by_side = x.stride[3] != 1 && x.stride[lines_are_rows(direction) ? 2 : 1] == 1;
+  if (tokens_side_by_side && !shares_gates(p)) bits = 0;
   return {bits, domain(p), int(divide_up(domain(p), 1 << bits)), k, direction};
 }
 
-int64_t walk_blocks(const Problem& p, const WalkPlan& plan) {
-  const int64_t lines = lines_are_rows(plan.direction) ? p.height : p.width;
-  const int64_t chunks = p.chunk && p.chunk < lines ? divide_up(lines, p.chunk) : 1;
-  return p.batch * (p.channels / plan.domain) * plan.domain_slabs * chunks;
-}
+using Order = ScanOrder<int64_t>;
 
-int64_t positions_of(const Problem& p, int direction) { return lines_are_rows(direction) ? p.width : p.height; }
+int64_t walk_blocks(const Problem& p, const WalkPlan& plan) {
+  return p.batch * (p.channels / plan.domain) * plan.domain_slabs * Order(p, plan.direction).num_chunks();
+}
 
 int round_to_warps(int64_t threads) { return int(divide_up(threads, kWarp) * kWarp); }
 
 const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-const char* kTooLong = "a line is too long for the shared memory of this device";
+// A launch of a walk kernel.
+struct WalkLaunch {
+  WalkPlan plan;
+  int threads;
+  size_t bytes;  // of shared memory
+  bool shared;   // walk_forward: gates are prepared once for the slab
+  bool ahead;    // walk_forward: lines are read ahead
+
+  // Null if the launch is possible, else why not.
+  const char* refusal(const SharedMemory& memory) const {
+    return int64_t(bytes) <= memory.of_a_block ? nullptr : "a line is too long for the shared memory of this device";
+  }
+};
 
 template <typename T>
-const char* launch_walk_forward(const Forward<T>& call, int k, const SharedMemory& memory, const Accumulation& sum,
-                                float* history, cudaStream_t stream) {
-  const Problem& p = call.problem;
-  const int64_t positions = positions_of(p, p.directions[k]);
+WalkLaunch plan_walk_forward(const Problem& p, const Strided<const T>& x, int k) {
+  const int64_t positions = Order(p, p.directions[k]).positions;
   const bool shared = shares_gates(p) && positions <= kSharedThreads;
   const int items = shared ? kSharedItems : kOwnItems, most = shared ? kSharedThreads : kOwnThreads;
-  const WalkPlan plan = plan_walk(p, call.x, k, int64_t(items) * most);
+  const WalkPlan plan = plan_walk(p, x, k, int64_t(items) * most);
   const int64_t width = positions * plan.slab();
   int64_t threads = divide_up(width, items);
   if (shared && threads < positions) threads = positions;
   const bool ahead = threads <= most;
   if (!ahead) threads = most;
   const size_t bytes = 2 * width * sizeof(float) + (shared ? LineGates::bytes(int(positions)) : 0);
-  if (int64_t(bytes) > memory.of_a_block) return kTooLong;
-  const int64_t blocks = walk_blocks(p, plan);
-  const int block = round_to_warps(threads);
-  if (shared)
-    return describe(launch(walk_forward<T, true, kSharedItems>, blocks, block, bytes, stream, call, plan, sum, history));
-  if (ahead)
-    return describe(launch(walk_forward<T, false, kOwnItems>, blocks, block, bytes, stream, call, plan, sum, history));
-  return describe(launch(walk_forward<T, false, 0>, blocks, block, bytes, stream, call, plan, sum, history));
+  return {plan, round_to_warps(threads), bytes, shared, ahead};
+}
+
+template <typename T>
+const char* launch_walk_forward(const Forward<T>& call, int k, const SharedMemory& memory, const Accumulation& sum,
+                                float* history, cudaStream_t stream) {
+  const WalkLaunch walk = plan_walk_forward(call.problem, call.x, k);
+  if (const char* reason = walk.refusal(memory)) return reason;
+  const auto run = [&](auto kernel) {
+    const int64_t blocks = walk_blocks(call.problem, walk.plan);
+    return describe(launch(kernel, blocks, walk.threads, walk.bytes, stream, call, walk.plan, sum, history));
+  };
+  if (walk.shared) return run(walk_forward<T, true, kSharedItems>);
+  return walk.ahead ? run(walk_forward<T, false, kOwnItems>) : run(walk_forward<T, false, 0>);
 }
 
 // Elements of x, and of every result of its shape.
 int64_t elements(const Problem& p) { return p.batch * p.height * p.width * p.channels; }
 
-// The widest line (in sites times channels) whose three products fit on chip twice.
+// The widest line (in tokens times channels) whose three products fit on chip twice.
 int64_t widest_backward(const SharedMemory& memory) { return memory.of_a_block / int64_t(6 * sizeof(float)); }
 
 template <typename T>
-WalkPlan plan_walk_backward(const Backward<T>& call, int k, const SharedMemory& memory) {
+WalkLaunch plan_walk_backward(const Problem& p, const Strided<const T>& x, int k, const SharedMemory& memory) {
   const int64_t widest = widest_backward(memory);
-  return plan_walk(call.problem, call.x, k, widest < 8192 ? widest : 8192);
+  const WalkPlan plan = plan_walk(p, x, k, widest < 8192 ? widest : 8192);
+  const int64_t width = Order(p, plan.direction).positions * plan.slab();
+  const int threads = round_to_warps(width < 512 ? width : 512);
+  const int64_t floats = 6 * width > 2 * threads ? 6 * width : 2 * threads;
+  return {plan, threads, size_t(floats) * sizeof(float), shares_gates(p), false};
 }
 
 template <typename T>
 const char* launch_walk_backward(const Backward<T>& call, int k, const SharedMemory& memory, const Accumulation& sum,
                                  const float* history, const PartialSums& partial, cudaStream_t stream) {
-  const Problem& p = call.problem;
-  const WalkPlan plan = plan_walk_backward(call, k, memory);
-  const int64_t width = positions_of(p, plan.direction) * plan.slab();
-  const int threads = round_to_warps(width < 512 ? width : 512);
-  const int64_t floats = 6 * width > 2 * threads ? 6 * width : 2 * threads;
-  const size_t bytes = floats * sizeof(float);
-  if (int64_t(bytes) > memory.of_a_block) return kTooLong;
-  const int64_t blocks = walk_blocks(p, plan);
-  return describe(shares_gates(p)
-                      ? launch(walk_backward<T, true>, blocks, threads, bytes, stream, call, plan, sum, history, partial)
-                      : launch(walk_backward<T, false>, blocks, threads, bytes, stream, call, plan, sum, history, partial));
+  const WalkLaunch walk = plan_walk_backward(call.problem, call.x, k, memory);
+  if (const char* reason = walk.refusal(memory)) return reason;
+  const auto run = [&](auto kernel) {
+    const int64_t blocks = walk_blocks(call.problem, walk.plan);
+    return describe(launch(kernel, blocks, walk.threads, walk.bytes, stream, call, walk.plan, sum, history, partial));
+  };
+  return walk.shared ? run(walk_backward<T, true>) : run(walk_backward<T, false>);
 }
 
 // Rows of partial sums of one group: as many as blocks or warps share its channels.
@@ -222,7 +241,7 @@ template <typename T>
 int64_t group_rows(const Backward<T>& call, const SharedMemory& memory, const MapChoice& map) {
   if (!shares_gates(call.problem)) return 0;
   if (map) return int64_t(map.plan.domain_slabs) * map.plan.parts;
-  return plan_walk_backward(call, 0, memory).domain_slabs;
+  return plan_walk_backward(call.problem, call.x, 0, memory).plan.domain_slabs;
 }
 int64_t partial_elements(const Problem& p, int64_t rows) {
   return p.batch * p.num_directions * p.groups * rows * p.height * p.width * kNumSums;
@@ -234,12 +253,11 @@ struct EdgeLayout {
 
   EdgeLayout(const Problem& p, int tile) {
     for (int k = 0; k < p.num_directions; ++k) {
-      const bool rows = lines_are_rows(p.directions[k]);
-      const int64_t lines = rows ? p.height : p.width, positions = rows ? p.width : p.height;
+      const Order scan(p, p.directions[k]);
       line[k] = elements;
-      elements += p.batch * divide_up(lines, tile) * positions * p.channels;
+      elements += p.batch * divide_up(scan.lines, tile) * scan.positions * p.channels;
       side[k] = elements;
-      elements += p.batch * lines * 2 * divide_up(positions, tile) * p.channels;
+      elements += p.batch * scan.lines * 2 * divide_up(scan.positions, tile) * p.channels;
     }
   }
 };
@@ -257,7 +275,7 @@ const char* launch_edges(const Forward<T>& call, const Edges& edges, cudaStream_
       if (square || lines_are_rows(p.directions[k]) == rows) plan.k[plan.directions++] = k;
     if (plan.directions == 0) continue;
     plan.slabs.direction = p.directions[plan.k[0]];
-    const int64_t positions = rows ? p.width : p.height, warps = divide_up(positions, EdgeLanes::kLine);
+    const int64_t positions = Lines<int64_t>(p, rows).positions, warps = divide_up(positions, EdgeLanes::kLine);
     const size_t bytes = (shares_gates(p) ? LineGates::bytes(int(positions)) : 0) + LineEnds::bytes(int(warps));
     const int64_t blocks = walk_blocks(p, plan.slabs) * plan.directions;
     const char* error = describe(
@@ -268,7 +286,7 @@ const char* launch_edges(const Forward<T>& call, const Edges& edges, cudaStream_
   return nullptr;
 }
 
-// float32 sums can be kept in the result itself.
+// Where the sum over directions is held: float32 results hold it themselves.
 template <typename T>
 float* sum_in_place(T*, float* scratch) {
   return scratch;
@@ -276,6 +294,19 @@ float* sum_in_place(T*, float* scratch) {
 float* sum_in_place(float* result, float*) { return result; }
 
 }  // namespace
+
+// Any call can run on walk kernels, unless its lines are too long. A map kernel's lines never are: those have up to 512
+// tokens, and a block of any device of compute capability 8.0 or newer has shared memory for over 4000.
+template <typename T>
+const char* refusal(const Forward<T>& call, const SharedMemory& memory, bool backward) {
+  const Problem& p = call.problem;
+  for (int k = 0; k < p.num_directions; ++k) {
+    if (const char* reason = plan_walk_forward(p, call.x, k).refusal(memory)) return reason;
+    if (!backward) continue;
+    if (const char* reason = plan_walk_backward(p, call.x, k, memory).refusal(memory)) return reason;
+  }
+  return nullptr;
+}
 
 template <typename T>
 int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
@@ -291,7 +322,8 @@ const char* run_forward(const Forward<T>& call, const SharedMemory& memory, floa
   if (const MapChoice map = choose_map(call, memory)) {
     Edges edges{};
     const auto run = [&](auto kernel) {
-      return describe(launch(kernel, map.blocks, 2 * kWarp * map.plan.parts, map.shared_bytes, stream, call, map.plan, edges));
+      const int threads = 2 * kWarp * map.plan.parts;
+      return describe(launch(kernel, map.blocks, threads, map.shared_bytes, stream, call, map.plan, edges));
     };
     const bool shared = shares_gates(p);
     if (map.tiles > 1) {
@@ -303,7 +335,8 @@ const char* run_forward(const Forward<T>& call, const SharedMemory& memory, floa
       if (const char* error = launch_edges(call, edges, stream)) return error;
       return shared ? run(map_forward<T, true, Long, true>) : run(map_forward<T, false, Long, true>);
     }
-    if (map.line == 32) return shared ? run(map_forward<T, true, Long, false>) : run(map_forward<T, false, Long, false>);
+    if (map.line == 32)
+      return shared ? run(map_forward<T, true, Long, false>) : run(map_forward<T, false, Long, false>);
     if (is_narrow(p)) return run(map_forward<T, true, Narrow, false>);
     return shared ? run(map_forward<T, true, Short, false>) : run(map_forward<T, false, Short, false>);
   }
@@ -348,8 +381,9 @@ const char* run_backward(const Backward<T>& call, const SharedMemory& memory, fl
   } else {
     float* const history = scratch + partial_elements(p, partial.group_rows);
     float* const dx = sum_in_place(call.grad_x.data, history + elements(p));
-    // h of one direction: laid out as dx is
-    const Forward<T> again{p, call.x, call.gates, call.lam, call.out, call.decay, call.scale, call.grad_x};
+    // h of one direction, with the strides of dx
+    const Forward<T> again{p, call.x, call.gates, call.input_gate, call.output_gate, call.decay, call.scale,
+                           call.grad_x};
     for (int k = 0; k < p.num_directions; ++k) {
       const Accumulation sum{k > 0 ? dx : nullptr, k + 1 < p.num_directions ? dx : nullptr};
       if (const char* error = launch_walk_forward(again, k, memory, {nullptr, nullptr}, history, stream)) return error;
@@ -366,7 +400,7 @@ const char* unusable() {
 #if !defined(GSPN_EMULATED_CUDA)
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, map_forward<float, true, Short, false>);
-  cudaGetLastError();  // it was asked for: no later launch shall report it
+  cudaGetLastError();  // clears the error, so that no later launch reports it
   return describe(error);
 #else
   return nullptr;
@@ -374,6 +408,7 @@ const char* unusable() {
 }
 
 #define GSPN_INSTANTIATE(T)                                                                              \
+  template const char* refusal<T>(const Forward<T>&, const SharedMemory&, bool);                          \
   template int64_t forward_scratch<T>(const Forward<T>&, const SharedMemory&);                           \
   template const char* run_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);            \
   template int64_t backward_scratch<T>(const Backward<T>&, const SharedMemory&);                         \

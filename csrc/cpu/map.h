@@ -1,13 +1,15 @@
-// How the CPU kernel holds a map: element types, scan order, and compact copies of a slab of channels.
+// How the CPU kernel stores a map: element types, scratch memory, and compact copies of a slab of channels.
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <type_traits>
 
+#include "cpu/huge_pages.h"
+#include "problem.h"
 #include "propagate.h"
-#include "propagate_cpu.h"
 
 namespace gspn {
 
@@ -46,34 +48,8 @@ inline void scatter(T* to, int64_t stride, const A* from, int64_t n) {
   }
 }
 
-// Where a map of the shape of x holds a site's channels from `channel` on.
-template <typename T>
-T* map_at(const Strided<T>& t, int64_t b, int64_t row, int64_t column, int64_t channel) {
-  return t.data + b * t.stride[0] + row * t.stride[1] + column * t.stride[2] + channel * t.stride[3];
-}
-
-// The scan order of one direction: which axis its lines follow, and which lines start a chunk.
-struct Scan {
-  bool rows, reversed;
-  int64_t lines, positions, chunk;
-
-  Scan(const Problem& p, int direction)
-      : rows(lines_are_rows(direction)),
-        reversed(far_end_first(direction)),
-        lines(rows ? p.height : p.width),
-        positions(rows ? p.width : p.height),
-        chunk(p.chunk ? std::min(p.chunk, lines) : lines) {}
-
-  int64_t row(int64_t line, int64_t position) const { return rows ? line : position; }
-  int64_t column(int64_t line, int64_t position) const { return rows ? position : line; }
-  int64_t num_chunks() const { return (lines + chunk - 1) / chunk; }
-  int64_t chunk_lines(int64_t c) const { return std::min(chunk, lines - c * chunk); }
-  // The n-th line read of chunk c, in map coordinates.
-  int64_t line(int64_t c, int64_t n) const { return c * chunk + (reversed ? chunk_lines(c) - 1 - n : n); }
-};
-
-// Uninitialised memory, aligned to cache lines, that grows as asked: a thread's scratch. Large scratch is whole huge pages:
-// a walk down a column is in another small page at every site.
+// Uninitialised memory, aligned to cache lines, that grows on demand: a thread's scratch. Large scratch is whole huge
+// pages, because along a column every token is in another small page.
 template <typename A>
 class Scratch {
  public:
@@ -102,10 +78,14 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// What a thread works in.
+// A thread's scratch memory.
 template <typename A>
 struct Workspace {
   Scratch<A> x, y, dx, gates, lines, history, grads, factors;
+
+  void release_above(int64_t bytes) {
+    for (auto* scratch : {&x, &y, &dx, &gates, &lines, &history, &grads, &factors}) scratch->release_above(bytes);
+  }
 };
 
 // Compact copy of a slab of the map. Rows are padded by a cache line, so that walking down a column of a map whose
@@ -122,28 +102,28 @@ struct Slab {
   }
   A* at(int64_t row, int64_t column) const { return data + row * row_stride + column * channels; }
 
-  // One site, from or to the map; the next ones, each a cache line or a few in a page of its own, are asked for ahead.
+  // One token, from or to the map. Later ones are prefetched: each is a few cache lines, perhaps in another page.
   template <typename T>
-  void read_site(const Strided<const T>& from, int64_t b, int64_t row, int64_t column, int64_t channel) const {
-    const T* site = map_at(from, b, row, column, channel);
-    __builtin_prefetch(site + kAhead * from.stride[2]);
-    gather(at(row, column), site, from.stride[3], channels);
+  void read_token(const Strided<const T>& from, int64_t b, int64_t row, int64_t column, int64_t channel) const {
+    const T* token = map_at(from, b, row, column, channel);
+    __builtin_prefetch(token + kAhead * from.stride[2]);
+    gather(at(row, column), token, from.stride[3], channels);
   }
   template <typename T>
-  void write_site(const Strided<T>& to, int64_t b, int64_t row, int64_t column, int64_t channel) const {
-    T* site = map_at(to, b, row, column, channel);
-    __builtin_prefetch(site + kAhead * to.stride[2], 1);
-    scatter(site, to.stride[3], at(row, column), channels);
+  void write_token(const Strided<T>& to, int64_t b, int64_t row, int64_t column, int64_t channel) const {
+    T* token = map_at(to, b, row, column, channel);
+    __builtin_prefetch(token + kAhead * to.stride[2], 1);
+    scatter(token, to.stride[3], at(row, column), channels);
   }
   template <typename T>
   void read(const Strided<const T>& from, int64_t b, int64_t channel) const {
     for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = 0; j < width; ++j) read_site(from, b, i, j, channel);
+      for (int64_t j = 0; j < width; ++j) read_token(from, b, i, j, channel);
   }
   template <typename T>
   void write(const Strided<T>& to, int64_t b, int64_t channel) const {
     for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = 0; j < width; ++j) write_site(to, b, i, j, channel);
+      for (int64_t j = 0; j < width; ++j) write_token(to, b, i, j, channel);
   }
 };
 

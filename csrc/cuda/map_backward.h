@@ -1,8 +1,9 @@
-// Backward on a map that fits on chip. h is computed again: a first sweep keeps it at the end of every stage, then the
-// stages are walked from the last to the first, each forward once more with its lines kept, and back with the gradient.
+// Backward on a map that fits into a block's memory. h is computed again: a first sweep keeps it at the end of every
+// stage. Then the stages run from the last to the first, each forward once more with its lines kept, and back with the
+// gradient.
 #pragma once
 
-#include "cuda_map_forward.h"
+#include "cuda/map_forward.h"
 
 namespace gspn {
 
@@ -22,7 +23,7 @@ struct Kept {  // a lane's own line in shared memory; all of a block's lanes sta
   }
 };
 
-// What one line back needs beside the scan's state: dy and x of the map, and where the results go.
+// What the backward step of a line needs besides the scan's state: dy and x of the map, and where the results go.
 template <typename L, typename T>
 struct Adjoint {
   const T *x, *dy;
@@ -32,7 +33,7 @@ struct Adjoint {
   float* sums;  // this warp's row for this direction, or null where every channel has its own gates
 };
 
-// The gradients of f and s, summed over a lane's sites of one direction.
+// The gradients of f and s, summed over a lane's tokens of one direction.
 template <typename L>
 struct FactorSums {
   float decay[L::kLaneChannels] = {}, scale[L::kLaneChannels] = {};
@@ -55,8 +56,9 @@ struct FactorSums {
   }
 };
 
-// One line back. dh = s u dy + carry, with carry what the line after handed back; then dx += λ dh, the line before gets
-// its share of f dh (it becomes `carry`), and the gates' gradients are written or their sums over channels kept.
+// The backward step of one line. dh = s u dy + carry, with `carry` the contribution of the line after; then dx += λ dh,
+// `carry` becomes the contribution to the line before (weights times f dh), and the gradients of the gates are written,
+// or added up over channels.
 template <bool kShared, typename L, typename T>
 GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, const LineValues<L>& h_before,
                               const Backward<T>& call, const Stage& stage, const Axis<L>& axis, const Walk<L>& walk,
@@ -65,11 +67,11 @@ GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, cons
   constexpr int kC = L::kLaneChannels;
   const bool restarts = axis.restarts(line, sense);
   const int line_offset = walk.shared_line(line), k = axis.direction(sense);
-  const int stage_site = sense * L::kStageSites + (line - first_line) * L::kLine;
+  const int stage_token = sense * L::kStageTokens + (line - first_line) * L::kLine;
   float before[kC], after[kC];  // h_before beyond the segment
   segment_neighbours<L>(h_before, at.segment, before, after);
   LineValues<L> handed = {};
-  float to_before[kC] = {}, to_after[kC] = {};  // what the segment hands to its neighbours
+  float to_before[kC] = {}, to_after[kC] = {};  // contributions to the neighbouring segments
   float sums[L::kPositions * kNumSums] = {};
 #pragma unroll
   for (int q = 0; q < L::kPositions; ++q) {
@@ -81,21 +83,21 @@ GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, cons
     load_vector(adjoint.dy + offset, dy);
     if (adjoint.touched) load_vector(adjoint.dx + offset, dx);
     const auto gates = [&] {
-      if constexpr (kShared) return SiteGates<L, true>(stage, stage_site + position);
-      else return SiteGates<L, false>(call, axis, at, k, line, position, restarts);
+      if constexpr (kShared) return TokenGates<L, true>(stage, stage_token + position);
+      else return TokenGates<L, false>(call, axis, at, k, line, position, restarts);
     }();
     Weights<float> grads[kC];
-    float grad_lam[kC], grad_out[kC];
+    float grad_input_gate[kC], grad_output_gate[kC];
 #pragma unroll
     for (int c = 0; c < kC; ++c) {
       const int s = gates.set(c);
       const Weights<float>& w = gates.weights[s];
       const float scaled = factors.scale[c] * dy[c];
-      d[c] = gates.out[s] * scaled + carry[q][c];
-      dx[c] += gates.lam[s] * d[c];
-      grad_lam[c] = d[c] * value[c];
-      grad_out[c] = scaled * h[q][c];
-      factor_sums.scale[c] += gates.out[s] * dy[c] * h[q][c];
+      d[c] = gates.output_gate[s] * scaled + carry[q][c];
+      dx[c] += gates.input_gate[s] * d[c];
+      grad_input_gate[c] = d[c] * value[c];
+      grad_output_gate[c] = scaled * h[q][c];
+      factor_sums.scale[c] += gates.output_gate[s] * dy[c] * h[q][c];
       const float minus = q > 0 ? h_before[q > 0 ? q - 1 : 0][c] : before[c], centre = h_before[q][c];
       const float plus = q + 1 < L::kPositions ? h_before[q + 1 < L::kPositions ? q + 1 : 0][c] : after[c];
       if (!restarts) factor_sums.decay[c] += d[c] * carried(w, minus, centre, plus);
@@ -109,8 +111,8 @@ GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, cons
         sum[kSumMinus] += grads[c].minus;
         sum[kSumCentre] += grads[c].centre;
         sum[kSumPlus] += grads[c].plus;
-        sum[kSumLam] += grad_lam[c];
-        sum[kSumOut] += grad_out[c];
+        sum[kSumInputGate] += grad_input_gate[c];
+        sum[kSumOutputGate] += grad_output_gate[c];
       }
     }
     if (adjoint.last) {
@@ -119,11 +121,11 @@ GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, cons
     } else {
       store_vector(adjoint.dx + offset, dx);
     }
-    if constexpr (!kShared) {  // every channel's gates are its own: their gradients are complete
+    if constexpr (!kShared) {  // every channel has its own gates: their gradients are complete
       const int row = axis.row(line, position), column = axis.column(line, position);
       float minus[kC] = {}, centre[kC] = {}, plus[kC] = {};
       if (!restarts) {
-        SiteGates<L, false>::read_logits(call, axis, at, k, row, column, minus, centre, plus);
+        TokenGates<L, false>::read_logits(call, at, k, row, column, minus, centre, plus);
 #pragma unroll
         for (int c = 0; c < kC; ++c) {
           const Weights<float> g = normalise_backward(minus[c], centre[c], plus[c], gates.weights[c], grads[c]);
@@ -134,8 +136,9 @@ GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, cons
       store_vector(to, minus);
       store_vector(to + call.grad_gates.stride[4], centre);
       store_vector(to + 2 * call.grad_gates.stride[4], plus);
-      store_vector(gate_at(call.grad_lam, 4, at.batch, row, column, k, at.channel), grad_lam);
-      if (call.grad_out.data) store_vector(gate_at(call.grad_out, 4, at.batch, row, column, k, at.channel), grad_out);
+      store_vector(gate_at(call.grad_input_gate, 4, at.batch, row, column, k, at.channel), grad_input_gate);
+      if (call.grad_output_gate.data)
+        store_vector(gate_at(call.grad_output_gate, 4, at.batch, row, column, k, at.channel), grad_output_gate);
     }
   }
   if constexpr (kShared) {
@@ -145,8 +148,8 @@ GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, cons
     for (int i = 0; i < shared_out(L::kPositions * kNumSums, L::kSegmentLanes); ++i) {
       const int q = (first + i) / kNumSums, sum = (first + i) % kNumSums, position = at.segment * L::kPositions + q;
       if (first + i >= limit || position >= axis.positions) continue;
-      const int site = axis.row(line, position) * walk.shape.width + axis.column(line, position);
-      adjoint.sums[site * kNumSums + sum] = sums[i];
+      const int token = axis.row(line, position) * walk.shape.width + axis.column(line, position);
+      adjoint.sums[token * kNumSums + sum] = sums[i];
     }
   }
 #pragma unroll
@@ -171,7 +174,8 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
   const Channels<L> at(p, plan, warp / 2);
 
   const Stage stage = Stage::at<L>(shared_memory());
-  const Kept<L> kept{stage.out + 2 * L::kStageSites};  // the lines of a stage, then h at the end of every stage
+  // the lines of a stage, then h at the end of every stage
+  const Kept<L> kept{stage.output_gate + 2 * L::kStageTokens};
   const int kept_lines = L::kStageLines + Axis<L>::stages_of(max(tile.height, tile.width)) - 1;
   float* dx = kept.data + kept_lines * L::kPositions * L::kLaneChannels * int(blockDim.x);
   T* x = reinterpret_cast<T*>(dx + shape.elements());
@@ -179,7 +183,7 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
   read_map<L>(x, call.x, tile, shape, at, plan.vector_x);
   read_map<L>(dy, call.grad_y, tile, shape, at, plan.vector_grad);
 
-  const int64_t sites = p.height * p.width;
+  const int64_t tokens = p.height * p.width;
   const bool has_rows = Axis<L>(p, tile, true).any(), has_columns = Axis<L>(p, tile, false).any();
   for (int a = has_rows ? 0 : 1; a < (has_columns ? 2 : 1); ++a) {
     const Axis<L> axis(p, tile, a == 0);
@@ -197,7 +201,7 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
       for (int n = 0; n < lines; ++n) {
         visit(n);
         advance_line<kShared, L>(h, none, call, stage, axis, walk, at, factors, x, sense,
-                                 sense ? begin + lines - 1 - n : begin + n, begin, [](auto...) {});
+                                 nth_read(begin, lines, n, sense), begin, [](auto...) {});
       }
     };
     for (int i = 0; i + 1 < axis.stages; ++i) {
@@ -207,12 +211,12 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
       kept.put(L::kStageLines + i, h);
     }
     LineValues<L> carry = {};
-    Adjoint<L, T> adjoint{x, dy, dx, call.grad_x.data + at.batch * (sites * p.channels) + at.channel, false, false,
+    Adjoint<L, T> adjoint{x, dy, dx, call.grad_x.data + at.batch * (tokens * p.channels) + at.channel, false, false,
                           plan.vector_y, nullptr};
     if constexpr (kShared) {
       const int64_t row = int64_t(at.slab) * plan.parts + at.part;
       const int64_t rows = p.groups * partial.group_rows;
-      adjoint.sums = partial.data + ((at.batch * p.num_directions + max(k, 0)) * rows + row) * sites * kNumSums;
+      adjoint.sums = partial.data + ((at.batch * p.num_directions + max(k, 0)) * rows + row) * tokens * kNumSums;
     }
     for (int i = axis.stages - 1; i >= 0; --i) {
       prepare(i);
@@ -231,7 +235,7 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
       advance_stage(i, [&](int n) { kept.put(n, h); });
       const int s = axis.stage(i, sense), begin = axis.stage_begin(s), lines = axis.stage_end(s) - begin;
       for (int n = lines - 1; n >= 0; --n) {
-        const int line = sense ? begin + lines - 1 - n : begin + n;
+        const int line = nth_read(begin, lines, n, sense);
         LineValues<L> h_before;
         kept.get(n, h_before);  // of another chunk where the line restarts: its weights are 0, its sums are not used
         retreat_line<kShared, L>(carry, h, h_before, call, stage, axis, walk, at, factors, factor_sums, adjoint,

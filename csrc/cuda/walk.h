@@ -1,31 +1,28 @@
-// Maps too large to hold on chip: one block walks the lines of one direction for a few channels, and only the line before
-// is on chip. Directions run one after another, their sum kept in float32 in device memory.
+// Maps too large for a block's memory: one block walks the lines of one direction for a few channels, with only the
+// line before in shared memory. Directions run one after another; their sum is in device memory, in float32.
 //
-// A thread takes kItems (position, channel) pairs of a line, blockDim.x apart, and reads what it needs of the next line
-// while it is at this one. There is one barrier a line.
+// A thread has kItems (position, channel) pairs of a line, blockDim.x apart, and reads the data of the next line while
+// it computes this one. There is one barrier per line.
 #pragma once
 
-#include "cuda_line.h"
+#include "cuda/line.h"
 
 namespace gspn {
 
-// The largest blocks of walk_forward: shared gates take a thread for every position, own gates more registers.
+// The largest blocks of walk_forward: shared gates need a thread for every position, own gates more registers.
 constexpr int kSharedThreads = 1024, kOwnThreads = 512;
 
-// Where the sum over directions is: read from `before` unless this is the first, written to `partial` unless it is the
-// last; float32, laid out as the result is.
+// The sum over directions: read from `before` unless this direction is the first, written to `partial` unless it is the
+// last. float32, with the strides of the result.
 struct Accumulation {
   const float* before;
   float* partial;
 };
 
 // Chunks of an image, in the directions that have most: rows of the sums for f and s.
-GSPN_INLINE int64_t most_chunks(const Problem& p) {
-  const int64_t lines = p.height > p.width ? p.height : p.width;
-  return p.chunk && p.chunk < lines ? (lines + p.chunk - 1) / p.chunk : 1;
-}
+GSPN_INLINE int64_t most_chunks(const Problem& p) { return Lines<int64_t>(p, p.height > p.width).num_chunks(); }
 
-// What a thread reads ahead for one of its items: of the line after the one it is at.
+// What a thread reads for one of its items, one line ahead.
 template <typename T, bool kShared>
 struct Item {
   T x;
@@ -57,13 +54,13 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
     return result;
   };
 
-  RawGates<T> ahead{};  // of position `tid`, two lines ahead of the one that the block is at
+  RawGates<T> ahead{};  // of position `tid`, two lines ahead of the block
   const bool prepares = kShared && tid < scan.positions;
-  const auto prepare = [&](int n) {  // the gates of line n, from `ahead`, which moves on
+  const auto prepare = [&](int n) {  // the gates of line n, from `ahead`, which then is the next line's
     if (!prepares || n >= scan.length) return;
     const Weights<float> w = n ? ahead.weights(scan, tid) : Weights<float>{0.f, 0.f, 0.f};
-    gates.weights[n % 2 * scan.positions + tid] = make_float4(w.minus, w.centre, w.plus, load(ahead.lam));
-    gates.out[n % 2 * scan.positions + tid] = call.out.data ? load(ahead.out) : 1.f;
+    gates.weights[n % 2 * scan.positions + tid] = make_float4(w.minus, w.centre, w.plus, load(ahead.input_gate));
+    gates.output_gate[n % 2 * scan.positions + tid] = call.output_gate.data ? load(ahead.output_gate) : 1.f;
     if (n + 1 < scan.length) ahead.read(call, scan, plan.k, scan.line(n + 1), tid, scan.group);
   };
   const auto advance_item = [&](int item, int n, const Item<T, kShared>& from) {
@@ -76,25 +73,25 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
       return;
     }
     Weights<float> w{0.f, 0.f, 0.f};
-    float lam, out;
+    float input_gate, output_gate;
     if constexpr (kShared) {
       const float4 g = gates.weights[n % 2 * scan.positions + position];
       w = {g.x, g.y, g.z};
-      lam = g.w;
-      out = gates.out[n % 2 * scan.positions + position];
+      input_gate = g.w;
+      output_gate = gates.output_gate[n % 2 * scan.positions + position];
     } else {
       if (n) w = from.gates.weights(scan, position);
-      lam = load(from.gates.lam);
-      out = call.out.data ? load(from.gates.out) : 1.f;
+      input_gate = load(from.gates.input_gate);
+      output_gate = call.output_gate.data ? load(from.gates.output_gate) : 1.f;
     }
-    float value = lam * load(from.x);
+    float value = input_gate * load(from.x);
     if (n) {
       value = advance(w, position > 0 ? before[item - plan.slab()] : 0.f, before[item],
                       position + 1 < scan.positions ? before[item + plan.slab()] : 0.f, decay, value);
     }
     h[item] = value;
     const int64_t at = scan.offset(call.y, scan.line(n), position, c);
-    const float y = scale * out * value + from.before;
+    const float y = scale * output_gate * value + from.before;
     if (history) history[at] = value;
     else if (sum.partial) sum.partial[at] = y;
     else store(call.y.data[at], y);
@@ -124,10 +121,11 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
   }
 }
 
-// One direction back, from the last line read to the first, with `history` holding its h, laid out as dx is. A thread's
-// dh goes into three products with its weights, which the neighbours on the line before take up.
+// One direction backwards, from the last line read to the first. `history` holds its h, with the strides of dx. A
+// thread writes the products of its f dh with its three weights to shared memory, for the neighbours on the line
+// before.
 //
-// kShared: channels of a group share gates; the slab's sums over channels are kept, for gate_gradients() to finish.
+// kShared: channels of a group share gates; the sums over the slab's channels are written, for gate_gradients().
 template <typename T, bool kShared>
 __global__ void __launch_bounds__(512)
     walk_backward(const __grid_constant__ Backward<T> call, const WalkPlan plan, const Accumulation sum,
@@ -139,26 +137,26 @@ __global__ void __launch_bounds__(512)
   const float scale = own < scan.channels ? of_channel(call.scale, call.problem, k, scan.channel + own) : 1.f;
   float decay_sum = 0.f, scale_sum = 0.f;
   float* const products = reinterpret_cast<float*>(shared_memory());  // two lines of (minus, centre, plus)
-  const int64_t sites = call.problem.height * call.problem.width;
+  const int64_t tokens = call.problem.height * call.problem.width;
 
   for (int n = scan.length - 1; n >= 0; --n) {
     __syncthreads();
     const int line = scan.line(n), line_before = n ? scan.line(n - 1) : 0;
     const float* const after = products + (n + 1) % 2 * 3 * width;
     float* const handed = products + n % 2 * 3 * width;
-    // all lanes of a warp together: they add up their sums
+    // all lanes of a warp stay together, because they add up their sums
     for (int item = tid; item < (width + kWarp - 1) / kWarp * kWarp; item += threads) {
       const int position = item >> plan.slab_bits, c = item & (plan.slab() - 1);
       const bool real = item < width && c < scan.channels;
       float sums[kNumSums] = {};
       if (real) {
-        const int64_t row = scan.row(line, position), column = scan.column(line, position);
+        const int row = scan.row(line, position), column = scan.column(line, position);
         const auto h_at = [&](int l, int q) { return history[scan.offset(call.grad_x, l, q, c)]; };
         RawGates<T> raw;
         raw.read(call, scan, k, line, position, kShared ? scan.group : scan.channel + c);
         const float dy = load(*scan.at(call.grad_y, line, position, c)), x = load(*scan.at(call.x, line, position, c));
-        const float out = call.out.data ? load(raw.out) : 1.f, h = h_at(line, position);
-        float d = scale * out * dy;
+        const float output_gate = call.output_gate.data ? load(raw.output_gate) : 1.f, h = h_at(line, position);
+        float d = scale * output_gate * dy;
         if (n + 1 < scan.length) {
           d += after[width + item];
           if (position > 0) d += after[2 * width + item - plan.slab()];
@@ -175,14 +173,14 @@ __global__ void __launch_bounds__(512)
           sums[kSumPlus] = decay * d * plus;
           decay_sum += d * carried(w, minus, centre, plus);
         }
-        sums[kSumLam] = d * x;
-        sums[kSumOut] = scale * dy * h;
-        scale_sum += out * dy * h;
+        sums[kSumInputGate] = d * x;
+        sums[kSumOutputGate] = scale * dy * h;
+        scale_sum += output_gate * dy * h;
         handed[item] = w.minus * decay * d;
         handed[width + item] = w.centre * decay * d;
         handed[2 * width + item] = w.plus * decay * d;
         const int64_t at = scan.offset(call.grad_x, line, position, c);
-        const float dx = load(raw.lam) * d + (sum.before ? sum.before[at] : 0.f);
+        const float dx = load(raw.input_gate) * d + (sum.before ? sum.before[at] : 0.f);
         if (sum.partial) sum.partial[at] = dx;
         else store(call.grad_x.data[at], dx);
         if constexpr (!kShared) {
@@ -196,8 +194,9 @@ __global__ void __launch_bounds__(512)
           store(to[0], grad.minus);
           store(to[call.grad_gates.stride[4]], grad.centre);
           store(to[2 * call.grad_gates.stride[4]], grad.plus);
-          store(*gate_at(call.grad_lam, 4, scan.batch, row, column, k, g), sums[kSumLam]);
-          if (call.grad_out.data) store(*gate_at(call.grad_out, 4, scan.batch, row, column, k, g), sums[kSumOut]);
+          store(*gate_at(call.grad_input_gate, 4, scan.batch, row, column, k, g), sums[kSumInputGate]);
+          if (call.grad_output_gate.data)
+            store(*gate_at(call.grad_output_gate, 4, scan.batch, row, column, k, g), sums[kSumOutputGate]);
         }
       } else if (item < width) {
         handed[item] = handed[width + item] = handed[2 * width + item] = 0.f;
@@ -208,8 +207,9 @@ __global__ void __launch_bounds__(512)
           for (int s = 0; s < kNumSums; ++s) sums[s] += __shfl_xor_sync(kAllLanes, sums[s], lanes);
         if (real && c == 0) {
           const int64_t rows = call.problem.groups * partial.group_rows;
-          float* to = partial.data + (((scan.batch * call.problem.num_directions + k) * rows + scan.slab_index) * sites +
-                                      scan.row(line, position) * call.problem.width + scan.column(line, position)) * kNumSums;
+          const int64_t first = ((scan.batch * call.problem.num_directions + k) * rows + scan.slab_index) * tokens;
+          const int64_t token = scan.row(line, position) * call.problem.width + scan.column(line, position);
+          float* to = partial.data + (first + token) * kNumSums;
 #pragma unroll
           for (int s = 0; s < kNumSums; ++s) to[s] = sums[s];
         }
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(512)
   __syncthreads();
   if (tid >= plan.slab() || own >= scan.channels) return;
   decay_sum = scale_sum = 0.f;
-  for (int t = tid; t < threads; t += plan.slab()) {  // those of one channel, always in the same order
+  for (int t = tid; t < threads; t += plan.slab()) {  // the sums of one channel, always in the same order
     decay_sum += products[t];
     scale_sum += products[threads + t];
   }

@@ -1,10 +1,11 @@
-"""Images into files: many into one folder, by any number of processes, in as many runs as it takes; or one grid.
+"""A folder of sampled images, one PNG each, drawn by any number of processes in as many runs as it takes.
 
     settings.json      what the images are a function of; written first
     labels.csv         file,label of every image there will be, and the class's name where it has one
     000000.png …       image i, whole or not there
 
-Image i depends on the settings and i alone, so a folder is the same however it was shared out or cut short.
+Image i depends on the settings and i alone. So a folder is the same however many processes drew it, and a run that was
+cut goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from gspn_dit.errors import InputError
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.progress import progress
 from gspn_dit.storage.files import begin_or_continue, replacing
-from gspn_dit.storage.pictures import save_grid, save_image
+from gspn_dit.storage.pictures import save_image
 
 SETTINGS_FILE = "settings.json"
-IGNORED = ("model",)  # of the settings: where it lies, as its weights are there
-ABSENT = {"mixed_precision": "no"}  # what a setting that nobody was asked for stands for
+IGNORED = ("model",)  # settings that may differ: the model's place may, since its weights' hash may not
+ABSENT = {"mixed_precision": "no"}  # what stands for a setting that an older folder does not have
 
 
 def image_file(i: int) -> str:
@@ -87,13 +88,13 @@ def draw_missing(
 
     Args:
         pipe: On this process's device.
-        folder: Of :func:`begin`, as is `missing`.
+        folder: The folder that :func:`begin` began.
         labels: Class id of every image, missing or not.
-        missing: Numbers of the images to draw.
-        processes: All that share them.
+        missing: Numbers of the images to draw, as :func:`begin` returned them.
+        processes: The processes that share them.
         seed: Image i is a function of (seed, i).
         batch_size: Images at a time.
-        options: Of the pipeline's call.
+        options: Further arguments of the pipeline's call.
     """
     batch_size = min(batch_size, math.ceil(len(missing) / processes.num_processes) or 1)
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
@@ -118,29 +119,3 @@ def draw_missing(
                 next_look = now + 100 * (time.monotonic() - now)  # at most a hundredth of the time goes into this
         processes.wait_for_everyone()
         bar.update(len(labels) - bar.n)
-
-
-def draw_grid(pipe: GSPNDiTPipeline, path: Path, *, count: int, seed: int, **options: Any) -> None:
-    """Draw `count` images into one PNG, the classes spread over them; image i is a function of (seed, i).
-
-    Args:
-        pipe: On the device to draw on.
-        path: The file; its folder is made.
-        count: How many images.
-        seed: Of their noise.
-        options: Of the pipeline's call.
-    """
-    classes = pipe.transformer.config.num_classes
-    labels = [i * classes // count if count < classes else i % classes for i in range(count)]
-    generators = [image_generator(seed, i) for i in range(count)]
-    images = pipe(labels, generator=generators, output_type="uint8", **options).images
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(images, path, captions(pipe, labels))
-
-
-def captions(pipe: GSPNDiTPipeline, labels: Sequence[int]) -> list[str] | None:
-    """The names of images' classes, or their ids where there are no names; None where there is one class or none."""
-    if pipe.transformer.config.num_classes == 1 or pipe.config.class_dropout == 1:
-        return None
-    names = pipe.config.class_names
-    return [names[label] if names else str(label) for label in labels]

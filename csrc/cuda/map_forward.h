@@ -1,24 +1,24 @@
-// Forward on a map, or a tile of one, that fits on chip: one block a slab of channels reads x once, runs every direction,
-// writes y once.
+// Forward on a map, or a tile of one, that fits into a block's memory. One block per slab of channels reads x once,
+// runs every direction, and writes y once.
 #pragma once
 
 #include <type_traits>
 
-#include "cuda_map.h"
+#include "cuda/map.h"
 
 namespace gspn {
 
 template <typename L>
 using LineValues = float[L::kPositions][L::kLaneChannels];
 
-// What a scan needs to know beyond its tile, where the map is larger than a tile: of every direction, h on the last line
-// that it reads in every tile, and h at both ends of a tile on every line. edge_scan() leaves them.
+// What a scan needs from beyond its tile, where the map is larger than a tile: for every direction, h on the last line
+// that it reads in every tile, and h at both ends of a tile on every line. edge_scan() writes them.
 struct Edges {
   float* line[4];  // of direction k: (B, tiles along the lines, positions, C)
   float* side[4];  // (B, lines, 2 · tiles along the positions, C): first and last position of every tile
 };
 
-// Values before a map's first line and beside a tile that is all of the map: none.
+// Where the tile is all of the map: there are no values beyond it.
 template <typename L>
 struct NoHalo {
   GSPN_DEVICE NoHalo(const Edges&, const Problem&, const MapPlan&, const Axis<L>&, const Channels<L>&, int) {}
@@ -27,7 +27,7 @@ struct NoHalo {
   GSPN_DEVICE void skip(int) {}
 };
 
-// The edges of one direction that a lane takes up. Those beside a line are read while the line before is at work.
+// The edges of one direction that a lane needs. Those beside a line are read while the line before is computed.
 template <typename L>
 struct Halo {
   const float *line_edge, *side_edge;  // at this lane's channels
@@ -37,20 +37,20 @@ struct Halo {
   bool from_minus, from_plus;
   float4 next;  // beside the next line
 
-  GSPN_DEVICE Halo(const Edges& edges, const Problem& p, const MapPlan& plan, const Axis<L>& axis_, const Channels<L>& at,
-                   int sense_)
+  GSPN_DEVICE Halo(const Edges& edges, const Problem& p, const MapPlan& plan, const Axis<L>& axis_,
+                   const Channels<L>& at, int sense_)
       : channels(p.channels), axis(axis_), sense(sense_), tile(plan.tile), segment(at.segment), next() {
-    const int k = axis.direction(sense), tiles_along = (axis.map_positions + tile - 1) / tile;
-    const int line_tiles = (axis.map_lines + tile - 1) / tile;
+    const int k = axis.direction(sense), tiles_along = (axis.map.positions + tile - 1) / tile;
+    const int line_tiles = (axis.map.lines + tile - 1) / tile;
     const bool real = k >= 0 && at.room() > 0;
     from_minus = real && at.segment == 0 && axis.first_position > 0;
-    from_plus = real && at.segment == L::kSegments - 1 && axis.first_position + axis.positions < axis.map_positions;
+    from_plus = real && at.segment == L::kSegments - 1 && axis.first_position + axis.positions < axis.map.positions;
     side_row = 2 * tiles_along * channels;
     const int tile_index = axis.first_position / tile;
-    side_edge = (k < 0 ? nullptr : edges.side[k]) + at.batch * axis.map_lines * side_row + at.channel +
+    side_edge = (k < 0 ? nullptr : edges.side[k]) + at.batch * axis.map.lines * side_row + at.channel +
                 (from_minus ? 2 * tile_index - 1 : 2 * tile_index + 2) * channels;
     line_edge = (k < 0 ? nullptr : edges.line[k]) +
-                ((at.batch * line_tiles + axis.first_line / tile + (sense ? 1 : -1)) * axis.map_positions +
+                ((at.batch * line_tiles + axis.first_line / tile + (sense ? 1 : -1)) * axis.map.positions +
                  axis.first_position + at.segment * L::kPositions) * channels + at.channel;
     if (!real) line_edge = nullptr;
   }
@@ -58,17 +58,17 @@ struct Halo {
     if (from_minus || from_plus)
       next = *reinterpret_cast<const float4*>(side_edge + (axis.first_line + line) * side_row);
   }
-  // h on the line before the tile's first that is read, where the scan goes on from another tile.
+  // Reads h on the line before `line`, the first of the tile that is read, where the scan continues from another tile.
   GSPN_DEVICE void start(LineValues<L>& h, int line) {
     if (axis.restarts(line, sense)) return;
-    const int before = sense ? line + 1 : line - 1;
+    const int before = nth_read(line, 1, -1, sense);
     fetch(before);
 #pragma unroll
     for (int q = 0; q < L::kPositions; ++q)
       if (line_edge && at_position(q) < axis.positions) load_vector(line_edge + q * channels, h[q]);
   }
   GSPN_DEVICE int at_position(int q) const { return segment * L::kPositions + q; }
-  // The values beside the line before `line`; those beside `line` are asked for.
+  // The values beside the line before `line`; starts to read those beside `line`.
   GSPN_DEVICE void beside(int line, float (&before)[L::kLaneChannels], float (&after)[L::kLaneChannels]) {
     const float v[4] = {next.x, next.y, next.z, next.w};
 #pragma unroll
@@ -78,19 +78,20 @@ struct Halo {
     }
     fetch(line);
   }
-  GSPN_DEVICE void skip(int line) { fetch(line); }  // a line that starts a chunk needs none
+  GSPN_DEVICE void skip(int line) { fetch(line); }  // a line that starts a chunk needs no values beside it
 };
 
-// Moves a lane's share of the line one line on: h becomes f w · h + λx, or λx where the line starts a chunk. `visit` is
-// told of each site's gates.
+// Advances a lane's share of h by one line: h becomes f w · h + λx, or λx where the line starts a chunk. `visit` is
+// called with each token's gates.
 template <bool kShared, typename L, typename T, typename Call, typename SideValues, typename Visit>
-GSPN_DEVICE void advance_line(LineValues<L>& h, SideValues& halo, const Call& call, const Stage& stage, const Axis<L>& axis,
-                              const Walk<L>& walk, const Channels<L>& at, const LaneFactors<L>& factors, const T* x,
-                              int sense, int line, int first_line, Visit visit) {
+GSPN_DEVICE void advance_line(LineValues<L>& h, SideValues& halo, const Call& call, const Stage& stage,
+                              const Axis<L>& axis, const Walk<L>& walk, const Channels<L>& at,
+                              const LaneFactors<L>& factors, const T* x, int sense, int line, int first_line,
+                              Visit visit) {
   const int line_offset = walk.shared_line(line);
-  const int stage_site = sense * L::kStageSites + (line - first_line) * L::kLine;
+  const int stage_token = sense * L::kStageTokens + (line - first_line) * L::kLine;
   float before[L::kLaneChannels], after[L::kLaneChannels];
-  const auto advance_sites = [&](auto fresh) {
+  const auto advance_tokens = [&](auto fresh) {
     constexpr bool kFresh = decltype(fresh)::value;
 #pragma unroll
     for (int q = 0; q < L::kPositions; ++q) {
@@ -99,13 +100,13 @@ GSPN_DEVICE void advance_line(LineValues<L>& h, SideValues& halo, const Call& ca
       float value[L::kLaneChannels];
       load_vector(x + line_offset + walk.shared_step[q], value);
       const auto gates = [&] {
-        if constexpr (kShared) return SiteGates<L, true>(stage, stage_site + position);
-        else return SiteGates<L, false>(call, axis, at, axis.direction(sense), line, position, kFresh);
+        if constexpr (kShared) return TokenGates<L, true>(stage, stage_token + position);
+        else return TokenGates<L, false>(call, axis, at, axis.direction(sense), line, position, kFresh);
       }();
 #pragma unroll
       for (int c = 0; c < L::kLaneChannels; ++c) {
         const int s = gates.set(c);
-        const float driven = gates.lam[s] * value[c];
+        const float driven = gates.input_gate[s] * value[c];
         if constexpr (kFresh) {
           h[q][c] = driven;
         } else {
@@ -119,11 +120,11 @@ GSPN_DEVICE void advance_line(LineValues<L>& h, SideValues& halo, const Call& ca
   };
   if (axis.restarts(line, sense)) {
     halo.skip(line);
-    advance_sites(std::true_type());
+    advance_tokens(std::true_type());
   } else {
     segment_neighbours<L>(h, at.segment, before, after);
     halo.beside(line, before, after);
-    advance_sites(std::false_type());
+    advance_tokens(std::false_type());
   }
 }
 
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(128, 1)
   const Channels<L> at(p, plan, warp / 2);
 
   const Stage stage = Stage::at<L>(shared_memory());
-  float* y = stage.out + 2 * L::kStageSites;
+  float* y = stage.output_gate + 2 * L::kStageTokens;
   T* x = reinterpret_cast<T*>(y + shape.elements());
   read_map<L>(x, call.x, tile, shape, at, plan.vector_x);
 
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(128, 1)
     const LaneFactors<L> factors(call, at, axis.direction(sense));
     LineValues<L> h = {};
     std::conditional_t<kTiled, Halo<L>, NoHalo<L>> halo(edges, p, plan, axis, at, sense);
-    if (axis.direction(sense) >= 0) halo.start(h, sense ? axis.lines - 1 : 0);
+    if (axis.direction(sense) >= 0) halo.start(h, nth_read(0, axis.lines, 0, sense));
     for (int i = 0; i < axis.stages; ++i) {
       start_stage<kShared, L>(stage, call, axis, at, i);
       if (axis.direction(sense) < 0) continue;
@@ -159,14 +160,15 @@ __global__ void __launch_bounds__(128, 1)
       const bool touched = !first_axis || (axis.both() && second), last = last_axis && (!axis.both() || second);
       const int s = axis.stage(i, sense), begin = axis.stage_begin(s), lines = axis.stage_end(s) - begin;
       for (int n = 0; n < lines; ++n) {
-        const int line = sense ? begin + lines - 1 - n : begin + n;
+        const int line = nth_read(begin, lines, n, sense);
         const int line_offset = walk.shared_line(line);
         const auto add_up = [&](int q, const auto& gates) {
           float sum[L::kLaneChannels] = {};
           float* const shared_y = y + line_offset + walk.shared_step[q];
           if (touched) load_vector(shared_y, sum);
 #pragma unroll
-          for (int c = 0; c < L::kLaneChannels; ++c) sum[c] += factors.scale[c] * gates.out[gates.set(c)] * h[q][c];
+          for (int c = 0; c < L::kLaneChannels; ++c)
+            sum[c] += factors.scale[c] * gates.output_gate[gates.set(c)] * h[q][c];
           if (last) {
             write_channels<L>(map_y + (walk.map_first + q * walk.map_step + line * walk.map_line), sum, at.room(),
                               plan.vector_y);

@@ -1,5 +1,5 @@
-// What the CUDA kernels stand on: the device's language (or its emulation on the CPU, for the tests), element types,
-// vector accesses, and the sums over lanes that need no atomics.
+// What the CUDA kernels are built on: the device's language (or its emulation on the CPU, for the tests), element
+// types, vector accesses, and sums over lanes without atomics.
 #pragma once
 
 #if defined(GSPN_EMULATED_CUDA)
@@ -27,8 +27,8 @@ GSPN_DEVICE char* shared_memory() {
   return gspn_shared_memory;
 }
 
-// Copies 4, 8 or 16 bytes from global to shared memory without passing through registers; wait_copies() before a barrier
-// makes them visible.
+// Copies 4, 8 or 16 bytes from global to shared memory, without registers. wait_copies() and then a barrier make them
+// visible.
 template <int kBytes>
 GSPN_DEVICE void copy_async(void* shared, const void* global) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -36,8 +36,9 @@ GSPN_DEVICE void copy_async(void* shared, const void* global) {
 }
 GSPN_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Launches on `stream`, where it is needed with all the shared memory that a block of the device may have: always the same
-// number, so that threads that launch one kernel at several sizes do not lower it for each other.
+// Launches on `stream`. A kernel that needs more than the default shared memory is allowed all that a block of the
+// device may have: always the same number, so that threads which launch it at several sizes do not lower it for each
+// other.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
                    const Arguments&... arguments) {
@@ -123,13 +124,13 @@ GSPN_DEVICE void store_vector(T* to, const float (&v)[N]) {
   else *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(v), pack<T>(v + 2));
 }
 
-// How many values of N a lane is left with when kLanes of them have shared out a sum: halves, rounded up.
+// How many of n sums a lane has after share_out_sums: half of them per round, rounded up.
 GSPN_INLINE constexpr int shared_out(int n, int lanes) { return lanes == 1 ? n : shared_out((n + 1) / 2, lanes / 2); }
 
-// Sums v[0] … v[N-1] over groups of kLanes neighbouring lanes, always in the same order, and shares the sums out: the
-// lane keeps v[0] … v[kept-1], which are the totals first, first + 1, … (those below `limit`; the rest is padding).
-// A butterfly that exchanges half of what is left in every round: about N shuffles in all, where N reductions take
-// N log2(kLanes).
+// Sums v[0] … v[N-1] over groups of kLanes neighbouring lanes, always in the same order, and distributes the sums: the
+// lane gets v[0] … v[shared_out(N, kLanes) - 1], which are the totals first, first + 1, … (those below `limit`; the
+// rest is padding). A butterfly that exchanges half of the remaining sums in every round: about N shuffles in all,
+// where N reductions take N log2(kLanes).
 template <int kLanes, int N>
 GSPN_DEVICE void share_out_sums(float (&v)[N], int lane, int& first, int& limit) {
   first = 0;

@@ -1,38 +1,27 @@
-// GSPN propagation on the CPU, channels last: a SIMD lane is a channel, a thread takes a slab of channels of one image.
+// GSPN propagation on the CPU, channels last: a SIMD lane is a channel, a thread works on a slab of channels of one
+// image.
 //
 // A unit copies its slab of the map once into compact scratch, runs every direction there, and writes the result once.
-// Channels of a slab either share their gates (a slab within one group) or have their own (one channel a group).
-#include "propagate_cpu.h"
+// Channels of a slab either share their gates (a slab within one group) or have their own (one channel per group).
+#include "propagate.h"
 
 #include <array>
 
-#include "cpu_backward.h"
-#include "cpu_gates.h"
-#include "cpu_map.h"
-#include "cpu_scan.h"
-#include "propagate.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "cpu/backward.h"
+#include "cpu/gates.h"
+#include "cpu/kernel.h"
+#include "cpu/line.h"
+#include "cpu/map.h"
+#include "scan.h"
 
 namespace gspn {
-
-void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may fail
-#endif
-}
-
 namespace {
 
-// How the channels of an image are cut into units, and a unit into slabs that are worked on one at a time. No slab
-// crosses a group, unless every channel is a group of its own.
+// How the channels of an image are cut into units, and a unit into slabs, which run one at a time. No slab crosses a
+// group, unless every channel is a group of its own.
 struct Cut {
   bool shared;
-  int64_t span, unit_width, slab_width, units_per_span, count;  // count: units an image
+  int64_t span, unit_width, slab_width, units_per_span, count;  // count: units per image
 
   Cut(const Problem& p, int64_t slab, bool whole_groups) : shared(p.groups < p.channels) {
     span = shared ? p.channels / p.groups : p.channels;
@@ -43,7 +32,9 @@ struct Cut {
   }
 
   // Units are whole groups, so that gates are prepared once, as long as there are enough of them for the threads.
-  static Cut forward(const Problem& p, int64_t slab, int64_t threads) { return Cut(p, slab, p.batch * p.groups >= threads); }
+  static Cut forward(const Problem& p, int64_t slab, int64_t threads) {
+    return Cut(p, slab, p.batch * p.groups >= threads);
+  }
   // The gates' gradients are sums over a group's channels: a group is one slab, so the sums need no second pass.
   static Cut backward(const Problem& p) {
     return Cut(p, p.groups < p.channels ? p.channels : p.height * p.width <= 64 * 64 ? 64 : 16, true);
@@ -57,8 +48,8 @@ struct Cut {
   }
 };
 
-// Directions in the order in which they run: one along rows, as memory lies, comes first, for it takes x in as it goes, and
-// another last, for it hands y out.
+// Directions in the order in which they run. The first one also reads x and the last one also writes y, so both have
+// lines along rows, as memory does, if there are two of those.
 std::array<int, 4> running_order(const Problem& p) {
   std::array<int, 4> order{0, 1, 2, 3};
   const auto rows = [&](int k) { return lines_are_rows(p.directions[k]); };
@@ -68,7 +59,7 @@ std::array<int, 4> running_order(const Problem& p) {
   return order;
 }
 
-// Slabs of the forward pass: one cache line of channels a site, or two while the map is small enough to stay in the caches.
+// Slabs of the forward pass: one cache line of channels per token, or two if the map is small enough for the caches.
 template <typename A>
 struct ForwardSlab {
   static constexpr int kNarrow = 64 / kVectorBytes, kWide = kVectorBytes == 64 ? 2 : kNarrow;
@@ -80,7 +71,7 @@ struct ForwardSlab {
 
 enum class Turn { kOnly, kFirst, kMiddle, kLast };
 
-// One slab while its directions run in turn. kWhole: all its channels are there, and lie side by side in every tensor.
+// Runs the directions of one slab in turn. kWhole: it has all kWidth channels, side by side in every tensor.
 template <int kVectors, bool kWhole, typename SlabGates, typename T>
 struct ForwardPass {
   using A = Accumulator<T>;
@@ -104,15 +95,17 @@ struct ForwardPass {
 
   template <Turn turn>
   void scan(int k) {
-    constexpr bool reads = turn == Turn::kOnly || turn == Turn::kFirst, writes = turn == Turn::kOnly || turn == Turn::kLast;
+    constexpr bool reads = turn == Turn::kOnly || turn == Turn::kFirst;
+    constexpr bool writes = turn == Turn::kOnly || turn == Turn::kLast;
     const Scan scan(call.problem, call.problem.directions[k]);
     A* h = work.lines.get((scan.positions + 1) * kWidth);
     std::fill_n(h + scan.positions * kWidth, kWidth, A(0));
     const int along = scan.rows ? 2 : 1;  // the axis
-    const int64_t x_step = call.x.stride[along], y_step = call.y.stride[along], step = scan.rows ? kWidth : x.row_stride;
-    // Along a column every site is in another page: ask for the next column's while at this one's. (First and last come
-    // rows, if there are any.)
-    constexpr bool asks_ahead = turn == Turn::kMiddle;
+    const int64_t x_step = call.x.stride[along], y_step = call.y.stride[along];
+    const int64_t step = scan.rows ? kWidth : x.row_stride;
+    // Along a column every token is in another page: prefetch the next column's tokens. (Rows, if there are any, are
+    // first and last.)
+    constexpr bool prefetches = turn == Turn::kMiddle;
     const int64_t next_column = scan.reversed ? -kWidth : kWidth;
     const bool past_caches = kWhole && streams();
     V decay[kVectors], scale[kVectors];
@@ -129,52 +122,52 @@ struct ForwardPass {
         const auto value = [&](int64_t j, int v) __attribute__((always_inline)) {
           A* kept = x_line + j * step + v * V::kLanes;
           if constexpr (reads) {
-            const V taken = take(from + j * x_step, v);
+            const V loaded = read_token(from + j * x_step, v);
             if (starts_line(v)) __builtin_prefetch(from + (j + kAhead) * x_step + v * V::kLanes);
-            taken.store(kept);
-            return taken;
+            loaded.store(kept);
+            return loaded;
           } else {
-            if (asks_ahead && starts_line(v)) __builtin_prefetch(kept + next_column);
+            if (prefetches && starts_line(v)) __builtin_prefetch(kept + next_column);
             return V::load(kept);
           }
         };
-        const auto leave = [&](int64_t j, int v, V out, V now) __attribute__((always_inline)) {
+        const auto emit = [&](int64_t j, int v, V output_gate, V now) __attribute__((always_inline)) {
           A* kept = y_line + j * step + v * V::kLanes;
-          if (asks_ahead && starts_line(v)) __builtin_prefetch(kept + next_column, 1);
-          V sum = scale[v] * out * now;
+          if (prefetches && starts_line(v)) __builtin_prefetch(kept + next_column, 1);
+          V sum = scale[v] * output_gate * now;
           if constexpr (!reads) sum = sum + V::load(kept);
-          if constexpr (writes) hand_out(to + j * y_step, v, sum, y_step, past_caches);
+          if constexpr (writes) write_token(to + j * y_step, v, sum, y_step, past_caches);
           else sum.store(kept);
         };
         const auto line_gates = gates.template along<kWhole>(call, scan, k, line, channel, channels);
-        if (n) scan_line<kVectors, false>(line_gates, scan.positions, decay, h, value, leave);
-        else scan_line<kVectors, true>(line_gates, scan.positions, decay, h, value, leave);
+        if (n) scan_line<kVectors, false>(line_gates, scan.positions, decay, h, value, emit);
+        else scan_line<kVectors, true>(line_gates, scan.positions, decay, h, value, emit);
       }
     if (past_caches) V::finish_streams();
   }
 
-  // Whether a site's v-th vector is the first in its cache line: one prefetch a line is enough.
+  // Whether a token's v-th vector is the first in its cache line: one prefetch per cache line is enough.
   static constexpr bool starts_line(int v) { return v * kVectorBytes % 64 == 0; }
   // f or s of the v-th vector of channels.
   V of_channels(const A* factor, int k, int v) const {
     const int64_t first = v * V::kLanes;
     return factor ? V::load_some(factor + k * call.problem.channels + channel + first, 1, channels - first) : V(A(1));
   }
-  GSPN_INLINE V take(const T* site, int v) const {
+  GSPN_INLINE V read_token(const T* token, int v) const {
     const int64_t stride = call.x.stride[3], first = v * V::kLanes;
-    if constexpr (kWhole) return V::load(site + first);
-    else return V::load_some(site + first * stride, stride, channels - first);
+    if constexpr (kWhole) return V::load(token + first);
+    else return V::load_some(token + first * stride, stride, channels - first);
   }
-  GSPN_INLINE void hand_out(T* site, int v, V sum, int64_t y_step, bool past_caches) const {
+  GSPN_INLINE void write_token(T* token, int v, V sum, int64_t y_step, bool past_caches) const {
     const int64_t stride = call.y.stride[3], first = v * V::kLanes;
     if constexpr (std::is_same_v<T, A> && kWhole)
-      if (past_caches) return sum.stream(site + first);
-    if (starts_line(v)) __builtin_prefetch(site + first + kAhead * y_step, 1);
-    if constexpr (kWhole) sum.store(site + first);
-    else sum.store_some(site + first * stride, stride, channels - first);
+      if (past_caches) return sum.stream(token + first);
+    if (starts_line(v)) __builtin_prefetch(token + first + kAhead * y_step, 1);
+    if constexpr (kWhole) sum.store(token + first);
+    else sum.store_some(token + first * stride, stride, channels - first);
   }
 
-  // Whether y goes past the caches: it is too large to be found in them later, and lies in whole lines.
+  // Whether y is written past the caches: it is too large to stay in them, and made of whole cache lines.
   bool streams() const {
     constexpr int64_t kLarge = 16 << 20;
     const Problem& p = call.problem;
@@ -184,10 +177,16 @@ struct ForwardPass {
   }
 };
 
+// A type as a value.
+template <typename T>
+struct Named {
+  using Type = T;
+};
+
 // Runs units [first, last), slab by slab.
 template <typename SlabGates, typename Call, typename RunSlab>
 void run_units(const Call& call, const Cut& cut, int64_t first, int64_t last, RunSlab run_slab) {
-  // Kept from call to call while it is small: fresh memory costs more page faults than the scan costs time.
+  // Small scratch is kept between calls: page faults in fresh memory would take longer than the scan.
   static thread_local Workspace<typename SlabGates::A> work;
   for (int64_t u = first; u < last; ++u) {
     const int64_t b = u / cut.count, begin = cut.first_channel(u % cut.count), end = cut.end_channel(u % cut.count);
@@ -195,8 +194,7 @@ void run_units(const Call& call, const Cut& cut, int64_t first, int64_t last, Ru
     for (int64_t channel = begin; channel < end; channel += cut.slab_width)
       run_slab(gates, work, b, channel, std::min(cut.slab_width, end - channel));
   }
-  for (auto* scratch : {&work.x, &work.y, &work.dx, &work.gates, &work.lines, &work.history, &work.grads, &work.factors})
-    scratch->release_above(8 << 20);
+  work.release_above(8 << 20);
 }
 
 }  // namespace
@@ -215,7 +213,7 @@ void run_forward(const Forward<T>& call, int64_t threads, int64_t first_unit, in
   const Cut cut = Cut::forward(call.problem, Size::channels(call.problem), threads);
   const auto one = [](const auto& t, int axis) { return !t.data || t.stride[axis] == 1; };
   const bool side_by_side = one(call.x, 3) && one(call.y, 3) &&
-                            (cut.shared || (one(call.gates, 5) && one(call.lam, 4) && one(call.out, 4)));
+                            (cut.shared || (one(call.gates, 5) && one(call.input_gate, 4) && one(call.output_gate, 4)));
   const auto run_slab = [&](const auto& gates, auto& work, int64_t b, int64_t channel, int64_t channels) {
     using SlabGates = std::decay_t<decltype(gates)>;
     const int64_t end = channel + channels;
@@ -228,9 +226,12 @@ void run_forward(const Forward<T>& call, int64_t threads, int64_t first_unit, in
         ForwardPass<1, false, SlabGates, T>{call, gates, work, b, channel, std::min(kLanes, end - channel)}.run();
     }
   };
-  if (cut.shared && call.out.data) run_units<GroupGates<Forward<T>, true>>(call, cut, first_unit, last_unit, run_slab);
-  else if (cut.shared) run_units<GroupGates<Forward<T>, false>>(call, cut, first_unit, last_unit, run_slab);
-  else run_units<ChannelGates<Forward<T>>>(call, cut, first_unit, last_unit, run_slab);
+  const auto run = [&](auto gates) {
+    run_units<typename decltype(gates)::Type>(call, cut, first_unit, last_unit, run_slab);
+  };
+  if (!cut.shared) run(Named<ChannelGates<Forward<T>>>());
+  else if (call.output_gate.data) run(Named<GroupGates<Forward<T>, true>>());
+  else run(Named<GroupGates<Forward<T>, false>>());
 }
 
 template <typename T>
@@ -242,14 +243,17 @@ template <typename T>
 void run_backward(const Backward<T>& call, int64_t first_unit, int64_t last_unit) {
   const Cut cut = Cut::backward(call.problem);
   const auto run_slab = [&](const auto& gates, auto& work, int64_t b, int64_t channel, int64_t width) {
-    // the width known to the compiler where it is a usual one
+    // the usual widths are known to the compiler
     if (width == 64) backward_slab<64>(call, gates, work, b, channel, width);
     else if (width == 16) backward_slab<16>(call, gates, work, b, channel, width);
     else backward_slab<0>(call, gates, work, b, channel, width);
   };
-  if (cut.shared && call.out.data) run_units<GroupGates<Backward<T>, true>>(call, cut, first_unit, last_unit, run_slab);
-  else if (cut.shared) run_units<GroupGates<Backward<T>, false>>(call, cut, first_unit, last_unit, run_slab);
-  else run_units<ChannelGates<Backward<T>>>(call, cut, first_unit, last_unit, run_slab);
+  const auto run = [&](auto gates) {
+    run_units<typename decltype(gates)::Type>(call, cut, first_unit, last_unit, run_slab);
+  };
+  if (!cut.shared) run(Named<ChannelGates<Backward<T>>>());
+  else if (call.output_gate.data) run(Named<GroupGates<Backward<T>, true>>());
+  else run(Named<GroupGates<Backward<T>, false>>());
 }
 
 #define GSPN_INSTANTIATE(T)                                                     \
