@@ -1,16 +1,27 @@
-# make quickstart: train, sample and evaluate on real digits, on the CPU.   make test: the whole suite.
+# make quickstart   train, sample and evaluate on real digits, on the CPU
+# make test         what CI runs: `make check` and the whole suite
+# make test-fast    the tests that are not slow
+# make check        linter, formatter and type checker, changing nothing
+# make lint         let the linter and the formatter mend what they can
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-fast check lint clean
 
 quickstart: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./quickstart.sh
 
-test: $(VENV)/.installed-test
-	$(BIN)/ruff check .
+test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-fast: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -8,12 +8,16 @@ fastest copy of a tensor of the map's size, which stays in cache as far as the b
 
 from __future__ import annotations
 
-import statistics
+from benchmarks.commands import BlockBudgetOptions as Options
+from benchmarks.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("block_budget"))
+
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch._inductor.config as inductor
@@ -25,49 +29,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks import cuda_timing
 from benchmarks.machine import machine
-from benchmarks.operator import median_ms
-from benchmarks.resolution_case import Case, random_model
-from gspn_dit.options import command, require
-from gspn_dit.precision import choose_precision
+from benchmarks.random_model import random_model
+from benchmarks.result_files import write_report
+from benchmarks.tables import header, row
+from benchmarks.timing import steady_ms
 
 CALLS = 20
 PRODUCTS = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}  # sides of the matrices of the fastest product
 SHOWN = {"cpu": 0.005, "cuda": 0.001}  # milliseconds; compiled kernels that take less are left out
-
-
-@dataclass
-class Options:
-    """What to profile.
-
-    Args:
-        device: cpu or cuda.
-        name: A model of the families gspn-dit and dit; by default gspn-dit-s-2 on the CPU, gspn-dit-xl-2 on a GPU.
-        step: forward, weights and map in `dtype`; or training: forward and backward, under autocast.
-        pixels: Side of the images.
-        batch: Images; by default 4 on the CPU, 64 on a GPU.
-        dtype: float32 or bfloat16; by default the latter where the device has instructions for it.
-        threads: Threads of the CPU.
-        out: Also write the tables to this Markdown file.
-    """
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    name: str | None = None
-    step: Literal["forward", "training"] = "forward"
-    pixels: int = 256
-    batch: int | None = None
-    dtype: Literal["float32", "bfloat16"] | None = None
-    threads: int = 2
-    out: str | None = None
-
-    def __post_init__(self) -> None:
-        auto = choose_precision("auto", torch.device(self.device)).dtype
-        self.dtype = self.dtype or str(auto).removeprefix("torch.")
-        self.name = self.name or ("gspn-dit-s-2" if self.device == "cpu" else "gspn-dit-xl-2")
-        self.batch = (4 if self.device == "cpu" else 64) if self.batch is None else self.batch
-        for key in ("pixels", "batch", "threads"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
 
 
 @dataclass
@@ -104,12 +74,11 @@ class Costs(TorchDispatchMode):
 
 def block_call(options: Options, compiled: bool) -> Callable[[], Tensor]:
     """One forward, or forward and backward, of the model's first block on random tokens, with random weights."""
-    case = Case("", options.name, options.step, options.pixels, options.batch, options.dtype, False, options.device)
     training, dtype = options.step == "training", getattr(torch, options.dtype)
     autocast = torch.autocast(options.device, dtype, enabled=training and dtype != torch.float32)
     side, inputs = options.pixels // 8, []
     with torch.device(options.device):
-        model = random_model(case)
+        model = random_model(options.name, options.device, dtype=None if training else dtype)
         handle = model.blocks[0].register_forward_pre_hook(lambda block, args: inputs.extend(args))
         latents = torch.randn(options.batch, 4, side, side, dtype=torch.float32 if training else dtype)
         with torch.no_grad(), autocast:
@@ -120,8 +89,8 @@ def block_call(options: Options, compiled: bool) -> Callable[[], Tensor]:
         block.compile(dynamic=False)
     if not training:
         return torch.no_grad()(lambda: block(*inputs))
-    inputs = [value.detach().requires_grad_() for value in inputs]
-    wanted = [*inputs, *block.parameters()]
+    inputs = [value.detach().requires_grad_() if isinstance(value, Tensor) else value for value in inputs]
+    wanted = [*(value for value in inputs if isinstance(value, Tensor)), *block.parameters()]
     grad = torch.randn_like(inputs[0])
 
     def step() -> Tensor:
@@ -172,29 +141,19 @@ def by_kernel(options: Options, events: EventList) -> dict[str, float]:
     return totals
 
 
-def median(device: str, call: Callable[[], object]) -> float:
-    """Median milliseconds of a call; on a GPU of its replayed graph, in which nothing waits for Python.
-
-    On a GPU it comes before profiling, which leaves something behind that slows later calls.
-    """
-    if device == "cuda":
-        return cuda_timing.graph_ms([call], CALLS)
-    return statistics.median(median_ms(call, CALLS) for _ in range(3))
-
-
 def fastest_product(options: Options, dtype: torch.dtype) -> float:
     """FLOPs a second of the fastest of some square matrix products."""
     rates = []
     for n in PRODUCTS[options.device]:
         a, b = (torch.randn(n, n, dtype=dtype, device=options.device) for _ in range(2))
-        rates.append(2e3 * n**3 / median(options.device, lambda a=a, b=b: a @ b))
+        rates.append(2e3 * n**3 / steady_ms(options.device, lambda a=a, b=b: a @ b, CALLS))
     return max(rates)
 
 
 def fastest_copy(options: Options, like: Tensor) -> float:
     """Bytes a second, read and written, of copies of a tensor."""
     target = torch.empty_like(like)
-    return 2e3 * like.numel() * like.element_size() / median(options.device, lambda: target.copy_(like))
+    return 2e3 * like.numel() * like.element_size() / steady_ms(options.device, lambda: target.copy_(like, CALLS))
 
 
 def tables(options: Options) -> list[str]:
@@ -204,14 +163,11 @@ def tables(options: Options) -> list[str]:
         result = call()
     flop_rate = fastest_product(options, getattr(torch, options.dtype))
     byte_rate = fastest_copy(options, result)
-    eager = median(options.device, call)
+    eager = steady_ms(options.device, call, CALLS)
     compiled_call = block_call(options, compiled=True)
-    compiled = median(options.device, compiled_call)
+    compiled = steady_ms(options.device, compiled_call, CALLS)
     times = by_operation(options, profiled(options, call), set(costs.by_name))
-    lines = [
-        "| operation, eager | calls | ms | MFLOP | MB | floor, ms | over its floor |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = header(["operation, eager", "calls", "ms", "MFLOP", "MB", "floor, ms", "over its floor"])
     floors = 0.0
     for name, cost in sorted(costs.by_name.items(), key=lambda item: -times.get(item[0], 0.0)):
         floor = 1e3 * max(cost.flops / flop_rate, cost.bytes / byte_rate)
@@ -219,16 +175,9 @@ def tables(options: Options) -> list[str]:
             continue
         floors += floor
         ms = times.get(name, 0.0)
-        lines.append(
-            f"| {name.removeprefix('aten::')} | {cost.calls} | {ms:.3f} | {cost.flops / 1e6:.0f} "
-            f"| {cost.bytes / 1e6:.1f} | {floor:.3f} | {ms / floor:.1f}× |"
-        )
-    flops = sum(cost.flops for cost in costs.by_name.values())
-    lines += [
-        f"| all | | {eager:.3f} | {flops / 1e6:.0f} | {sum(c.bytes for c in costs.by_name.values()) / 1e6:.1f} "
-        f"| {floors:.3f} | {eager / floors:.1f}× |",
-        "",
-    ]
+        lines.append(budget_row(name.removeprefix("aten::"), cost, ms, floor))
+    every = Cost(*(sum(getattr(cost, key) for cost in costs.by_name.values()) for key in ("calls", "flops", "bytes")))
+    lines += [budget_row("all", every, eager, floors), ""]
     if options.device == "cpu":  # kernels that tell the profiler of themselves, which takes them time
         torch.compiler.reset()
         with inductor.patch("cpp.enable_kernel_profile", True):
@@ -236,27 +185,25 @@ def tables(options: Options) -> list[str]:
     else:
         kernels = by_kernel(options, profiled(options, compiled_call))
     shown = [item for item in kernels.items() if item[1] > SHOWN[options.device]]
-    lines += ["| kernel, compiled | ms |", "|---|---|"]
-    lines += [f"| `{name[:100]}` | {ms:.3f} |" for name, ms in sorted(shown, key=lambda item: -item[1])]
-    lines += [f"| all | {compiled:.3f} |", ""]
+    lines += header(["kernel, compiled", "ms"])
+    lines += [row([f"`{name[:100]}`", f"{ms:.3f}"]) for name, ms in sorted(shown, key=lambda item: -item[1])]
+    lines += [row(["all", f"{compiled:.3f}"]), ""]
     lines.append(
         f"`{options.name}`, {options.pixels} px, batch {options.batch}, {options.dtype}, {options.step} of the first "
         f"block. The fastest product: {flop_rate / 1e9:.0f} GFLOP/s; the fastest copy of the map: "
-        f"{byte_rate / 1e9:.0f} GB/s. All FLOPs at that rate: {1e3 * flops / flop_rate:.3f} ms. "
-        f"{machine(options.device)}"
+        f"{byte_rate / 1e9:.0f} GB/s. All FLOPs at that rate: {1e3 * every.flops / flop_rate:.3f} ms."
     )
     return lines
+
+
+def budget_row(name: str, cost: Cost, ms: float, floor: float) -> str:
+    """A row of the eager block's table."""
+    megas = f"{cost.flops / 1e6:.0f}", f"{cost.bytes / 1e6:.1f}"
+    return row([name, cost.calls, f"{ms:.3f}", *megas, f"{floor:.3f}", f"{ms / floor:.1f}×"])
 
 
 def main(options: Options) -> None:
     """Print where the time of one block goes."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    report = "\n".join(tables(options))
-    print(report)
-    if options.out:
-        Path(options.out).write_text(report + "\n")
-
-
-if __name__ == "__main__":
-    command(main, Options, prog="python -m benchmarks.block_budget")
+    write_report(tables(options), machine(options.device), options.out)

@@ -8,48 +8,28 @@ of shifted maps, which torch.compile makes one kernel of, is what to try where t
 
 from __future__ import annotations
 
+from benchmarks.commands import DepthwiseOptions as Options
+from benchmarks.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("depthwise"))
+
 import copy
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.block_budget import median
 from benchmarks.machine import machine
-from gspn_dit.layers.blocks import DepthwiseConv
-from gspn_dit.options import command, require
-from gspn_dit.precision import choose_precision
+from benchmarks.result_files import write_report
+from benchmarks.tables import header, row
+from benchmarks.timing import steady_ms
+from gspn_dit.layers.convolution import DepthwiseConv
 
+CALLS = 20
 PIXELS = (256, 1024)
 BATCHES = {"cpu": 16, "cuda": 64}  # at 256 pixels
 WIDTHS = {"cpu": 384, "cuda": 1152}
-
-
-@dataclass
-class Options:
-    """What to time.
-
-    Args:
-        device: cpu or cuda.
-        kernel_size: Side of the filter.
-        dtype: float32 or bfloat16; by default the latter where the device has instructions for it.
-        threads: Threads of the CPU.
-        out: Also write the table to this Markdown file.
-    """
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    kernel_size: int = 3
-    dtype: Literal["float32", "bfloat16"] | None = None
-    threads: int = 2
-    out: str | None = None
-
-    def __post_init__(self) -> None:
-        auto = choose_precision("auto", torch.device(self.device)).dtype
-        self.dtype = self.dtype or str(auto).removeprefix("torch.")
-        require(self.threads >= 1, "threads", self.threads, "1 or more")
 
 
 class ChannelsFirst(DepthwiseConv):
@@ -74,7 +54,7 @@ class ShiftedMaps(DepthwiseConv):
         return y.to(x.dtype)
 
 
-def ways(options: Options, conv: DepthwiseConv) -> dict[str, torch.nn.Module]:
+def ways(conv: DepthwiseConv) -> dict[str, torch.nn.Module]:
     """Modules of the same weights by name."""
     made = {"convolution, channels last": conv}
     for name, kind in {"convolution, channels first": ChannelsFirst, "shifted maps, compiled": ShiftedMaps}.items():
@@ -90,10 +70,10 @@ def rows(options: Options, pixels: int) -> list[str]:
     batch = max(1, BATCHES[options.device] * 256**2 // pixels**2)
     x = torch.randn(batch, side, side, width, dtype=dtype, requires_grad=True)
     grad, target = torch.randn_like(x), torch.empty_like(x)
-    copied = median(options.device, lambda: target.copy_(grad))
+    copied = steady_ms(options.device, lambda: target.copy_(grad), CALLS)
     conv = DepthwiseConv(width, options.kernel_size).to(dtype)
     lines, wanted = [], None
-    for name, module in ways(options, conv).items():
+    for name, module in ways(conv).items():
         operands = [x, module.weight, module.bias]
 
         def forward(module: torch.nn.Module = module) -> Tensor:
@@ -109,10 +89,9 @@ def rows(options: Options, pixels: int) -> list[str]:
             error = (result - other).float().abs().max() / other.float().abs().max()
             if not error < 0.02:
                 raise RuntimeError(f"{name}: {error:.1%} off the convolution's")
-        ms = [median(options.device, call) for call in (forward, both)]
-        lines.append(
-            f"| {pixels} px | {name} | {ms[0]:.3f} | {copied / ms[0]:.0%} | {ms[1]:.3f} | {3 * copied / ms[1]:.0%} |"
-        )
+        ms = [steady_ms(options.device, call, CALLS) for call in (forward, both)]
+        shares = f"{copied / ms[0]:.0%}", f"{3 * copied / ms[1]:.0%}"
+        lines.append(row([f"{pixels} px", name, f"{ms[0]:.3f}", shares[0], f"{ms[1]:.3f}", shares[1]]))
     return lines
 
 
@@ -120,19 +99,9 @@ def main(options: Options) -> None:
     """Print the table."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    lines = ["| image | way | forward, ms | of the copy | forward and backward, ms | of the copy |", "|---" * 6 + "|"]
+    lines = header(["image", "way", "forward, ms", "of the copy", "forward and backward, ms", "of the copy"])
     with torch.device(options.device):
         for pixels in PIXELS:
             lines += rows(options, pixels)
-    lines += [
-        "",
-        f"{options.kernel_size} × {options.kernel_size}, {WIDTHS[options.device]} channels, {options.dtype}, "
-        f"as many tokens at either size. {machine(options.device)}",
-    ]
-    print("\n".join(lines))
-    if options.out:
-        Path(options.out).write_text("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    command(main, Options, prog="python -m benchmarks.depthwise")
+    what = f"{options.kernel_size} × {options.kernel_size}, {WIDTHS[options.device]} channels, {options.dtype}"
+    write_report([*lines, "", f"{what}, as many tokens at either size."], machine(options.device), options.out)

@@ -1,129 +1,167 @@
 #!/usr/bin/env bash
-# benchmarks/gpu.sh OUT [kernels|budget|models|resolution|quality] [STATE]: on a CUDA machine, everything that needs one,
-# in parts that end within TOTAL seconds (default 570): what has no time left is reported as not run, and the exit status
-# is 1.
-#   kernels     build, test and measure the kernels, then compute-sanitizer where there is one
-#   budget      where the time of one block goes, gspn-dit-xl-2 and dit-xl-2, forward and training, at 256 pixels;
-#               and the ways to its depthwise convolution
-#   resolution  speed and memory by image size
-#   quality     a short comparison of dit, gspn-dit and its mixer of convolutions on photographs
-#   models      the last two in turn
-# A part leaves at most 8 files in OUT, each as it comes: PART.log, tables, pictures, and quality-cuda.tar.gz of finished
-# trainings. resolution and quality go on from the resolution-cuda.json and quality-cuda.tar.gz of OUT, else from those of
-# the folder STATE (an argument or a variable; a folder that git ignores, such as runs/gpu).
+# benchmarks/gpu.sh OUT [--seconds N] [PART...]: everything that needs a GPU, on a machine with a CUDA torch and nvcc.
 #
-# Without network: what an image with torch lacks can lie as wheels in the folder .whl of the checkout. Beside torch,
-# numpy, pyyaml, tqdm, safetensors, ninja and pytest, the part kernels needs jsonargparse, docstring-parser and
-# typeshed-client; budget and resolution also diffusers (it asks for importlib-metadata, but does not import it),
-# accelerate, huggingface-hub, requests, pillow and matplotlib; quality also torchvision, torch-fidelity, mlxtend, scipy
-# and scikit-image; and what these require in turn. Wheels are installed without their requirements, into a temporary
-# folder.
+#   tests       the GPU tests of the kernels
+#   operator    speed of the operator beside attention, the reference and the byte floor
+#   budget      where the time of one block goes, gspn-dit-xl-2 and dit-xl-2, forward and training; ways to its
+#               depthwise convolution
+#   resolution  time and memory of whole models by image size
+#   quality     a short comparison of dit, gspn-dit and gspn-dit with convolutions, trained on photographs
+#   sanitizer   compute-sanitizer's memcheck and racecheck on small maps
+#
+# Without a PART it runs them all, in this order. Each begins by building the kernels where that is yet to be done.
+# With --seconds N (or TOTAL=N) each PART ends within N seconds. The same command goes on where it stopped: what OUT holds
+# of a clean commit is not measured again. OUT gets PART.log, tables and pictures. The last lines are a table of what
+# became of every step; the exit status is 1 if any failed, was not finished or was not run.
+#
+# PYTHON names the interpreter (python3). It needs torch and what this package needs; pytest for the part tests. In a copy
+# without git, GSPN_DIT_REVISION=HASH says which commit this is.
 set -uo pipefail
-usage="usage: benchmarks/gpu.sh OUT [kernels|budget|models|resolution|quality] [STATE]"
-part=${2:-kernels}
-case ${1:+$part} in kernels | budget | models | resolution | quality) ;; *) echo "$usage" >&2 && exit 2 ;; esac
-out=$(realpath -m "$1")
-state=$(realpath -m "${3:-${STATE:-$out}}")
-cd "$(dirname "$0")/.."
+all=(tests operator budget resolution quality sanitizer)
+wrong() { # wrong WORDS...: refuse the command line
+  echo "benchmarks/gpu.sh: $*; usage: benchmarks/gpu.sh OUT [--seconds N] [PART...], PART out of ${all[*]}" >&2
+  exit 2
+}
+seconds=${TOTAL:-} out='' parts=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --seconds) seconds=${2:-none} && shift ;;
+    --seconds=*) seconds=${1#*=} ;;
+    -*) wrong "$1: no such option" ;;
+    *) if [ -z "$out" ]; then out=$1; else parts+=("$1"); fi ;;
+  esac
+  shift
+done
+[ -n "$out" ] || wrong "OUT is missing"
+[[ $seconds =~ ^([1-9][0-9]*)?$ ]] || wrong "--seconds $seconds: wanted a whole number"
+for part in "${parts[@]}"; do
+  [[ " ${all[*]} " == *" $part "* ]] || wrong "$part: no such part"
+done
+[ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
+mkdir -p "$out" && out=$(realpath "$out") && cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
-total=${TOTAL:-570}
-mkdir -p "$out"
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-log=$out/$part.log
-: >"$log"
-failed=0
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin"
+revision=$("$python" -c 'from benchmarks.revision import revision; print(revision())') || exit 1
+case $revision in *"with changes" | *"no git checkout") kept='' ;; *) kept=$revision ;; esac
+unfinished="run the same command again to go on" # said by a benchmark that its --time-budget has stopped
+table=() failed=0 built=0 child='' log='' begun=0
 
-seconds_left() { # seconds_left MOST: so many, or those until the deadline
-  local left=$((total - SECONDS))
-  echo $((left < $1 ? left : $1))
+left() { # left: the seconds that this part still has; 0 is no limit
+  if [ -z "$seconds" ]; then echo 0; else echo $((seconds - (SECONDS - begun))); fi
 }
 
-step() { # step NAME SECONDS COMMAND...: its output to the log and, the end of it, here
-  local name=$1 limit start=$SECONDS from status
-  limit=$(seconds_left "$2")
-  shift 2
-  if [ "$limit" -lt 10 ]; then
-    echo "== $name: NOT RUN, no time left" | tee -a "$log"
-    failed=1
+note() { # note STEP RESULT SECONDS: a line of the table
+  table+=("$(printf '%-11s %-30s %7s  %s' "$part" "$1" "$3" "$2")")
+  echo "== $1: $2" | tee -a "$log"
+  case $2 in ok | "done before") ;; *) failed=1 ;; esac
+}
+
+step() { # step NAME COMMAND...: its output to the log and, the end of it, here
+  local name=$1 start=$SECONDS limit from status
+  shift
+  if [ -n "$kept" ] && [ "$(cat "$out/.done-$name" 2>/dev/null)" = "$kept" ]; then
+    note "$name" "done before" 0
     return
   fi
-  echo "== $name ($limit s): $*" | tee -a "$log"
+  limit=$(left)
+  if [ -n "$seconds" ] && [ "$limit" -lt 1 ]; then
+    note "$name" "NOT RUN: no time left" 0
+    return 1
+  fi
+  echo "== $name: $*" | tee -a "$log"
   from=$(($(wc -l <"$log") + 1))
-  timeout -k 5 "$limit" "$@" >>"$log" 2>&1
+  timeout -k 5 "$limit" "$@" >>"$log" 2>&1 &
+  child=$!
+  wait $child
   status=$?
+  child=''
   tail -n "+$from" "$log" | tail -n 30
-  echo "== $name: exit status $status after $((SECONDS - start)) s" | tee -a "$log"
-  [ $status -eq 0 ] || failed=1
-}
-
-kernels() {
-  step tests 240 "$python" -m pytest -q --durations=5 --noconftest -p no:cacheprovider --maxfail=20 --tb=short \
-    tests/ops/test_cuda.py -k "(gpu or graph or elements) and not spills"
-  step operator 170 "$python" -m benchmarks.operator --device cuda --out "$out"
-  PATH=$PATH:/usr/local/cuda/bin
-  if ! timeout 60 compute-sanitizer --report-api-errors no "$python" -c "import torch; torch.ones(1).cuda()" \
-    >>"$log" 2>&1; then
-    echo "== compute-sanitizer is missing or does not run here: memcheck and racecheck are left out" | tee -a "$log"
-    return
+  if [ $status -eq 124 ] || [ $status -eq 137 ]; then
+    note "$name" "UNFINISHED: no time left" $((SECONDS - start))
+  elif [ $status -ne 0 ]; then
+    note "$name" "FAILED: exit status $status" $((SECONDS - start))
+  elif tail -n "+$from" "$log" | grep -q "$unfinished"; then
+    note "$name" "UNFINISHED: run it again" $((SECONDS - start))
+  else
+    note "$name" ok $((SECONDS - start))
+    [ "$name" = build ] || echo "$kept" >"$out/.done-$name"
+    return 0
   fi
-  # calls that torch makes and expects to fail are no errors; cached, what lies beyond a tensor may be allocated too
-  step memcheck 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no \
-    --error-exitcode 1 "$python" -m benchmarks.small_shapes
-  step racecheck 150 compute-sanitizer --tool racecheck --error-exitcode 1 "$python" -m benchmarks.small_shapes
+  return 1
 }
 
-budget() { # budget SECONDS: in all
+stop() { # at Ctrl-C or SIGTERM: what runs is told to end, and the table printed
+  trap - INT TERM
+  if [ -n "$child" ]; then kill -TERM "$child" && wait "$child"; fi
+  failed=1
+  report
+}
+
+report() { # the table, and the end
+  printf '\n%-11s %-30s %7s  %s\n' part step seconds result
+  printf '%s\n' "${table[@]}"
+  exit $failed
+}
+
+within() { # within SECONDS: a --time-budget that ends so long before the part, or a week
+  local budget=$(($(left) - $1))
+  if [ -z "$seconds" ]; then echo 604800; else echo $((budget > 1 ? budget : 1)); fi
+}
+
+tests() {
+  step tests "$python" -m pytest -q -m gpu --durations=5 --noconftest -p no:cacheprovider --maxfail=20 --tb=short \
+    tests/ops/test_cuda.py
+}
+
+operator() {
+  step operator "$python" -m benchmarks.operator --device cuda --out "$out"
+}
+
+budget() {
   local name kind
   for kind in forward training; do
     for name in gspn-dit-xl-2 dit-xl-2; do
-      step "$name $kind" $(($1 / 4)) "$python" -m benchmarks.block_budget --device cuda --name "$name" --step "$kind" \
+      step "block-$name-$kind" "$python" -m benchmarks.block_budget --device cuda --name "$name" --step "$kind" \
         --out "$out/block-$name-$kind.md"
     done
   done
-  step depthwise "$1" "$python" -m benchmarks.depthwise --device cuda --out "$out/depthwise.md"
+  step depthwise "$python" -m benchmarks.depthwise --device cuda --out "$out/depthwise.md"
 }
 
-resolution() { # resolution SECONDS: a case takes half a minute and more, most of it to compile; four sizes come first
-  local budget=$(($(seconds_left "$1") - 20)) # to start, and for the last table
-  step resolution "$1" "$python" -m benchmarks.resolution --device cuda --time-budget $((budget > 1 ? budget : 1)) \
+resolution() { # a case takes half a minute and more, most of it to compile; four sizes come first
+  step resolution "$python" -m benchmarks.resolution --device cuda --time-budget "$(within 20)" \
     --pixels '[256,1024,4096,16384,512,2048,8192]' --out "$out/resolution-cuda"
 }
 
-quality() { # quality SECONDS: trainings that are not finished begin anew, for their checkpoints are too large to carry
-  local budget=$(($(seconds_left "$1") - 75)) # to start, and for the evaluation that is under way
-  step quality "$1" "$python" -m benchmarks.quality --preset gpu --data '[photos]' --seeds 1 --steps 1000 --samples 1000 \
-    --held-out 250 --models '[dit,gspn-dit,gspn-dit+mixer=conv]' --time-budget $((budget > 1 ? budget : 1)) \
-    --out "$work/quality-cuda"
-  [ -d "$work/quality-cuda" ] || return
-  tar -C "$work" --exclude=checkpoint.pt -czf "$out/quality-cuda.tar.gz" quality-cuda
-  local name
-  for name in report.md losses.png samples-photos.png; do
-    [ ! -e "$work/quality-cuda/$name" ] || cp "$work/quality-cuda/$name" "$out/quality-cuda-$name"
-  done
+quality() { # 75 s for the evaluation that is under way when the time is up
+  step quality "$python" -m benchmarks.quality --preset gpu --data '[photos]' --seeds 1 --steps 1000 --samples 1000 \
+    --held-out 250 --models '[dit,gspn-dit,gspn-dit+mixer=conv]' --time-budget "$(within 75)" --out "$out/quality-cuda"
 }
 
-if compgen -G ".whl/*.whl" >/dev/null; then
-  step wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$work/site" .whl/*.whl
-  export PYTHONPATH="$PYTHONPATH:$work/site" PATH="$PATH:$work/site/bin"
-fi
-for name in resolution-cuda.json quality-cuda.tar.gz; do
-  [ -e "$out/$name" ] || [ ! -e "$state/$name" ] || cp "$state/$name" "$out"
+sanitizer() {
+  if ! compute-sanitizer --report-api-errors no "$python" -c "import torch; torch.ones(1).cuda()" >>"$log" 2>&1; then
+    note sanitizer "NOT RUN: compute-sanitizer is missing or does not run here" 0
+    return
+  fi
+  # calls that torch makes and expects to fail are no errors; cached, what lies beyond a tensor may be allocated too
+  step memcheck env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no \
+    --error-exitcode 1 "$python" -m benchmarks.small_shapes
+  step racecheck compute-sanitizer --tool racecheck --error-exitcode 1 "$python" -m benchmarks.small_shapes
+}
+
+trap stop INT TERM
+echo "benchmarks/gpu.sh: ${parts[*]} of $revision"
+for part in "${parts[@]}"; do
+  begun=$SECONDS log=$out/$part.log
+  echo "== $part of $revision, $(date -u +%FT%TZ)" >>"$log"
+  if [ $built -eq 0 ]; then
+    if step build "$python" -m gspn_dit.ops --require native-cuda; then
+      built=1
+    else
+      note "$part" "NOT RUN: without the kernels the reference would be measured" 0
+      continue
+    fi
+  fi
+  "$part"
 done
-[ ! -e "$out/quality-cuda.tar.gz" ] || tar -C "$work" -xzf "$out/quality-cuda.tar.gz" || failed=1
-[ $failed -ne 0 ] || step build 240 "$python" -m gspn_dit.ops --require cuda
-[ $failed -eq 0 ] || exit 1 # the reference operator would be measured
-if [ "$part" != kernels ]; then
-  step import 60 "$python" -c "import gspn_dit.models" # diffusers, and what of its friends is installed
-  [ $failed -eq 0 ] || exit 1
-fi
-case $part in
-  kernels) kernels ;;
-  models)
-    resolution 300
-    quality "$total"
-    ;;
-  *) "$part" "$total" ;;
-esac
-exit $failed
+report

@@ -11,12 +11,17 @@ the last one stopped. Without --features it measures time and memory alone.
 
 from __future__ import annotations
 
+from benchmarks.commands import HigherOptions as Options
+from benchmarks.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("higher"))
+
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +31,11 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.deadline import GO_ON, Deadline
 from benchmarks.higher_case import CALLS_FILE, OUT_OF_MEMORY, Case, open_pipeline
 from benchmarks.machine import machine
-from benchmarks.resolution import cell, line
-from benchmarks.saved_rows import saved_rows
+from benchmarks.result_files import noted, origin, saved_rows, write_rows, write_text
+from benchmarks.tables import figure, header, row
 from gspn_dit.autoencoder import downsampling
 from gspn_dit.autoencoder.vae import weights_sha256
 from gspn_dit.diffusion import objective_of
@@ -39,9 +45,8 @@ from gspn_dit.evaluation.image_sets import ImageSet, open_reference
 from gspn_dit.evaluation.metrics import frechet_distance
 from gspn_dit.evaluation.moments import Moments, Statistics
 from gspn_dit.inference.sample_folder import image_file
-from gspn_dit.layers.chunks import chunked_layers
-from gspn_dit.options import command, require
-from gspn_dit.storage.files import replacing, write_json
+from gspn_dit.options import require
+from gspn_dit.storage.files import replacing
 from gspn_dit.storage.pictures import load_image
 
 Switches = tuple[Literal["auto"] | None, Literal["auto"] | None]
@@ -52,56 +57,6 @@ STYLES: dict[Switches, tuple[str, str]] = {
     ("auto", "auto"): ("-.", "shift, chunks scaled"),
 }
 COLOURS = ("tab:blue", "tab:red", "tab:orange", "tab:green", "tab:purple", "tab:brown")
-
-
-@dataclass
-class Options:
-    """What to draw, and where the results go.
-
-    Args:
-        models: Runs, checkpoints, exported folders or packaged names, each perhaps with a label, LABEL=RUN;
-            random-gspn-dit and random-dit are models at random weights, for time and memory.
-        pixels: Sides of the images.
-        features: Which features the Fréchet distances are of, and so which real images they are to; null for none.
-        num_images: Images of every row.
-        guidance_scale: Classifier-free guidance; the models' own if not given.
-        num_inference_steps: Denoising steps; the models' own if not given.
-        shift: Whether rows with the noise shift are drawn.
-        chunk_scale: Whether rows with scaled chunks are drawn.
-        seed: Of the images and of where crops are taken.
-        device: cpu or cuda.
-        threads: Threads of the CPU.
-        images: Folder for the images.
-        time_budget: Seconds after which no row is begun and the one under way is given up.
-        out: Where the results go, without the .json, .md, .png and -images.png.
-    """
-
-    models: list[str] = field(default_factory=lambda: ["digits"])
-    pixels: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
-    features: str | None = None
-    num_images: int = 200
-    guidance_scale: float | None = None
-    num_inference_steps: int | None = None
-    shift: bool = True
-    chunk_scale: bool = True
-    seed: int = 0
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: int = 1
-    images: str = "runs/higher"
-    time_budget: float = 3600.0
-    out: str = "benchmarks/results/higher"
-
-    def __post_init__(self) -> None:
-        for key in ("num_images", "threads", "time_budget"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        require(self.features is None or self.num_images >= 2, "num_images", self.num_images, "2 or more for distances")
-        require(len(self.sources) == len(self.models), "models", self.models, "labels that differ")
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """Every model's path by its label."""
-        pairs = (model.rpartition("=")[::2] for model in self.models)
-        return {label or Path(source).name: source for label, source in pairs}
 
 
 class Results:
@@ -126,7 +81,7 @@ class Results:
             self.trained = height
             weights[label] = weights_sha256(pipe.transformer, pipe.vae)
             shifts = (None, "auto") if options.shift and objective_of(pipe.scheduler) == "flow" else (None,)
-            scales = (None, "auto") if options.chunk_scale and chunked_layers(pipe.transformer) else (None,)
+            scales = (None, "auto") if options.chunk_scale and pipe.transformer.has_chunks else (None,)
             self.switches[label] = list(product(shifts, scales))
         self.extractor = create_extractor(options.features, device=options.device) if options.features else None
         if self.extractor and self.extractor.image_size not in (None, self.trained):
@@ -164,12 +119,11 @@ class Results:
                     ),
                 )
 
-    def add(self, key: str, row: dict[str, Any]) -> None:
+    def add(self, key: str, measured: dict[str, Any]) -> None:
         """Take in a row, and write all three files."""
-        self.rows[key] = row
-        write_json(self.path, {**self.settings, "rows": self.rows})
-        with replacing(self.path.with_suffix(".md")) as temporary:
-            temporary.write_text(report(self) + "\n")
+        self.rows[key] = noted(measured)
+        write_rows(self.path, self.settings, self.rows)
+        write_text(self.path.with_suffix(".md"), report(self))
         with replacing(self.path.with_suffix(".png")) as temporary:
             plot(self, temporary)
 
@@ -265,38 +219,29 @@ def costs(case: Case) -> dict[str, float]:
 def report(results: Results) -> str:
     """The table in Markdown."""
     distances = ["FD of crops", "FD downsized"] if results.extractor else []
-    header = [
-        "image",
-        "model",
-        "chunks",
-        "shift",
-        *distances,
-        "s an image",
-        "MB an image",
-        "µs a pixel",
-        "bytes a pixel",
-    ]
-    lines = [line(header), line(["---"] * len(header))]
+    lines = header(
+        [
+            "image",
+            "model",
+            "chunks",
+            "shift",
+            *distances,
+            "s per image",
+            "MB per image",
+            "µs per pixel",
+            "bytes per pixel",
+        ]
+    )
     for key, case in results.cases():
-        if (row := results.rows.get(key)) is None:
+        if (drawn := results.rows.get(key)) is None:
             continue
         factor = f"×{case.pixels / results.trained:g}"
-        found = [f"{row[name]:.1f}" if name in row else "–" for name in ("fd_crops", "fd_whole")[: len(distances)]]
+        found = [f"{drawn[name]:.1f}" if name in drawn else "–" for name in ("fd_crops", "fd_whole")[: len(distances)]]
+        switches = [factor if on else "–" for on in (case.chunk_scale, case.shift)]
         area = case.pixels**2
         columns = ("seconds", 1), ("bytes", 1e-6), ("seconds", 1e6 / area), ("bytes", 1 / area)
-        figures = [cell({"whole": True, **row}, what, scale) for what, scale in columns]
-        lines.append(
-            line(
-                [
-                    f"{case.pixels} px",
-                    row["model"],
-                    factor if case.chunk_scale else "–",
-                    factor if case.shift else "–",
-                    *found,
-                    *figures,
-                ]
-            )
-        )
+        figures = [figure(drawn, what, scale) for what, scale in columns]
+        lines.append(row([f"{case.pixels} px", drawn["model"], *switches, *found, *figures]))
     options = results.options
     lines += [
         "",
@@ -306,7 +251,7 @@ def report(results: Results) -> str:
     ]
     if held_out := results.rows.get("held out"):
         lines.append(f"\n{held_out['num_images']} held-out real images: FD {held_out['fd']:.1f}.")
-    return "\n".join([*lines, "", results.settings["machine"]])
+    return "\n".join([*lines, "", *origin(results.settings["machine"], results.rows.values())])
 
 
 def plot(results: Results, path: Path) -> None:
@@ -386,7 +331,7 @@ def show(results: Results, path: Path) -> None:
 
 def main(options: Options) -> None:
     """Draw images of models at sizes they were not trained for, and measure how good and how dear they are."""
-    deadline = time.monotonic() + options.time_budget
+    deadline = Deadline(options.time_budget)
     results = Results(options)
     if results.extractor and "held out" not in results.rows:
         results.add("held out", results.held_out())
@@ -394,10 +339,10 @@ def main(options: Options) -> None:
     for key, case in results.cases():
         if key in results.rows:
             continue
-        left = deadline - time.monotonic()
+        left = deadline.left
         ended = draw_in_process(case, left) if left > 0 else None
         if ended is None:
-            print(f"{key}: no time left; run the same command again to go on")
+            print(f"{key}: {GO_ON}")
             break
         label = next(label for label, source in options.sources.items() if source == case.model)
         figures = {**costs(case), **results.distances(case)} if ended == "ok" else {"error": ended}
@@ -410,7 +355,3 @@ def main(options: Options) -> None:
         with replacing(results.path.with_name(f"{results.path.stem}-images.png")) as temporary:
             show(results, temporary)
     print(report(results))
-
-
-if __name__ == "__main__":
-    command(main, Options, prog="python -m benchmarks.higher")

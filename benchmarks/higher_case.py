@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
-from torch import nn
 
-from benchmarks.resolution_case import peak_bytes
+from benchmarks.memory import peak_bytes
+from benchmarks.random_model import fill_zeros
 from gspn_dit.commands import SampleOptions
 from gspn_dit.diffusion import create_scheduler, image_generator
 from gspn_dit.inference.loading import load_pipeline
@@ -129,9 +129,7 @@ def open_pipeline(model: str) -> GSPNDiTPipeline:
         **blocks,
     )
     transformer = create_model(RANDOM[model], depth=8, sample_size=32, out_channels=4, num_classes=10)
-    for parameter in transformer.parameters():
-        if not parameter.any():  # adaLN-Zero's, which would make of every block the identity
-            nn.init.normal_(parameter, std=0.02)
+    fill_zeros(transformer)
     pipe = GSPNDiTPipeline(transformer, vae, create_scheduler("flow"))
     for module in (transformer, vae):
         module.eval().requires_grad_(False)

@@ -1,6 +1,6 @@
 """The CUDA rows of benchmarks/operator.py: ours against the byte floor and its peers, all in one run on one device.
 
-Every case is first compared with the reference, then timed as replays of CUDA graphs (benchmarks/cuda_timing.py).
+Every case is first compared with the reference, then timed as replays of CUDA graphs (benchmarks/timing.py).
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cuda_timing import median_ms, peak_bytes, timed
-from gspn_dit.ops import propagate
+from benchmarks.machine import machine
+from benchmarks.memory import peak_bytes
+from benchmarks.result_files import origin, write_rows, write_text
+from benchmarks.revision import revision
+from benchmarks.tables import header, row
+from benchmarks.timing import device_ms, timed
+from gspn_dit.ops import Call, propagate
 from gspn_dit.ops.build import architectures, cuda_home
-from gspn_dit.ops.reference import propagate_reference
-from gspn_dit.storage.files import write_json
+from gspn_dit.ops.reference import DIRECTIONS, propagate_reference
 
 DEVICE = "cuda"
 FOUR = ("down", "up", "right", "left")
@@ -91,15 +95,15 @@ class Case:
         k, (x, *tensors) = len(self.directions), operands
         decay, scale = (tensors.pop(-2), tensors.pop(-1)) if self.factors else (None, None)
         if self.groups < self.channels:
-            gates, lam = tensors[0].split((3 * k, k), dim=-1)
-            tensors = [gates.unflatten(-1, (k, 3)).permute(0, 1, 2, 4, 5, 3), lam.permute(0, 1, 2, 4, 3)]
+            gates, input_gate = tensors[0].split((3 * k, k), dim=-1)
+            tensors = [gates.unflatten(-1, (k, 3)).permute(0, 1, 2, 4, 5, 3), input_gate.permute(0, 1, 2, 4, 3)]
         return x, *tensors, decay, scale
 
     def run(self, operands: list[Tensor], backend: str) -> Tensor:
         """The operator on a set of operands."""
-        x, gates, lam, decay, scale = self.arguments(operands)
+        *gated, decay, scale = self.arguments(operands)
         return propagate(
-            x, gates, lam, decay=decay, scale=scale, chunk=self.chunk, directions=self.directions, backend=backend
+            *gated, decay=decay, scale=scale, chunk=self.chunk, directions=self.directions, backend=backend
         )
 
     def train(self, operands: list[Tensor], grad: Tensor, backend: str) -> tuple[Tensor, ...]:
@@ -126,7 +130,7 @@ def copy_bandwidth(repeats: int) -> float:
     """Bytes a second of a large device-to-device copy, counting those read and those written."""
     source = torch.randn(1 << 29, device=DEVICE)  # 2 GB
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (1e-3 * median_ms([lambda: target.copy_(source)], repeats))
+    return 2 * source.nbytes / (1e-3 * device_ms([lambda: target.copy_(source)], repeats))
 
 
 def input_sets(make: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
@@ -147,13 +151,14 @@ def errors(case: Case) -> dict[str, float]:
     factors = 2 if case.factors else 0  # they come last, and have no batch
     grad = torch.zeros_like(operands[0])
     grad[:1] = torch.randn_like(grad[:1])
-    y = case.run(operands, "cuda")
+    y = case.run(operands, "native-cuda")
     gots = [y.detach(), *(torch.autograd.grad(y, operands, grad) if case.trains else ())]
     of_an_image = len(operands) - factors
     exact = [tensor.detach()[: 1 if i < of_an_image else None].double() for i, tensor in enumerate(operands)]
     exact = [tensor.requires_grad_() for tensor in exact]
-    x, gates, lam, decay, scale = case.arguments(exact)
-    y = propagate_reference(x, gates, lam, None, decay, scale, case.chunk, case.directions)
+    *gated, decay, scale = case.arguments(exact)
+    directions = [list(DIRECTIONS).index(direction) for direction in case.directions]
+    y = propagate_reference(Call(*gated, None, decay, scale, case.chunk or 0, directions))
     wants = [y.detach(), *(torch.autograd.grad(y, exact, grad[:1].double()) if case.trains else ())]
     names = ["y", "x", *(["gates and λ"] if case.groups < case.channels else ["gates", "λ"]), "f", "s"]
     return {
@@ -179,15 +184,15 @@ def time_ours(case: Case, backend: str, repeats: int, trains: bool) -> dict[str,
     sets = input_sets(case.operands)
     with torch.no_grad():
         calls = [partial(case.run, operands, backend) for operands in sets]
-        graphs = backend == "cuda"  # the reference writes a mask from the host, which no capture permits
-        result = {"forward": asdict(timed(calls, repeats, graphs)), "peak_bytes": peak_bytes(calls[0])}
+        graphs = backend == "native-cuda"  # the reference writes a mask from the host, which no capture permits
+        result = {"forward": asdict(timed(calls, repeats, graphs)), "peak_bytes": peak_bytes(DEVICE, calls[0])}
     if trains:
         grad = torch.randn_like(sets[0][0])
         for operands in sets:
             for tensor in operands:
                 tensor.requires_grad_()
         calls = [partial(case.train, operands, grad, backend) for operands in sets]
-        result |= {"both": asdict(timed(calls, repeats)), "both_peak_bytes": peak_bytes(calls[0])}
+        result |= {"both": asdict(timed(calls, repeats)), "both_peak_bytes": peak_bytes(DEVICE, calls[0])}
     return result
 
 
@@ -261,7 +266,7 @@ class PerLine:
 
 def measure(case: Case, bandwidth: float, per_line: PerLine, repeats: int) -> dict[str, Any]:
     """One row's figures; a peer that can't run at this size is None."""
-    row = {
+    figures = {
         "case": case.name,
         "batch": case.batch,
         "side": case.side,
@@ -274,26 +279,37 @@ def measure(case: Case, bandwidth: float, per_line: PerLine, repeats: int) -> di
         "floor_ms": 1e3 * case.floor_bytes / bandwidth,
         "predicted_fraction": case.predicted,
     }
-    row["errors"] = checked(case)
+    figures["errors"] = checked(case)
     torch.cuda.empty_cache()
-    row["ours"] = time_ours(case, "cuda", repeats, case.trains)
+    figures["ours"] = time_ours(case, "native-cuda", repeats, case.trains)
     torch.cuda.empty_cache()
-    row["attention"] = time_attention(case, repeats)
-    row["per_line"] = attempt(lambda: per_line.time(case, repeats))
-    row["reference"] = None
+    figures["attention"] = time_attention(case, repeats)
+    figures["per_line"] = attempt(lambda: per_line.time(case, repeats))
+    figures["reference"] = None
     if case.side <= LONGEST_REFERENCE:
         few = max(3, repeats // 10)
-        row["reference"] = attempt(lambda: time_ours(case, "reference", few, trains=False)["forward"])
+        figures["reference"] = attempt(lambda: time_ours(case, "reference", few, trains=False)["forward"])
     torch.cuda.empty_cache()
-    return row
+    return figures
 
 
-HEADER = [
-    "| case | B, side, C, G | chunk | forward ms | floor ms | fraction (predicted) | × attention | × per line "
-    "| × reference | fwd+bwd ms | over forward | × attention fwd+bwd | eager ms, forward / fwd+bwd "
-    "| peak GB, forward / fwd+bwd | largest error |",
-    "|---" * 15 + "|",
-]
+COLUMNS = (
+    "case",
+    "B, side, C, G",
+    "chunk",
+    "forward ms",
+    "floor ms",
+    "fraction (predicted)",
+    "× attention",
+    "× per line",
+    "× reference",
+    "fwd+bwd ms",
+    "over forward",
+    "× attention fwd+bwd",
+    "eager ms, forward / fwd+bwd",
+    "peak GB, forward / fwd+bwd",
+    "largest error",
+)
 NOTES = (
     "Times are of replayed CUDA graphs, on inputs in turns that the cache can't hold; (eager) marks a peer that can't "
     "be captured. Eager ms: a call from Python, back to back, as training without graphs makes it. Attention: the "
@@ -302,9 +318,9 @@ NOTES = (
 )
 
 
-def markdown(row: dict[str, Any]) -> str:
+def markdown(figures: dict[str, Any]) -> str:
     """A row of the table."""
-    ours, none = row["ours"], {"device_ms": None}
+    ours, none = figures["ours"], {"device_ms": None}
     forward, both = ours["forward"], ours.get("both", none)
 
     def ratio(peer: dict[str, Any] | None, mine: dict[str, Any], name: str = "") -> str:
@@ -316,7 +332,7 @@ def markdown(row: dict[str, Any]) -> str:
         return f"{peer['device_ms'] / mine['device_ms']:.1f}" + (f" ({', '.join(words)})" if words else "")
 
     def attention(part: str, mine: dict[str, Any]) -> str:
-        timings = {name: timing[part] for name, timing in row["attention"].items() if part in timing}
+        timings = {name: timing[part] for name, timing in figures["attention"].items() if part in timing}
         if not timings:
             return "–"
         name = min(timings, key=lambda name: timings[name]["device_ms"])
@@ -326,23 +342,23 @@ def markdown(row: dict[str, Any]) -> str:
         return "–" if value is None else format(value, form)
 
     cells = [
-        f"{row['case']} ({row['dtype']}, {row['directions']} directions)",
-        f"{row['batch']}, {row['side']}, {row['channels']}, {row['groups']}",
-        row["chunk"] or "global",
+        f"{figures['case']} ({figures['dtype']}, {figures['directions']} directions)",
+        f"{figures['batch']}, {figures['side']}, {figures['channels']}, {figures['groups']}",
+        figures["chunk"] or "global",
         number(forward["device_ms"]) + ("" if forward["captured"] else " (eager)"),
-        number(row["floor_ms"]),
-        f"{row['floor_ms'] / forward['device_ms']:.0%} ({row['predicted_fraction']:.0%})",
+        number(figures["floor_ms"]),
+        f"{figures['floor_ms'] / forward['device_ms']:.0%} ({figures['predicted_fraction']:.0%})",
         attention("forward", forward),
-        ratio(row["per_line"], forward),
-        ratio(row["reference"], forward),
+        ratio(figures["per_line"], forward),
+        ratio(figures["reference"], forward),
         number(both["device_ms"]) + ("" if both.get("captured", True) else " (eager)"),
         number(both["device_ms"] and both["device_ms"] / forward["device_ms"], ".1f"),
         attention("both", both),
         f"{number(forward['eager_ms'])} / {number(both.get('eager_ms'))}",
         " / ".join(number(b and b / 1e9, ".2f") for b in (ours["peak_bytes"], ours.get("both_peak_bytes"))),
-        number(row["errors"] and max(row["errors"].values()), ".0e"),
+        number(figures["errors"] and max(figures["errors"].values()), ".0e"),
     ]
-    return f"| {' | '.join(map(str, cells))} |"
+    return row(cells)
 
 
 def run_cases(out: Path, repeats: int) -> None:
@@ -350,24 +366,22 @@ def run_cases(out: Path, repeats: int) -> None:
 
     A case that fails has its error for a row, and ends the program with an error when all have had their turn.
     """
-    device = torch.cuda.get_device_name(0)
+    where = machine(DEVICE)
     bandwidth = copy_bandwidth(repeats)
     per_line = PerLine()
     report = {
-        "device": device,
-        "torch": torch.__version__,
+        "machine": where,
         "cuda": torch.version.cuda,
+        "revision": revision(),
         "copy_bytes_per_second": bandwidth,
     }
-    footer = (
-        f"{device}, torch {torch.__version__}; device-to-device copy {bandwidth / 1e12:.2f} TB/s, read and written."
-    )
-    print(footer)
+    footer = [f"Device-to-device copy {bandwidth / 1e12:.2f} TB/s, read and written.", "", *origin(where)]
+    print("\n".join(footer))
     rows: list[dict] = []
     failed: list[str] = []
-    lines = list(HEADER)
-    name = device.lower().replace(" ", "-")
-    print("\n".join(HEADER))
+    lines = header(COLUMNS)
+    name = torch.cuda.get_device_name(0).lower().replace(" ", "-")
+    print("\n".join(lines))
     for case in cases():
         try:
             rows.append(measure(case, bandwidth, per_line, repeats))
@@ -376,8 +390,8 @@ def run_cases(out: Path, repeats: int) -> None:
             failed.append(f"{case.name}, chunk {case.chunk or 'global'}")
             lines.append(f"| **{failed[-1]}: FAILED** | {type(error).__name__}: {str(error).splitlines()[0]} |")
         print(lines[-1], flush=True)
-        write_json(out / f"{name}.json", report | {"rows": rows, "failed": failed})
-        (out / f"{name}.md").write_text("\n".join([*lines, "", NOTES, "", footer, ""]))
+        write_rows(out / f"{name}.json", {**report, "failed": failed}, rows)
+        write_text(out / f"{name}.md", "\n".join([*lines, "", NOTES, "", *footer]))
         torch.cuda.empty_cache()
     if failed:
         raise SystemExit(f"{len(failed)} cases failed: {'; '.join(failed)}")

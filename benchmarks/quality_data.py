@@ -25,6 +25,7 @@ class Task:
     """A data set as the models see it. `train[i]` and `held_out[i]` are (values, label).
 
     Attributes:
+        name: Its name.
         latent_shape: (C, h, w) of what the models denoise.
         patch_size: Side of a token.
         num_classes: Classes.
@@ -33,6 +34,7 @@ class Task:
             better.
     """
 
+    name: str
     latent_shape: tuple[int, int, int]
     patch_size: int
     num_classes: int
@@ -58,28 +60,42 @@ class Task:
         return {}
 
 
+class Labelled:
+    """A sequence of (values, label) as a source of the training stream (:class:`gspn_dit.data.Source`)."""
+
+    latent_shape, condition_names = None, ("class_labels",)
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, int]], num_classes: int) -> None:
+        self.pairs, self.class_names = pairs, [str(label) for label in range(num_classes)]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def sample(self, index: int, flip: bool = False) -> dict[str, Tensor]:
+        values, label = self.pairs[index]
+        return {"image": values.flip(-1) if flip else values, "class_labels": torch.tensor(label)}
+
+
 class ClassifiedTask(Task):
     """Real images, whose samples the packaged classifier of the data set judges: its features and its classes.
 
     Attributes:
-        data: The data set.
         image_size: Side of its images in pixels.
         references: How many training images the Fréchet distance is to, None for all.
     """
 
     figures = (("FD", 1, False), ("class_accuracy", 3, True))
-    data: str
     image_size: int
     references: int | None = None
 
     @cached_property
     def extractor(self) -> Callable[[Tensor], dict[str, Tensor]]:
-        return create_extractor(self.data)
+        return create_extractor(self.name)
 
     @cached_property
     def reference(self) -> Statistics:
         """Of the training images, as FID's usually are."""
-        moments, images = Moments(64), open_images(self.data, self.image_size)
+        moments, images = Moments(64), open_images(self.name, self.image_size)
         for indices in torch.arange(self.references or len(images)).split(BATCH_SIZE):
             batch = torch.stack([images[i][0] for i in indices.tolist()])
             moments.update(indices, self.extractor(batch)["64"])
@@ -99,7 +115,7 @@ class ClassifiedTask(Task):
 class DigitsTask(ClassifiedTask):
     """4,500 digits in the packaged VAE's latents, 8×8 tokens; 500 held out."""
 
-    data, image_size = "digits", 32
+    name, image_size = "digits", 32
     latent_shape, patch_size, num_classes = (4, 8, 8), 1, 10
 
     def __init__(self) -> None:
@@ -128,7 +144,7 @@ class DigitsTask(ClassifiedTask):
 class PhotosTask(ClassifiedTask):
     """Crops of 16 photographs in pixels, 64×64, as 32×32 tokens of 2×2; held out are other crops of the same."""
 
-    data, image_size, references = "photos", 64, 4000
+    name, image_size, references = "photos", 64, 4000
     latent_shape, patch_size, num_classes = (3, 64, 64), 2, 16
     horizontal_flip = True
 
@@ -146,7 +162,7 @@ class ReachTask(Task):
     figures = (("reach_gained", 3, True), ("agreement", 3, True))
 
     def __init__(self, side: int) -> None:
-        self.latent_shape = (3, side, side)
+        self.name, self.latent_shape = f"reach-{side}", (3, side, side)
         self.train, self.held_out = FarEnds(side, "train", 100_000), FarEnds(side, "test", 2_000)
 
     def clean(self, values: Tensor, noise: Tensor) -> Tensor:

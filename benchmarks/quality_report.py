@@ -12,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.quality_data import Task
+from benchmarks.result_files import origin, write_text
+from benchmarks.tables import header, row
 from gspn_dit.storage.files import replacing
 from gspn_dit.storage.pictures import load_image
 
@@ -36,11 +38,11 @@ def write_report(
     lines.append("Mean ± standard deviation over the seeds; the held-out loss is the mean squared error of the flow's")
     lines.append("velocity, of the averaged weights, with the same noise and times for every model. Samples without")
     lines.append("guidance. FD and accuracy are the packaged classifiers' of digits and of photos.")
-    machines = {run["machine"] for results in curves.values() for runs in results.values() for run in runs}
-    lines += ["", ", ".join(f"{key} {value}" for key, value in settings.items()), *sorted(machines)]
-    report = "\n".join(lines) + "\n"
-    with replacing(out / "report.md") as temporary:
-        temporary.write_text(report)
+    finished = [run for found in curves.values() for runs in found.values() for run in runs]
+    machines = sorted({run["machine"] for run in finished})
+    lines += ["", ", ".join(f"{key} {value}" for key, value in settings.items()), ""]
+    report = "\n".join([*lines, *origin("; ".join(machines), finished)])
+    write_text(out / "report.md", report)
     return report
 
 
@@ -59,37 +61,25 @@ def tokens(task: Task) -> str:
 
 
 def figures_table(results: Results, task: Task) -> list[str]:
-    """A row a model: its costs, its held-out loss and its samples' figures."""
+    """A row per model: its costs, its held-out loss and its samples' figures."""
     names = [f"{name} {'↑' if more else '↓'}" for name, _, more in task.figures]
-    rows = [row("model", "seeds", "parameters, M", "GMACs", "training s", "held-out loss ↓", *names)]
-    rows.append("|---" * (6 + len(names)) + "|")
+    lines = header(["model", "seeds", "parameters, M", "GMACs", "training s", "held-out loss ↓", *names])
     for model, runs in results.items():
-        rows.append(
-            row(
-                model,
-                len(runs),
-                f"{runs[0]['parameters'] / 1e6:.2f}",
-                f"{runs[0]['gmacs']:.2f}",
-                spread([run["training_seconds"] for run in runs], 0),
-                spread([statistics.mean(run["held_out_loss"]) for run in runs], 4),
-                *(spread([run["figures"][name] for run in runs], digits) for name, digits, _ in task.figures),
-            )
-        )
-    return rows
+        size = f"{runs[0]['parameters'] / 1e6:.2f}", f"{runs[0]['gmacs']:.2f}"
+        seconds = spread([run["training_seconds"] for run in runs], 0)
+        loss = spread([statistics.mean(run["held_out_loss"]) for run in runs], 4)
+        judged = (spread([run["figures"][name] for run in runs], digits) for name, digits, _ in task.figures)
+        lines.append(row([model, len(runs), *size, seconds, loss, *judged]))
+    return lines
 
 
 def times_table(results: Results, times: Sequence[float]) -> list[str]:
-    """A row a model: the held-out loss at each time, the mean of the seeds."""
-    rows = [row("held-out loss at t =", *(f"{t:.2f}" for t in times)), "|---" * (1 + len(times)) + "|"]
+    """A row per model: the held-out loss at each time, the mean of the seeds."""
+    lines = header(["held-out loss at t =", *(f"{t:.2f}" for t in times)])
     for model, runs in results.items():
         means = [statistics.mean(losses) for losses in zip(*(run["held_out_loss"] for run in runs), strict=True)]
-        rows.append(row(model, *(f"{mean:.4f}" for mean in means)))
-    return rows
-
-
-def row(*cells: object) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
+        lines.append(row([model, *(f"{mean:.4f}" for mean in means)]))
+    return lines
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -10,75 +10,36 @@ flash and cuDNN attention for DiT.
 
 from __future__ import annotations
 
+from benchmarks.commands import ResolutionOptions as Options
+from benchmarks.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("resolution"))
+
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from benchmarks.machine import machine, results_name
+from benchmarks.deadline import GO_ON, Deadline
+from benchmarks.machine import machine
 from benchmarks.resolution_case import LONGEST_WHOLE, Case
-from benchmarks.saved_rows import saved_rows
-from gspn_dit.options import command, require
-from gspn_dit.precision import native_bfloat16
-from gspn_dit.storage.files import replacing, write_json
+from benchmarks.result_files import noted, origin, saved_rows, write_rows, write_text
+from benchmarks.tables import figure, header, ratio, row
+from gspn_dit.storage.files import replacing
 
 STEPS = ("forward", "training")
 TRIAL_PIXELS = 256
 COMPILED = {"cpu": (False, True), "cuda": (True,)}
-PIXELS = {"cpu": [128, 256, 512, 1024, 2048], "cuda": [256, 512, 1024, 2048, 4096, 8192, 16384]}
 # A batch has the pixels of one image of this side, and at least one image: enough tokens to keep the machine busy.
 BATCH_PIXELS = {"cpu": 512, "cuda": 2048}
 COLOURS = {"DiT": "tab:red", "linear attention": "tab:orange", "GSPN-DiT": "tab:blue"}
-
-
-@dataclass
-class Options:
-    """What to measure, and where the results go.
-
-    Args:
-        device: cpu or cuda.
-        size: Size of the models: s, b, l or xl; by default s on the CPU and xl on a GPU.
-        pixels: Sides of the images, multiples of 64, in the order in which they are measured.
-        dtypes: float32, bfloat16 or both, out of which every model gets its faster one; by default both on a CPU that
-            multiplies in bfloat16, float32 on another, bfloat16 on a GPU.
-        threads: Threads of the CPU.
-        repeats: Most timed calls of each measurement; at least 3, and none after 3 seconds.
-        time_budget: Seconds after which no measurement is begun and the one under way is given up.
-        out: Where the results go, without the .json, .md and .png; the default tells CPUs without AVX-512 apart.
-    """
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    size: Literal["s", "b", "l", "xl"] | None = None
-    pixels: list[int] | None = None
-    dtypes: list[Literal["float32", "bfloat16"]] | None = None
-    threads: int = 2
-    repeats: int = 15
-    time_budget: float = 3600.0
-    out: str | None = None
-
-    def __post_init__(self) -> None:
-        self.size = self.size or ("s" if self.device == "cpu" else "xl")
-        self.pixels = self.pixels or PIXELS[self.device]
-        self.dtypes = self.dtypes or default_dtypes(self.device)
-        self.out = self.out or f"benchmarks/results/resolution-{results_name(self.device)}"
-        for pixels in self.pixels:
-            require(pixels >= 64 and pixels % 64 == 0, "pixels", pixels, "multiples of 64")
-        for key in ("threads", "repeats", "time_budget"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-
-
-def default_dtypes(device: str) -> list[str]:
-    """The dtypes worth trying on this machine."""
-    if device == "cuda":
-        return ["bfloat16"]
-    return ["bfloat16", "float32"] if native_bfloat16(torch.device(device))[0] else ["float32"]
 
 
 def models(size: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -103,10 +64,9 @@ class Results:
 
     def add(self, case: Case, measured: dict[str, Any]) -> None:
         """Take in a measurement, and write all three files."""
-        self.rows[case.key] = {**asdict(case), **measured}
-        write_json(self.path, {**self.settings, "rows": self.rows})
-        with replacing(self.path.with_suffix(".md")) as temporary:
-            temporary.write_text(report(self) + "\n")
+        self.rows[case.key] = noted({**asdict(case), **measured})
+        write_rows(self.path, self.settings, self.rows)
+        write_text(self.path.with_suffix(".md"), report(self))
         with replacing(self.path.with_suffix(".png")) as temporary:
             plot(self, temporary)
 
@@ -168,38 +128,40 @@ def batch_of(device: str, pixels: int) -> int:
 def report(results: Results) -> str:
     """The tables in Markdown."""
     names = list(models(results.options.size))
-    header = [
-        "step",
-        "image",
-        "batch",
-        *(f"{name}, ms" for name in names),
-        "times DiT's speed",
-        "times linear attention's",
-        *(f"{name}, ns a pixel" for name in names),
-        *(f"{name}, MB" for name in names),
-    ]
-    lines = [line(header), line(["---"] * len(header))]
+    lines = header(
+        [
+            "step",
+            "image",
+            "batch",
+            *(f"{name}, ms" for name in names),
+            "times DiT's speed",
+            "times linear attention's",
+            *(f"{name}, ns per pixel" for name in names),
+            *(f"{name}, MB" for name in names),
+        ]
+    )
     for step, pixels in product(STEPS, sorted(results.options.pixels)):
         rows = [results.row(name, step, pixels) for name in names]
         if not any(rows):
             continue
         batch = batch_of(results.options.device, pixels)
         per_pixel = 1e9 / (batch * pixels**2)
-        lines.append(
-            line(
-                [
-                    step,
-                    f"{pixels} px",
-                    batch,
-                    *(cell(row, "seconds", 1e3) for row in rows),
-                    ratio(rows[0], rows[2]),
-                    ratio(rows[1], rows[2]),
-                    *(cell(row, "seconds", per_pixel) for row in rows),
-                    *(cell(row, "bytes", 1e-6) for row in rows),
-                ]
-            )
-        )
-    lines += ["", *notes(results), "", *trial_lines(results), "", results.settings["machine"]]
+        cells = [
+            *(figure(measured, "seconds", 1e3) for measured in rows),
+            ratio(rows[0], rows[2]),
+            ratio(rows[1], rows[2]),
+            *(figure(measured, "seconds", per_pixel) for measured in rows),
+            *(figure(measured, "bytes", 1e-6) for measured in rows),
+        ]
+        lines.append(row([step, f"{pixels} px", batch, *cells]))
+    lines += [
+        "",
+        *notes(results),
+        "",
+        *trial_lines(results),
+        "",
+        *origin(results.settings["machine"], results.rows.values()),
+    ]
     return "\n".join(lines)
 
 
@@ -231,39 +193,17 @@ def trial_lines(results: Results) -> list[str]:
     lines = [
         f"Settings tried at {pixels} px, ms; the fastest of each row is the one used at all sizes.",
         "",
-        line(["model", "step", *words]),
-        line(["---"] * (2 + len(words))),
+        *header(["model", "step", *words]),
     ]
     for model, step in product(models(results.options.size), STEPS):
         rows = [results.rows.get(trial.key) for trial in results.trials(model, step)]
-        lines.append(line([model, step, *(cell(row, "seconds", 1e3) for row in rows)]))
+        lines.append(row([model, step, *(figure(trial, "seconds", 1e3) for trial in rows)]))
     if "bfloat16" in results.options.dtypes:
         lines.append(
             "\nIn a forward bfloat16 is the weights' type; in training it is autocast's, over float32 weights, and the "
             "residual stream's but DiT's, to which float32 positions are added."
         )
     return lines
-
-
-def line(cells: list[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def cell(row: dict[str, Any] | None, what: str, scale: float) -> str:
-    """A figure to three digits or the unit, marked where it is a sum of blocks."""
-    if row is None:
-        return "–"
-    if what not in row:
-        return row["error"]
-    value = row[what] * scale
-    return ("" if row["whole"] else "~") + (f"{value:.0f}" if value >= 100 else f"{value:.3g}")
-
-
-def ratio(other: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
-    """How many times faster ours is."""
-    if not (other and ours and "seconds" in other and "seconds" in ours):
-        return "–"
-    return f"{'' if other['whole'] and ours['whole'] else '~'}{other['seconds'] / ours['seconds']:.2f}×"
 
 
 def plot(results: Results, path: Path) -> None:
@@ -323,12 +263,12 @@ def main(options: Options) -> None:
 
     A case that fails is tried again by the next command; this one goes on, and ends with an error.
     """
-    deadline = time.monotonic() + options.time_budget
+    deadline = Deadline(options.time_budget)
     results, failed = Results(options), []
     for case in results.cases():
         if case.key in results.rows:
             continue
-        left = deadline - time.monotonic()
+        left = deadline.left
         try:
             measured = run_case(case, left) if left > 0 else None
         except CaseFailed as error:
@@ -336,19 +276,14 @@ def main(options: Options) -> None:
             print(f"{case.key}: FAILED\n{error}", flush=True)
             continue
         if measured is None and left < 0.9 * options.time_budget:
-            print(f"{case.key}: no time left; run the same command again to go on")
+            print(f"{case.key}: {GO_ON}")
             break
         measured = measured or {"error": f"over {left:.0f} s"}  # as it would be again
         results.add(case, measured)
         print(
-            f"{case.key}: {cell(results.rows[case.key], 'seconds', 1e3)} ms, "
-            f"{cell(results.rows[case.key], 'bytes', 1e-6)} MB",
+            f"{case.key}: {figure(measured, 'seconds', 1e3)} ms, {figure(measured, 'bytes', 1e-6)} MB",
             flush=True,
         )
     print(report(results))
     if failed:
         raise SystemExit(f"{len(failed)} cases failed: {'; '.join(failed)}")
-
-
-if __name__ == "__main__":
-    command(main, Options, prog="python -m benchmarks.resolution")

@@ -7,16 +7,11 @@ measurement as one line of JSON.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import json
-import statistics
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,20 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import cuda_timing
-from gspn_dit.diffusion import create_objective
-from gspn_dit.models import DiT, create_model
+from benchmarks.memory import peak_bytes
+from benchmarks.random_model import random_model
+from benchmarks.timing import FEWEST, paced
+from gspn_dit.diffusion import Batch, create_objective
+from gspn_dit.models import DiT
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.ops.backends import kernel
 
 LONGEST_WHOLE = 10.0  # seconds of a call; a model that takes longer is put together from its blocks
-FEWEST, SECONDS_OF_REPEATS = 3, 3.0  # calls timed: so many at least, and more while there are seconds left
-LONGEST_REPEATED = 20.0
 ATTENTIONS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 MOST_TOKENS = 2**16  # on which attention is timed to choose one; a call on more takes seconds
-LARGE = 2**16  # bytes
-TRIM_THRESHOLD, MMAP_THRESHOLD, IS_MMAPPED, THP_DISABLE = -1, -3, 2, 41  # of glibc's malloc, and of sys/prctl.h
-BYTES_A_LINE = 1024  # of /proc/self/status, which counts in kB of 1024
 
 
 @dataclass(frozen=True)
@@ -90,19 +81,20 @@ def measure(case: Case) -> dict[str, Any]:
     if case.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, for what linear attention does in float32
     with torch.device(case.device), contextlib.ExitStack() as stack:
-        model = random_model(case)
+        model = model_of(case)
         about = {}  # what else was chosen
         if case.device == "cuda" and isinstance(model, DiT):
             backends = fused_attentions(case, model)
             stack.enter_context(sdpa_kernel(backends, set_priority=True))
             about["attention"] = ", else ".join(backend.name for backend in backends)
-        blocks, kinds = model.blocks, Counter(block_kind(block) for block in model.blocks)
-        one_of = {kind: next(block for block in blocks if block_kind(block) == kind) for kind in kinds}
+        blocks, chunks = model.blocks, model.chunks or (None,) * len(model.blocks)
+        kinds = Counter(map(block_kind, chunks))
+        one_of = {block_kind(chunk): ([block], (chunk,)) for block, chunk in zip(blocks, chunks, strict=True)}
         parts = {}
-        for kind, part in {"": [], **{kind: [block] for kind, block in one_of.items()}}.items():
-            model.blocks = nn.ModuleList(part)
+        for kind, (part, chunks_of_part) in {"": ([], ()), **one_of}.items():
+            model.blocks, model.chunks = nn.ModuleList(part), chunks_of_part
             parts[kind] = timed(case, call_of(case, model), FEWEST)
-        model.blocks = blocks
+        model.blocks, model.chunks = blocks, chunks
         ends = parts.pop("")
         sums = {
             what: ends[what] + sum(count * (parts[kind][what] - ends[what]) for kind, count in kinds.items())
@@ -127,27 +119,17 @@ def measure(case: Case) -> dict[str, Any]:
     return {**sums, "whole": False, "parts": {"ends": ends, **parts}, "depth": len(blocks), **about}
 
 
-def random_model(case: Case) -> LatentModel:
-    """The model with nothing left at zero, where adaLN-Zero would make of every block the identity.
-
-    Raises :class:`InputError` where the reference operator would be measured for want of the kernel.
-    """
-    kernel(case.device, torch.device(case.device))
-    objective = create_objective("flow")
-    model = create_model(case.name, out_channels=objective.out_channels(4), **case.overrides)
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    if case.step == "forward":
-        model = model.to(getattr(torch, case.dtype)).eval().requires_grad_(False)
+def model_of(case: Case) -> LatentModel:
+    """The model at random weights."""
+    dtype = getattr(torch, case.dtype) if case.step == "forward" else None
+    model = random_model(case.name, case.device, dtype=dtype, **case.overrides)
     if case.compiled:
         model.compile_repeated_blocks(dynamic=False)
     return model
 
 
-def block_kind(block: nn.Module) -> str:
+def block_kind(chunk: int | None) -> str:
     """What tells the blocks of a model apart in cost: the lines a scan runs over."""
-    chunk = getattr(getattr(block, "mixer", None), "chunk", None)
     return f"chunk {chunk or 'the map'}"
 
 
@@ -181,22 +163,22 @@ def call_of(case: Case, model: LatentModel) -> Callable[[], None]:
     """A forward or a training step on random latents, times and labels."""
     side = case.pixels // 8
     latents, noise = (torch.randn(case.batch, model.in_channels, side, side) for _ in range(2))
-    times, labels = torch.rand(case.batch), torch.randint(model.null_class, (case.batch,))
+    u, condition = torch.rand(case.batch), {"class_labels": torch.randint(model.null_class, (case.batch,))}
     dtype = getattr(torch, case.dtype)
     if case.step == "forward":
-        latents, timesteps = latents.to(dtype), 1000 * times
+        latents, timesteps = latents.to(dtype), 1000 * u
 
         @torch.no_grad()
         def call() -> None:
-            model(latents, timesteps, labels)
+            model(latents, timesteps, **condition)
 
         return call
-    objective = create_objective("flow")
+    objective, batch = create_objective("flow"), Batch(latents=latents, noise=noise, u=u, condition=condition)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
         with torch.autocast(case.device, dtype, enabled=dtype != torch.float32):
-            loss: Tensor = objective.loss(model, latents, labels, times, noise).mean()
+            loss: Tensor = objective.loss(model, batch).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -205,74 +187,10 @@ def call_of(case: Case, model: LatentModel) -> Callable[[], None]:
 
 
 def timed(case: Case, call: Callable[[], None], repeats: int) -> dict[str, Any]:
-    """Median, least and most seconds of a call after the first two, and the bytes that it adds at its peak.
-
-    Of calls longer than LONGEST_REPEATED one is timed.
-    """
+    """Seconds of a call after the first two, as :func:`paced` has them, and the bytes that it adds at its peak."""
     call()  # compiles
     added = peak_bytes(case.device, call)
-    seconds: list[float] = []
-    while sum(seconds) < LONGEST_REPEATED and (
-        len(seconds) < FEWEST or (len(seconds) < repeats and sum(seconds) < SECONDS_OF_REPEATS)
-    ):
-        start = time.perf_counter()
-        call()
-        if case.device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return {
-        "seconds": statistics.median(seconds),
-        "bytes": added,
-        "least": min(seconds),
-        "most": max(seconds),
-        "repeats": len(seconds),
-    }
-
-
-def peak_bytes(device: str, call: Callable[[], None]) -> int:
-    """What a call adds at its peak: to CUDA's allocated memory, or to this process's resident memory.
-
-    On the CPU the call is slower than others (:func:`resident_is_in_use`).
-    """
-    gc.collect()
-    if device == "cuda":
-        return cuda_timing.peak_bytes(call)
-    with resident_is_in_use():
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it counts when it is taken again
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-        before = resident("VmRSS")
-        call()
-        return max(resident("VmHWM") - before, 0)
-
-
-@contextlib.contextmanager
-def resident_is_in_use() -> Iterator[None]:
-    """Make glibc take all that is large from the system block by block, in small pages, and give it back at once.
-
-    Else free blocks that malloc keeps, and what huge pages hold beside a block, count with a peak: by chance, and up to
-    twice over.
-    """
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    libc.mallopt(MMAP_THRESHOLD, LARGE)
-    libc.prctl(THP_DISABLE, 1, 0, 0, 0)
-    held = [libc.malloc(LARGE)]
-    while not ctypes.c_size_t.from_address(held[-1] - ctypes.sizeof(ctypes.c_size_t)).value & IS_MMAPPED:
-        held.append(libc.malloc(LARGE))  # the heap's free blocks, untouched, so that none is given out
-    try:
-        yield
-    finally:  # thresholds as glibc sets them by itself once it has seen large blocks
-        for block in held:
-            libc.free(block)
-        libc.prctl(THP_DISABLE, 0, 0, 0, 0)
-        libc.mallopt(MMAP_THRESHOLD, 2**25)
-        libc.mallopt(TRIM_THRESHOLD, 2**26)
-
-
-def resident(line: str) -> int:
-    """Bytes of a line of /proc/self/status: VmRSS, resident now, or VmHWM, the most there was."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(text.split()[1]) for text in status if text.startswith(line)) * BYTES_A_LINE
+    return {**paced(case.device, call, repeats), "bytes": added}
 
 
 if __name__ == "__main__":

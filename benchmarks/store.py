@@ -6,6 +6,12 @@ defaults), measures in fresh processes, prints the tables, and removes the data.
 
 from __future__ import annotations
 
+from benchmarks.commands import StoreOptions as Options
+from benchmarks.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("store"))
+
 import multiprocessing
 import os
 import platform
@@ -14,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +28,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.machine import processor
+from benchmarks.memory import resident
+from benchmarks.result_files import write_report
+from benchmarks.tables import header, row
 from gspn_dit.data.latent_store import LatentStore, write_manifest, write_shard
-from gspn_dit.options import command, require
 from gspn_dit.storage.files import write_json
 
 CLASSES = 1000
 SHARD_SIZE = 4096
 BATCH_SIZE = 256
-
-
-@dataclass
-class Options:
-    """How large the stores are.
-
-    Args:
-        images: Images of the store that is opened, of 4×4 latents.
-        compared_images: Images read from both kinds of storage, of 32×32 latents (ImageNet's at 256 px).
-        repeats: Timed passes of each kind, after its one pass over a cold cache.
-        workers: Reading processes.
-        folder: Where the data is made for the time being; the system's temporary folder if not given.
-        out: Also write the tables to this Markdown file.
-    """
-
-    images: int = 1_280_000
-    compared_images: int = 40_000
-    repeats: int = 5
-    workers: int = 4
-    folder: str | None = None
-    out: str | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("images", "compared_images", "repeats", "workers"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
 
 
 class Npys(Dataset):
@@ -99,29 +81,23 @@ def make_store(folder: Path, images: int, side: int, npys: Path | None = None) -
     write_manifest(folder, settings, names)
 
 
-def megabytes(kind: str) -> float:
-    """A line of this process's /proc status, for example VmRSS or RssAnon, in MB of 1e6 bytes."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith(kind)) * 1024 / 1e6
-
-
 def measure_opening(folder: Path) -> dict[str, float]:
     """Seconds and memory that opening takes a process that has imported everything."""
-    before, start = megabytes("VmRSS"), time.perf_counter()
+    before, start = resident("VmRSS"), time.perf_counter()
     store = LatentStore(folder)
-    seconds, resident = time.perf_counter() - start, megabytes("VmRSS")
-    return {"images": len(store), "seconds": seconds, "growth": resident - before, "resident": resident}
+    seconds, after = time.perf_counter() - start, resident("VmRSS")
+    return {"images": len(store), "seconds": seconds, "growth": after - before, "resident": after}
 
 
 def measure_readers(folder: Path, workers: int) -> list[float]:
-    """Growth in private memory (MB) of each worker that reads the store's images at random, all of them in sum."""
+    """Growth in private memory (bytes) of each worker that reads the store's images at random, all of them in sum."""
     shares = Shares(LatentStore(folder), workers)
     loader = DataLoader(shares, batch_size=1, num_workers=workers, multiprocessing_context="fork")
     return [float(grown) for grown in loader]
 
 
 class Shares(Dataset):
-    """Item k reads the k-th share of a store's images, in random order, and is the private memory (MB) that took."""
+    """Item k reads the k-th share of a store's images, in random order, and is the private memory (bytes) that took."""
 
     def __init__(self, store: LatentStore, count: int) -> None:
         self.store, self.count = store, count
@@ -131,10 +107,10 @@ class Shares(Dataset):
 
     def __getitem__(self, share: int) -> float:
         order = np.random.default_rng(0).permutation(len(self.store))[share :: self.count].tolist()
-        before = megabytes("RssAnon")
+        before = resident("RssAnon")
         for index in order:
             self.store[index]
-        return megabytes("RssAnon") - before
+        return resident("RssAnon") - before
 
 
 def measure_speed(kind: str, folder: Path, workers: int, repeats: int) -> dict[str, float]:
@@ -180,16 +156,15 @@ def opening_rows(folder: Path, workers: int) -> list[str]:
     opened = fresh(measure_opening, folder)
     before = opened["resident"] - opened["growth"]
     grown = fresh(measure_readers, folder, workers)
+    every_image = f"private memory that a worker adds, {workers} of them reading every image once, at random"
     return [
         f"A store of {opened['images']:,} latents of 4×4, {len(list(folder.glob('shard-*')))} shards, {size:.0f} MB:",
         "",
-        "| | |",
-        "|---|---|",
-        f"| opening, its files in the page cache | {opened['seconds']:.2f} s |",
-        f"| resident memory before it, of importing torch and diffusers | {before:.0f} MB |",
-        f"| resident memory that opening adds | {opened['growth']:.0f} MB |",
-        f"| private memory that a worker adds, {workers} of them reading every image once, at random "
-        f"| at most {max(grown):.1f} MB |",
+        *header(["", ""]),
+        row(["opening, its files in the page cache", f"{opened['seconds']:.2f} s"]),
+        row(["resident memory before it, of importing torch and diffusers", f"{before / 1e6:.0f} MB"]),
+        row(["resident memory that opening adds", f"{opened['growth'] / 1e6:.0f} MB"]),
+        row([every_image, f"at most {max(grown) / 1e6:.1f} MB"]),
     ]
 
 
@@ -199,19 +174,19 @@ def speed_rows(store: Path, npys: Path, options: Options) -> list[str]:
         f"{options.compared_images:,} latents of 32×32 (16 kB each), in random order, batches of {BATCH_SIZE}, "
         f"warm: median of {options.repeats} passes, all in the page cache; cold: one pass, its files dropped from it:",
         "",
-        "| reading processes | cache | store, samples/s | one .npy an image, samples/s | store is faster by |",
-        "|---|---|---|---|---|",
+        *header(
+            ["reading processes", "cache", "store, samples/s", "one .npy per image, samples/s", "store is faster by"]
+        ),
     ]
     for workers in (0, options.workers):
         ours, theirs = (
             fresh(measure_speed, kind, folder, workers, options.repeats)
             for kind, folder in (("store", store), ("npy", npys))
         )
-        rows += [
-            f"| {workers or 'the training process itself'} | {cache} | {ours[cache]:,.0f} | {theirs[cache]:,.0f} "
-            f"| {ours[cache] / theirs[cache]:.1f}× |"
-            for cache in ("warm", "cold")
-        ]
+        who = workers or "the training process itself"
+        for cache in ("warm", "cold"):
+            speeds = f"{ours[cache]:,.0f}", f"{theirs[cache]:,.0f}", f"{ours[cache] / theirs[cache]:.1f}×"
+            rows.append(row([who, cache, *speeds]))
     return rows
 
 
@@ -222,14 +197,6 @@ def main(options: Options) -> None:
         npys.mkdir()
         make_store(large, options.images, 4)
         make_store(store, options.compared_images, 32, npys)
-        command_line = f"`python -m benchmarks.store --workers {options.workers}`"
-        tables = [*opening_rows(large, options.workers), "", *speed_rows(store, npys, options)]
-    rows = [*tables, "", f"{command_line} on {machine()}"]
-    report = "\n".join(rows)
-    print(report)
-    if options.out:
-        Path(options.out).write_text(report + "\n")
-
-
-if __name__ == "__main__":
-    command(main, Options, prog="python -m benchmarks.store")
+        lines = [*opening_rows(large, options.workers), "", *speed_rows(store, npys, options)]
+    asked = f"`python -m benchmarks.store --workers {options.workers}`."
+    write_report([*lines, "", asked], machine(), options.out)

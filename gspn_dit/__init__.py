@@ -16,6 +16,7 @@ _EXPORTS = {
     "ModelMixin": "diffusers",
 }
 
+__version__ = "0.1.0"
 __all__ = [name for name in _EXPORTS if name != "ModelMixin"]
 __getattr__, __dir__ = on_demand(__name__, _EXPORTS)
 tell_successors()

@@ -45,6 +45,11 @@ def is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 _REMEDIES = {
     "make room there": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     "see to its permissions": (errno.EACCES, errno.EPERM),

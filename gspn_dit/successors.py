@@ -15,9 +15,10 @@ _SUCCESSORS = {
     "gspn_dit.fid": "gspn_dit.evaluation; the commands are `gspn-dit evaluate` and `gspn-dit reference`, and "
     "`gspn-dit classifier` trains a classifier",
     "gspn_dit.files": "gspn_dit.storage.files",
-    "gspn_dit.models.layers": "gspn_dit.layers.blocks",
+    "gspn_dit.models.layers": "gspn_dit.layers, a file for each kind of layer",
     "gspn_dit.models.mixers": "gspn_dit.layers.mixers",
     "gspn_dit.models.presets": "gspn_dit.models.registry",
+    "gspn_dit.ops.backends": "gspn_dit.ops.registry",
     "gspn_dit.pipeline": "gspn_dit.inference.pipeline; `from gspn_dit import GSPNDiTPipeline` finds it wherever it is",
     "gspn_dit.runs": "gspn_dit.storage.run_folder",
     "gspn_dit.sample": "gspn_dit.inference.sample; the command is `gspn-dit sample`",

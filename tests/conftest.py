@@ -22,6 +22,14 @@ def as_many_threads_as_before():
     torch.set_num_threads(threads)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` need one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 @pytest.fixture
 def fresh_accelerate():
     """A process has one accelerator for life; with this, several runs share a process."""

@@ -17,8 +17,10 @@ from gspn_dit.models import create_model
 from gspn_dit.models.macs import count_macs
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "quickstart.sh"]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [*PAGES, ROOT / "quickstart.sh"]
+README = PAGES[0].read_text()
+LATER = {ROOT / "CONTRIBUTING.md"}  # linked already, written with the habits
 FAMILIES = ("dit", "gspn", "gspn-dit")
 SIZES = ("s", "b", "l", "xl")
 STARTS = "(?:python|accelerate launch|gspn-dit)"  # of a command
@@ -30,19 +32,24 @@ def on_meta(name: str, **overrides: object) -> torch.nn.Module:
 
 
 def cells(family: str) -> list[list[str]]:
-    """The numbers of the README's row of a family: parameters, GMACs at 256 and at 512 pixels, of its four sizes."""
-    row = re.search(rf"^\| {family}-s-2 / b / l / xl \|(.*)\|$", README, re.M)[1]
+    """The numbers of a family's row in the table of models: parameters, GMACs at 256 and at 512 pixels, of four sizes.
+
+    The table stands once, in whichever page.
+    """
+    (row,) = (
+        row for page in PAGES for row in re.findall(rf"^\| {family}-s-2 / b / l / xl \|(.*)\|$", page.read_text(), re.M)
+    )
     return [cell.removesuffix(" M ").strip().split(" / ") for cell in row.split("|")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_readmes_parameters_are_the_models(family):
+def test_the_documented_parameters_are_the_models(family):
     assert [f"{on_meta(f'{family}-{size}-2').num_parameters() / 1e6:.1f}" for size in SIZES] == cells(family)[0]
 
 
 @pytest.mark.parametrize("size", ["s", "b"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_readmes_gmacs_are_the_models(family, size):
+def test_the_documented_gmacs_are_the_models(family, size):
     model = on_meta(f"{family}-{size}-2")
     counted = [f"{count_macs(model, (pixels // 8, pixels // 8)) / 1e9:.1f}" for pixels in (256, 512)]
     assert counted == [column[SIZES.index(size)] for column in cells(family)[1:]]
@@ -56,6 +63,94 @@ def test_the_readmes_parts_run(monkeypatch):
     assert found["y"].shape == found["x"].shape and found["y"].isfinite().all()
     assert (found["model"].config.mixer, found["other"].config.mixer) == ("gspn", "linear")
     assert found["model"].config.width == 1152
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(README.split()) <= 1200  # as `wc -w` counts
+
+
+def test_the_readme_lists_every_command():
+    table = README.partition("## All commands")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.M) == list(verbs.VERBS)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_relative_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]*)\)|<img src=\"([^\"]*)\"", page.read_text())
+    for link in filter(None, (link or source for link, source in links)):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists() or target in LATER, link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_a_page_is_python(page):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        compile(block, page.name, "exec")
+
+
+LIST_ITEM = r"(?:[-*]|\d+\.) +"
+
+
+def paragraphs(page: Path) -> list[list[str]]:
+    """The lines of a page's paragraphs and list items, without tables, headings, pictures and code."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    found = []
+    for block in re.split(r"\n\s*\n", text):
+        if block.lstrip("\n").startswith("    "):  # indented code
+            continue
+        lines = []
+        for line in block.splitlines():
+            if not line or line[0] in "|#<!":
+                continue
+            if lines and re.match(rf"\s*{LIST_ITEM}", line):
+                found.append(lines)
+                lines = []
+            lines.append(re.sub(rf"^\s*(?:{LIST_ITEM})?", "", line))
+        found.append(lines)
+    return [lines for lines in found if lines]
+
+
+def sentences(line: str) -> list[str]:
+    line = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "`code`", line))
+    return re.split(r"(?<=[.!?])[*)\"]*\s+(?=[\[(*\"`]*[A-Z0-9λ`])", line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_line_of_markdown_is_one_sentence(page):
+    for lines in paragraphs(page):
+        for line in lines:
+            assert len(sentences(line)) == 1, f"several sentences: {line}"
+        for line in lines[:-1]:
+            assert re.search(r"[.:!?][*)\"]*$", line), f"a sentence goes on in the next line: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sentences_are_short(page):
+    words = [len(sentence.split()) for lines in paragraphs(page) for line in lines for sentence in sentences(line)]
+    assert max(words) <= 35
+    assert sum(words) / len(words) < 18
+
+
+def test_the_figure_of_a_scan_is_drawn(tmp_path):
+    """From the operator, whose scan reaches no line before its token's, and with chunks none beyond them."""
+    script = runpy.run_path(ROOT / "docs" / "figures" / "scan.py")
+    centre, down = script["CENTRE"], script["response"](("down",))
+    assert not down[:centre].any() and (down[-1] > 0).all()
+    reached = script["response"](script["ALL"], chunk=11).nonzero()
+    assert (reached.min(), reached.max()) == (11, 21)
+    script["main"](tmp_path / "scan.png")
+    assert (tmp_path / "scan.png").stat().st_size > 10_000
 
 
 def commands() -> list:
@@ -86,7 +181,8 @@ def commands() -> list:
 
 def test_commands_are_found_in_all_documents_that_have_some():
     documents = {command.id.partition(":")[0] for command in commands()}
-    assert documents >= {"README.md", "ablations.md", "cluster.md", "performance.md", "resolution.md", "quickstart.sh"}
+    pages = {"ablations", "cluster", "demo", "evaluation", "performance", "results", "sampling", "training"}
+    assert documents >= {"README.md", "quickstart.sh", *(f"{page}.md" for page in pages)}
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")

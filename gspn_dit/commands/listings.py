@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass
@@ -22,7 +21,7 @@ class OpsOptions:
     """Operator: its kernels on this machine.
 
     Args:
-        require: Look for this kernel only, and fail if it is missing.
+        require: Look for this backend only, for example `native-cuda`, and fail if it is missing.
     """
 
-    require: Literal["cpu", "cuda"] | None = None
+    require: str | None = None

@@ -5,6 +5,7 @@ from gspn_dit.exports import on_demand
 _EXPORTS = {
     "ImageDataset": "gspn_dit.data.images",
     "LatentStore": "gspn_dit.data.latent_store",
+    "Source": "gspn_dit.data.source",
     "how_to_encode": "gspn_dit.data.latent_store",
     "is_latent_store": "gspn_dit.data.latent_store",
     "open_images": "gspn_dit.data.sources",

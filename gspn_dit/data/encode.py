@@ -13,9 +13,10 @@ if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit(run("encode", prog="python -m gspn_dit.data.encode"))
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from gspn_dit.autoencoder.quality import (
 )
 from gspn_dit.autoencoder.vae import NORMALISATION, downsampling, encode_moments, load_vae, vae_sha256
 from gspn_dit.data import open_images
+from gspn_dit.data.extras import Extra, Extras, bytes_per_image, check_extras, no_extras, to_json
 from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.latent_store import begun_with, some_moments, verify, write_manifest, write_shard
 from gspn_dit.data.sources import SOURCES
@@ -47,17 +49,41 @@ from gspn_dit.storage.packaged import PACKAGED_VAES, absolute
 
 MEASURED_LATENTS, MEASURED_IMAGES = 4096, 8  # for the manifest
 
-# Images (n, 3, H, W), their labels, files without one, and how many of them an EXIF tag would turn.
-Batch = tuple[Tensor, list[int], list[UnreadableImage], int]
+# Images (n, 3, H, W), their labels and indices, files without one, and how many of them an EXIF tag would turn.
+Batch = tuple[Tensor, list[int], list[int], list[UnreadableImage], int]
 
 
 def main(options: Options) -> None:
     """Encode a dataset into a store of latents for training, or verify one with --verify FOLDER."""
-    if options.verify is not None:
-        with renamed(source="verify"):
-            count = verify(options.verify)
-        print(f"{options.verify}: all {count} images are as they were written")
+    if options.verify is None:
+        encode(options)
         return
+    with renamed(source="verify"):
+        count = verify(options.verify)
+    print(f"{options.verify}: all {count} images are as they were written")
+
+
+class NoExtras:
+    """Latents and labels alone."""
+
+    declared: Mapping[str, Extra] = MappingProxyType({})
+
+    def __call__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return {}
+
+
+def encode(options: Options, extras: Extras | None = None) -> None:
+    """Encode a dataset into a store, or go on with one that was begun.
+
+    Args:
+        options: The command's.
+        extras: Makes further tensors to store beside the latents of each image; None for none.
+
+    Raises:
+        InputError: If something named cannot be had, or the folder was begun with something else.
+    """
+    extras = extras or NoExtras()
+    described = to_json(extras.declared)
     with renamed(source="data"):
         images = open_images(
             options.data, options.image_size, split=options.split, exif_orientation=options.exif_orientation
@@ -80,6 +106,7 @@ def main(options: Options) -> None:
         **{key: getattr(vae.config, key) for key in NORMALISATION},
         "shard_size": options.shard_size,
         "mixed_precision": precision.name,
+        "extras": described,
     }
     out, side = Path(options.out), options.image_size // downsampling(vae)
     values = len(images) * 2 * vae.config.latent_channels * side**2 * (2 if options.horizontal_flip else 1)
@@ -90,14 +117,15 @@ def main(options: Options) -> None:
     missing: list[str] = []
     if processes.is_main_process:
         if not out.exists():  # else some of it may be there
-            check_place(out, folder=True, size=2 * values)
+            check_place(out, folder=True, size=2 * values + len(images) * bytes_per_image(extras.declared))
         settings |= begin(out, settings)
         precision.say()
         missing = [name for name in shards if not (out / name).exists()]
     (missing,) = broadcast_object_list([missing])  # one view of the folder, or a shard might be nobody's
     mine = missing[processes.process_index :: processes.num_processes]
     with autocast(device, precision.name):
-        encode_shards(images, vae, out, {name: shards[name] for name in mine}, options, processes.is_main_process)
+        of_mine = {name: shards[name] for name in mine}
+        encode_shards(images, vae, extras, out, of_mine, options, processes.is_main_process)
     processes.wait_for_everyone()
     manifest = write_manifest(out, settings, list(shards), rewritten=missing)
     if processes.is_main_process:
@@ -167,7 +195,13 @@ def begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode_shards(
-    images: ImageDataset, vae: AutoencoderKL, out: Path, shards: dict[str, range], options: Options, show: bool
+    images: ImageDataset,
+    vae: AutoencoderKL,
+    extras: Extras,
+    out: Path,
+    shards: dict[str, range],
+    options: Options,
+    show: bool,
 ) -> None:
     """Encode each shard's range of images and write it; unreadable files are printed and left out.
 
@@ -179,20 +213,21 @@ def encode_shards(
     with progress(total=sum(map(len, shards.values())), desc="encode", unit="image", disable=not show) as bar:
         for name, indices in shards.items():
             of_shard = islice(loader, len(range(0, len(indices), step)))
-            write_shard(out / name, *encode_shard(of_shard, vae, options, bar))
+            write_shard(out / name, *encode_shard(of_shard, vae, extras, options, bar))
 
 
 def encode_shard(
-    batches: Iterable[Batch], vae: AutoencoderKL, options: Options, bar: Bar | Lines
-) -> tuple[Tensor, Tensor | None, Tensor, list[str], int]:
+    batches: Iterable[Batch], vae: AutoencoderKL, extras: Extras, options: Options, bar: Bar | Lines
+) -> tuple[Tensor, Tensor | None, Tensor, list[str], int, dict[str, Tensor]]:
     """What :func:`write_shard` writes of a shard's batches, in its order.
 
-    Raises :class:`InputError` if a moment is not finite in float16.
+    Raises :class:`InputError` if a moment is not finite in float16, or an extra is not as declared.
     """
     side = options.image_size // downsampling(vae)
     empty = torch.empty(0, 2 * vae.config.latent_channels, side, side)
     moments, flipped, labels, skipped, tagged = [empty], [empty], [], [], 0
-    for pixels, batch_labels, faults, batch_tagged in batches:
+    made = [no_extras(extras.declared)]
+    for pixels, batch_labels, indices, faults, batch_tagged in batches:
         for unreadable in faults:
             bar.write(f"unreadable image, left out: {unreadable}")
             skipped.append(unreadable.path)
@@ -203,20 +238,25 @@ def encode_shard(
                 flipped.append(encode_moments(vae, pixels.flip(-1)).cpu())
             labels += batch_labels
             tagged += batch_tagged
+            made.append({name: tensor.cpu() for name, tensor in extras(indices).items()})
+            check_extras(extras.declared, made[-1], len(indices))
         bar.update(len(batch_labels) + len(faults))
     mirrored = half(flipped) if options.horizontal_flip else None
-    return half(moments), mirrored, torch.tensor(labels, dtype=torch.int64), skipped, tagged
+    joined = {name: torch.cat([each[name] for each in made]) for name in extras.declared}
+    return half(moments), mirrored, torch.tensor(labels, dtype=torch.int64), skipped, tagged, joined
 
 
-def _together(samples: list[tuple[Tensor, int, bool] | UnreadableImage]) -> Batch:
-    """The images (n, 3, H, W) of those that could be read, their labels, the others, and how many have a tag.
+def _together(samples: list[tuple[Tensor, int, bool, int] | UnreadableImage]) -> Batch:
+    """The images (n, 3, H, W) of those that could be read, their labels and indices, the others, and how many have a
+    tag.
 
     In one tensor, for each that a worker sends holds a file descriptor.
     """
     readable = [sample for sample in samples if not isinstance(sample, UnreadableImage)]
-    images = torch.stack([image for image, _, _ in readable]) if readable else torch.empty(0)
+    images = torch.stack([image for image, *_ in readable]) if readable else torch.empty(0)
     faults = [sample for sample in samples if isinstance(sample, UnreadableImage)]
-    return images, [label for _, label, _ in readable], faults, sum(tagged for _, _, tagged in readable)
+    labels, indices = [label for _, label, _, _ in readable], [index for *_, index in readable]
+    return images, labels, indices, faults, sum(tagged for _, _, tagged, _ in readable)
 
 
 def half(moments: list[Tensor]) -> Tensor:
@@ -233,8 +273,8 @@ class _Loadable(Dataset):
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, bool] | UnreadableImage:
+    def __getitem__(self, index: int) -> tuple[Tensor, int, bool, int] | UnreadableImage:
         try:
-            return self.images.load_tagged(index)
+            return *self.images.load_tagged(index), index
         except UnreadableImage as error:
             return error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,7 +28,8 @@ class UnreadableImage(Exception):
 class ImageDataset(Dataset):
     """Square RGB images with class labels; `dataset[i]` depends on nothing but the dataset's arguments and i.
 
-    Mirroring is not done here: the training stream draws it for each sample, so that a resumed run draws the same.
+    It is a :class:`~gspn_dit.data.source.Source`. Whether an image is mirrored the training stream draws, so that a
+    resumed run draws the same.
     A source defines :meth:`load` and `__len__`, and sets the attributes.
 
     Attributes:
@@ -35,6 +37,9 @@ class ImageDataset(Dataset):
         image_size: Side of the images in pixels.
         unreadable: Paths of the files that `dataset[i]` found unreadable so far (in this process).
     """
+
+    latent_shape = None
+    condition_names = ("class_labels",)
 
     def __init__(self, class_names: list[str], image_size: int) -> None:
         self.class_names = class_names
@@ -68,6 +73,11 @@ class ImageDataset(Dataset):
                     self.unreadable.add(error.path)
                     warnings.warn(f"unreadable image {len(self.unreadable)}, skipped: {error}", stacklevel=2)
         raise InputError(f"none of the {len(self)} images can be read, among them {min(self.unreadable)}: restore them")
+
+    def sample(self, index: int, flip: bool = False) -> dict[str, Tensor]:
+        """`image` uint8 (3, image_size, image_size), mirrored if asked, and `class_labels` () long."""
+        image, label = self[index]
+        return {"image": image.flip(-1) if flip else image, "class_labels": torch.tensor(label)}
 
 
 def check_split(split: str) -> None:

@@ -3,13 +3,16 @@
 A store is a folder of
 
     encode.json                what the encoding was started with; written first
-    shard-00000.safetensors …  moments (n, 2C, h, w) float16, moments_flipped if asked for, labels (n,) int64
+    shard-00000.safetensors …  moments (n, 2C, h, w) float16, moments_flipped if asked for, labels (n,) int64, and
+                               extra.NAME (n, …) for each further tensor that the manifest declares
     manifest.json              everything a reader needs, and each shard's size and checksum; written last
 
 Moments are the mean and log-variance of the VAE's posterior, so that each epoch samples it anew. Shard k holds images
 [k·shard_size, (k+1)·shard_size) of the dataset, less the unreadable ones, which its metadata names: any process can
 write any shard, and a store is the same however many wrote it or how often it was interrupted. A finished store is only
 ever added to by renames: a shard that is truncated while it is mapped kills its readers (SIGBUS).
+
+Format 1 had no further tensors; it is read as it was.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gspn_dit.data.extras import Extra, from_json
 from gspn_dit.errors import InputError
 from gspn_dit.progress import progress
 from gspn_dit.storage.files import replacing, save_tensors, sha256, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
 
 
 class LatentStore(Dataset):
@@ -58,6 +63,7 @@ class LatentStore(Dataset):
         latent_channels: C.
         latent_size: (h, w).
         flipped: Whether the moments of the mirrored images are there too.
+        extras: What the further tensors of each sample are like, by name.
 
     Raises:
         InputError: If the folder is no finished store, or a shard is missing, truncated, holds something else than the
@@ -78,6 +84,7 @@ class LatentStore(Dataset):
         self.latent_channels: int = self.manifest["latent_channels"]
         self.latent_size: tuple[int, int] = tuple(self.manifest["latent_size"])
         self.flipped: bool = self.manifest["flipped"]
+        self.extras: dict[str, Extra] = from_json(self.manifest.get("extras"))
         self._ends = list(accumulate(shard["count"] for shard in self.manifest["shards"]))
         self._shards: dict[int, dict[str, Tensor]] = {}
         for shard in self.manifest["shards"]:
@@ -90,6 +97,25 @@ class LatentStore(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         shard, row = self._find(index)
         return shard["moments"][row].float(), int(shard["labels"][row])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        return self.latent_channels, *self.latent_size
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """What a sample holds beside the latents."""
+        return ("class_labels", *self.extras)
+
+    def sample(self, index: int, flip: bool = False) -> dict[str, Tensor]:
+        """`moments` (2C, h, w) float32, of the mirror image if asked, `class_labels` () long, and each of the extras.
+
+        The extras are as they were stored, and the same for the mirror image.
+        """
+        shard, row = self._find(index)
+        extras = {name: shard[_key(name)][row].clone() for name in self.extras}
+        return {"moments": self.moments(index, flip), "class_labels": torch.tensor(self.label(index)), **extras}
 
     def moments(self, index: int, flip: bool = False) -> Tensor:
         """Mean and log-variance (2C, h, w), float32, of image `index`, or of its mirror image.
@@ -119,7 +145,8 @@ class LatentStore(Dataset):
         return self._shards[number], index - (self._ends[number] - self.manifest["shards"][number]["count"])
 
     def _map(self, entry: dict[str, Any]) -> dict[str, Tensor]:
-        names = ("labels", "moments", "moments_flipped") if self.flipped else ("labels", "moments")
+        moments = ("moments", "moments_flipped") if self.flipped else ("moments",)
+        names = ("labels", *moments, *map(_key, self.extras))
         path = self.folder / entry["file"]
         try:
             with safe_open(path, "pt") as file:
@@ -127,13 +154,24 @@ class LatentStore(Dataset):
         except (OSError, SafetensorError) as error:
             raise InputError(f"shard {path} is damaged ({error}): {REMEDY}") from error
         shape = (entry["count"], 2 * self.latent_channels, *self.latent_size)
-        if any(shard[name].shape != shape for name in names[1:]) or shard["labels"].shape != shape[:1]:
+        if any(shard[name].shape != shape for name in moments) or shard["labels"].shape != shape[:1]:
             raise InputError(f"shard {path} does not hold {shape} latents as the manifest says: {REMEDY}")
+        for name, extra in self.extras.items():
+            found = shard[_key(name)]
+            if (found.dtype, found.shape) != (extra.dtype, (entry["count"], *extra.shape)):
+                raise InputError(
+                    f"shard {path} does not hold {name} of {extra.dtype} {extra.shape} as the manifest says: {REMEDY}"
+                )
         check_labels(path, shard["labels"], len(self.class_names))
         return shard
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}}
+
+
+def _key(name: str) -> str:
+    """What a shard calls the extra of a name."""
+    return f"extra.{name}"
 
 
 REMEDY = "delete it and run the same encode command again, which makes what is missing"
@@ -197,7 +235,13 @@ def verify(folder: str | os.PathLike) -> int:
 
 
 def write_shard(
-    path: Path, moments: Tensor, flipped: Tensor | None, labels: Tensor, skipped: list[str], tagged: int = 0
+    path: Path,
+    moments: Tensor,
+    flipped: Tensor | None,
+    labels: Tensor,
+    skipped: list[str],
+    tagged: int = 0,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write one shard, atomically.
 
@@ -208,8 +252,11 @@ def write_shard(
         labels: Of its images.
         skipped: The files of its range that could not be read.
         tagged: How many of its images have an EXIF orientation other than upright.
+        extras: Further tensors (n, …) of its images, by name; the settings given to :func:`write_manifest` declare
+            them as :func:`gspn_dit.data.extras.to_json` says.
     """
     tensors = {"moments": moments, "labels": labels} | ({} if flipped is None else {"moments_flipped": flipped})
+    tensors |= {_key(name): tensor for name, tensor in (extras or {}).items()}
     if tagged:  # no second entry of the metadata: safetensors writes those in any order, and shards are to be the same
         tensors["exif_tagged"] = torch.tensor([tagged])
     with replacing(path) as temporary:
@@ -240,8 +287,10 @@ def write_manifest(
     known = {} if rewritten is None else _known_checksums(folder, rewritten)
     mine = files[processes.process_index :: processes.num_processes]
     bar = progress(mine, desc="checksums", unit="shard", disable=not processes.is_main_process)
-    count = len(settings["class_names"])
-    described = dict(gather_object([(name, describe_shard(folder / name, count, known.get(name))) for name in bar]))
+    count, extras = len(settings["class_names"]), from_json(settings.get("extras"))
+    described = dict(
+        gather_object([(name, describe_shard(folder / name, count, extras, known.get(name))) for name in bar])
+    )
     shards = [described[name] for name in files]
     skipped = [path for shard in shards for path in shard["skipped"]]
     filled = [shard for shard in shards if shard["count"]]
@@ -275,10 +324,12 @@ def _known_checksums(folder: Path, rewritten: Collection[str]) -> dict[str, str]
     return {shard["file"]: shard["sha256"] for shard in shards if shard["file"] not in rewritten}
 
 
-def describe_shard(path: Path, num_classes: int, known_sha256: str | None = None) -> dict[str, Any]:
+def describe_shard(
+    path: Path, num_classes: int, extras: Mapping[str, Extra], known_sha256: str | None = None
+) -> dict[str, Any]:
     """What the manifest needs to know of a shard, whose checksum is computed unless it is given.
 
-    Raises :class:`InputError` if the shard is damaged.
+    Raises :class:`InputError` if the shard is damaged, or does not hold the extras that are declared.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -286,8 +337,12 @@ def describe_shard(path: Path, num_classes: int, known_sha256: str | None = None
             labels = file.get_tensor("labels")
             skipped = json.loads(file.metadata()["skipped"])
             tagged = int(file.get_tensor("exif_tagged")) if "exif_tagged" in file.keys() else 0  # noqa: SIM118
+            found = {name: file.get_slice(_key(name)).get_shape() for name in extras}
     except (OSError, SafetensorError) as error:
         raise InputError(f"shard {path} is damaged ({error}): {REMEDY}") from error
+    for name, extra in extras.items():
+        if found[name] != [count, *extra.shape]:
+            raise InputError(f"shard {path} holds {name} of shape {found[name]}, not {[count, *extra.shape]}: {REMEDY}")
     check_labels(path, labels, num_classes)
     return {
         "file": path.name,
@@ -328,10 +383,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): run the same encode command again to rewrite it") from error
-    if manifest.get("format") != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT_VERSION}: encode anew"
-        )
+    if manifest.get("format") not in READABLE:
+        formats = " and ".join(map(str, READABLE))
+        raise InputError(f"{path} has format {manifest.get('format')!r}, this version reads {formats}: encode anew")
     return manifest
 
 

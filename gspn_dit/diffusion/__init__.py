@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gspn_dit.diffusion.ddpm import DDPM
 from gspn_dit.diffusion.flow import Flow
+from gspn_dit.diffusion.objective import Batch, Objective
 from gspn_dit.diffusion.sampling import denoise, image_generator
 from gspn_dit.diffusion.schedulers import SAMPLERS, create_scheduler, objective_of
 from gspn_dit.errors import InputError
@@ -11,7 +12,9 @@ from gspn_dit.errors import InputError
 __all__ = [
     "DDPM",
     "SAMPLERS",
+    "Batch",
     "Flow",
+    "Objective",
     "create_objective",
     "create_scheduler",
     "denoise",

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from gspn_dit.diffusion.objective import Batch
+
 NUM_TRAIN_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
 
@@ -47,23 +49,20 @@ class DDPM:
         """Timesteps (B,) long, 0…999, from uniform numbers u (B,) in [0, 1)."""
         return (u.double() * NUM_TRAIN_TIMESTEPS).long()
 
-    def loss(self, model: nn.Module, latents: Tensor, class_labels: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The hybrid loss of 2102.09672 eq. 16, per sample: (B,) float32.
 
-        It is MSE(ε) + VLB_t with weight 1 on the one term VLB_t in bits a dimension. Times being uniform, E[VLB_t] is
+        It is MSE(ε) + VLB_t with weight 1 on the one term VLB_t in bits per dimension. Times being uniform, E[VLB_t] is
         the whole bound's sum divided by 1000, so this is the paper's λ = 0.001 on the sum; DiT trains with just this.
         The predicted mean is detached in VLB_t, which thus teaches the variance only.
 
         Args:
-            model: Called as model(noisy latents (B,C,h,w), timesteps (B,) float, class_labels (B,)) -> (B,2C,h,w).
-            latents: Clean latents (B,C,h,w).
-            class_labels: (B,) long.
-            times: (B,) long from :meth:`times`.
-            noise: (B,C,h,w), standard normal.
+            model: Called as model(noisy latents (B,C,h,w), timesteps (B,) float, **condition) -> (B,2C,h,w).
+            batch: Its times are :meth:`times` of `u`; its condition is passed on unread.
         """
-        clean, noise = latents.float(), noise.float()
+        clean, noise, times = batch["latents"].float(), batch["noise"].float(), self.times(batch["u"])
         noisy = self.noisy(clean, times, noise)
-        predicted, variance = model(noisy, times.float(), class_labels).float().chunk(2, dim=1)
+        predicted, variance = model(noisy, times.float(), **batch["condition"]).float().chunk(2, dim=1)
         mse = (predicted - noise).square().flatten(1).mean(1)
         return mse + self.variational_bound(clean, noisy, times, predicted.detach(), variance)
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from gspn_dit.diffusion.objective import Batch
 from gspn_dit.errors import InputError
 
 
@@ -36,17 +37,15 @@ class Flow:
         u = u.float()
         return u if self.time_sampling == "uniform" else torch.sigmoid(torch.special.ndtri(u))
 
-    def loss(self, model: nn.Module, latents: Tensor, class_labels: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error of the velocity dx_t/dt = ε - x, per sample: (B,) float32 (2401.08740, 2403.03206).
 
         Args:
-            model: Called as model(noisy latents (B,C,h,w), timesteps 1000·t (B,), class_labels (B,)) -> (B,C,h,w).
-            latents: Clean latents (B,C,h,w).
-            class_labels: (B,) long.
-            times: (B,) float from :meth:`times`.
-            noise: (B,C,h,w), standard normal.
+            model: Called as model(noisy latents (B,C,h,w), timesteps 1000·t (B,), **condition) -> (B,C,h,w).
+            batch: Its times t are :meth:`times` of `u`; its condition is passed on unread.
         """
-        clean, noise = latents.float(), noise.float()
-        t = times.float().view(-1, 1, 1, 1)
-        velocity = model((1 - t) * clean + t * noise, times.float() * self.num_train_timesteps, class_labels).float()
+        clean, noise, times = batch["latents"].float(), batch["noise"].float(), self.times(batch["u"])
+        t = times.view(-1, 1, 1, 1)
+        noisy = (1 - t) * clean + t * noise
+        velocity = model(noisy, times * self.num_train_timesteps, **batch["condition"]).float()
         return (velocity - (noise - clean)).square().flatten(1).mean(1)

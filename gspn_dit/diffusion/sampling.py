@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +36,10 @@ def denoise(
     model: nn.Module,
     scheduler: SchedulerMixin,
     noise: Tensor,
-    class_labels: Tensor,
+    condition: Mapping[str, Tensor],
     *,
+    null_condition: Mapping[str, Tensor] | None = None,
+    model_options: Mapping[str, Any] | None = None,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     num_inference_steps: int = 50,
@@ -47,11 +50,13 @@ def denoise(
     """Integrate standard normal noise (B,C,h,w) to clean latents of the same shape, float32.
 
     Args:
-        model: Called as model(latents, timesteps (B,) on the scale 0…1000, class_labels) -> (B,C,h,w), or (B,2C,h,w)
-            with the learned variance; its `null_class` is the label of no class.
+        model: Called as model(latents, timesteps (B,) on the scale 0…1000, **condition, **model_options) ->
+            (B,C,h,w), or (B,2C,h,w) with the learned variance.
         scheduler: Any diffusers scheduler for the model's objective.
         noise: (B,C,h,w), standard normal, on the model's device.
-        class_labels: (B,) long.
+        condition: What the images are to be, tensors (B, …) by the names of the model's arguments, on its device.
+        null_condition: The condition that says nothing, of the same names and shapes. Only guidance needs it.
+        model_options: Further arguments of the model, the same at every step.
         guidance_scale: w of ε = ε(∅) + w·(ε(c) - ε(∅)) on all latent channels (Ho & Salimans, arXiv 2207.12598); the
             learned variance stays the conditional one. 1 is no guidance and costs one forward a step, not two.
         guidance_interval: Share of the noise levels t/1000 at which guidance acts, 0 clean and 1 pure noise
@@ -62,15 +67,17 @@ def denoise(
             the latents.
         progress: Wraps the iterable of timesteps, as `tqdm` does.
 
-    Raises :class:`InputError` for options out of range, or a model that is not of the scheduler's objective.
+    Raises :class:`InputError` for options out of range, a null condition that is missing or does not fit, or a model
+    that is not of the scheduler's objective.
     """
     check_guidance(guidance_scale, guidance_interval)
+    both = {} if guidance_scale == 1 else _with_null(condition, null_condition, guidance_scale)
+    options = model_options or {}
     low, high = guidance_interval
     scheduler = _taking_our_variance(scheduler)
     _set_timesteps(scheduler, num_inference_steps, noise.device)
     step_options = {"generator": generator} if _accepts(scheduler.step, "generator") else {}
     dtype = getattr(model, "dtype", torch.float32)
-    null_labels = torch.full_like(class_labels, model.null_class)
 
     latents = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
     levels = (scheduler.timesteps.cpu().double() / 1000).clamp(max=1).tolist()  # a shifted one may be rounded up from 1
@@ -81,13 +88,10 @@ def denoise(
         inputs, timesteps = inputs.to(dtype), timestep.float().expand(len(latents))
         guided = guidance_scale != 1 and low <= level <= high
         if guided:
-            output, unconditional = (
-                model(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([class_labels, null_labels]))
-                .float()
-                .chunk(2)
-            )
+            twice = model(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), **both, **options)
+            output, unconditional = twice.float().chunk(2)
         else:
-            output = model(inputs, timesteps, class_labels).float()
+            output = model(inputs, timesteps, **condition, **options).float()
         _check_objective(scheduler, output, latents)
 
         prediction, variance = output.split([latents.shape[1], output.shape[1] - latents.shape[1]], dim=1)
@@ -100,6 +104,21 @@ def denoise(
         if callback is not None and (replaced := callback(step, timestep, latents)) is not None:
             latents = replaced
     return latents
+
+
+def _with_null(
+    condition: Mapping[str, Tensor], null_condition: Mapping[str, Tensor] | None, guidance_scale: float
+) -> dict[str, Tensor]:
+    """The rows of a condition and below them those of the null condition. Raises :class:`InputError`."""
+    if null_condition is None:
+        raise InputError(
+            f"guidance_scale={guidance_scale!r}: null_condition is None; give the condition that guidance leads away "
+            "from, or guidance_scale 1"
+        )
+    given, null = ({name: tuple(t.shape) for name, t in each.items()} for each in (condition, null_condition))
+    if given != null:
+        raise InputError(f"null_condition of shapes {null}: wanted those of condition, {given}")
+    return {name: torch.cat([tensor, null_condition[name]]) for name, tensor in condition.items()}
 
 
 def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> None:

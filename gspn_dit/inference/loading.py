@@ -24,7 +24,7 @@ from gspn_dit.errors import InputError, machine_fault, warn
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.inference.run_description import RunDescription
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.models.registry import FAMILIES
+from gspn_dit.models.registry import find_class
 from gspn_dit.storage.packaged import PACKAGED_MODELS
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder
 
@@ -121,8 +121,9 @@ def _newest_checkpoint(folder: Path) -> Checkpoint:
     if folder.is_file():
         raise InputError("is a file; wanted the folder of a run, a checkpoint or an exported pipeline")
     if not folder.is_dir():
-        names = " or ".join(PACKAGED_MODELS)
-        raise InputError(f"no such folder; wanted a run, a checkpoint, an exported pipeline or {names}")
+        raise InputError(
+            f"no such folder; wanted a run, a checkpoint, an exported pipeline or {' or '.join(PACKAGED_MODELS)}"
+        )
     checkpoint, run = Checkpoint(folder), RunFolder(folder)
     if checkpoint.ema.is_dir():
         return checkpoint
@@ -164,7 +165,7 @@ def _load_checkpoint(checkpoint: Checkpoint, given: AutoencoderKL | None, name: 
 
 def _load_transformer(folder: Path) -> LatentModel:
     kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-    family = next((family for family in FAMILIES.values() if family.__name__ == kind), None)
+    family = find_class(kind)
     if family is None:
         raise InputError(f"{folder / 'config.json'}: _class_name={kind!r} is no model of gspn_dit.models")
     return family.from_pretrained(folder, use_safetensors=True)

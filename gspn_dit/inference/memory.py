@@ -13,7 +13,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.precision import DTYPES
 from gspn_dit.storage.files import in_bytes
 
-_LEAST_MAPS = 5  # of tokens at the peak of a forward: a few less than were measured (docs/resolution.md)
+_LEAST_MAPS = 5  # of tokens at the peak of a forward: a few less than were measured (docs/results.md)
 
 
 def check_memory(

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import operator
-import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -19,13 +15,13 @@ from torch import Tensor
 from gspn_dit.arguments import MixedPrecision, check_guidance
 from gspn_dit.autoencoder import downsampling
 from gspn_dit.autoencoder.vae import check_vae
+from gspn_dit.conditioning import ClassLabels
 from gspn_dit.diffusion import denoise
 from gspn_dit.diffusion.sampling import Generators
 from gspn_dit.diffusion.schedulers import own_shift, shifted
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, is_finite
 from gspn_dit.inference.decoding import decode_images
 from gspn_dit.inference.memory import check_memory
-from gspn_dit.layers.chunks import chunked_layers, scaled_chunks
 from gspn_dit.precision import autocast, choose_precision
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
@@ -138,18 +134,20 @@ class GSPNDiTPipeline(DiffusionPipeline):
             raise InputError(f"output_type={output_type!r}: wanted one of {', '.join(_OUTPUT_TYPES)}")
         if mixed_precision not in (names := get_args(MixedPrecision)):
             raise InputError(f"mixed_precision={mixed_precision!r}: wanted one of {', '.join(names)}")
-        labels = self.class_ids([class_labels] if isinstance(class_labels, Integral | str) else class_labels)
+        condition = self.conditioning.read(class_labels)
+        count = len(condition["class_labels"])
+        null_condition = self.conditioning.null(count)
         if self.config.class_dropout == 1:
-            labels = [self.transformer.null_class] * len(labels)
+            condition = null_condition
         generators = generator if isinstance(generator, list) else [generator]
         if not all(each is None or isinstance(each, torch.Generator) for each in generators):
             raise InputError(f"generator={generator!r}: wanted a torch.Generator, or a list of one an image")
-        if isinstance(generator, list) and len(generator) != len(labels):
-            raise InputError(f"generator: a list of {len(generator)} for {len(labels)} class_labels; wanted one each")
+        if isinstance(generator, list) and len(generator) != count:
+            raise InputError(f"generator: a list of {len(generator)} for {count} class_labels; wanted one each")
         guidance_scale, guidance_interval = self.guidance(guidance_scale, guidance_interval)
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
-        shape = (len(labels), self.transformer.config.in_channels, *self.latent_size(height, width))
+        shape = (count, self.transformer.config.in_channels, *self.latent_size(height, width))
         shift, chunk_scale = self.size_switches(height, width, shift, chunk_scale)
         device = self._execution_device
         precision = choose_precision(mixed_precision, device).name
@@ -160,12 +158,14 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 return None
             return (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents")
 
-        with self._chunks(chunk_scale), autocast(device, precision):
+        with autocast(device, precision):
             latents = denoise(
                 self.transformer,
                 self.scheduler if shift is None else shifted(self.scheduler, shift),
                 randn_tensor(shape, generator=generator, device=device, dtype=torch.float32),
-                torch.tensor(labels, device=device),
+                {name: tensor.to(device) for name, tensor in condition.items()},
+                null_condition={name: tensor.to(device) for name, tensor in null_condition.items()},
+                model_options=None if chunk_scale is None else {"chunk_scale": chunk_scale},
                 guidance_scale=guidance_scale,
                 guidance_interval=guidance_interval,
                 num_inference_steps=num_inference_steps,
@@ -177,35 +177,18 @@ class GSPNDiTPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @property
+    def conditioning(self) -> ClassLabels:
+        """How the class labels of a call are read."""
+        return ClassLabels(self.transformer.config.num_classes, self.config.class_names)
+
     def class_ids(self, class_labels: Sequence[int | str]) -> list[int]:
         """Class ids of ids or names. A number in a string that is no name is an id, unless all names are numbers.
 
         Raises :class:`InputError` for none, an id out of range, what is neither id nor name, or a name that no class
         has, with names close to it.
         """
-        try:
-            class_labels = list(class_labels)
-        except TypeError:
-            class_labels = [class_labels]  # no label, as is said below
-        if not class_labels:
-            raise InputError("class_labels=[]: wanted one class id or name for each image")
-        count, names = self.transformer.config.num_classes, self.config.class_names or []
-        numbers_are_names = bool(names) and all(map(_is_number, names))
-        ids = []
-        for label in class_labels:
-            if isinstance(label, str) and (label in names or numbers_are_names or not _is_number(label)):
-                if label not in names:
-                    raise InputError(f"class_labels={label!r}: {_remedy_for_name(label, names, count)}")
-                ids.append(names.index(label))
-                continue
-            try:
-                number = int(label) if isinstance(label, str) else operator.index(label)
-            except TypeError:
-                raise InputError(f"class_labels={label!r}: wanted class ids, whole numbers, or names") from None
-            if not 0 <= number < count:
-                raise InputError(f"class_labels={number}: the model has classes 0 to {count - 1}")
-            ids.append(number)
-        return ids
+        return self.conditioning.ids(class_labels)
 
     def guidance(
         self, scale: float | None = None, interval: tuple[float, float] | None = None
@@ -260,29 +243,17 @@ class GSPNDiTPipeline(DiffusionPipeline):
         if shift == "auto":
             shift = own_shift(self.scheduler) * ratio
         if chunk_scale == "auto":
-            chunk_scale = ratio if chunked_layers(self.transformer) else None
+            chunk_scale = ratio if self.transformer.has_chunks else None
         if shift is not None:
             shifted(self.scheduler, shift)
-        with self._chunks(chunk_scale):  # raises what the call would
-            return shift, chunk_scale
-
-    def _chunks(self, scale: float | None) -> AbstractContextManager[None]:
-        return nullcontext() if scale is None else scaled_chunks(self.transformer, scale)
+        if chunk_scale is not None:
+            if not is_finite(chunk_scale) or chunk_scale <= 0:
+                raise InputError(f"chunk_scale={chunk_scale!r}: wanted a positive number, or auto")
+            self.transformer.check_chunk_scale(chunk_scale)
+        return shift, chunk_scale
 
 
 def unguided(class_dropout: float) -> str:
     """Why a model that was trained with a class_dropout of 0 or 1 has no guidance."""
     unlearned = "the null class" if class_dropout == 0 else "any class but the null class"
     return f"trained with diffusion.class_dropout {class_dropout:g}, the model has not learned {unlearned}"
-
-
-def _is_number(label: str) -> bool:
-    return re.fullmatch(r"[+-]?[0-9]+", label) is not None
-
-
-def _remedy_for_name(label: str, names: Sequence[str], count: int) -> str:
-    if not names:
-        return f"the model's classes have no names; give ids 0 to {count - 1}"
-    if close := difflib.get_close_matches(label, names, n=3, cutoff=0.5):
-        return f"no class has that name; did you mean {' or '.join(map(repr, close))}?"
-    return f"no class has that name; the first of {len(names)} are {', '.join(map(repr, names[:3]))}"

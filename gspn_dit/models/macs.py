@@ -1,16 +1,17 @@
-"""What one forward pass of a model costs in multiplications (`model.num_parameters()` counts its parameters)."""
+"""Multiply-accumulates of one forward pass of a model (`model.num_parameters()` counts its parameters)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gspn_dit.models.latent_model import LatentModel
 
 
-def count_macs(model: LatentModel, latent_size: tuple[int, int]) -> int:
+def count_macs(model: LatentModel, latent_size: tuple[int, int], condition: Mapping[str, Tensor] | None = None) -> int:
     """Multiply-accumulates of one forward pass of one sample, the unit that DiT's paper calls Gflops.
 
     Counted are matrix products, convolutions and the scans of :func:`gspn_dit.ops.propagate`; norms, activations and
@@ -19,25 +20,32 @@ def count_macs(model: LatentModel, latent_size: tuple[int, int]) -> int:
     Args:
         model: One of this package's.
         latent_size: Height and width of the latents, divisible by the model's patch.
+        condition: What the sample is to be, (1, …) on the model's device, by the names of the model's arguments. None
+            is the first class, which takes the same operations as any.
     """
     device = next(model.parameters()).device
     latents = torch.zeros(1, model.in_channels, *latent_size, device=device)
-    timesteps, class_labels = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    timesteps = torch.zeros(1, device=device)
+    if condition is None:
+        condition = {"class_labels": torch.zeros(1, dtype=torch.long, device=device)}
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.gspn_dit.propagate: _propagate_flops})
     with counter, torch.no_grad():
-        model(latents, timesteps, class_labels)
+        model(latents, timesteps, **condition)
     return counter.get_total_flops() // 2
 
 
 def _propagate_flops(
     x_shape: Sequence[int],
     gates_shape: Sequence[int],
-    lam_shape: Sequence[int],
+    input_gate_shape: Sequence[int],
     *factor_shapes_and_options: Sequence[int] | None,
     **_: object,
 ) -> int:
-    """Two for each multiplication: three neighbours, λ, and what there is of u, f, s, per channel and direction."""
+    """Two per multiplication, of which every channel and direction has one per neighbour and per factor.
+
+    There are three neighbours; the factors are the input gate, and output gate, decay and scale where they are given.
+    """
     batch, height, width, channels = x_shape
-    directions = lam_shape[3]
+    directions = input_gate_shape[3]
     factors = sum(shape is not None for shape in factor_shapes_and_options[:3])
     return 2 * batch * height * width * channels * directions * (4 + factors)

@@ -24,18 +24,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 
 from gspn_dit.autoencoder.vae import NORMALISATION, NOT_HEEDED, is_same_place
 from gspn_dit.config import Config
+from gspn_dit.data import Source
 from gspn_dit.errors import InputError
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.precision import Precision
 from gspn_dit.storage.files import save_tensors, sha256
 from gspn_dit.storage.run_folder import METADATA, Checkpoint, RunFolder
-from gspn_dit.training.ema import Average
-from gspn_dit.training.sharding import fill, like, whole
+from gspn_dit.training.ema import EMA
+from gspn_dit.training.sharding import copy_full, full_tensor, sharded_like
 
 
 class CheckpointNotWritten(RuntimeError):
@@ -73,21 +73,23 @@ class DiskWork:
 
 
 @dataclass
-class TrainingState:
-    """All that training changes.
+class State:
+    """All that the steps of a run change.
 
     Args:
         model: The model that is trained, without DDP's wrapper; FSDP may have split its parameters.
-        optimizer: Its AdamW.
+        wrapped: The same as accelerate wraps it, which is what a step calls.
+        optimizer: Its AdamW, as accelerate wraps that.
         ema: The average that sampling uses.
         power_emas: The post-hoc EMA's averages, by relative width σ_rel.
         model_config: The model's config.json, from before FSDP gave it a class of its own.
     """
 
     model: LatentModel
+    wrapped: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: Average
-    power_emas: dict[float, Average]
+    ema: EMA
+    power_emas: dict[float, EMA]
     model_config: str
 
     def files(self, checkpoint: Checkpoint) -> Iterator[tuple[Path, dict[str, Tensor]]]:
@@ -109,7 +111,7 @@ class TrainingState:
 def save_checkpoint(
     accelerator: Accelerator,
     config: Config,
-    state: TrainingState,
+    state: State,
     class_names: list[str],
     metadata: dict[str, Any],
 ) -> Checkpoint:
@@ -159,7 +161,7 @@ def save_checkpoint(
     return checkpoint
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Checkpoint, state: TrainingState) -> dict[str, Any]:
+def load_checkpoint(accelerator: Accelerator, checkpoint: Checkpoint, state: State) -> dict[str, Any]:
     """Bring weights, optimiser and averages back; returns the checkpoint's metadata. Every process calls this."""
     for path, tensors in state.files(checkpoint):
         with safe_open(path, framework="pt") as file:
@@ -170,7 +172,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Checkpoint, state: Tra
                         f"{path}: {key} has shape {tuple(value.shape)}, the model's has "
                         f"{tuple(tensor.shape)}: it is of another version; train anew"
                     )
-                fill(tensor, value)
+                copy_full(tensor, value)
     parameters = dict(state.model.named_parameters())
     with safe_open(checkpoint.optimizer, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (it is no dictionary)
@@ -178,7 +180,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Checkpoint, state: Tra
             # A copy: the file's memory would keep it open, and NFS keeps a folder of which a file is open.
             parameter, value = parameters[name], file.get_tensor(key).clone()
             # AdamW's count of steps is one number, on the parameter's device; the rest is shaped as the parameter.
-            value = like(value, parameter.detach()) if value.ndim else value.to(parameter.device)
+            value = sharded_like(value, parameter.detach()) if value.ndim else value.to(parameter.device)
             state.optimizer.state[parameter][kind] = value
     metadata = checkpoint.read_metadata()
     if accelerator.scaler is not None and "scaler" in metadata:
@@ -190,14 +192,14 @@ def collect(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """The tensors whole, on the CPU, for the process that keeps them; every process calls this."""
     collected = {}
     for key, tensor in tensors.items():
-        piece = whole(tensor)
+        piece = full_tensor(tensor)
         if keep:
             collected[key] = piece.cpu().contiguous()
     return collected
 
 
 def checkpoint_to_resume(
-    config: Config, source: Dataset, vae_record: dict[str, Any], precision: Precision
+    config: Config, source: Source, vae_record: dict[str, Any], precision: Precision
 ) -> Checkpoint | None:
     """The newest checkpoint of the run that is whole; None if it has none at all.
 
@@ -249,7 +251,7 @@ def damage(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def check_resumable(checkpoint: Checkpoint, config: Config, source: Dataset, vae_record: dict[str, Any]) -> None:
+def check_resumable(checkpoint: Checkpoint, config: Config, source: Source, vae_record: dict[str, Any]) -> None:
     """Raise :class:`InputError` unless a configuration and its data continue the run that a checkpoint is of."""
     saved = Config.load(checkpoint.config)
     for key in (

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gspn_dit.training.sharding import local
+from gspn_dit.training.sharding import local_tensor
 
 
-class Average:
+class EMA:
     """A running average of a model's weights: in their own type, and sharded where they are.
 
     Args:
@@ -28,8 +28,8 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after step `step` (1, 2, …)."""
-        averages = [local(tensor) for tensor in self.tensors.values()]
-        torch._foreach_lerp_(averages, [local(p) for p in model.parameters()], 1 - self.decay(step))
+        averages = [local_tensor(tensor) for tensor in self.tensors.values()]
+        torch._foreach_lerp_(averages, [local_tensor(p) for p in model.parameters()], 1 - self.decay(step))
 
 
 def exponential(decay: float) -> Callable[[int], float]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
@@ -26,7 +27,6 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
 )
-from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gspn_dit.config import Config, TrainingConfig
@@ -35,24 +35,25 @@ from gspn_dit.errors import InputError, Stopped
 from gspn_dit.inference.loading import pipeline_of
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.inference.run_description import RunDescription
+from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.processes import SharedInputError, agreed_precision, on_every_process, on_main_process
 from gspn_dit.progress import figure, progress
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder
 from gspn_dit.training.checkpoints import (
     CheckpointNotWritten,
-    TrainingState,
+    State,
     checkpoint_to_resume,
     last_good,
     load_checkpoint,
     save_checkpoint,
 )
-from gspn_dit.training.ema import Average, exponential, power_function
+from gspn_dit.training.ema import EMA, exponential, power_function
 from gspn_dit.training.evaluator import draw_samples
-from gspn_dit.training.parts import Parts, check_launch, check_options, open_parts, start_from
+from gspn_dit.training.parts import Run, check_launch, check_options, open_run, start_from, steps_from
 from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, save_snapshot
 from gspn_dit.training.record import Record, note, read_metrics, redrawn_at_an_error
-from gspn_dit.training.sharding import whole
-from gspn_dit.training.step import NonFiniteLoss, Training, take_step
+from gspn_dit.training.sharding import full_tensor
+from gspn_dit.training.step import NonFiniteLoss, take_step
 from gspn_dit.training.stop_request import CTRL_C, StoppedByCtrlC, StopRequest
 from gspn_dit.training.trackers import start_trackers, track_samples
 
@@ -98,13 +99,13 @@ def train(config: Config) -> None:
     """
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_PAUSE)  # the processes meet
     on_every_process(lambda: check_options(config))
-    run = RunFolder(Path(config.output_dir))
+    folder = RunFolder(Path(config.output_dir))
     precision = agreed_precision(config.training.mixed_precision, PartialState().device)
     # A view of DDP's buckets for gradients saves a copy of them.
     accelerator = Accelerator(
         mixed_precision=precision.name,
         log_with=config.training.trackers or None,
-        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run.logs)),
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder.logs)),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours, whatever the environment says
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
@@ -114,13 +115,13 @@ def train(config: Config) -> None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        parts = on_every_process(lambda: open_parts(config, accelerator))
+        run, model = on_every_process(lambda: open_run(config, accelerator))
 
         def claim() -> Checkpoint | None:
-            stack.enter_context(run.locked("output_dir"))
-            checkpoint = checkpoint_to_resume(config, parts.source, parts.vae_record, precision)
+            stack.enter_context(folder.locked("output_dir"))
+            checkpoint = checkpoint_to_resume(config, run.source, run.vae_record, precision)
             if checkpoint is None:
-                check_nothing_lost(run)
+                check_nothing_lost(folder)
             return checkpoint
 
         checkpoint = on_main_process(claim, accelerator.is_main_process)
@@ -128,50 +129,48 @@ def train(config: Config) -> None:
         if checkpoint is None or checkpoint.step < config.training.max_steps:
             if accelerator.is_main_process:
                 precision.say()
-            stopped_by = take_steps(config, accelerator, parts, checkpoint, stop)
+            stopped_by = take_steps(run, model, checkpoint, stop)
         elif accelerator.is_main_process:
-            has = f"{run} is at step {checkpoint.step} of training.max_steps={config.training.max_steps}"
+            has = f"{folder} is at step {checkpoint.step} of training.max_steps={config.training.max_steps}"
             print(f"{has} already: nothing to do; a larger training.max_steps goes on")
     accelerator.end_training()
     if stopped_by == CTRL_C:
         raise StoppedByCtrlC
 
 
-def check_nothing_lost(run: RunFolder) -> None:
+def check_nothing_lost(folder: RunFolder) -> None:
     """Raise :class:`InputError` if a run without a checkpoint has been where it must have had one.
 
     Its checkpoints were taken away, and from its first step on it would write over its snapshots and metrics.
     """
-    steps = [row["step"] for row in read_metrics(run.metrics)]
-    last = max(steps + [snapshot.step for snapshot in run.list_snapshots()], default=0)
-    if last > (Config.load(run.config).training.checkpoint_every if run.config.is_file() else 0):
+    steps = [row["step"] for row in read_metrics(folder.metrics)]
+    last = max(steps + [snapshot.step for snapshot in folder.list_snapshots()], default=0)
+    if last > (Config.load(folder.config).training.checkpoint_every if folder.config.is_file() else 0):
         raise InputError(
-            f"output_dir={str(run)!r}: holds metrics or averages up to step {last} and no checkpoint; bring its "
+            f"output_dir={str(folder)!r}: holds metrics or averages up to step {last} and no checkpoint; bring its "
             "checkpoints/ back, or name another folder"
         )
 
 
-def take_steps(
-    config: Config, accelerator: Accelerator, parts: Parts, checkpoint: Checkpoint | None, stop: StopRequest
-) -> str | None:
+def take_steps(run: Run, model: LatentModel, checkpoint: Checkpoint | None, stop: StopRequest) -> str | None:
     """Train from a checkpoint, or None for the first step, to the last step or a request to stop; what made it."""
-    options, run = config.training, RunFolder(Path(config.output_dir))
-    model, state = prepare(config, accelerator, parts, is_new=checkpoint is None)
+    config, accelerator, options = run.config, run.accelerator, run.config.training
+    folder = RunFolder(Path(config.output_dir))
+    state = prepare(run, model, is_new=checkpoint is None)
     done = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
     if checkpoint:
         done = load_checkpoint(accelerator, checkpoint, state)
     step, loss_sum, loss_count = done["step"], done["loss_sum"], done["loss_count"]
-    training = Training(config, accelerator, parts, model, state, stop)
-    record, scores = open_records(training, step, checkpoint)
+    record, scores = open_records(run, state, step, checkpoint)
     logged_step, logged_time, overflows = step, time.perf_counter(), 0
-    batches = load_batches(training, step)
+    batches = load_batches(run, step)
     stopping, stop.training = False, True
     with (
         redrawn_at_an_error(record),
         progress(
             total=options.max_steps,
             initial=step,
-            desc=run.path.name,
+            desc=folder.path.name,
             unit="step",
             by_hand=True,
             disable=not accelerator.is_main_process,
@@ -183,7 +182,7 @@ def take_steps(
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate
             may_skip = accelerator.mixed_precision == "fp16" and overflows < MOST_OVERFLOWS
-            loss, grad_norm, stopping = take_step(training, batches, step, may_skip)
+            loss, grad_norm, stopping = take_step(run, state, batches, step, stop, may_skip)
             overflows = 0 if math.isfinite(grad_norm) else overflows + 1
 
             loss_sum, loss_count = loss_sum + loss, loss_count + 1
@@ -208,47 +207,47 @@ def take_steps(
                 logged_step, logged_time, loss_sum, loss_count = step, time.perf_counter(), 0.0, 0
             pause = time.perf_counter()
             if _due(step, options.posthoc_ema_every, options):
-                save_snapshot(accelerator, run, state, step)
+                save_snapshot(accelerator, folder, state, step)
             if stopping or _due(step, options.checkpoint_every, options):
                 metadata = {
                     "step": step,
                     "loss_sum": loss_sum,
                     "loss_count": loss_count,
-                    "num_images": len(parts.source),
+                    "num_images": len(run.source),
                     "mixed_precision": accelerator.mixed_precision,
-                    "vae": parts.vae_record,
+                    "vae": run.vae_record,
                 }
-                checkpoint = save_checkpoint(accelerator, config, state, parts.source.class_names, metadata)
+                checkpoint = save_checkpoint(accelerator, config, state, run.source.class_names, metadata)
                 if record:
                     record.draw()
             if not stopping:
-                draw_and_score(training, step, record, scores)
+                draw_and_score(run, state, step, record, scores, stop)
             logged_time += time.perf_counter() - pause  # images/s is of training alone
     stopped_by = next(filter(None, gather_object([stop.by])), None)
     if record and stopping:
         print(f"{stopped_by}: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
     elif record:
-        print(f"loss curve  {run.loss_picture}")
+        print(f"loss curve  {folder.loss_picture}")
         print(f"checkpoint  {checkpoint}")
     return stopped_by
 
 
-def prepare(config: Config, accelerator: Accelerator, parts: Parts, is_new: bool) -> tuple[nn.Module, TrainingState]:
-    """The model as accelerate wraps it, and what steps change, with the optimiser as accelerate wraps that.
+def prepare(run: Run, model: LatentModel, is_new: bool) -> State:
+    """What steps change, before the first of them or before it is loaded.
 
     Raises :class:`InputError` if a new run cannot start from the weights it names.
     """
-    options = config.training
+    config, accelerator, options = run.config, run.accelerator, run.config.training
     if config.model.init_from and is_new:
-        said = on_every_process(lambda: start_from(parts.model, config.model.init_from, parts.source.class_names))
+        said = on_every_process(lambda: start_from(model, config.model.init_from, run.source.class_names))
         if said and accelerator.is_main_process:
             print(said)
     if options.gradient_checkpointing:
-        parts.model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()
     if options.compile:
-        parts.model.compile(dynamic=False)  # a run's batches are of one shape
+        model.compile(dynamic=False)  # a run's batches are of one shape
     optimizer = torch.optim.AdamW(
-        [p for p in parts.model.parameters() if p.requires_grad],
+        [p for p in model.parameters() if p.requires_grad],
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.weight_decay,
@@ -258,72 +257,75 @@ def prepare(config: Config, accelerator: Accelerator, parts: Parts, is_new: bool
     # of a depthwise convolution's weight in other strides, of which there is nothing to gain.
     for message in ("FSDP2-wrapped module .* returned a view tensor", "Grad strides do not match bucket view strides"):
         warnings.filterwarnings("ignore", message=message)
-    model_config = parts.model.to_json_string()
-    model, optimizer = accelerator.prepare(parts.model, optimizer)
-    state = TrainingState(
-        parts.model,
+    model_config = model.to_json_string()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped.train()
+    return State(
+        model,
+        wrapped,
         optimizer,
-        Average(parts.model, exponential(options.ema_decay)),
-        {sigma: Average(parts.model, power_function(gamma_of(sigma))) for sigma in options.sigma_rels},
+        EMA(model, exponential(options.ema_decay)),
+        {sigma: EMA(model, power_function(gamma_of(sigma))) for sigma in options.sigma_rels},
         model_config,
     )
-    model.train()
-    return model, state
 
 
-def open_records(training: Training, step: int, checkpoint: Checkpoint | None) -> tuple[Record | None, Record | None]:
+def open_records(
+    run: Run, state: State, step: int, checkpoint: Checkpoint | None
+) -> tuple[Record | None, Record | None]:
     """metrics.csv and evaluation.csv on the main process, which describes the run in its folder; and the trackers.
 
     What they and the snapshots hold of later steps than `step` goes. None for what there is not here.
     """
-    config, accelerator, parts = training.config, training.accelerator, training.parts
+    config, accelerator = run.config, run.accelerator
     start_trackers(accelerator, config)
     if not accelerator.is_main_process:
         return None, None
-    run, class_names = RunFolder(Path(config.output_dir)), parts.source.class_names
-    config.save(run.config)
-    run.class_names.write_text(json.dumps(class_names))
-    record = Record(run.metrics, step)
-    scores = Record(run.evaluation, step, parts.evaluator.columns) if parts.evaluator else None
-    drop_snapshots(run, step)
+    folder, class_names = RunFolder(Path(config.output_dir)), run.source.class_names
+    config.save(folder.config)
+    folder.class_names.write_text(json.dumps(class_names))
+    record = Record(folder.metrics, step)
+    scores = Record(folder.evaluation, step, run.evaluator.columns) if run.evaluator else None
+    drop_snapshots(folder, step)
     where = f"step {step}, {checkpoint}" if checkpoint else "step 0"
-    weights = sum(p.numel() for p in parts.model.parameters())
+    weights = sum(p.numel() for p in state.model.parameters())
     print(
-        f"{config.model.name}: {weights / 1e6:.1f} M parameters; {len(parts.source):,} images of "
+        f"{config.model.name}: {weights / 1e6:.1f} M parameters; {len(run.source):,} images of "
         f"{len(class_names)} classes; {accelerator.num_processes} × {accelerator.device.type}; from {where}"
     )
     return record, scores
 
 
-def load_batches(training: Training, step: int) -> Iterator[dict[str, Tensor]]:
+def load_batches(run: Run, step: int) -> Iterator[dict[str, Any]]:
     """This process's micro-batches of the steps after `step`, in order."""
-    training.parts.steps.first = step
     return load(
-        training.parts.stream,
-        training.parts.steps,
-        training.config.data.num_workers,
-        pin_memory=training.accelerator.device.type == "cuda",
+        run.stream,
+        steps_from(step, run.config, run.accelerator),
+        run.config.data.num_workers,
+        pin_memory=run.accelerator.device.type == "cuda",
         generator=torch.Generator(),  # its own: a loader draws a seed, which the model's random state must not feel
     )
 
 
-def draw_and_score(training: Training, step: int, record: Record | None, scores: Record | None) -> None:
+def draw_and_score(
+    run: Run, state: State, step: int, record: Record | None, scores: Record | None, stop: StopRequest
+) -> None:
     """The grid of samples and the evaluation of a step, where they are due; every process calls this.
 
     A failure is warned of, and training goes on.
     """
-    config, accelerator, parts = training.config, training.accelerator, training.parts
+    config, accelerator = run.config, run.accelerator
     drawn = _due(step, config.training.sample_every, config.training)
     scored = _due(step, config.evaluation.every, config.training)
     if not drawn and not scored:
         return
-    pipeline = averaged_pipeline(config, parts, training.state.ema)
+    pipeline = averaged_pipeline(run, state.ema)
     if drawn and record:
         path = RunFolder(Path(config.output_dir)).samples(step)
         if draw_samples(pipeline, config, accelerator, path):
             note(f"the trackers have no samples of step {step}", track_samples, accelerator, path, step)
     accelerator.wait_for_everyone()
-    if scored and (row := parts.evaluator.score(pipeline, step, training.stop)):
+    if scored and (row := run.evaluator.score(pipeline, step, stop)):
         note(f"{scores.path.name} has no step {step}", scores.append, row)
         named = {f"evaluation/{name}": row[name] for name in row if name != "step"}
         note(f"the trackers have no step {step}", accelerator.log, named, step)
@@ -339,16 +341,16 @@ def learning_rate_at(step: int, options: TrainingConfig) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def averaged_pipeline(config: Config, parts: Parts, ema: Average) -> GSPNDiTPipeline:
+def averaged_pipeline(run: Run, ema: EMA) -> GSPNDiTPipeline:
     """The pipeline of the averaged weights, silent; it shares memory with them unless FSDP has split them.
 
     Every process calls this: what is split comes together on all of them.
     """
     with torch.device("meta"):
-        model = parts.build().eval()
-    model.load_state_dict({name: whole(tensor) for name, tensor in ema.tensors.items()}, assign=True)
-    run = RunDescription.of(dataclasses.asdict(config))
-    pipeline = pipeline_of(run, model, parts.vae, parts.source.class_names)
+        model = run.build().eval()
+    model.load_state_dict({name: full_tensor(tensor) for name, tensor in ema.tensors.items()}, assign=True)
+    described = RunDescription.of(dataclasses.asdict(run.config))
+    pipeline = pipeline_of(described, model, run.vae, run.source.class_names)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -20,21 +20,20 @@ from gspn_dit.autoencoder.quality import (
     latent_statistics,
     psnr,
     reconstruction_error,
-    some_images,
     warn_of_latents,
     warn_of_psnr,
 )
 from gspn_dit.autoencoder.vae import (
-    LatentScaling,
     adopt_normalisation,
     encode_moments,
     is_same_place,
     vae_record,
     vae_sha256,
 )
+from gspn_dit.conditioning import ClassLabels, Conditioning
 from gspn_dit.config import Config
-from gspn_dit.data import ImageDataset, LatentStore
-from gspn_dit.diffusion import DDPM, Flow, create_objective, create_scheduler
+from gspn_dit.data.source import LatentSource, Source, is_of_latents
+from gspn_dit.diffusion import Objective, create_objective, create_scheduler
 from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.inference.loading import load_class_names, load_transformer
@@ -42,6 +41,7 @@ from gspn_dit.inference.pipeline import unguided
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.training.evaluator import Evaluator
+from gspn_dit.training.latents import FromImages, FromMoments, LatentEncoder
 from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
 
 OVERRIDES = "model.overrides."
@@ -50,50 +50,48 @@ LABELS = "y_embedder.embedding_table.weight"  # a row for each class and a last 
 
 
 @dataclass
-class Parts:
-    """What a run is made of.
+class Run:
+    """What a run is made of, the same at all its steps; what they change is its :class:`State`.
 
     Args:
-        source: Images or a latent store.
-        stream: The samples it gives, in order.
-        steps: Which of them this process takes at each step.
-        vae: The autoencoder, or None where there is nothing to encode or to draw.
-        scaling: The latents' scaling.
-        vae_record: What VAE the latents are of, for the checkpoints.
+        config: Its options.
+        accelerator: What its processes share.
+        source: The training data.
+        stream: Its samples, in order.
+        encoder: Makes clean latents of them.
+        conditioning: What the condition of an image is.
         objective: What is learned.
         build: Makes another network of the same kind, on the default device.
-        model: The network, freshly initialised, on the device.
+        vae: The autoencoder, or None where there is nothing to encode or to draw.
+        vae_record: What VAE the latents are of, for the checkpoints.
         evaluator: The quick score, or None for none.
     """
 
-    source: ImageDataset | LatentStore
+    config: Config
+    accelerator: Accelerator
+    source: Source
     stream: TrainingStream
-    steps: StepSampler
-    vae: AutoencoderKL | None
-    scaling: LatentScaling
-    vae_record: dict[str, Any]
-    objective: DDPM | Flow
+    encoder: LatentEncoder
+    conditioning: Conditioning
+    objective: Objective
     build: Callable[[], LatentModel]
-    model: LatentModel
+    vae: AutoencoderKL | None
+    vae_record: dict[str, Any]
     evaluator: Evaluator | None
 
 
-def open_parts(config: Config, accelerator: Accelerator) -> Parts:
-    """Open everything a configuration names. Raises :class:`InputError` for what cannot be."""
-    options = config.training
+def open_run(config: Config, accelerator: Accelerator) -> tuple[Run, LatentModel]:
+    """Open everything a configuration names, and make its network, freshly initialised, on the device.
+
+    Raises :class:`InputError` for what cannot be.
+    """
     with renamed(time_sampling="diffusion.time_sampling"):
         objective = create_objective(config.diffusion.objective, time_sampling=config.diffusion.time_sampling)
     with renamed(source="data.source", image_size="data.image_size", vae="data.vae"):
         source = open_source(config.data, config.seed)
-    steps = StepSampler(
-        options.max_steps,
-        batch_size=options.batch_size,
-        accumulation=options.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
+    steps_from(0, config, accelerator)  # refuses a batch that does not split evenly
     with renamed(vae="data.vae"):
-        vae, scaling, latent_shape, record = open_latents(config, source, accelerator.device)
+        vae, encoder, latent_shape, record = open_latents(config, source, accelerator.device)
     set_seed(config.seed)
     build = partial(
         create_model,
@@ -114,16 +112,33 @@ def open_parts(config: Config, accelerator: Accelerator) -> Parts:
         if "no such option" in problem:
             raise InputError(f"{error}; --model.overrides '{{}}' takes none of a file's") from error
         raise
+    conditioning = ClassLabels(len(source.class_names), source.class_names)
     stream = TrainingStream(
         source,
         latent_shape=latent_shape,
-        null_class=model.null_class,
-        class_dropout=config.diffusion.class_dropout,
+        condition_names=conditioning.names,
+        dropout=config.diffusion.class_dropout,
         horizontal_flip=config.data.horizontal_flip,
         seed=config.seed,
     )
     evaluator = Evaluator(config, accelerator, source.class_names) if config.evaluation.every else None
-    return Parts(source, stream, steps, vae, scaling, record, objective, build, model, evaluator)
+    run = Run(config, accelerator, source, stream, encoder, conditioning, objective, build, vae, record, evaluator)
+    return run, model
+
+
+def steps_from(step: int, config: Config, accelerator: Accelerator) -> StepSampler:
+    """Which samples this process takes at each of the steps after `step`.
+
+    Raises :class:`InputError` for a batch that does not split evenly.
+    """
+    return StepSampler(
+        step,
+        config.training.max_steps,
+        batch_size=config.training.batch_size,
+        accumulation=config.training.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
 
 
 def start_from(model: LatentModel, path: str, class_names: list[str]) -> str | None:
@@ -213,40 +228,51 @@ def check_launch(accelerator: Accelerator) -> None:
         raise InputError("device='mps': lacks the float64 that training needs; set ACCELERATE_USE_CPU=true")
 
 
-def open_latents(
-    config: Config, source: LatentStore | ImageDataset, device: torch.device
-) -> tuple[AutoencoderKL | None, LatentScaling, tuple[int, int, int], dict[str, Any]]:
-    """The VAE, the latents' scaling and shape (C, h, w), and the record of the VAE they are of.
+Opened = tuple[AutoencoderKL | None, LatentEncoder, tuple[int, int, int], dict[str, Any]]
+
+
+def open_latents(config: Config, source: Source, device: torch.device) -> Opened:
+    """The VAE, what makes latents of the source's samples, their shape (C, h, w), and the record of their VAE.
 
     The VAE is None where there is nothing to encode or to draw. A few latents are looked at, and warned of.
 
-    Raises :class:`InputError` for a VAE that did not make the store's latents, or does not take the image size.
+    Raises :class:`InputError` for a VAE that did not make the source's latents, or does not take the image size.
     """
-    if isinstance(source, LatentStore):
-        drawn = bool(config.training.sample_every or config.evaluation.every)
-        vae = open_vae_of(source, config, drawn)
-        if drawn:
-            adopt_normalisation(vae, source, config.data.source)
-        count = min(STORED_LOOKED_AT, len(source))
-        looked_at = torch.stack([source.moments(k * len(source) // count) for k in range(count)])
-        warn_of_latents(latent_statistics(source, [looked_at]), source)
-        if (decibels := source.manifest.get("reconstruction_psnr")) is not None:
-            warn_of_psnr(decibels)
-        record = vae_record(config.data.vae, source, source.vae_sha256 if vae is None else vae)
-        vae = vae.to(device) if drawn else None
-        return vae, source, (source.latent_channels, *source.latent_size), record
+    if is_of_latents(source):
+        return open_stored_latents(config, source, device)
+    return open_encoded_images(config, source, device)
+
+
+def open_stored_latents(config: Config, source: LatentSource, device: torch.device) -> Opened:
+    """As :func:`open_latents`, where latents are stored."""
+    drawn = bool(config.training.sample_every or config.evaluation.every)
+    vae = open_vae_of(source, config, drawn)
+    if drawn:
+        adopt_normalisation(vae, source, config.data.source)
+    count = min(STORED_LOOKED_AT, len(source))
+    looked_at = torch.stack([source.sample(k * len(source) // count)["moments"] for k in range(count)])
+    warn_of_latents(latent_statistics(source, [looked_at]), source)
+    if (decibels := source.manifest.get("reconstruction_psnr")) is not None:
+        warn_of_psnr(decibels)
+    record = vae_record(config.data.vae, source, source.vae_sha256 if vae is None else vae)
+    return vae.to(device) if drawn else None, FromMoments(source), source.latent_shape, record
+
+
+def open_encoded_images(config: Config, source: Source, device: torch.device) -> Opened:
+    """As :func:`open_latents`, where images are encoded as they come."""
     vae = load_vae(config.data.vae).to(device)
     side, rest = divmod(config.data.image_size, downsampling(vae))
     if rest:
         raise InputError(f"data.image_size={config.data.image_size}: this VAE wants a multiple of {downsampling(vae)}")
-    images = list(some_images(source, ENCODED_LOOKED_AT))
+    count = min(ENCODED_LOOKED_AT, len(source))
+    images = [source.sample(k * len(source) // count)["image"][None] for k in range(count)]
     warn_of_latents(latent_statistics(vae.config, (encode_moments(vae, image) for image in images)), vae.config)
     warn_of_psnr(psnr(reconstruction_error(vae, images)))
     record = vae_record(config.data.vae, vae.config, vae)
-    return vae, vae.config, (vae.config.latent_channels, side, side), record
+    return vae, FromImages(vae), (vae.config.latent_channels, side, side), record
 
 
-def open_vae_of(store: LatentStore, config: Config, drawn: bool) -> AutoencoderKL | None:
+def open_vae_of(store: LatentSource, config: Config, drawn: bool) -> AutoencoderKL | None:
     """The VAE that `data.vae` names, if it is to draw or to be compared with the one that made a store.
 
     A store that says what its VAE's weights are takes that VAE by any name; a decoder trained further is as good.
@@ -257,9 +283,9 @@ def open_vae_of(store: LatentStore, config: Config, drawn: bool) -> AutoencoderK
     if store.vae_sha256 is None:
         if not same_place:
             raise InputError(
-                f"data.vae={config.data.vae!r}: {store.folder} was encoded by {store.vae!r}, and was so before stores "
-                "noted what that is; if this is the same VAE in another place, write its name for `vae` into the "
-                "store's manifest.json and encode.json"
+                f"data.vae={config.data.vae!r}: {config.data.source} was encoded by {store.vae!r}, and was so before "
+                "stores noted what that is; if this is the same VAE in another place, write its name for `vae` into "
+                "the store's manifest.json and encode.json"
             )
         return load_vae(config.data.vae) if drawn else None
     if same_place and not drawn:
@@ -267,7 +293,7 @@ def open_vae_of(store: LatentStore, config: Config, drawn: bool) -> AutoencoderK
     vae = load_vae(config.data.vae)
     if vae_sha256(vae)["encoder"] != store.vae_sha256["encoder"]:
         raise InputError(
-            f"data.vae={config.data.vae!r}: its weights are not those that {store.folder} was encoded with, of "
+            f"data.vae={config.data.vae!r}: its weights are not those that {config.data.source} was encoded with, of "
             f"{store.vae!r}; name that VAE, wherever it lies, or encode anew"
         )
     return vae

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from gspn_dit.errors import InputError
 from gspn_dit.storage.files import new_folder, replacing, require_new, save_tensors, write_json
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder, Snapshot
-from gspn_dit.training.checkpoints import DiskWork, TrainingState, collect
+from gspn_dit.training.checkpoints import DiskWork, State, collect
 
 
 def gamma_of(sigma_rel: float) -> float:
@@ -80,7 +80,7 @@ def coefficients(snapshots: list[Snapshot], sigma_rel: float, step: int) -> tupl
     return weights, math.sqrt(max(0.0, rest) / length)
 
 
-def save_snapshot(accelerator: Accelerator, run: RunFolder, state: TrainingState, step: int) -> None:
+def save_snapshot(accelerator: Accelerator, run: RunFolder, state: State, step: int) -> None:
     """Write the running averages of a step; every process calls this. Raises as a checkpoint does."""
     writing = DiskWork(accelerator.is_main_process)
     writing.attempt(lambda: _write_config(run.snapshots_config, state.model_config))

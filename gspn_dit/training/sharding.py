@@ -7,24 +7,24 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This process's part, sharing its memory."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 @torch.no_grad()
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor in one piece, on every process; all of them call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 @torch.no_grad()
-def fill(tensor: Tensor, value: Tensor) -> None:
+def copy_full(tensor: Tensor, value: Tensor) -> None:
     """Write a whole value into a tensor, each process its own part of it; nothing is sent between them."""
-    local(tensor).copy_(_part(value.to(tensor.device), tensor))
+    local_tensor(tensor).copy_(_part(value.to(tensor.device), tensor))
 
 
-def like(value: Tensor, tensor: Tensor) -> Tensor:
+def sharded_like(value: Tensor, tensor: Tensor) -> Tensor:
     """A whole value split, placed and typed as another tensor is, for its optimiser state."""
     return _distributed(value.to(tensor), tensor) if isinstance(tensor, DTensor) else value.to(tensor)
 

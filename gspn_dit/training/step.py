@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
 
-from gspn_dit.autoencoder import encode_moments, sample_posterior
-from gspn_dit.autoencoder.vae import LatentScaling
+from gspn_dit.conditioning import Conditioning
 from gspn_dit.config import Config
-from gspn_dit.training.checkpoints import TrainingState, last_good
-from gspn_dit.training.parts import Parts
-from gspn_dit.training.sharding import whole
+from gspn_dit.diffusion import Batch
+from gspn_dit.training.checkpoints import State, last_good
+from gspn_dit.training.latents import LatentEncoder
+from gspn_dit.training.parts import Run
+from gspn_dit.training.sharding import full_tensor
 from gspn_dit.training.stop_request import StopRequest
 
 
@@ -26,59 +25,40 @@ class NonFiniteLoss(RuntimeError):
     """The loss or its gradient is not a number; the message names the step and the last good checkpoint."""
 
 
-@dataclass
-class Training:
-    """A run while it trains.
-
-    Args:
-        config: Its options.
-        accelerator: What its processes share.
-        parts: What it is made of.
-        model: Its network, as accelerate wraps it.
-        state: What its steps change.
-        stop: Whether this process is asked to stop.
-    """
-
-    config: Config
-    accelerator: Accelerator
-    parts: Parts
-    model: nn.Module
-    state: TrainingState
-    stop: StopRequest
-
-
 def take_step(
-    training: Training, batches: Iterator[dict[str, Tensor]], step: int, may_skip: bool
+    run: Run, state: State, batches: Iterator[dict[str, Any]], step: int, stop: StopRequest, may_skip: bool
 ) -> tuple[float, float, bool]:
     """One optimiser step: its loss, the gradient's norm before clipping, and whether any process is asked to stop.
 
     Args:
-        batches: Of :func:`load_batches`; as many are taken as a step accumulates.
+        run: What is trained, and how.
+        state: What the step changes.
+        batches: This process's micro-batches of the stream; as many are taken as a step accumulates.
+        step: Its number: 1, 2, …
+        stop: Whether this process is asked to stop.
         may_skip: Whether a gradient that is not finite only leaves the step out, as fp16's loss scaling does.
 
     Raises:
         NonFiniteLoss: On every process, before the weights, the optimiser or the averages have changed.
     """
-    config, accelerator, parts, model = training.config, training.accelerator, training.parts, training.model
-    state, options = training.state, config.training
+    config, accelerator, model, options = run.config, run.accelerator, state.wrapped, run.config.training
     torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))  # for what a model draws itself
     losses, finite = [], True
     for micro in range(options.gradient_accumulation_steps):
-        batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(batches).items()}
-        latents = clean_latents(batch, parts.vae, parts.scaling)
+        samples = send_to_device(next(batches), accelerator.device, non_blocking=True)
+        batch = make_batch(samples, run.encoder, run.conditioning)
         last = micro + 1 == options.gradient_accumulation_steps
         with nullcontext() if last else accelerator.no_sync(model):  # gradients meet once a step
             with accelerator.autocast():
-                times = parts.objective.times(batch["u"])
-                loss = parts.objective.loss(model, latents, batch["class_label"], times, batch["noise"]).mean()
+                loss = run.objective.loss(model, batch).mean()
             accelerator.backward(loss / options.gradient_accumulation_steps)
         losses.append(loss.detach())
-        finite = latents.isfinite().all() & finite
+        finite = batch["latents"].isfinite().all() & finite
     # One exchange a step: the loss, whether its data were numbers, and whether any process is asked to stop.
-    stop_requested = loss.new_full((), training.stop.requested)
+    stop_requested = loss.new_full((), stop.requested)
     told = accelerator.reduce(torch.stack([torch.stack(losses).mean(), finite.float(), stop_requested]), "mean")
     # Whole: with FSDP2, torch 2.8 returns each process's part of the norm. Only tolist() waits for the device.
-    grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
+    grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
     loss, finite, stopping, grad_norm = torch.cat([told, grad_norm.reshape(1)]).tolist()
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_skip):
         raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
@@ -94,10 +74,14 @@ def step_seed(seed: int, step: int, process: int) -> int:
     return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
 
 
-def clean_latents(batch: dict[str, Tensor], vae: AutoencoderKL | None, scaling: LatentScaling) -> Tensor:
-    """Normalised latents (B, C, h, w) of a batch of moments or of images."""
-    moments = batch["moments"] if "moments" in batch else encode_moments(vae, batch["image"])
-    return sample_posterior(scaling, moments, batch["posterior_noise"])
+def make_batch(samples: dict[str, Any], encoder: LatentEncoder, conditioning: Conditioning) -> Batch:
+    """What the objective gets of samples of the stream: clean latents, and the condition, null where it is dropped."""
+    return Batch(
+        latents=encoder(samples),
+        noise=samples["noise"],
+        u=samples["u"],
+        condition=conditioning.drop(samples["condition"], samples["drop"]),
+    )
 
 
 def _non_finite(loss: float, grad_norm: float, finite: bool, step: int, config: Config) -> str:

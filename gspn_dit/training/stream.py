@@ -1,7 +1,7 @@
 """The training stream: item n is a function of (seed, n) alone.
 
 Everything random about a sample (which image, its mirroring, the posterior's and the diffusion's noise, its time,
-whether its label is dropped) is drawn from a counter-based generator keyed by (seed, n). So a run continues exactly
+whether its condition is dropped) is drawn from a counter-based generator keyed by (seed, n). So a run continues exactly
 from its step number, and sees the same samples whatever the number of processes, workers or accumulation steps.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from gspn_dit.config import DataConfig
-from gspn_dit.data import ImageDataset, LatentStore, how_to_encode, is_latent_store, open_images
+from gspn_dit.data import LatentStore, Source, how_to_encode, is_latent_store, open_images
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.errors import InputError
 from gspn_dit.registry import quoted
@@ -25,7 +25,7 @@ from gspn_dit.registry import quoted
 _ORDER = 1 << 63  # keys from here up are epochs' orders, below are samples
 
 
-def open_source(config: DataConfig, seed: int) -> ImageDataset | LatentStore:
+def open_source(config: DataConfig, seed: int) -> Source:
     """The images or the latent store that a configuration names.
 
     Raises:
@@ -56,55 +56,61 @@ def open_source(config: DataConfig, seed: int) -> ImageDataset | LatentStore:
 class TrainingStream(Dataset):
     """An endless sequence of training samples; every epoch is a new permutation of the source.
 
-    Item n is a dictionary: `moments` (2C, h, w) from a store or `image` uint8 (3, H, W); `posterior_noise` and `noise`
-    (C, h, w) standard normal; `u` uniform in [0, 1), for the time; `class_label`, the null class where it was dropped.
+    Item n is a dictionary: what the source gives of the image, `moments` (2C, h, w) or `image` uint8 (3, H, W);
+    `posterior_noise` and `noise` (C, h, w) standard normal; `u` uniform in [0, 1), for the time; `condition`, a
+    dictionary of tensors by name; and `drop`, a bool, whether the null condition is to take its place.
 
     Args:
-        source: Images or a latent store.
-        latent_shape: (C, h, w).
-        null_class: What a dropped label becomes.
-        class_dropout: Share of labels dropped.
+        source: Images or latents.
+        latent_shape: (C, h, w) of the noise.
+        condition_names: Which of the source's tensors the condition is made of.
+        dropout: Share of conditions to drop.
         horizontal_flip: Mirror half of the images.
         seed: Of everything random.
+
+    Raises :class:`InputError` if the source has no tensor of a name.
     """
 
     def __init__(
         self,
-        source: ImageDataset | LatentStore,
+        source: Source,
         *,
         latent_shape: tuple[int, int, int],
-        null_class: int,
-        class_dropout: float,
+        condition_names: tuple[str, ...],
+        dropout: float,
         horizontal_flip: bool,
         seed: int,
     ) -> None:
+        for name in condition_names:
+            if name not in source.condition_names:
+                raise InputError(
+                    f"condition_names={condition_names!r}: the data holds {', '.join(source.condition_names)}; give "
+                    f"a latent store that was encoded with {name!r}"
+                )
         self.source = source
         self.latent_shape = latent_shape
-        self.null_class = null_class
-        self.class_dropout = class_dropout
+        self.condition_names = condition_names
+        self.dropout = dropout
         self.horizontal_flip = horizontal_flip
         self.seed = seed
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
-    def __getitem__(self, n: int) -> dict[str, Tensor]:
+    def __getitem__(self, n: int) -> dict[str, Tensor | dict[str, Tensor]]:
         epoch, position = divmod(n, len(self.source))
         index = int(self._order(epoch)[position])
         rng = self._rng(n)
         flip = self.horizontal_flip and rng.random() < 0.5
-        drop = rng.random() < self.class_dropout
+        drop = rng.random() < self.dropout
         u = rng.random(dtype=np.float32)
         posterior_noise, noise = rng.standard_normal((2, *self.latent_shape), dtype=np.float32)
-        if isinstance(self.source, LatentStore):
-            label = self.source.label(index)
-            sample = {"moments": self.source.moments(index, flip)}
-        else:
-            image, label = self.source[index]
-            sample = {"image": image.flip(-1) if flip else image}
+        sample = self.source.sample(index, flip)
+        known = {name: sample.pop(name) for name in self.source.condition_names}
         return sample | {
             "posterior_noise": torch.from_numpy(posterior_noise),
             "noise": torch.from_numpy(noise),
             "u": torch.tensor(u),
-            "class_label": torch.tensor(self.null_class if drop else label),
+            "condition": {name: known[name] for name in self.condition_names},
+            "drop": torch.tensor(drop),
         }
 
     def _shuffled(self, epoch: int) -> np.ndarray:
@@ -125,21 +131,19 @@ class StepSampler(Sampler):
     """The stream positions of this process's micro-batches, for steps [first, last): step s is positions [sB, sB + B).
 
     Args:
+        first: Step to begin with.
         last: Step to end before.
         batch_size: B, over all processes and accumulation steps.
-        accumulation: Micro-batches a step.
+        accumulation: Micro-batches per step.
         rank: This process.
         processes: How many there are.
-
-    Attributes:
-        first: Step to begin with, 0 unless it is set.
 
     Raises:
         InputError: If the batch does not split evenly.
     """
 
-    def __init__(self, last: int, *, batch_size: int, accumulation: int, rank: int, processes: int) -> None:
-        self.first, self.last = 0, last
+    def __init__(self, first: int, last: int, *, batch_size: int, accumulation: int, rank: int, processes: int) -> None:
+        self.first, self.last = first, last
         self.batch_size, self.accumulation, self.rank, self.processes = batch_size, accumulation, rank, processes
         self.micro_batch, rest = divmod(batch_size, accumulation * processes)
         if rest:

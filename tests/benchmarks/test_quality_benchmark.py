@@ -9,13 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.quality import Options, main, make_model
+from benchmarks import quality_cell
+from benchmarks.commands import DATA
+from benchmarks.quality import Options, main
 from benchmarks.quality_data import TASKS, ReachTask
+from benchmarks.quality_model import make_model
 from benchmarks.reach_task import COLOUR, END, TIMES, FarEnds, agreement, best_guess, ends, reach_gained
-from benchmarks.variants import VARIANTS
+from benchmarks.variants import OF_ANY_FAMILY, VARIANTS
 from gspn_dit.errors import InputError
 from gspn_dit.models import DiT
 from gspn_dit.options import parse
+from gspn_dit.training.step import NonFiniteLoss
 
 TINY = {
     "data": ["reach-32"],
@@ -102,7 +106,8 @@ def test_every_variant_is_another_model_that_trains(variant):
     task, options = ReachTask(32), Options(width=128, depth=2, models=["gspn-dit"])  # two groups
     inputs = (torch.randn(1, 3, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
     outputs = []
-    for spec in ("gspn-dit", f"gspn-dit+variant={variant}"):
+    plain = "dit" if variant in OF_ANY_FAMILY else "gspn-dit"  # gspn-dit's labels are of unit scale already
+    for spec in (plain, f"{plain}+variant={variant}"):
         torch.manual_seed(0)
         model = make_model(spec, task, options)
         for parameter in model.parameters():
@@ -122,7 +127,7 @@ def test_every_variant_is_another_model_that_trains(variant):
         ({"models": ["gspn-dit+linear"]}, "wanted option=value after the plus, not 'linear'"),
         ({"models": ["dit", "gspn-dit+mixer=mamba"]}, "mixer='mamba'"),
         ({"models": ["gspn-dit+reach=8"]}, "reach=8: gspn-dit-s-1 has no such option"),
-        ({"models": ["dit+variant=gelu"]}, "wanted variants out of quiet-labels, unit-labels"),
+        ({"models": ["dit+variant=gelu"]}, "wanted variants out of unit-labels$"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is(options, message, tmp_path):
@@ -138,6 +143,11 @@ def test_options_of_a_preset_can_be_changed_and_unknown_data_are_refused():
         parse(Options, ["--data", "[digits,imagenet]"], exit_on_error=False)
 
 
+def test_the_data_sets_that_options_name_are_there_by_their_names():
+    assert tuple(TASKS) == DATA
+    assert [TASKS[name]().name for name in DATA] == list(DATA)
+
+
 @pytest.mark.parametrize("name", ["digits", "photos"])
 def test_latents_of_real_images_are_about_unit_scale_and_decode_to_images(name):
     task = TASKS[name]()
@@ -151,7 +161,30 @@ def test_latents_of_real_images_are_about_unit_scale_and_decode_to_images(name):
     assert task.images(latents).shape[1] == 3
 
 
+def test_what_needs_no_vae_is_its_own_latents(tmp_path):
+    values = torch.stack([TASKS["photos"]().train[i][0] for i in range(2)])
+    latents = TASKS["photos"]().clean(values, torch.randn(2, 3, 64, 64))
+    assert torch.equal(latents, values.float() / 127.5 - 1)
+    assert torch.equal(ReachTask(32).clean(far_ends(2), torch.randn(2, 3, 32, 32)), far_ends(2))
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_model_whose_loss_is_not_finite_is_left_and_the_others_are_trained(tmp_path, monkeypatch, capsys):
+    def take_step(run, state, batches, step, stop, may_skip):
+        if "mixer" not in run.config.model.overrides:
+            raise NonFiniteLoss(f"the loss is nan at step {step}")
+        return real(run, state, batches, step, stop, may_skip)
+
+    real = quality_cell.take_step
+    monkeypatch.setattr(quality_cell, "take_step", take_step)
+    with pytest.raises(SystemExit, match=r"1 trainings failed: .*dit/seed-0: the loss is nan at step 1"):
+        main(Options(**TINY, out=str(tmp_path)))
+    assert "the rest is done" in capsys.readouterr().out
+    assert set(results(tmp_path)) == {"reach-32/gspn-dit+mixer=linear/seed-0/result.json"}
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_a_run_cut_after_every_step_gives_the_figures_of_an_unbroken_one(tmp_path, capsys):
     main(Options(**TINY, out=str(tmp_path / "whole")))
     assert "all is done" in capsys.readouterr().out
@@ -173,9 +206,10 @@ def test_a_run_cut_after_every_step_gives_the_figures_of_an_unbroken_one(tmp_pat
             "losses.png",
             "samples-reach-32.png",
         }
-        assert not list(out.rglob("checkpoint.pt"))
+        assert not list(out.rglob("checkpoints"))
     with pytest.raises(InputError, match=r"steps=4: .*begun with steps=3"):
         main(Options(**TINY | {"steps": 4}, out=str(tmp_path / "cut")))
     run = next(iter(results(tmp_path / "whole").values()))
     assert len(run["losses"]) == 3 and len(run["held_out_loss"]) == 10
     assert run["figures"].keys() == {"agreement", "reach_gained"}
+    assert run["revision"] in (tmp_path / "whole" / "report.md").read_text()

@@ -379,8 +379,36 @@ def test_numbers_for_each_channel_are_kept_and_heeded(tmp_path):
         torch.testing.assert_close(latents[:, 1], expected)
 
 
+def of_format_1(store):
+    """Make a store one of format 1, whose manifest and encode.json know no extras."""
+    for name in ("manifest.json", "encode.json"):
+        content = json.loads((store / name).read_text())
+        assert content.pop("extras") is None
+        if name == "manifest.json":
+            assert content["format"] == 2
+            content["format"] = 1
+        (store / name).write_text(json.dumps(content))
+
+
+def test_a_store_of_format_1_is_read_verified_and_continued(digits_store, copied_store):
+    of_format_1(copied_store)
+    old, new = LatentStore(copied_store), LatentStore(digits_store)
+    assert (len(old), old.extras, old.condition_names) == (500, {}, ("class_labels",))
+    for index in (0, 250, 499):
+        was, now = old.sample(index, flip=True), new.sample(index, flip=True)
+        assert was.keys() == now.keys() and all(torch.equal(was[name], now[name]) for name in was)
+    assert verify(copied_store) == 500
+    shards = checksums(digits_store)
+    (copied_store / "shard-00001.safetensors").unlink()
+    encode(copied_store, **{"horizontal-flip": "true"})
+    assert checksums(copied_store) == shards
+    assert manifest_of(copied_store) == manifest_of(digits_store), "it is of format 2 from now on"
+    assert verify(copied_store) == 500
+
+
 def test_a_store_of_before_reads_as_it_did(copied_store):
     """Its manifest knows no numbers for each channel and no weights."""
+    of_format_1(copied_store)
     manifest = manifest_of(copied_store)
     for key in ("latents_mean", "latents_std", "vae_sha256", "exif_orientation", "latent_statistics"):
         manifest.pop(key)

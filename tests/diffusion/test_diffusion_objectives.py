@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from gspn_dit.diffusion import create_objective
+from gspn_dit.diffusion import Batch, create_objective
 from gspn_dit.diffusion.ddpm import discretized_gaussian_log_likelihood, gaussian_kl
 from gspn_dit.errors import InputError
 
@@ -20,11 +20,18 @@ def posterior_variance(t: int) -> float:
     return float(BETAS[t] * (1 - SIGNAL[t - 1]) / (1 - SIGNAL[t]))
 
 
-def batch(n: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents (n,4,3,2) well inside [-1, 1], noise of that shape, labels."""
+def batch(u: torch.Tensor | float = 0.5, n: int = 6) -> Batch:
+    """Latents (n,4,3,2) well inside [-1, 1], noise of that shape, labels, and u, one for all or one each."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.rand(n, 4, 3, 2, generator=generator) - 0.5
-    return latents, torch.randn(n, 4, 3, 2, generator=generator), torch.arange(n) % 3
+    noise = torch.randn(n, 4, 3, 2, generator=generator)
+    condition = {"class_labels": torch.arange(n) % 3}
+    return Batch(latents=latents, noise=noise, u=torch.as_tensor(u).expand(n), condition=condition)
+
+
+def at(t: int) -> float:
+    """A u whose time is step t of the 1000 of ddpm."""
+    return (t + 0.5) / 1000
 
 
 def answers(output: torch.Tensor):
@@ -57,7 +64,7 @@ def test_discretised_gaussian_is_a_distribution(mean, deviation):
 
 
 def test_ddpm_noises_as_the_scheduler_that_samples_it():
-    latents, noise, _ = batch()
+    latents, noise = batch()["latents"], batch()["noise"]
     times = torch.tensor([0, 1, 10, 500, 998, 999])
     ours = create_objective("ddpm").noisy(latents, times, noise)
     torch.testing.assert_close(ours, DDPMScheduler().add_noise(latents, noise, times), rtol=1e-4, atol=1e-5)
@@ -73,34 +80,32 @@ def test_learned_variance_runs_from_posterior_variance_to_beta(t):
 @pytest.mark.parametrize("t", [1, 50, 999])
 def test_bound_is_zero_for_the_true_posterior_and_known_for_beta(t):
     objective = create_objective("ddpm")
-    latents, noise, labels = batch()
-    times = torch.full((6,), t)
-    exact = objective.loss(answers(ddpm_output(noise, -1.0)), latents, labels, times, noise)
+    given = batch(at(t))
+    assert objective.times(given["u"]).tolist() == [t] * 6
+    noise = given["noise"]
+    exact = objective.loss(answers(ddpm_output(noise, -1.0)), given)
     torch.testing.assert_close(exact, torch.zeros(6), atol=1e-4, rtol=0)
     ratio = posterior_variance(t) / float(BETAS[t])
     expected = 0.5 * (ratio - 1 - math.log(ratio)) / math.log(2)  # bits: KL(N(μ, β̃) ‖ N(μ, β))
-    wide = objective.loss(answers(ddpm_output(noise, 1.0)), latents, labels, times, noise)
+    wide = objective.loss(answers(ddpm_output(noise, 1.0)), given)
     torch.testing.assert_close(wide, torch.full((6,), expected), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("t", [5, 300, 990])
 def test_bound_of_a_wrong_noise_is_the_weighted_error(t):
     """DDPM's eq. 12: with variance σ², the term is β²/(2σ²α(1-ᾱ)) ‖ε - ε̂‖²."""
-    latents, noise, labels = batch()
+    given = batch(at(t))
+    noise = given["noise"]
     error = 0.1 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
     weight = BETAS[t] ** 2 / (2 * posterior_variance(t) * (1 - BETAS[t]) * (1 - SIGNAL[t]))
     mse = error.square().flatten(1).mean(1)
-    loss = create_objective("ddpm").loss(
-        answers(ddpm_output(noise + error, -1.0)), latents, labels, torch.full((6,), t), noise
-    )
+    loss = create_objective("ddpm").loss(answers(ddpm_output(noise + error, -1.0)), given)
     torch.testing.assert_close(loss, mse + float(weight) / math.log(2) * mse, rtol=2e-3, atol=1e-5)
 
 
 def test_bound_at_the_first_step_is_the_decoders_likelihood():
-    latents, noise, labels = batch()
-    loss = create_objective("ddpm").loss(
-        answers(ddpm_output(noise, 1.0)), latents, labels, torch.zeros(6, dtype=torch.long), noise
-    )
+    given = batch(at(0))
+    loss = create_objective("ddpm").loss(answers(ddpm_output(given["noise"], 1.0)), given)
     # The mean is exact, so every value's bin of half-width 1/255 is centred: mass erf(1/255 / (√2 σ)).
     bits = -math.log2(math.erf(1 / 255 / math.sqrt(2 * 1e-4)))
     torch.testing.assert_close(loss, torch.full((6,), bits), rtol=1e-3, atol=1e-4)
@@ -108,9 +113,10 @@ def test_bound_at_the_first_step_is_the_decoders_likelihood():
 
 @pytest.mark.parametrize("t", [0, 400])
 def test_bound_teaches_the_variance_alone(t):
-    latents, noise, labels = batch()
+    given = batch(at(t))
+    noise = given["noise"]
     output = torch.randn(6, 8, 3, 2, generator=torch.Generator().manual_seed(2)).mul(0.1).requires_grad_()
-    create_objective("ddpm").loss(answers(output), latents, labels, torch.full((6,), t), noise).sum().backward()
+    create_objective("ddpm").loss(answers(output), given).sum().backward()
     mean_gradient, variance_gradient = output.grad.chunk(2, dim=1)
     mse_gradient = 2 * (output.detach()[:, :4] - noise) / noise[0].numel()
     torch.testing.assert_close(mean_gradient, mse_gradient)
@@ -124,7 +130,6 @@ def test_ddpm_times_are_even():
 
 
 def test_flow_velocity_is_the_paths_derivative():
-    latents, noise, labels = batch()
     objective, seen = create_objective("flow"), []
 
     def model(noisy, timesteps, class_labels):
@@ -132,13 +137,15 @@ def test_flow_velocity_is_the_paths_derivative():
         return torch.zeros_like(noisy)
 
     times = torch.linspace(0, 0.9, 6)
-    loss = objective.loss(model, latents, labels, times, noise)
-    objective.loss(model, latents, labels, times + 0.1, noise)
+    given = batch(times)
+    latents = given["latents"]
+    loss = objective.loss(model, given)
+    objective.loss(model, batch(times + 0.1))
     derivative = (seen[1][0] - seen[0][0]) / 0.1
     torch.testing.assert_close(seen[0][0][0], latents[0])  # t = 0 is the data
     torch.testing.assert_close(seen[0][1], 1000 * times)
     torch.testing.assert_close(loss, derivative.square().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
-    perfect = objective.loss(answers(derivative), latents, labels, times, noise)
+    perfect = objective.loss(answers(derivative), given)
     torch.testing.assert_close(perfect, torch.zeros(6), atol=1e-9, rtol=0)
 
 
@@ -156,17 +163,34 @@ def test_a_samples_loss_is_its_own_and_float32(name):
     objective = create_objective(name)
     assert objective.num_train_timesteps == 1000
     model = torch.nn.Conv2d(4, objective.out_channels(4), 1)
-    latents, noise, labels = batch()
-    times = objective.times(torch.linspace(0, 0.99, 6))
+    given = batch(torch.linspace(0, 0.99, 6))
+    given["latents"] = given["latents"].bfloat16()
 
     def loss(rows):
-        inputs = latents[rows].bfloat16(), labels[rows], times[rows], noise[rows]
-        return objective.loss(lambda x, t, c: model(x), *inputs)
+        condition = {"class_labels": given["condition"]["class_labels"][rows]}
+        some = {name: given[name][rows] for name in ("latents", "noise", "u")}
+        return objective.loss(lambda x, t, class_labels: model(x), Batch(**some, condition=condition))
 
     together = loss(slice(None))
     assert together.shape == (6,)
     assert together.dtype == torch.float32
     torch.testing.assert_close(together[2:3], loss(slice(2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "flow"])
+def test_a_condition_reaches_the_model_unread(name):
+    """Whatever its names and shapes are, they are the model's arguments."""
+    objective, seen = create_objective(name), {}
+
+    def model(noisy, timesteps, **condition):
+        seen.update(condition)
+        return torch.zeros(6, objective.out_channels(4), 3, 2)
+
+    given = batch()
+    given["condition"] = {"encoder_hidden_states": torch.randn(6, 8, 16), "mask": torch.ones(6, 8, dtype=torch.bool)}
+    objective.loss(model, given)
+    assert seen.keys() == given["condition"].keys()
+    assert all(seen[key] is given["condition"][key] for key in seen)
 
 
 def test_unknown_objectives_are_named():

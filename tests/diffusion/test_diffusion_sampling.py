@@ -19,12 +19,11 @@ from gspn_dit.errors import InputError
 
 SIGNAL = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
 MEAN = 1.5
+NULL_CLASS = 10
 
 
 class GaussianData:
     """The best denoiser of data drawn from N(1.5, deviation²), with a given place in the learned variance's range."""
-
-    null_class = 1
 
     def __init__(self, objective: str, deviation: float = 0.5, variance: float = 1.0) -> None:
         self.objective, self.deviation, self.variance = objective, deviation, variance
@@ -46,15 +45,22 @@ class GaussianData:
 class Counting:
     """Says `conditional` for classes and `unconditional` for none, on every channel; keeps the batch sizes."""
 
-    null_class = 10
-
     def __init__(self, channels: int, conditional: float = 3.0, unconditional: float = 1.0) -> None:
         self.channels, self.says, self.batches = channels, (conditional, unconditional), []
 
     def __call__(self, noisy, timesteps, class_labels):
         self.batches.append(len(noisy))
-        values = torch.where(class_labels == self.null_class, self.says[1], self.says[0])
+        values = torch.where(class_labels == NULL_CLASS, self.says[1], self.says[0])
         return values.view(-1, 1, 1, 1).expand(len(noisy), self.channels, *noisy.shape[2:]).clone()
+
+
+def classes(n: int) -> dict[str, torch.Tensor]:
+    """n images of the first class."""
+    return {"class_labels": torch.zeros(n, dtype=torch.long)}
+
+
+def no_class(n: int) -> dict[str, torch.Tensor]:
+    return {"class_labels": torch.full((n,), NULL_CLASS)}
 
 
 def standard_noise(n: int = 2048) -> torch.Tensor:
@@ -68,7 +74,7 @@ def sample(model, scheduler, steps, n=2048):
         model,
         scheduler,
         standard_noise(n),
-        torch.zeros(n, dtype=torch.long),
+        classes(n),
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(1),
     )
@@ -115,7 +121,7 @@ def test_ddpm_uses_the_learned_variance():
 
 def test_guidance_of_one_costs_one_forward_a_step():
     model = Counting(4)
-    denoise(model, create_scheduler("flow"), torch.zeros(3, 4, 2, 2), torch.arange(3), num_inference_steps=5)
+    denoise(model, create_scheduler("flow"), torch.zeros(3, 4, 2, 2), classes(3), num_inference_steps=5)
     assert model.batches == [3] * 5
 
 
@@ -123,7 +129,13 @@ def test_guidance_reaches_every_latent_channel():
     model = Counting(4, conditional=3.0, unconditional=1.0)
     noise = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     latents = denoise(
-        model, create_scheduler("flow"), noise, torch.arange(3), num_inference_steps=1, guidance_scale=2.5
+        model,
+        create_scheduler("flow"),
+        noise,
+        classes(3),
+        null_condition=no_class(3),
+        num_inference_steps=1,
+        guidance_scale=2.5,
     )
     assert model.batches == [6]
     torch.testing.assert_close(latents, noise - (1.0 + 2.5 * (3.0 - 1.0)))  # one Euler step from t = 1 to 0
@@ -140,7 +152,8 @@ def test_guidance_leaves_the_variance_conditional():
         Counting(8, 0.5, 0.25),
         scheduler,
         torch.zeros(2, 4, 1, 1),
-        torch.zeros(2, dtype=torch.long),
+        classes(2),
+        null_condition=no_class(2),
         num_inference_steps=2,
         guidance_scale=3.0,
     )
@@ -163,7 +176,8 @@ def test_guidance_interval(objective, interval, batches):
         model,
         create_scheduler(objective),
         torch.zeros(2, 4, 1, 1),
-        torch.zeros(2, dtype=torch.long),
+        classes(2),
+        null_condition=no_class(2),
         num_inference_steps=5,
         guidance_scale=2.0,
         guidance_interval=interval,
@@ -180,7 +194,8 @@ def test_the_noisiest_step_is_guided_whatever_the_shift(sampler):
             model,
             shifted(scheduler, math.sqrt(height * width) / 256),
             torch.zeros(1, 4, 1, 1),
-            torch.zeros(1, dtype=torch.long),
+            classes(1),
+            null_condition=no_class(1),
             num_inference_steps=3,
             guidance_scale=2.0,
         )
@@ -192,12 +207,11 @@ def test_an_image_does_not_depend_on_its_batch(objective, sampler):
     def run(images):
         generators = [image_generator(7, i) for i in images]
         noise = torch.stack([torch.randn(4, 2, 2, generator=g) for g in generators])
-        labels = torch.zeros(len(noise), dtype=torch.long)
         return denoise(
             GaussianData(objective),
             create_scheduler(objective, sampler),
             noise,
-            labels,
+            classes(len(noise)),
             num_inference_steps=5,
             generator=generators,
         )
@@ -205,6 +219,42 @@ def test_an_image_does_not_depend_on_its_batch(objective, sampler):
     together = run(range(5))
     for i in range(5):
         torch.testing.assert_close(run([i])[0], together[i], rtol=0, atol=1e-6)
+
+
+def test_a_condition_of_any_names_reaches_the_model_with_its_null_below():
+    """Guidance doubles every tensor; options go along as they are."""
+    seen = []
+
+    def model(noisy, timesteps, *, encoder_hidden_states, mask, scale):
+        seen.append((encoder_hidden_states, mask, scale))
+        return torch.zeros_like(noisy)
+
+    text = {"encoder_hidden_states": torch.randn(2, 8, 16), "mask": torch.ones(2, 8, dtype=torch.bool)}
+    null = {"encoder_hidden_states": torch.zeros(2, 8, 16), "mask": torch.zeros(2, 8, dtype=torch.bool)}
+    given = model, create_scheduler("flow"), torch.zeros(2, 4, 2, 2), text
+    options = dict(model_options={"scale": 3.0}, num_inference_steps=1)
+    denoise(*given, **options)
+    denoise(*given, **options, null_condition=null, guidance_scale=2.0)
+    (states, mask, scale), (both_states, both_masks, _) = seen
+    assert states is text["encoder_hidden_states"] and mask is text["mask"] and scale == 3.0
+    assert torch.equal(both_states, torch.cat([text["encoder_hidden_states"], null["encoder_hidden_states"]]))
+    assert torch.equal(both_masks, torch.cat([text["mask"], null["mask"]]))
+
+
+@pytest.mark.parametrize(
+    ("null", "says"),
+    [
+        (None, r"^guidance_scale=2\.0: null_condition is None; give"),
+        (no_class(3), r"^null_condition of shapes \{'class_labels': \(3,\)\}: wanted those of condition"),
+        ({"mask": torch.zeros(2)}, r"^null_condition of shapes \{'mask': \(2,\)\}: wanted .*class_labels"),
+    ],
+)
+def test_guidance_without_what_it_leads_away_from_is_refused(null, says):
+    model = Counting(4)
+    given = model, create_scheduler("flow"), torch.zeros(2, 4, 1, 1), classes(2)
+    with pytest.raises(InputError, match=says):
+        denoise(*given, null_condition=null, guidance_scale=2.0)
+    assert model.batches == []
 
 
 def test_image_generators_differ_and_repeat():
@@ -231,7 +281,7 @@ def test_callback_sees_and_replaces_latents():
         Counting(4),
         create_scheduler("flow"),
         torch.zeros(1, 4, 1, 1),
-        torch.zeros(1).long(),
+        classes(1),
         num_inference_steps=4,
         callback=callback,
     )
@@ -258,7 +308,7 @@ def test_steps_that_would_go_wrong_are_refused(objective, sampler, steps):
             model,
             create_scheduler(objective, sampler),
             torch.zeros(1, 4, 1, 1),
-            torch.zeros(1).long(),
+            classes(1),
             num_inference_steps=steps,
         )
     assert model.batches == []
@@ -267,7 +317,7 @@ def test_steps_that_would_go_wrong_are_refused(objective, sampler, steps):
 def test_a_model_of_the_other_objective_is_refused():
     for channels, objective in ((4, "ddpm"), (8, "flow")):
         with pytest.raises(InputError, match=f"is for a {objective} model"):
-            denoise(Counting(channels), create_scheduler(objective), torch.zeros(1, 4, 1, 1), torch.zeros(1).long())
+            denoise(Counting(channels), create_scheduler(objective), torch.zeros(1, 4, 1, 1), classes(1))
 
 
 def test_unknown_samplers_are_refused():
@@ -280,6 +330,6 @@ def test_unknown_samplers_are_refused():
             Counting(4),
             create_scheduler("flow"),
             torch.zeros(1, 4, 1, 1),
-            torch.zeros(1).long(),
+            classes(1),
             guidance_interval=(0.5, 1.5),
         )

@@ -38,10 +38,11 @@ from gspn_dit.progress import figure
 from gspn_dit.storage.pictures import save_image
 from gspn_dit.storage.run_folder import Checkpoint
 from gspn_dit.training.evaluator import draw_samples
+from gspn_dit.training.latents import FromImages, FromMoments
 from gspn_dit.training.loop import train
 from gspn_dit.training.parts import LABELS, check_launch, start_from
 from gspn_dit.training.record import draw_loss, log_ticks, running_mean
-from gspn_dit.training.step import NonFiniteLoss, clean_latents
+from gspn_dit.training.step import NonFiniteLoss
 from gspn_dit.training.trackers import start_trackers, track_samples
 
 ROOT = Path(__file__).parents[2]
@@ -138,12 +139,14 @@ def test_what_is_learned_is_drawn_from_the_posterior(kind):
     vae, noise = tiny_vae(), torch.randn(2, 4, 8, 8)
     if kind == "moments":
         mean, std = torch.randn(2, 4, 8, 8), 3.0
-        batch = {"moments": torch.cat([mean, torch.full_like(mean, 2 * math.log(std))], dim=1)}
+        samples = {"moments": torch.cat([mean, torch.full_like(mean, 2 * math.log(std))], dim=1)}
+        encoder = FromMoments(vae.config)
     else:
-        batch = {"image": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)}
-        mean, logvar = encode_moments(vae, batch["image"]).chunk(2, dim=1)
+        samples = {"image": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)}
+        mean, logvar = encode_moments(vae, samples["image"]).chunk(2, dim=1)
         std = torch.exp(0.5 * logvar)
-    latents = clean_latents({**batch, "posterior_noise": noise}, vae, vae.config)
+        encoder = FromImages(vae)
+    latents = encoder({**samples, "posterior_noise": noise})
     torch.testing.assert_close(latents, (mean + std * noise) * vae.config.scaling_factor)
 
 

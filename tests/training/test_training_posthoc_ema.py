@@ -17,7 +17,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.inference.loading import load_pipeline
 from gspn_dit.inference.sample import main as sample
 from gspn_dit.storage.run_folder import RunFolder, Snapshot
-from gspn_dit.training.ema import Average, power_function
+from gspn_dit.training.ema import EMA, power_function
 from gspn_dit.training.loop import train
 from gspn_dit.training.posthoc_ema import (
     Options,
@@ -47,7 +47,7 @@ def averages():
     found = {}
     for sigma_rel in (0.05, 0.10):
         model = torch.nn.Linear(4, 1, bias=False, dtype=torch.float64)
-        average = Average(model, power_function(gamma_of(sigma_rel)))
+        average = EMA(model, power_function(gamma_of(sigma_rel)))
         for step in range(1, STEPS + 1):
             with torch.no_grad():
                 model.weight.copy_(torch.tensor([(step / STEPS) ** power for power in range(4)]))

@@ -1,4 +1,4 @@
-"""Device time, dispatch time and memory of calls on a GPU."""
+"""How long calls take: wall time on the CPU, device time and dispatch time on a GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
+FEWEST, SECONDS_OF_REPEATS = 3, 3.0  # calls that `paced` times: so many at least, and more while there are seconds left
+LONGEST_REPEATED = 20.0
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,18 @@ class Timing:
 
 
 def timed(calls: Sequence[Call], repeats: int, graphs: bool = True) -> Timing:
-    """The time of a call, of `repeats`; `calls` do the same on different inputs, and take turns."""
+    """The time of a call on a GPU, of `repeats`; `calls` do the same on different inputs, and take turns."""
     eager = eager_ms(calls, repeats)
     if not graphs:
-        return Timing(median_ms(calls, repeats), eager, False)
+        return Timing(device_ms(calls, repeats), eager, False)
     try:
         replays = [captured(call) for call in calls]
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         torch.cuda.synchronize()
-        return Timing(median_ms(calls, repeats), eager, False, str(error).splitlines()[0])
-    return Timing(median_ms(replays, repeats), eager, True)
+        return Timing(device_ms(calls, repeats), eager, False, str(error).splitlines()[0])
+    return Timing(device_ms(replays, repeats), eager, True)
 
 
 def graph_ms(calls: Sequence[Call], repeats: int) -> float:
@@ -76,7 +78,7 @@ def captured(call: Call) -> Call:
     return graph.replay
 
 
-def median_ms(calls: Sequence[Call], repeats: int) -> float:
+def device_ms(calls: Sequence[Call], repeats: int) -> float:
     """Median device time of a call, after one of each that does not count."""
     for call in calls:
         call()
@@ -102,11 +104,45 @@ def eager_ms(calls: Sequence[Call], repeats: int) -> float:
     return 1e3 * (time.perf_counter() - start) / repeats
 
 
-def peak_bytes(call: Call) -> int:
-    """What a call adds at its peak to the memory in use, its results included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+def wall_ms(call: Call, repeats: int) -> float:
+    """Median wall time of a call in milliseconds, after one that does not count; on the CPU."""
     call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def steady_ms(device: str, call: Call, repeats: int) -> float:
+    """Milliseconds of a call without what disturbs it: the median of three medians, on a GPU of replayed graphs.
+
+    On a GPU it comes before profiling, which leaves something behind that slows later calls.
+    """
+    if device == "cuda":
+        return graph_ms([call], repeats)
+    return statistics.median(wall_ms(call, repeats) for _ in range(3))
+
+
+def paced(device: str, call: Call, most: int) -> dict[str, float]:
+    """Median, least and most wall seconds of a call, and how many were timed.
+
+    At least FEWEST, and up to `most` while their sum is below SECONDS_OF_REPEATS; of calls longer than
+    LONGEST_REPEATED one.
+    """
+    seconds: list[float] = []
+    while sum(seconds) < LONGEST_REPEATED and (
+        len(seconds) < FEWEST or (len(seconds) < most and sum(seconds) < SECONDS_OF_REPEATS)
+    ):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {
+        "seconds": statistics.median(seconds),
+        "least": min(seconds),
+        "most": max(seconds),
+        "repeats": len(seconds),
+    }

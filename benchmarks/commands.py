@@ -1,0 +1,342 @@
+"""Every benchmark: its options, and where its work is done.
+
+The work is named, not imported: torch and diffusers take seconds, which a wrong option or `--help` shall not cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gspn_dit.options import command, require
+
+DATA = ("digits", "photos", "reach-32", "reach-64")  # of benchmarks.quality
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "width": 128,
+        "depth": 6,
+        "steps": 600,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.99,
+        "held_out": 128,
+        "samples": 256,
+        "num_workers": 0,
+    },
+    "gpu": {
+        "width": 384,
+        "depth": 12,
+        "steps": 5000,
+        "batch_size": 64,
+        "learning_rate": 5e-4,
+        "ema_decay": 0.999,
+        "held_out": 500,
+        "samples": 2000,
+        "num_workers": 8,
+    },
+}
+RESOLUTION_PIXELS = {
+    "cpu": [128, 256, 512, 1024, 2048],
+    "cuda": [256, 512, 1024, 2048, 4096, 8192, 16384],
+}
+
+
+@dataclass
+class BlockBudgetOptions:
+    """What to profile.
+
+    Args:
+        device: cpu or cuda.
+        name: A model of the families gspn-dit and dit; by default gspn-dit-s-2 on the CPU, gspn-dit-xl-2 on a GPU.
+        step: forward, weights and map in `dtype`; or training: forward and backward, under autocast.
+        pixels: Side of the images.
+        batch: Images; by default 4 on the CPU, 64 on a GPU.
+        dtype: float32 or bfloat16; by default the latter where the device has instructions for it.
+        threads: Threads of the CPU.
+        out: Also write the tables to this Markdown file.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    name: str | None = None
+    step: Literal["forward", "training"] = "forward"
+    pixels: int = 256
+    batch: int | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    threads: int = 2
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        self.dtype = self.dtype or fast_dtype(self.device)
+        self.name = self.name or ("gspn-dit-s-2" if self.device == "cpu" else "gspn-dit-xl-2")
+        self.batch = (4 if self.device == "cpu" else 64) if self.batch is None else self.batch
+        for key in ("pixels", "batch", "threads"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+
+
+@dataclass
+class DepthwiseOptions:
+    """What to time.
+
+    Args:
+        device: cpu or cuda.
+        kernel_size: Side of the filter.
+        dtype: float32 or bfloat16; by default the latter where the device has instructions for it.
+        threads: Threads of the CPU.
+        out: Also write the table to this Markdown file.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    kernel_size: int = 3
+    dtype: Literal["float32", "bfloat16"] | None = None
+    threads: int = 2
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        self.dtype = self.dtype or fast_dtype(self.device)
+        require(self.threads >= 1, "threads", self.threads, "1 or more")
+
+
+@dataclass
+class HigherOptions:
+    """What to draw, and where the results go.
+
+    Args:
+        models: Runs, checkpoints, exported folders or packaged names, each perhaps with a label, LABEL=RUN;
+            random-gspn-dit and random-dit are models at random weights, for time and memory.
+        pixels: Sides of the images.
+        features: Which features the Fréchet distances are of, and so which real images they are to; null for none.
+        num_images: Images of every row.
+        guidance_scale: Classifier-free guidance; the models' own if not given.
+        num_inference_steps: Denoising steps; the models' own if not given.
+        shift: Whether rows with the noise shift are drawn.
+        chunk_scale: Whether rows with scaled chunks are drawn.
+        seed: Of the images and of where crops are taken.
+        device: cpu or cuda.
+        threads: Threads of the CPU.
+        images: Folder for the images.
+        time_budget: Seconds after which no row is begun and the one under way is given up.
+        out: Where the results go, without the .json, .md, .png and -images.png.
+    """
+
+    models: list[str] = field(default_factory=lambda: ["digits"])
+    pixels: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
+    features: Literal["inception", "digits", "photos"] | None = None
+    num_images: int = 200
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    shift: bool = True
+    chunk_scale: bool = True
+    seed: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1
+    images: str = "runs/higher"
+    time_budget: float = 3600.0
+    out: str = "benchmarks/results/higher"
+
+    def __post_init__(self) -> None:
+        for key in ("num_images", "threads", "time_budget"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(self.features is None or self.num_images >= 2, "num_images", self.num_images, "2 or more for distances")
+        require(len(self.sources) == len(self.models), "models", self.models, "labels that differ")
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Every model's path by its label."""
+        pairs = (model.rpartition("=")[::2] for model in self.models)
+        return {label or Path(source).name: source for label, source in pairs}
+
+
+@dataclass
+class OperatorOptions:
+    """How to time the operator.
+
+    Args:
+        repeats: Timed calls of each case, after one that is not timed; by default 7 on the CPU and 50 on a GPU.
+        out: Also write the tables to this Markdown file; on a GPU, to this folder.
+        device: cpu or cuda.
+    """
+
+    repeats: int | None = None
+    out: str | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+@dataclass
+class QualityOptions:
+    """What to train, and how.
+
+    Args:
+        out: The folder of results; run again with the same one to go on.
+        preset: Sizes for a CPU (width 128) or a GPU (the S size); the options that are null take theirs from it.
+        data: Data sets: `digits`, `photos`, `reach-32`, `reach-64`.
+        models: Families, each with options after a plus, if any.
+        seeds: How many seeds, 0, 1, …
+        time_budget: Seconds after which to stop; the step or the evaluation that is under way is still finished.
+        width: Channels of a token, in every model.
+        depth: Blocks, in every model; the family `gspn`, which needs an odd number, takes one more than an even one.
+        steps: Optimiser steps.
+        batch_size: Images a step.
+        learning_rate: Peak of AdamW's learning rate, after a warm-up over 5% of the steps; then a cosine down to 0.
+        ema_decay: Decay of the averaged weights, which are what is evaluated.
+        mixed_precision: `auto` is bf16 where the device has instructions for it and `no`, float32, elsewhere.
+        held_out: Held-out images, each at ten times, of the held-out loss.
+        samples: Images drawn for the other figures.
+        inference_steps: Euler steps of a sample, without guidance.
+        num_workers: Processes that read data.
+        compile: Run the models through torch.compile.
+        device: `auto`, or a torch device.
+    """
+
+    out: str = "runs/quality"
+    preset: Literal["cpu", "gpu"] = "cpu"
+    data: list[str] = field(default_factory=lambda: list(DATA))
+    models: list[str] = field(
+        default_factory=lambda: [
+            "dit",
+            "gspn",
+            "gspn-dit",
+            "gspn-dit+mixer=attention",
+            "gspn-dit+mixer=linear",
+            "gspn-dit+mixer=conv",
+        ]
+    )
+    seeds: int = 3
+    time_budget: float | None = None
+    width: int | None = None
+    depth: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    ema_decay: float | None = None
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    held_out: int | None = None
+    samples: int | None = None
+    inference_steps: int = 50
+    num_workers: int | None = None
+    compile: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for key, value in PRESETS[self.preset].items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+        for key in ("seeds", "steps", "batch_size", "held_out", "inference_steps"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(self.samples >= 2, "samples", self.samples, "2 or more")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a number in [0, 1)")
+        for name in self.data:
+            require(name in DATA, "data", name, f"data sets out of {', '.join(DATA)}")
+
+
+@dataclass
+class ResolutionOptions:
+    """What to measure, and where the results go.
+
+    Args:
+        device: cpu or cuda.
+        size: Size of the models: s, b, l or xl; by default s on the CPU and xl on a GPU.
+        pixels: Sides of the images, multiples of 64, in the order in which they are measured.
+        dtypes: float32, bfloat16 or both, out of which every model gets its faster one; by default both on a CPU that
+            multiplies in bfloat16, float32 on another, bfloat16 on a GPU.
+        threads: Threads of the CPU.
+        repeats: Most timed calls of each measurement; at least 3, and none after 3 seconds.
+        time_budget: Seconds after which no measurement is begun and the one under way is given up.
+        out: Where the results go, without the .json, .md and .png; the default tells CPUs without AVX-512 apart.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    size: Literal["s", "b", "l", "xl"] | None = None
+    pixels: list[int] | None = None
+    dtypes: list[Literal["float32", "bfloat16"]] | None = None
+    threads: int = 2
+    repeats: int = 15
+    time_budget: float = 3600.0
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        self.size = self.size or ("s" if self.device == "cpu" else "xl")
+        self.pixels = self.pixels or RESOLUTION_PIXELS[self.device]
+        self.dtypes = self.dtypes or fast_dtypes(self.device)
+        if self.out is None:
+            from benchmarks.machine import results_name
+
+            self.out = f"benchmarks/results/resolution-{results_name(self.device)}"
+        for pixels in self.pixels:
+            require(pixels >= 64 and pixels % 64 == 0, "pixels", pixels, "multiples of 64")
+        for key in ("threads", "repeats", "time_budget"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+
+
+@dataclass
+class StoreOptions:
+    """How large the stores are.
+
+    Args:
+        images: Images of the store that is opened, of 4×4 latents.
+        compared_images: Images read from both kinds of storage, of 32×32 latents (ImageNet's at 256 px).
+        repeats: Timed passes of each kind, after its one pass over a cold cache.
+        workers: Reading processes.
+        folder: Where the data is made for the time being; the system's temporary folder if not given.
+        out: Also write the tables to this Markdown file.
+    """
+
+    images: int = 1_280_000
+    compared_images: int = 40_000
+    repeats: int = 5
+    workers: int = 4
+    folder: str | None = None
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("images", "compared_images", "repeats", "workers"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+
+
+def fast_dtype(device: str) -> str:
+    """bfloat16 where the device has instructions for it, else float32."""
+    import torch
+
+    from gspn_dit.precision import choose_precision
+
+    return str(choose_precision("auto", torch.device(device)).dtype).removeprefix("torch.")
+
+
+def fast_dtypes(device: str) -> list[str]:
+    """The dtypes worth trying on this machine."""
+    if device == "cuda":
+        return ["bfloat16"]
+    return ["bfloat16", "float32"] if fast_dtype(device) == "bfloat16" else ["float32"]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark that is run by its name.
+
+    Args:
+        options: The dataclass that its `main` takes.
+        asks: The question that it answers, for a person.
+    """
+
+    options: type
+    asks: str
+
+
+BENCHMARKS = {
+    "operator": Benchmark(
+        OperatorOptions, "How fast is `propagate` beside its reference, attention and memory's floor?"
+    ),
+    "block_budget": Benchmark(BlockBudgetOptions, "Where does the time of one block go?"),
+    "depthwise": Benchmark(DepthwiseOptions, "Which way to a block's depthwise convolution is fastest?"),
+    "resolution": Benchmark(ResolutionOptions, "How do time and memory of whole models grow with the image?"),
+    "higher": Benchmark(HigherOptions, "How good are images larger than the models were trained for, at what cost?"),
+    "quality": Benchmark(QualityOptions, "Which network learns most in the same number of steps?"),
+    "store": Benchmark(StoreOptions, "What does the latent store cost and gain at ImageNet's size?"),
+}
+
+
+def run(name: str) -> None:
+    """Run a benchmark by its name, with this process's command line."""
+    benchmark, module = BENCHMARKS[name], f"benchmarks.{name}"
+    command(f"{module}:main", benchmark.options, prog=f"python -m {module}", description=benchmark.asks)
