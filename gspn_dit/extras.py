@@ -9,7 +9,7 @@ from gspn_dit.errors import InputError
 # Modules that the code of an extra cannot do without; pyproject.toml has the packages that bring them.
 EXTRAS = {
     "train": ("accelerate", "docstring_parser", "jsonargparse", "matplotlib"),
-    "eval": ("docstring_parser", "jsonargparse", "scipy", "torch_fidelity"),
+    "eval": ("accelerate", "docstring_parser", "jsonargparse", "scipy", "torch_fidelity"),
     "demo": ("mlxtend", "skimage"),
 }
 

@@ -103,13 +103,13 @@ GROUPS = {
             "gspn_dit.evaluation.reference:main",
             ReferenceOptions,
             "Make a reference file: feature statistics of a data set, and some of its images.",
-            extras=("train", "eval"),
+            extras=("eval",),
         ),
         "evaluate": Verb(
             "gspn_dit.evaluation.evaluate:main",
             EvaluateOptions,
             "Score images: FID, sFID, Inception Score, precision, recall, class accuracy.",
-            extras=("train", "eval"),
+            extras=("eval",),
         ),
     },
     "Small models for trying things out": {
