@@ -11,11 +11,11 @@ export ACCELERATE_USE_CPU=true
 RUN=runs/quickstart
 rm -rf "$RUN"
 
-run python -m gspn_dit.ops
-run python -m gspn_dit.data.encode --data digits --vae digits --image-size 32 --out data/digits-latents --num-workers 0
-run python train_dit.py --config configs/digits.yaml --output-dir "$RUN"
-run python sample.py --model "$RUN" --num-images 500 --out "$RUN/samples-500/"
-run python fid/evaluate.py --samples "$RUN/samples-500" --reference digits --features digits --out "$RUN/metrics.json"
+run gspn-dit ops
+run gspn-dit encode --data digits --vae digits --image-size 32 --out data/digits-latents --num-workers 0
+run gspn-dit train --config configs/digits.yaml --output-dir "$RUN"
+run gspn-dit sample --model "$RUN" --num-images 500 --out "$RUN/samples-500/"
+run gspn-dit evaluate --samples "$RUN/samples-500" --reference digits --features digits --out "$RUN/metrics.json"
 
 cat <<END
 

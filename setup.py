@@ -36,7 +36,10 @@ class WithKernels(Distribution):
 setup(
     packages=[*find_packages(include=["gspn_dit*"]), "gspn_dit.csrc"],
     package_dir={"gspn_dit.csrc": "csrc"},
-    package_data={"gspn_dit": ["demo/weights/**/*", "_*.so"], "gspn_dit.csrc": ["*.h", "*.cpp", "*.cu"]},
+    package_data={
+        "gspn_dit": ["demo/weights/**/*", "_*.so"],
+        "gspn_dit.csrc": [f"**/*.{kind}" for kind in ("h", "cpp", "cu")],
+    },
     cmdclass={"build_py": BuildPy},
     distclass=WithKernels,
 )

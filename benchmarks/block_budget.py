@@ -89,8 +89,8 @@ def block_call(options: Options, compiled: bool) -> Callable[[], Tensor]:
         block.compile(dynamic=False)
     if not training:
         return torch.no_grad()(lambda: block(*inputs))
-    inputs = [value.detach().requires_grad_() for value in inputs]
-    wanted = [*inputs, *block.parameters()]
+    inputs = [value.detach().requires_grad_() if isinstance(value, Tensor) else value for value in inputs]
+    wanted = [*(value for value in inputs if isinstance(value, Tensor)), *block.parameters()]
     grad = torch.randn_like(inputs[0])
 
     def step() -> Tensor:

@@ -24,7 +24,7 @@ from benchmarks.machine import machine
 from benchmarks.result_files import write_report
 from benchmarks.tables import header, row
 from benchmarks.timing import steady_ms
-from gspn_dit.layers.blocks import DepthwiseConv
+from gspn_dit.layers.convolution import DepthwiseConv
 
 CALLS = 20
 PIXELS = (256, 1024)

@@ -155,7 +155,7 @@ for part in "${parts[@]}"; do
   begun=$SECONDS log=$out/$part.log
   echo "== $part of $revision, $(date -u +%FT%TZ)" >>"$log"
   if [ $built -eq 0 ]; then
-    if step build "$python" -m gspn_dit.ops --require cuda; then
+    if step build "$python" -m gspn_dit.ops --require native-cuda; then
       built=1
     else
       note "$part" "NOT RUN: without the kernels the reference would be measured" 0

@@ -44,8 +44,7 @@ from gspn_dit.evaluation.features import layer_widths, observe
 from gspn_dit.evaluation.image_sets import ImageSet, open_reference
 from gspn_dit.evaluation.metrics import frechet_distance
 from gspn_dit.evaluation.moments import Moments, Statistics
-from gspn_dit.inference.drawing import image_file
-from gspn_dit.layers.chunks import chunked_layers
+from gspn_dit.inference.sample_folder import image_file
 from gspn_dit.options import require
 from gspn_dit.storage.files import replacing
 from gspn_dit.storage.pictures import load_image
@@ -82,7 +81,7 @@ class Results:
             self.trained = height
             weights[label] = weights_sha256(pipe.transformer, pipe.vae)
             shifts = (None, "auto") if options.shift and objective_of(pipe.scheduler) == "flow" else (None,)
-            scales = (None, "auto") if options.chunk_scale and chunked_layers(pipe.transformer) else (None,)
+            scales = (None, "auto") if options.chunk_scale and pipe.transformer.has_chunks else (None,)
             self.switches[label] = list(product(shifts, scales))
         self.extractor = create_extractor(options.features, device=options.device) if options.features else None
         if self.extractor and self.extractor.image_size not in (None, self.trained):

@@ -18,10 +18,12 @@ from diffusers import AutoencoderKL
 
 from benchmarks.memory import peak_bytes
 from benchmarks.random_model import fill_zeros
+from gspn_dit.commands import SampleOptions
 from gspn_dit.diffusion import create_scheduler, image_generator
-from gspn_dit.inference.drawing import begin, image_file
-from gspn_dit.inference.pipeline import GSPNDiTPipeline, load_pipeline
-from gspn_dit.inference.sample import SampleOptions, batch_of, choose_labels, describe, resolve
+from gspn_dit.inference.loading import load_pipeline
+from gspn_dit.inference.pipeline import GSPNDiTPipeline
+from gspn_dit.inference.sample import choose_labels, default_batch_size, resolve_defaults, sampling_settings
+from gspn_dit.inference.sample_folder import begin, image_file
 from gspn_dit.models import create_model
 from gspn_dit.precision import choose_precision
 from gspn_dit.progress import progress
@@ -77,13 +79,14 @@ def draw(case: Case) -> None:
         out=f"{case.folder}/",
     )
     precision = choose_precision("no", torch.device(case.device))
-    choices, labels, folder = resolve(pipe, options, precision), choose_labels(pipe, options), Path(case.folder)
-    missing = begin(folder, describe(pipe, options, choices), labels)
+    choices, labels = resolve_defaults(pipe, options, precision), choose_labels(pipe, options)
+    folder = Path(case.folder)
+    missing = begin(folder, sampling_settings(pipe, options, choices), labels)
     record = folder / CALLS_FILE
     costs: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"calls": []}
     pipe = pipe.to(case.device)
     pipe.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None)
-    size = batch_of(pipe, choices)
+    size = default_batch_size(pipe, choices)
 
     def images_of(batch: list[int], **more: Any) -> list[torch.Tensor]:
         generators = [image_generator(case.seed, i) for i in batch]

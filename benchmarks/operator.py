@@ -20,12 +20,12 @@ import torch
 from benchmarks import operator_cpu, operator_cuda
 from benchmarks.machine import machine
 from benchmarks.result_files import write_report
-from gspn_dit.ops.backends import status
+from gspn_dit.ops.registry import find
 
 
 def main(options: Options) -> None:
     """Time the operator against its peers, in float32 on the CPU or by the list of cases for a GPU."""
-    available, detail = status(options.device)
+    available, detail = find(f"native-{options.device}").status()
     if not available:
         raise SystemExit(f"nothing to measure: {detail}")
     torch.manual_seed(0)

@@ -23,17 +23,20 @@ def operands(shape: tuple[int, ...]) -> list[torch.Tensor]:
     """
     b, h, w, c, g = shape
     if g < c:
-        gates, lam = torch.randn(b, h, w, g, 4, 3).permute(0, 1, 2, 4, 5, 3), torch.rand(b, h, w, g, 4).transpose(3, 4)
+        gates = torch.randn(b, h, w, g, 4, 3).permute(0, 1, 2, 4, 5, 3)
+        input_gate = torch.rand(b, h, w, g, 4).transpose(3, 4)
         rest = torch.rand(4, c), torch.randn(4, c)
     else:
-        gates, lam, rest = torch.randn(b, h, w, 4, 3, g), torch.rand(b, h, w, 4, g), (torch.rand(b, h, w, 4, g),)
-    return [tensor.requires_grad_() for tensor in (torch.randn(b, h, w, c), gates, lam, *rest)]
+        gates, input_gate, rest = torch.randn(b, h, w, 4, 3, g), torch.rand(b, h, w, 4, g), (torch.rand(b, h, w, 4, g),)
+    return [tensor.requires_grad_() for tensor in (torch.randn(b, h, w, c), gates, input_gate, *rest)]
 
 
-def scan(backend: str, x: torch.Tensor, gates: torch.Tensor, lam: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+def scan(
+    backend: str, x: torch.Tensor, gates: torch.Tensor, input_gate: torch.Tensor, *rest: torch.Tensor
+) -> torch.Tensor:
     """The operator on a set of operands."""
-    of_pixels = rest if len(rest) == 1 else (None, *rest)
-    return propagate(x, gates, lam, *of_pixels, backend=backend)
+    factors = {"decay": rest[0], "scale": rest[1]} if len(rest) == 2 else {"output_gate": rest[0]}
+    return propagate(x, gates, input_gate, **factors, backend=backend)
 
 
 def forward_and_backward(function: Callable, inputs: list[torch.Tensor], repeats: int) -> tuple[float, float]:
@@ -69,7 +72,7 @@ def shape_table(repeats: int) -> list[str]:
         b, h, w, c, g = shape
         inputs = operands(shape)
         qkv = [torch.randn(b, 6, h * w, c // 6, requires_grad=True) for _ in range(3)]
-        ours = forward_and_backward(partial(scan, "cpu"), inputs, repeats)
+        ours = forward_and_backward(partial(scan, "native-cpu"), inputs, repeats)
         # the slow peers: fewer repeats, still a median of at least three
         few = max(3, repeats // 2)
         reference = forward_and_backward(partial(scan, "reference"), inputs, few)
@@ -87,7 +90,7 @@ def scaling_table(repeats: int) -> list[str]:
     for shape in SCALING:
         inputs = operands(shape)
         with torch.no_grad():
-            ms = wall_ms(partial(scan, "cpu", *inputs), repeats)
+            ms = wall_ms(partial(scan, "native-cpu", *inputs), repeats)
         costs.append(1e6 * ms / (shape[1] * shape[2]))
         lines.append(row([f"{shape[1]}×{shape[2]}, C=384, G=6", f"{ms:.2f}", f"{costs[-1]:.0f}"]))
     return [*lines, "", f"slowest over fastest per pixel: {max(costs) / min(costs):.2f}"]

@@ -26,9 +26,9 @@ from benchmarks.result_files import origin, write_rows, write_text
 from benchmarks.revision import revision
 from benchmarks.tables import header, row
 from benchmarks.timing import device_ms, timed
-from gspn_dit.ops import propagate
+from gspn_dit.ops import Call, propagate
 from gspn_dit.ops.build import architectures, cuda_home
-from gspn_dit.ops.reference import propagate_reference
+from gspn_dit.ops.reference import DIRECTIONS, propagate_reference
 
 DEVICE = "cuda"
 FOUR = ("down", "up", "right", "left")
@@ -95,15 +95,15 @@ class Case:
         k, (x, *tensors) = len(self.directions), operands
         decay, scale = (tensors.pop(-2), tensors.pop(-1)) if self.factors else (None, None)
         if self.groups < self.channels:
-            gates, lam = tensors[0].split((3 * k, k), dim=-1)
-            tensors = [gates.unflatten(-1, (k, 3)).permute(0, 1, 2, 4, 5, 3), lam.permute(0, 1, 2, 4, 3)]
+            gates, input_gate = tensors[0].split((3 * k, k), dim=-1)
+            tensors = [gates.unflatten(-1, (k, 3)).permute(0, 1, 2, 4, 5, 3), input_gate.permute(0, 1, 2, 4, 3)]
         return x, *tensors, decay, scale
 
     def run(self, operands: list[Tensor], backend: str) -> Tensor:
         """The operator on a set of operands."""
-        x, gates, lam, decay, scale = self.arguments(operands)
+        *gated, decay, scale = self.arguments(operands)
         return propagate(
-            x, gates, lam, decay=decay, scale=scale, chunk=self.chunk, directions=self.directions, backend=backend
+            *gated, decay=decay, scale=scale, chunk=self.chunk, directions=self.directions, backend=backend
         )
 
     def train(self, operands: list[Tensor], grad: Tensor, backend: str) -> tuple[Tensor, ...]:
@@ -151,13 +151,14 @@ def errors(case: Case) -> dict[str, float]:
     factors = 2 if case.factors else 0  # they come last, and have no batch
     grad = torch.zeros_like(operands[0])
     grad[:1] = torch.randn_like(grad[:1])
-    y = case.run(operands, "cuda")
+    y = case.run(operands, "native-cuda")
     gots = [y.detach(), *(torch.autograd.grad(y, operands, grad) if case.trains else ())]
     of_an_image = len(operands) - factors
     exact = [tensor.detach()[: 1 if i < of_an_image else None].double() for i, tensor in enumerate(operands)]
     exact = [tensor.requires_grad_() for tensor in exact]
-    x, gates, lam, decay, scale = case.arguments(exact)
-    y = propagate_reference(x, gates, lam, None, decay, scale, case.chunk, case.directions)
+    *gated, decay, scale = case.arguments(exact)
+    directions = [list(DIRECTIONS).index(direction) for direction in case.directions]
+    y = propagate_reference(Call(*gated, None, decay, scale, case.chunk or 0, directions))
     wants = [y.detach(), *(torch.autograd.grad(y, exact, grad[:1].double()) if case.trains else ())]
     names = ["y", "x", *(["gates and λ"] if case.groups < case.channels else ["gates", "λ"]), "f", "s"]
     return {
@@ -183,7 +184,7 @@ def time_ours(case: Case, backend: str, repeats: int, trains: bool) -> dict[str,
     sets = input_sets(case.operands)
     with torch.no_grad():
         calls = [partial(case.run, operands, backend) for operands in sets]
-        graphs = backend == "cuda"  # the reference writes a mask from the host, which no capture permits
+        graphs = backend == "native-cuda"  # the reference writes a mask from the host, which no capture permits
         result = {"forward": asdict(timed(calls, repeats, graphs)), "peak_bytes": peak_bytes(DEVICE, calls[0])}
     if trains:
         grad = torch.randn_like(sets[0][0])
@@ -280,7 +281,7 @@ def measure(case: Case, bandwidth: float, per_line: PerLine, repeats: int) -> di
     }
     figures["errors"] = checked(case)
     torch.cuda.empty_cache()
-    figures["ours"] = time_ours(case, "cuda", repeats, case.trains)
+    figures["ours"] = time_ours(case, "native-cuda", repeats, case.trains)
     torch.cuda.empty_cache()
     figures["attention"] = time_attention(case, repeats)
     figures["per_line"] = attempt(lambda: per_line.time(case, repeats))

@@ -35,11 +35,11 @@ from benchmarks.quality_data import TASKS
 from benchmarks.quality_model import make_model
 from benchmarks.quality_report import write_report
 from gspn_dit.devices import choose_device
-from gspn_dit.ops.backends import kernel
+from gspn_dit.ops.registry import require_kernels
 from gspn_dit.precision import choose_precision
 from gspn_dit.storage.files import begin_or_continue
-from gspn_dit.training.processes import StopRequest
 from gspn_dit.training.step import NonFiniteLoss
+from gspn_dit.training.stop_request import StopRequest
 
 
 def settings(options: Options) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def main(options: Options) -> None:
     deadline = Deadline(options.time_budget)
     device = choose_device(options.device)
     options = replace(options, mixed_precision=choose_precision(options.mixed_precision, device).name)
-    kernel(device.type, device)  # raises where the reference operator would be timed for want of it
+    require_kernels(device)  # raises where the reference operator would be timed for want of it
     tasks = {name: TASKS[name]() for name in options.data}
     for task in tasks.values():
         for spec in options.models:

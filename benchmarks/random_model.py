@@ -10,7 +10,7 @@ from torch import nn
 from gspn_dit.diffusion import create_objective
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.ops.backends import kernel
+from gspn_dit.ops.registry import require_kernels
 
 
 def random_model(name: str, device: str, *, dtype: torch.dtype | None = None, **overrides: Any) -> LatentModel:
@@ -25,7 +25,7 @@ def random_model(name: str, device: str, *, dtype: torch.dtype | None = None, **
     Raises:
         InputError: Where the reference operator would be measured because the kernel is missing.
     """
-    kernel(device, torch.device(device))
+    require_kernels(torch.device(device))
     with torch.device(device):
         model = create_model(name, out_channels=create_objective("flow").out_channels(4), **overrides)
         fill_zeros(model)

@@ -87,13 +87,14 @@ def measure(case: Case) -> dict[str, Any]:
             backends = fused_attentions(case, model)
             stack.enter_context(sdpa_kernel(backends, set_priority=True))
             about["attention"] = ", else ".join(backend.name for backend in backends)
-        blocks, kinds = model.blocks, Counter(block_kind(block) for block in model.blocks)
-        one_of = {kind: next(block for block in blocks if block_kind(block) == kind) for kind in kinds}
+        blocks, chunks = model.blocks, model.chunks or (None,) * len(model.blocks)
+        kinds = Counter(map(block_kind, chunks))
+        one_of = {block_kind(chunk): ([block], (chunk,)) for block, chunk in zip(blocks, chunks, strict=True)}
         parts = {}
-        for kind, part in {"": [], **{kind: [block] for kind, block in one_of.items()}}.items():
-            model.blocks = nn.ModuleList(part)
+        for kind, (part, chunks_of_part) in {"": ([], ()), **one_of}.items():
+            model.blocks, model.chunks = nn.ModuleList(part), chunks_of_part
             parts[kind] = timed(case, call_of(case, model), FEWEST)
-        model.blocks = blocks
+        model.blocks, model.chunks = blocks, chunks
         ends = parts.pop("")
         sums = {
             what: ends[what] + sum(count * (parts[kind][what] - ends[what]) for kind, count in kinds.items())
@@ -127,9 +128,8 @@ def model_of(case: Case) -> LatentModel:
     return model
 
 
-def block_kind(block: nn.Module) -> str:
+def block_kind(chunk: int | None) -> str:
     """What tells the blocks of a model apart in cost: the lines a scan runs over."""
-    chunk = getattr(getattr(block, "mixer", None), "chunk", None)
     return f"chunk {chunk or 'the map'}"
 
 

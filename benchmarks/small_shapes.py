@@ -21,14 +21,16 @@ def main() -> None:
     for b, h, w, c, g, chunk in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             shapes = (b, h, w, c), (b, h, w, g, 16), (b, h, w, g, 4)
-            x, head, out = (torch.randn(s, dtype=dtype, device="cuda", requires_grad=True) for s in shapes)
+            x, head, u = (torch.randn(s, dtype=dtype, device="cuda", requires_grad=True) for s in shapes)
             decay, scale = (torch.rand(4, c, device="cuda", requires_grad=True) for _ in range(2))
-            gates, lam = head.split((12, 4), dim=-1)  # as the models have them where G < C
-            gates, lam, u = gates.unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3), lam.mT, out.mT
+            gates, input_gate = head.split((12, 4), dim=-1)  # as the models have them where G < C
+            gates, input_gate = gates.unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3), input_gate.mT
+            output_gate = u.mT
             if g == c:
-                gates, lam, u = gates.contiguous(), lam.contiguous(), u.contiguous()
-            y = propagate(x, gates, lam, u, decay=decay, scale=scale, chunk=chunk, backend="cuda")
-            grads = torch.autograd.grad(y, (x, head, out, decay, scale), torch.randn_like(y))
+                gates, input_gate, output_gate = (t.contiguous() for t in (gates, input_gate, output_gate))
+            gated = x, gates, input_gate, output_gate
+            y = propagate(*gated, decay=decay, scale=scale, chunk=chunk, backend="native-cuda")
+            grads = torch.autograd.grad(y, (x, head, u, decay, scale), torch.randn_like(y))
             torch.cuda.synchronize()
             assert all(t.isfinite().all() for t in (y, *grads))
             print(b, h, w, c, g, chunk, dtype, "done", flush=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gspn_dit.layers.blocks import DepthwiseConv
+from gspn_dit.layers.convolution import DepthwiseConv
 from gspn_dit.layers.mixers import NUM_DIRECTIONS, GSPNMixer, Mixer
 from gspn_dit.models import GSPNDiT
 from gspn_dit.models.latent_model import LatentModel

@@ -1,4 +1,4 @@
-// What both bindings hand to their kernels.
+// What both bindings share: the operators' signatures, and calls made of tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,6 +12,41 @@ namespace gspn {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+constexpr const char* kPropagate =
+    "propagate(Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay, Tensor? scale, int chunk,"
+    " int[] directions) -> Tensor";
+constexpr const char* kPropagateBackward =
+    "propagate_backward(Tensor grad, Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay,"
+    " Tensor? scale, int chunk, int[] directions) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+
+template <typename T>
+constexpr at::ScalarType kDtype = at::kFloat;
+template <>
+inline constexpr at::ScalarType kDtype<double> = at::kDouble;
+template <>
+inline constexpr at::ScalarType kDtype<BFloat16> = at::kBFloat16;
+template <>
+inline constexpr at::ScalarType kDtype<Float16> = at::kHalf;
+
+// The element types that a kernel takes, and their dtypes in words.
+template <typename... Elements>
+struct ElementTypes {
+  const char* words;
+
+  bool has(const at::Tensor& x) const { return ((x.scalar_type() == kDtype<Elements>) || ...); }
+
+  // Why a kernel does not take x.
+  std::string refusal(const at::Tensor& x) const {
+    return std::string("x has dtype ") + c10::toString(x.scalar_type()) + ": wanted " + words;
+  }
+  // Calls `run` with a value of the element type of x's dtype.
+  template <typename Run>
+  void with_element(const at::Tensor& x, Run run) const {
+    TORCH_CHECK(has(x), refusal(x));
+    ((x.scalar_type() == kDtype<Elements> ? run(Elements()) : void()), ...);
+  }
+};
+
 template <typename T>
 Strided<T> strided(const at::Tensor& tensor) {
   Strided<T> result{};
@@ -21,13 +56,7 @@ Strided<T> strided(const at::Tensor& tensor) {
   return result;
 }
 
-inline Problem problem(const at::Tensor& x, const at::Tensor& lam, int64_t chunk, at::IntArrayRef directions) {
-  Problem p{x.size(0), x.size(1), x.size(2), x.size(3), lam.size(4), chunk, int(directions.size()), {}};
-  for (size_t k = 0; k < directions.size(); ++k) p.directions[k] = int(directions[k]);
-  return p;
-}
-
-// f and s of a call, (K, C) or none, and their gradients: the kernels leave sums over parts of the sites.
+// f and s of a call, (K, C) or none, and their gradients: the kernels write sums over parts of the tokens.
 struct ChannelFactors {
   OptionalTensor decay, scale;
   at::Tensor contiguous[2], sums;  // sums: (2, rows, K, C)
@@ -36,7 +65,7 @@ struct ChannelFactors {
     if (decay) contiguous[0] = decay->contiguous();
     if (scale) contiguous[1] = scale->contiguous();
   }
-  // Room for sums, once it is known how many rows there are. Rows that no kernel writes count nothing.
+  // Allocates the sums, once it is known how many rows there are. Rows that no kernel writes stay 0.
   void make_sums(int64_t rows) {
     const at::Tensor& factor = contiguous[decay ? 0 : 1];
     if (factor.defined()) sums = at::zeros({2, rows, factor.size(0), factor.size(1)}, factor.options());
@@ -60,6 +89,46 @@ struct ChannelFactors {
     if (!factor) return x.new_empty({0});
     at::Tensor grad = at::empty_like(*factor);
     return at::sum_out(grad, sums[which], {0});
+  }
+};
+
+// The operands of a call.
+struct Operands {
+  const at::Tensor &x, &gates, &input_gate;
+  const at::Tensor output_gate;  // undefined for 1
+  int64_t chunk;
+  at::IntArrayRef directions;
+
+  Operands(const at::Tensor& x_, const at::Tensor& gates_, const at::Tensor& input_gate_,
+           const OptionalTensor& output_gate_, int64_t chunk_, at::IntArrayRef directions_)
+      : x(x_), gates(gates_), input_gate(input_gate_), output_gate(output_gate_.value_or(at::Tensor())), chunk(chunk_),
+        directions(directions_) {}
+
+  template <typename Call>
+  Call call() const {
+    using T = typename Call::Element;
+    Call call{};
+    call.problem = {x.size(0), x.size(1), x.size(2), x.size(3), input_gate.size(4), chunk, int(directions.size()), {}};
+    for (size_t k = 0; k < directions.size(); ++k) call.problem.directions[k] = int(directions[k]);
+    call.x = strided<const T>(x), call.gates = strided<const T>(gates);
+    call.input_gate = strided<const T>(input_gate), call.output_gate = strided<const T>(output_gate);
+    return call;
+  }
+};
+
+// The gradients of a call's operands, in the layouts of these. fresh(like) allocates one.
+struct Gradients {
+  at::Tensor x, gates, input_gate, output_gate;  // output_gate: empty where there is none
+
+  template <typename Fresh>
+  Gradients(const Operands& of, Fresh fresh)
+      : x(fresh(of.x)), gates(fresh(of.gates)), input_gate(fresh(of.input_gate)),
+        output_gate(of.output_gate.defined() ? fresh(of.output_gate) : of.x.new_empty({0})) {}
+
+  template <typename T>
+  void give_to(Backward<T>& call) const {
+    call.grad_x = strided<T>(x), call.grad_gates = strided<T>(gates);
+    call.grad_input_gate = strided<T>(input_gate), call.grad_output_gate = strided<T>(output_gate);
   }
 };
 

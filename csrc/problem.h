@@ -1,24 +1,46 @@
-// One call of `propagate`, as the bindings hand it to the kernels: sizes, and pointers with strides in elements.
+// One call of `propagate`, as the bindings pass it to the kernels: sizes, and pointers with strides in elements.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "inline.h"
+
 namespace gspn {
 
 struct Problem {
   int64_t batch, height, width, channels, groups;
-  int64_t chunk;  // 0: global
+  int64_t chunk;  // lines of a chunk; 0: the whole map is one
   int num_directions;
   int directions[4];  // gspn::Direction
 };
 
-// A tensor's data with the strides of its axes, in the order of `propagate`'s documentation.
+// A tensor's data and the strides of its axes, in the order of `propagate`'s documentation.
 template <typename T>
 struct Strided {
   T* data;
   int64_t stride[6];
 };
+
+// Where a tensor of x's shape, (B, H, W, C), holds a channel of a token: the offset in elements, and the address.
+template <typename T>
+GSPN_INLINE int64_t map_offset(const Strided<T>& t, int64_t b, int64_t row, int64_t column, int64_t channel) {
+  return b * t.stride[0] + row * t.stride[1] + column * t.stride[2] + channel * t.stride[3];
+}
+template <typename T>
+GSPN_INLINE T* map_at(const Strided<T>& t, int64_t b, int64_t row, int64_t column, int64_t channel) {
+  return t.data + map_offset(t, b, row, column, channel);
+}
+
+// Where a gate tensor holds direction k of a token's gates, for a group. group_axis: 4 for the input and the output
+// gate, (B, H, W, K, G); 5 for the logits, (B, H, W, K, 3, G), of which this is neighbour -1, with stride[4] to the
+// next one.
+template <typename T>
+GSPN_INLINE T* gate_at(const Strided<T>& t, int group_axis, int64_t b, int64_t row, int64_t column, int k,
+                       int64_t group) {
+  return t.data + b * t.stride[0] + row * t.stride[1] + column * t.stride[2] + k * t.stride[3] +
+         group * t.stride[group_axis];
+}
 
 // The element types of a call: float, double, or one of these as its 16 bits.
 struct BFloat16 {
@@ -28,7 +50,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// What sums are held in.
+// The type in which sums are held.
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -37,13 +59,13 @@ struct Forward {
   using Element = T;
   static constexpr bool kIsBackward = false;
   Problem problem;
-  Strided<const T> x;           // (B, H, W, C)
-  Strided<const T> gates;       // (B, H, W, K, 3, G)
-  Strided<const T> lam;         // (B, H, W, K, G)
-  Strided<const T> out;         // (B, H, W, K, G), or null data for 1
-  const Accumulator<T>* decay;  // (K, C), contiguous, or null for 1
-  const Accumulator<T>* scale;  // as decay
-  Strided<T> y;                 // (B, H, W, C)
+  Strided<const T> x;            // (B, H, W, C)
+  Strided<const T> gates;        // (B, H, W, K, 3, G): logits of the neighbours -1, 0, +1
+  Strided<const T> input_gate;   // (B, H, W, K, G): λ
+  Strided<const T> output_gate;  // (B, H, W, K, G): u, or null data for 1
+  const Accumulator<T>* decay;   // (K, C), contiguous: f, or null for 1
+  const Accumulator<T>* scale;   // as decay: s
+  Strided<T> y;                  // (B, H, W, C)
 };
 
 template <typename T>
@@ -51,10 +73,11 @@ struct Backward {
   using Element = T;
   static constexpr bool kIsBackward = true;
   Problem problem;
-  Strided<const T> x, gates, lam, out, grad_y;
+  Strided<const T> x, gates, input_gate, output_gate, grad_y;
   const Accumulator<T>*decay, *scale;
-  Strided<T> grad_x, grad_gates, grad_lam, grad_out;  // grad_out: null data where out is
-  // (rows, K, C): sums over parts of the sites, still to be added up over the rows; the kernels say how many rows.
+  Strided<T> grad_x, grad_gates, grad_input_gate;
+  Strided<T> grad_output_gate;  // null data where output_gate has none
+  // (rows, K, C): sums over parts of the tokens, whose rows the binding adds up; the kernels say how many rows.
   Accumulator<T>*grad_decay, *grad_scale;
 };
 

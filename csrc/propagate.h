@@ -1,26 +1,19 @@
 // The maths of GSPN propagation, once, for the CPU and the CUDA kernels. No torch header is needed here.
 //
 // One direction, line i, position j (GSPN, arXiv 2501.12381):
-//   h[i,j] = f (w-[i,j] h[i-1,j-1] + w0[i,j] h[i-1,j] + w+[i,j] h[i-1,j+1]) + λ[i,j] x[i,j],      y += s u[i,j] h[i,j]
-// with w = sigmoid(logits) divided by its sum over the neighbours inside the map; f and s are numbers a channel and direction.
+//   h[i,j] = f (w-[i,j] h[i-1,j-1] + w0[i,j] h[i-1,j] + w+[i,j] h[i-1,j+1]) + λ[i,j] x[i,j],    y += s u[i,j] h[i,j]
+// with x the values, y the result, h the hidden state, λ the input gate, u the output gate, and the weights w =
+// sigmoid(logits) divided by its sum over the neighbours inside the map. f (decay) and s (scale) are one number per
+// channel and direction.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define GSPN_INLINE __host__ __device__ __forceinline__
-#else
-#define GSPN_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace gspn {
-
-enum Direction : int { kDown = 0, kUp = 1, kRight = 2, kLeft = 3 };
-
-GSPN_INLINE bool lines_are_rows(int direction) { return direction == kDown || direction == kUp; }
-GSPN_INLINE bool far_end_first(int direction) { return direction == kUp || direction == kLeft; }
 
 // Of a NaN and a bound, the NaN: a run that diverges must show it.
 template <typename T>
@@ -52,7 +45,8 @@ GSPN_INLINE T exp_nonpositive(T x) {
   return __expf(x);
 #else
   x = maximum(x, T(-86.f));
-  const T shifted = x * T(1.44269504f) + T(12582912.f);  // 1.5 * 2^23: the fraction rounds away, n stays in the low bits
+  // + 1.5 * 2^23: the fraction rounds away, n stays in the low bits
+  const T shifted = x * T(1.44269504f) + T(12582912.f);
   const T n = shifted - T(12582912.f);
   const T r = (x - n * T(0.693359375f)) + n * T(2.12194440e-4f);
   T p = T(8.29765e-3f);  // the polynomial of degree 5 with the least relative error there, 8e-8
@@ -70,7 +64,7 @@ struct Weights {
   T minus, centre, plus;
 };
 
-// How far logits reach in `normalise`: below -kLow, σ(l) is e^l to the last bit; two e^kHigh may be multiplied.
+// Limits of `normalise`: below -kLow, σ(l) equals e^l to the last bit; two e^kHigh can be multiplied without overflow.
 template <typename T>
 struct Bounds {
   static constexpr float kLow = 20, kHigh = 42;
@@ -88,9 +82,9 @@ GSPN_INLINE T inverse_sigmoid(T l, T shift) {
 
 // Row-stochastic weights of three logits; has_minus and has_plus are 0 where the neighbour lies outside the map.
 //
-// The three are as the products of the other two's 1 / σ: one division. Where all logits lie far below 0, σ(l) is e^l, and
-// moving them up together changes nothing but that e^-l stays finite: weights are finite and sum to 1 for logits of any
-// size.
+// Each weight is proportional to the product of the other two's 1 / σ: one division instead of three. If all logits are
+// very negative, σ(l) ≈ e^l, so a common shift leaves the ratios unchanged and keeps e^-l finite. Weights are finite
+// and sum to 1 for logits of any size.
 template <typename T, typename Has>
 GSPN_INLINE Weights<T> normalise(T minus, T centre, T plus, Has has_minus, Has has_plus) {
   T largest = centre;
@@ -118,13 +112,13 @@ GSPN_INLINE Weights<T> normalise_backward(T minus, T centre, T plus, Weights<T> 
           one_minus_sigmoid(plus) * w.plus * (grad.plus - mean)};
 }
 
-// What one site takes from its three neighbours on the line before.
+// The weighted sum of a token's three neighbours on the line before.
 template <typename T>
 GSPN_INLINE T carried(Weights<T> w, T before_minus, T before_centre, T before_plus) {
   return w.minus * before_minus + w.centre * before_centre + w.plus * before_plus;
 }
 
-// One site of one line: what is left of that, and what the site itself drives in.
+// h of one token: that sum times f, plus the token's own input.
 template <typename T>
 GSPN_INLINE T advance(Weights<T> w, T before_minus, T before_centre, T before_plus, T decay, T driven) {
   return decay * carried(w, before_minus, before_centre, before_plus) + driven;

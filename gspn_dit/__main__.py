@@ -6,7 +6,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 
-from gspn_dit.commands import VERBS, run
+from gspn_dit.commands import GROUPS, VERBS, run
 from gspn_dit.errors import InputError
 from gspn_dit.options import fail
 
@@ -15,9 +15,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first word names with the options after it; without one, list them."""
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: gspn-dit COMMAND [--option value …]; gspn-dit COMMAND --help explains its options\n")
-        for each, verb in VERBS.items():
-            print(f"  {each:<12} {verb.help}")
+        print("usage: gspn-dit COMMAND [--option value …]; gspn-dit COMMAND --help explains its options")
+        for group, verbs in GROUPS.items():
+            print(f"\n{group}:")
+            for each, verb in verbs.items():
+                print(f"  {each:<12} {verb.help}")
     elif name in VERBS:
         run(name, argv=words)
     elif name.startswith("-"):

@@ -10,23 +10,23 @@ from typing import Any, Literal
 
 import yaml
 
-from gspn_dit.demo.packaged import absolute
-from gspn_dit.errors import check_guidance
+from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps
+from gspn_dit.data.sources import SOURCES, split_name
+from gspn_dit.evaluation.classifiers import check_features
 from gspn_dit.options import parse, require
 from gspn_dit.storage.files import replacing
-
-MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+from gspn_dit.storage.packaged import PACKAGED_MODELS, PACKAGED_VAES, absolute
 
 
 @dataclass
 class ModelConfig:
-    """Which network.
+    """Model: its name, sizes and first weights.
 
     Args:
-        name: `<family>-<size>-<patch>`; `python -m gspn_dit.models` lists them.
+        name: `<family>-<size>-<patch>`; `gspn-dit models` lists them.
         overrides: Constructor arguments to change, for example `{chunk: 4, global_layers: 2}`.
-        init_from: A run, a checkpoint or an exported folder whose averaged weights a new run begins with; null begins
-            anew.
+        init_from: A run, a checkpoint, an exported folder or a packaged model whose averaged weights a new run begins
+            with; if not given, weights are random.
     """
 
     name: str = "gspn-dit-xl-2"
@@ -34,20 +34,21 @@ class ModelConfig:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        _make_absolute(self, "init_from")
+        if self.init_from is not None:
+            self.init_from = absolute(self.init_from, PACKAGED_MODELS)
 
 
 @dataclass
 class DataConfig:
-    """What it learns from.
+    """Data: images or latents, and the VAE of the latents.
 
     Args:
-        source: `digits`, `photos`, a folder of `class/*.jpg`, or a store made by `python -m gspn_dit.data.encode`.
-        vae: `digits`, `photos`, a hub name or a local folder of a diffusers AutoencoderKL.
+        source: A named source (`digits`, `photos`), a folder of `class/*.jpg`, or a store made by `gspn-dit encode`.
+        vae: A packaged VAE (`digits`, `photos`), or a hub name or a local folder of a diffusers AutoencoderKL.
         image_size: Side of the square images in pixels.
         horizontal_flip: Mirror half of the images, at random.
         exif_orientation: Turn a folder's images as their EXIF orientation says; ADM, and so every published figure,
-            does not. A store has it as it was encoded.
+            does not. A store keeps what it was encoded with.
         num_workers: Processes that read data, per training process; 0 reads in the training process itself.
     """
 
@@ -61,15 +62,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.image_size >= 1, "data.image_size", self.image_size, "a positive number of pixels")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
-        _make_absolute(self, "source", "vae")
+        self.source, self.vae = absolute(self.source, SOURCES), absolute(self.vae, PACKAGED_VAES)
 
 
 @dataclass
 class DiffusionConfig:
-    """What is learned.
+    """Objective: what the model learns to predict, at which times, with or without labels.
 
     Args:
-        objective: `ddpm` (DiT's: noise and variance) or `flow` (SiT's: velocity).
+        objective: `ddpm` (noise and variance, as DiT) or `flow` (velocity, as SiT).
         time_sampling: For `flow`: `uniform` or `logit-normal` times.
         class_dropout: Share of labels replaced by the null class, for classifier-free guidance.
     """
@@ -84,23 +85,23 @@ class DiffusionConfig:
 
 @dataclass
 class TrainingConfig:
-    """How it learns.
+    """Training: steps, optimiser, averages, and what is written when.
 
     Args:
-        max_steps: Optimiser steps in all.
-        batch_size: Images a step over all processes and accumulation steps (the global batch).
-        gradient_accumulation_steps: Backward passes a step.
+        max_steps: Optimiser steps in total.
+        batch_size: Images per step over all processes and accumulation steps (the global batch).
+        gradient_accumulation_steps: Backward passes per step.
         learning_rate: Peak learning rate of AdamW.
         adam_beta1: AdamW's first beta.
         adam_beta2: AdamW's second beta.
         weight_decay: AdamW's decoupled weight decay.
         lr_schedule: After warm-up: `constant`, or `cosine` down to 0 at max_steps.
         warmup_steps: Steps over which the learning rate rises linearly from 0.
-        max_grad_norm: Clip the gradient's global norm to this; 0 leaves it.
-        ema_decay: Decay of the averaged weights that sampling uses.
+        max_grad_norm: Clip the gradient's global norm to this; 0 for no clipping.
+        ema_decay: Decay of the exponential moving average (EMA) of the weights, which sampling uses.
         posthoc_ema_every: Steps between snapshots of the power-function averages, from which
-            `python -m gspn_dit.training.posthoc_ema` makes an average of any width; 0 for none.
-        posthoc_ema_sigma_rels: Those averages' relative widths.
+            `gspn-dit posthoc-ema` makes an average of any width; 0 for none.
+        posthoc_ema_sigma_rels: Relative widths of those averages.
         mixed_precision: `auto` is bf16 where the device has instructions for it and float32 elsewhere; `no` is
             float32; or `bf16`, or `fp16`.
         gradient_checkpointing: Recompute blocks in the backward pass to save memory.
@@ -108,7 +109,7 @@ class TrainingConfig:
         log_every: Steps between lines in metrics.csv and the trackers.
         sample_every: Steps between sample grids; 0 for none.
         checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: How many of the newest checkpoints stay.
+        keep_checkpoints: How many of the newest checkpoints are kept.
         trackers: accelerate trackers, for example `[tensorboard]`.
     """
 
@@ -161,13 +162,13 @@ class TrainingConfig:
 
 @dataclass
 class SamplingConfig:
-    """How a run's sample grids are drawn, and sample.py's defaults for that run.
+    """Sampling: how a run's sample grids are drawn, and the defaults of `sample` for that run.
 
     Args:
-        sampler: For `ddpm`: `ddpm`, `ddim`, `dpm++`; for `flow`: `euler`, `heun`; null takes the objective's first.
+        sampler: For `ddpm`: `ddpm`, `ddim`, `dpm++`; for `flow`: `euler`, `heun`; if not given, the first of these.
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 is none.
-        guidance_interval: Share of the noise levels at which guidance acts, 0 the clean end and 1 pure noise.
+        guidance_interval: Range of noise levels at which guidance acts, from 0 (clean) to 1 (pure noise).
         num_images: Images in the training grid.
     """
 
@@ -178,33 +179,33 @@ class SamplingConfig:
     num_images: int = 16
 
     def __post_init__(self) -> None:
-        require(self.num_inference_steps >= 1, "sampling.num_inference_steps", self.num_inference_steps, "1 or more")
+        check_num_inference_steps(self.num_inference_steps, "sampling.")
         check_guidance(self.guidance_scale, self.guidance_interval, "sampling.")
         require(self.num_images >= 1, "sampling.num_images", self.num_images, "1 or more")
 
 
 @dataclass
 class EvaluationConfig:
-    """A quick score of the averaged weights now and then, into evaluation.csv and the trackers.
+    """Evaluation: a quick score of the averaged weights every so many steps, in evaluation.csv and the trackers.
 
-    It costs num_samples · sampling.num_inference_steps forwards, spread over the processes. It compares steps and runs
-    of this configuration with each other; scores for a paper are fid/evaluate.py's, on 50,000 images.
+    It costs num_samples · sampling.num_inference_steps forward passes, shared by the processes. Use it to compare steps
+    and runs of this configuration; scores for a paper come from `gspn-dit evaluate`, on 50,000 images.
 
     Args:
         every: Steps between evaluations; 0 for none.
-        num_samples: Images drawn, their classes in turn.
-        reference: What they are compared with: an npz of mu and sigma (`fid/reference.py` makes one, of any features);
-            or a folder, an npz of images or a named dataset, which are gone through at a run's first evaluation.
-        features: `inception`, or `digits` or `photos` for the packaged classifier of those.
-        weights: Weights file of the features; null takes the packaged ones, or torch-fidelity's download.
+        num_samples: Images that are drawn, of the classes in turn.
+        reference: What they are compared with: an npz of mu and sigma (`gspn-dit reference` makes one, of any
+            features); or a folder, an npz of images or a named source, which are read at a run's first evaluation.
+        features: `inception`, or the name of a classifier: `digits`, `photos`.
+        weights: Weights file of the features; if not given, the packaged one, or torch-fidelity's download.
         guidance_scale: Classifier-free guidance; 1 is none.
-        batch_size: Images at a time in each process.
+        batch_size: Images per forward pass in each process.
     """
 
     every: int = 0
     num_samples: int = 2000
     reference: str | None = None
-    features: Literal["inception", "digits", "photos"] = "inception"
+    features: str = "inception"
     weights: str | None = None
     guidance_scale: float = 1.0
     batch_size: int = 32
@@ -216,23 +217,27 @@ class EvaluationConfig:
         require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "1 or more")
         given = self.reference is not None or not self.every
         require(given, "evaluation.reference", self.reference, "images or statistics to compare with")
-        _make_absolute(self, "reference", "weights")
+        check_features("evaluation.features", self.features)
+        if self.reference is not None and split_name(self.reference) is None:
+            self.reference = absolute(self.reference)
+        if self.weights is not None:
+            self.weights = absolute(self.weights)
 
 
 @dataclass
 class Config:
-    """One run: everything that `train_dit.py` needs, written beside its checkpoints as config.yaml.
+    """Run: everything that `train` needs, written beside its checkpoints as config.yaml.
 
     Args:
         output_dir: The run's folder.
         resume: `auto` continues the run in output_dir from its newest checkpoint (or starts it); `no` starts it.
         seed: Seed of the weights, the data order and every random draw.
-        model: Which network.
-        data: What it learns from.
-        diffusion: What is learned.
-        training: How it learns.
-        sampling: How it is sampled.
-        evaluation: How it is scored on the way.
+        model: Name, sizes and first weights of the network.
+        data: Images or latents, and their VAE.
+        diffusion: The objective.
+        training: Steps, optimiser, averages, and what is written when.
+        sampling: How sample grids are drawn.
+        evaluation: The quick score.
     """
 
     output_dir: str = "runs/default"
@@ -258,13 +263,6 @@ class Config:
     def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
         """Read a YAML file, with `--key value` strings over it. Raises :class:`InputError`."""
         return parse(cls, ["--config", str(path), *overrides], exit_on_error=False)
-
-
-def _make_absolute(options: object, *keys: str) -> None:
-    """What is there by a relative path is found from any folder, and so is what a run's config.yaml names."""
-    for key in keys:
-        if (value := getattr(options, key)) is not None:
-            setattr(options, key, absolute(value))
 
 
 def _plain(value: Any) -> Any:

@@ -1,17 +1,12 @@
-"""Where tensors live, and which processes share the work."""
+"""Devices: the one that a name stands for, and how much memory it has."""
 
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from gspn_dit.errors import InputError
-
-_LONGEST_WAIT = timedelta(days=1)  # of a process that has done its share for the slowest one
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -30,20 +25,3 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def join_processes(device: str = "auto") -> tuple[PartialState, torch.device]:
-    """The processes that `accelerate launch` started, this one among them, and the device of this one.
-
-    A process that nothing launched is alone, on the device called so.
-
-    Raises :class:`InputError` for a device that is not there, or one device for several processes.
-    """
-    forced = device == "auto" and parse_flag_from_env("ACCELERATE_USE_CPU")  # accelerate launch --cpu
-    chosen = choose_device("cpu" if forced else device)
-    if "LOCAL_RANK" not in os.environ:
-        return PartialState(), chosen
-    if device not in ("auto", chosen.type):
-        raise InputError(f"device={device!r}: under accelerate launch each process has its own; leave it out")
-    processes = PartialState(cpu=chosen.type == "cpu", timeout=_LONGEST_WAIT)
-    return processes, processes.device

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
 
@@ -45,13 +45,9 @@ def is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_guidance(scale: object, interval: object, group: str = "") -> None:
-    """Raise :class:`InputError` for a guidance_scale or a guidance_interval, options of `group`, that cannot be."""
-    if not is_finite(scale) or scale < 1:
-        raise InputError(f"{group}guidance_scale={scale!r}: wanted 1 (none) or more")
-    pair = isinstance(interval, Sequence) and len(interval) == 2 and all(map(is_finite, interval))
-    if not pair or not 0 <= interval[0] < interval[1] <= 1:
-        raise InputError(f"{group}guidance_interval={interval!r}: wanted two numbers, 0 <= low < high <= 1")
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 _REMEDIES = {

@@ -23,9 +23,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import docstring_parser
 import yaml
-from jsonargparse import ArgumentParser
 
 from gspn_dit.errors import InputError, Stopped, machine_fault
 from gspn_dit.storage.files import is_stdout
@@ -232,6 +230,8 @@ def _required(options: type) -> set[str]:
 
 def _built(options: type[Options], given: list[_Given], kinds: dict[str, Any]) -> Options:
     """The options that were typed, each of its type. Raises :class:`InputError`."""
+    from jsonargparse import ArgumentParser  # of the extras: the library works without
+
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(options, nested_key=None)
     try:
@@ -277,6 +277,8 @@ def _explain(options: type, prog: str | None, description: str | None, positiona
 
 def _explain_group(page: argparse.ArgumentParser, options: type, prefix: str) -> None:
     """Add a dataclass's options to a page, those of the dataclasses in it after its own."""
+    import docstring_parser
+
     said = docstring_parser.parse(options.__doc__ or "")
     explained = {param.arg_name: " ".join((param.description or "").split()) for param in said.params}
     group, inner = page.add_argument_group((said.short_description or "options").rstrip(".")), []

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate.utils import gather_object
 
-from gspn_dit.config import MixedPrecision
+from gspn_dit.arguments import MixedPrecision
 from gspn_dit.errors import warn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +35,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of products and convolutions."""
+        """The dtype of products and convolutions."""
         return DTYPES.get(self.name, torch.float32)
 
     def say(self) -> None:
@@ -56,15 +55,6 @@ def choose_precision(asked: MixedPrecision, device: torch.device) -> Precision:
     native, reason = native_bfloat16(device)
     auto = "bf16" if native else "no"
     return Precision(asked, auto if asked == "auto" else asked, native, reason)
-
-
-def agreed_precision(asked: MixedPrecision, device: torch.device) -> Precision:
-    """What `asked` is for all processes of a launch: the first whose device lacks bfloat16 decides. All call this."""
-    everyone = gather_object([choose_precision(asked, device)])
-    lacking = [process for process, each in enumerate(everyone) if not each.native]
-    if not lacking or len(lacking) == len(everyone):
-        return everyone[0]
-    return replace(everyone[lacking[0]], reason=f"process {lacking[0]}: {everyone[lacking[0]].reason}")
 
 
 def native_bfloat16(device: torch.device) -> tuple[bool, str]:

@@ -10,18 +10,20 @@ _SUCCESSORS = {
     "gspn_dit.data.imagefolder": "gspn_dit.data.image_folder",
     "gspn_dit.data.latents": "gspn_dit.data.latent_store",
     "gspn_dit.data.vae": "gspn_dit.autoencoder.vae",
-    "gspn_dit.drawing": "gspn_dit.inference.drawing",
+    "gspn_dit.drawing": "gspn_dit.inference.sample_folder",
     "gspn_dit.export": "gspn_dit.inference.export; the command is `gspn-dit export`",
     "gspn_dit.fid": "gspn_dit.evaluation; the commands are `gspn-dit evaluate` and `gspn-dit reference`, and "
     "`gspn-dit classifier` trains a classifier",
     "gspn_dit.files": "gspn_dit.storage.files",
-    "gspn_dit.models.layers": "gspn_dit.layers.blocks",
+    "gspn_dit.models.layers": "gspn_dit.layers, a file for each kind of layer",
     "gspn_dit.models.mixers": "gspn_dit.layers.mixers",
     "gspn_dit.models.presets": "gspn_dit.models.registry",
+    "gspn_dit.ops.backends": "gspn_dit.ops.registry",
     "gspn_dit.pipeline": "gspn_dit.inference.pipeline; `from gspn_dit import GSPNDiTPipeline` finds it wherever it is",
+    "gspn_dit.runs": "gspn_dit.storage.run_folder",
     "gspn_dit.sample": "gspn_dit.inference.sample; the command is `gspn-dit sample`",
     "gspn_dit.training.small_vae": "gspn_dit.demo.small_vae; the command is `gspn-dit small-vae`",
-    "gspn_dit.weights": "gspn_dit.demo.packaged",
+    "gspn_dit.weights": "gspn_dit.storage.packaged",
 }
 
 

@@ -54,7 +54,7 @@ def test_without_a_verb_each_is_explained_in_a_line(capsys):
     [
         (["sampel"], "'sampel': no such command; did you mean sample?"),
         (["small_vae"], "did you mean small-vae?"),
-        (["qqq"], "'qqq': no such command; wanted one of encode, train, "),
+        (["qqq"], "'qqq': no such command; wanted one of ops, models, budget, encode, train, "),
         (["--seed", "3"], "--seed: the command comes first"),
     ],
 )
@@ -90,8 +90,10 @@ print(sorted({"torch", "numpy", "diffusers", "transformers", "accelerate", "safe
     assert done.stdout.splitlines()[-1] == "[]"
     refusals = done.stderr.splitlines()
     assert len(refusals) == 4 * len(VERBS)
-    assert refusals[0] == "gspn-dit encode: error: --no-such-option: no such option; --help lists them"
-    assert refusals[2 * len(VERBS)] == refusals[0].replace("gspn-dit encode", "python -m gspn_dit.data.encode")
+    first, verb = next(iter(VERBS.items()))
+    module = verb.main.partition(":")[0].removesuffix(".__main__")
+    assert refusals[0] == f"gspn-dit {first}: error: --no-such-option: no such option; --help lists them"
+    assert refusals[2 * len(VERBS)] == refusals[0].replace(f"gspn-dit {first}", f"python -m {module}")
 
 
 @pytest.mark.parametrize("name", VERBS)

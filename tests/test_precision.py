@@ -5,20 +5,20 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from made.runs import make_run
+from made.runs import list_checkpoints, make_run
 from made.training import config, losses
 from PIL import Image
 
 from gspn_dit import precision
+from gspn_dit.commands import SampleOptions
 from gspn_dit.config import Config
 from gspn_dit.data import encode
 from gspn_dit.errors import InputError
-from gspn_dit.inference.drawing import begin
-from gspn_dit.inference.sample import SampleOptions
 from gspn_dit.inference.sample import main as sample
+from gspn_dit.inference.sample_folder import begin
 from gspn_dit.options import command, parse
-from gspn_dit.precision import agreed_precision, autocast, choose_precision
-from gspn_dit.training.checkpoints import list_checkpoints
+from gspn_dit.precision import autocast, choose_precision
+from gspn_dit.processes import agreed_precision
 from gspn_dit.training.loop import train
 
 CPU = torch.device("cpu")
@@ -126,7 +126,7 @@ def test_it_is_said_in_one_line(cpu, capsys, text, asked, out, err):
 )
 def test_processes_agree_on_what_all_their_devices_have(monkeypatch, natives, name, reason):
     everyone = [precision.Precision("auto", "bf16" if native else "no", native, "r") for native in natives]
-    monkeypatch.setattr(precision, "gather_object", lambda mine: everyone)
+    monkeypatch.setattr("gspn_dit.processes.gather_object", lambda mine: everyone)
     agreed = agreed_precision("auto", CPU)
     assert (agreed.name, agreed.reason) == (name, reason)
 

@@ -80,7 +80,7 @@ def warn_of_psnr(decibels: float) -> None:
     if decibels < LOW_PSNR:
         warn(
             f"this VAE gives these images back at {decibels:.1f} dB (PSNR), and latents of it cannot show them; take "
-            "another, or train one: `python -m gspn_dit.demo.small_vae --data FOLDER --image-size N --out VAE`"
+            "another, or train one: `gspn-dit small-vae --data FOLDER --image-size N --out VAE`"
         )
 
 

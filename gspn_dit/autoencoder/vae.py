@@ -17,8 +17,9 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gspn_dit.demo.packaged import PACKAGED, packaged
 from gspn_dit.errors import InputError, is_finite, warn
+from gspn_dit.registry import quoted
+from gspn_dit.storage.packaged import PACKAGED_VAES
 
 NORMALISATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 NOT_HEEDED = {"latents_mean": None, "latents_std": None}  # in runs and exports of before they were in a record
@@ -48,10 +49,10 @@ def load_vae(name_or_folder: str | os.PathLike) -> AutoencoderKL:
             one that :func:`check_vae` refuses.
     """
     name = str(name_or_folder)
-    source = packaged(name) / "vae" if name in PACKAGED else Path(name_or_folder)
+    source = PACKAGED_VAES.get(name, Path(name_or_folder))
     remedy = (
-        "give `digits`, `photos`, a folder with an AutoencoderKL's config.json and weights, or a hub name that can be "
-        "reached"
+        f"give {quoted(PACKAGED_VAES)}, a folder with an AutoencoderKL's config.json and weights, or a hub name that "
+        "can be reached"
     )
     options: dict[str, Any] = {}
     if source.is_dir():

@@ -9,6 +9,7 @@ _EXPORTS = {
     "how_to_encode": "gspn_dit.data.latent_store",
     "is_latent_store": "gspn_dit.data.latent_store",
     "open_images": "gspn_dit.data.sources",
+    "register_source": "gspn_dit.data.sources",
 }
 
 __all__ = list(_EXPORTS)

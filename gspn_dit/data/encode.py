@@ -38,13 +38,14 @@ from gspn_dit.data import open_images
 from gspn_dit.data.extras import Extra, Extras, bytes_per_image, check_extras, no_extras, to_json
 from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.latent_store import begun_with, some_moments, verify, write_manifest, write_shard
+from gspn_dit.data.sources import SOURCES
 from gspn_dit.data.workers import load
-from gspn_dit.demo.packaged import absolute
-from gspn_dit.devices import join_processes
 from gspn_dit.errors import InputError, renamed
-from gspn_dit.precision import agreed_precision, autocast
+from gspn_dit.precision import autocast
+from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import Bar, Lines, progress
 from gspn_dit.storage.files import begin_or_continue, check_place, write_json
+from gspn_dit.storage.packaged import PACKAGED_VAES, absolute
 
 MEASURED_LATENTS, MEASURED_IMAGES = 4096, 8  # for the manifest
 
@@ -93,14 +94,14 @@ def encode(options: Options, extras: Extras | None = None) -> None:
         raise InputError(f"image_size={options.image_size}: this VAE wants a multiple of {downsampling(vae)} pixels")
     precision = agreed_precision(options.mixed_precision, device)
     settings = {
-        "data": absolute(options.data),
+        "data": absolute(options.data, SOURCES),
         "split": options.split,
         "class_names": images.class_names,
         "source_images": len(images),
         "image_size": options.image_size,
         "flipped": options.horizontal_flip,
         "exif_orientation": options.exif_orientation or None,  # as in stores of before, which say nothing
-        "vae": absolute(options.vae),
+        "vae": absolute(options.vae, PACKAGED_VAES),
         "vae_sha256": vae_sha256(vae),
         **{key: getattr(vae.config, key) for key in NORMALISATION},
         "shard_size": options.shard_size,

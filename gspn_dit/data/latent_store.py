@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -282,6 +280,9 @@ def write_manifest(
     Raises:
         InputError: If no image could be read, or a shard is damaged.
     """
+    from accelerate import PartialState  # reading a store needs none of accelerate
+    from accelerate.utils import gather_object
+
     processes = PartialState()
     known = {} if rewritten is None else _known_checksums(folder, rewritten)
     mine = files[processes.process_index :: processes.num_processes]

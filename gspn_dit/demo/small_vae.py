@@ -30,7 +30,6 @@ from gspn_dit.autoencoder.vae import encode_moments
 from gspn_dit.data.image_folder import SUFFIXES, centre_crop, find_images, say_left_out, to_rgb
 from gspn_dit.demo.digits import IMAGE_SIZE, Digits
 from gspn_dit.demo.linear_start import start_linear
-from gspn_dit.demo.packaged import PACKAGED
 from gspn_dit.demo.photos import Photos
 from gspn_dit.errors import InputError, warn
 from gspn_dit.options import require
@@ -175,7 +174,7 @@ RECIPES = {
 
 def open_crops(data: str, image_size: int | None) -> DigitShifts | PhotoCrops:
     """What a VAE is trained on: `digits`, `photos` or a folder of images. Raises :class:`InputError`."""
-    if data in PACKAGED:
+    if data in RECIPES:
         return DigitShifts() if data == "digits" else PhotoCrops()
     require(Path(data).is_dir(), "data", data, "digits, photos or a folder of images that exists")
     require(image_size is not None, "image_size", None, "a multiple of 4 pixels from 16; a folder of images needs it")

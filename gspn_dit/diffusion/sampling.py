@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor, nn
 
+from gspn_dit.arguments import check_guidance, check_num_inference_steps
 from gspn_dit.diffusion.schedulers import SAMPLERS, objective_of
-from gspn_dit.errors import InputError, check_guidance
+from gspn_dit.errors import InputError
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -136,8 +136,7 @@ def check_steps(scheduler: SchedulerMixin, n: int) -> None:
     total = scheduler.config.num_train_timesteps
     least = 2 if isinstance(scheduler, DDPMScheduler) else 1  # its only step would be at t = 0, the clean end
     most = total - 1 if isinstance(scheduler, DPMSolverMultistepScheduler) else total  # its first two would coincide
-    if not isinstance(n, Integral) or not least <= n <= most:
-        raise InputError(f"num_inference_steps={n!r}: {type(scheduler).__name__} takes {least} to {most}")
+    check_num_inference_steps(n, least=least, most=most, who=type(scheduler).__name__)
     # DDIM takes whole strides of total // n between times that are total / n apart: what they differ by adds up.
     if isinstance(scheduler, DDIMScheduler) and total % n > 0.01 * total:
         near = min((m for m in range(1, total + 1) if total % m == 0), key=lambda m: abs(m - n))

@@ -32,7 +32,7 @@ from gspn_dit.evaluation.metrics import (
 )
 from gspn_dit.evaluation.moments import Moments, Statistics
 from gspn_dit.evaluation.precision_recall import NEIGHBOURS, Points, precision_recall
-from gspn_dit.evaluation.processes import ALONE, Processes, launched
+from gspn_dit.processes import ALONE, Processes, launched
 from gspn_dit.storage.files import check_place, is_stdout, replacing
 
 COSTLY_ORDER = 1.05  # times that the order of samples may lower a score without a word

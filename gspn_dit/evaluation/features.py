@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gspn_dit.evaluation.extractors import Extractor
 from gspn_dit.evaluation.image_sets import ImageSet
-from gspn_dit.evaluation.processes import ALONE, Processes
+from gspn_dit.processes import ALONE, Processes
 from gspn_dit.progress import progress
 
 BATCH_SIZE = 64

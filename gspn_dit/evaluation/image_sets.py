@@ -17,6 +17,7 @@ from torch import Tensor
 from gspn_dit.data import open_images
 from gspn_dit.data.image_folder import SUFFIXES, find_images, say_left_out, to_rgb
 from gspn_dit.data.images import ImageDataset
+from gspn_dit.data.sources import split_name
 from gspn_dit.errors import InputError
 from gspn_dit.evaluation.moments import Statistics
 from gspn_dit.evaluation.npz import members, read_images, read_notes, read_statistics
@@ -24,12 +25,6 @@ from gspn_dit.progress import progress
 
 LABELS_FILE = "labels.csv"
 WITH_SAMPLES = (LABELS_FILE, "settings.json")  # what sample.py writes beside its images
-NAMED = {
-    "digits": ("digits", "train"),
-    "digits:test": ("digits", "test"),
-    "photos": ("photos", "train"),
-    "photos:test": ("photos", "test"),
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class ReferenceStatistics:
 
     Args:
         source: The file.
-        features: What they are statistics of: `inception`, `digits` or `photos`.
+        features: What they are statistics of: `inception`, or the name of a classifier.
         pool: Of the features of FID.
         spatial: Of Inception's 2023 spatial features, if there are any.
         images: Those for precision and recall, if there are any.
@@ -115,21 +110,21 @@ def open_reference(source: str, image_size: tuple[int, int]) -> ImageSet | Refer
     """Open what samples are compared with: a folder, an npz batch, or a named dataset at the samples' size.
 
     An npz with `mu` and `sigma`, as ADM's reference batches have, is those statistics: ADM takes them over many more
-    images than the `arr_0` beside them, which is there for precision and recall. Names are `digits` and `photos` for
-    the training split, which FID compares with by custom, and `digits:test` and `photos:test` for the held-out one. A
+    images than the `arr_0` beside them, which is there for precision and recall. The name of a
+    source, `digits`, is its training split, which FID compares with by custom, and `digits:test` the held-out one. A
     folder of such a name is reached as `./digits`.
 
     Raises:
         InputError: As :func:`open_samples`; also for a named dataset if the samples are not square.
     """
-    if source not in NAMED:
+    if (named := split_name(source)) is None:
         return _open_statistics(Path(source)) or open_samples(source, "reference")
     if image_size[0] != image_size[1]:
         raise InputError(
             f"reference={source}: its images are square, the samples are {_size(image_size)}; "
             "wanted square samples, or a folder of references"
         )
-    name, split = NAMED[source]
+    name, split = named
     try:
         dataset = open_images(name, image_size[0], split=split)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""The figures: Fréchet distance, Inception Score, class accuracy; precision and recall are in `neighbours`."""
+"""The figures: Fréchet distance, Inception Score, class accuracy; precision and recall are in `precision_recall`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.linalg.lapack import dpstrf
 from torch import Tensor
-from torch_fidelity.defaults import DEFAULTS
 
 from gspn_dit.evaluation.moments import Statistics, float64_device
-from gspn_dit.evaluation.processes import Processes
+from gspn_dit.processes import Processes
 
 ADM_SPLIT = 5000
 
@@ -24,6 +22,8 @@ def frechet_distance(samples: Statistics, reference: Statistics) -> float:
     eigenvalues that are zero but for rounding, which the product's own eigenvalues would add. R is a Cholesky factor
     with pivots, of as many columns as the rank: a tenth of an eigendecomposition's time, and less for few images.
     """
+    from scipy.linalg.lapack import dpstrf  # of the extra `eval`: a run without scores needs none
+
     factor, pivots, rank, _ = dpstrf(samples.sigma, lower=1)
     root = np.tril(factor)[np.argsort(pivots), :rank]
     overlap = np.sqrt(np.linalg.eigvalsh(root.T @ reference.sigma @ root).clip(min=0)).sum()
@@ -105,6 +105,8 @@ def _score_of_labels(classes: Tensor) -> float:
 
 def torch_fidelity_splits(count: int) -> Tensor:
     """The splits of torch-fidelity: 10 of equal size, or as many as there are images, after a shuffle."""
+    from torch_fidelity.defaults import DEFAULTS
+
     splits = min(DEFAULTS["isc_splits"], count)
     ends = torch.arange(1, splits + 1) * count // splits
     shuffled = torch.from_numpy(np.random.RandomState(DEFAULTS["rng_seed"]).permutation(count))

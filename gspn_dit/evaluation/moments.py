@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspn_dit.evaluation.processes import Processes
+from gspn_dit.processes import Processes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ mu, sigma        (2048,), (2048, 2048)           pool features of the whole data
 mu_s, sigma_s    (2023,), (2023, 2023)           spatial features of the whole dataset, for sFID
 
 Ours say more in texts, which ADM's suite does not read: `class_names` (C,); and beside statistics `features`, what
-they are of (Inception's where it is missing; a classifier's are (64,), without mu_s), and its `weights_sha256`.
+they are of (Inception's where it is missing; a classifier's are of other widths, without mu_s), and its
+`weights_sha256`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gspn_dit.demo.classifier import CLASSIFIERS, NUM_FEATURES
 from gspn_dit.errors import InputError
+from gspn_dit.evaluation.classifiers import CLASSIFIERS, INCEPTION
 from gspn_dit.evaluation.moments import Statistics
 from gspn_dit.storage.pictures import save_npz
 
@@ -82,7 +83,7 @@ def read_notes(path: Path, argument: str) -> Notes:
             found[name] = arrays[name]
             if found[name].dtype.kind != "U" or found[name].ndim != dimensions:
                 raise InputError(f"{argument}={path}: {name} is {found[name].dtype} {found[name].shape}; wanted text")
-    known = ("inception", *CLASSIFIERS)
+    known = (INCEPTION, *CLASSIFIERS)
     if "features" in found and found["features"].item() not in known:
         raise InputError(f"{argument}={path}: of features={found['features']!s}; known are {', '.join(known)}")
     texts = {name: array.tolist() for name, array in found.items()}
@@ -100,7 +101,7 @@ def read_statistics(path: Path, argument: str, features: str) -> dict[str, Stati
     Raises:
         InputError: If it is no npz file, is damaged, or holds one array of a pair or another shape.
     """
-    widths = {("mu", "sigma"): NUM_FEATURES if features in CLASSIFIERS else POOL_FEATURES}
+    widths = {("mu", "sigma"): CLASSIFIERS.load(features).num_features if features in CLASSIFIERS else POOL_FEATURES}
     widths |= {("mu_s", "sigma_s"): SPATIAL_FEATURES}
     found = {}
     with _opened(path, argument) as arrays:

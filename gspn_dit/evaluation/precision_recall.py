@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gspn_dit.evaluation.processes import ALONE, Processes
+from gspn_dit.processes import ALONE, Processes
 from gspn_dit.progress import progress
 
 NEIGHBOURS = 3

@@ -21,15 +21,15 @@ from gspn_dit.autoencoder import decode, downsampling, load_vae, sample_posterio
 from gspn_dit.autoencoder.vae import vae_sha256
 from gspn_dit.data import LatentStore, is_latent_store, open_images
 from gspn_dit.data.latent_store import how_to_encode, is_unfinished_store
-from gspn_dit.demo.digits import IMAGE_SIZE as DIGITS_SIZE
+from gspn_dit.data.sources import only_size, split_name
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.evaluation.evaluate import check_images, statistics_of, warn_of_few
 from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.features import BATCH_SIZE, layer_widths
-from gspn_dit.evaluation.image_sets import NAMED, ImageSet, of_dataset, open_samples
+from gspn_dit.evaluation.image_sets import ImageSet, of_dataset, open_samples
 from gspn_dit.evaluation.npz import Notes, write_reference
-from gspn_dit.evaluation.processes import launched
 from gspn_dit.options import require
+from gspn_dit.processes import launched
 from gspn_dit.progress import progress
 from gspn_dit.storage.files import check_place
 
@@ -75,8 +75,8 @@ def open_data(options: Options, device: torch.device) -> ImageSet:
         raise InputError(f"vae={options.vae!r}: {options.data} is no latent store; leave vae out")
     if store:
         images = open_store(options, device)
-    elif options.data in NAMED:
-        images = _open_named(options)
+    elif (named := split_name(options.data)) is not None:
+        images = _open_named(options, *named)
     elif is_unfinished_store(options.data):
         raise InputError(f"data={options.data}: holds an unfinished latent store; {how_to_encode(options.data)}")
     elif options.image_size is not None:
@@ -144,8 +144,7 @@ def read_chosen(images: ImageSet, chosen: list[int]) -> Iterator[np.ndarray]:
             bar.update(len(batch))
 
 
-def _open_named(options: Options) -> ImageSet:
-    name, split = NAMED[options.data]
-    size = options.image_size or (DIGITS_SIZE if name == "digits" else None)
+def _open_named(options: Options, name: str, split: str) -> ImageSet:
+    size = options.image_size or only_size(name)
     require(size is not None, "image_size", size, f"a size in pixels: {name} have none of their own")
     return of_dataset(options.data, open_images(name, size, split=split))

@@ -1,32 +1,37 @@
-"""Turn a run into a saved diffusers pipeline: `python -m gspn_dit.inference.export RUN FOLDER`.
+"""What `gspn-dit export` does: a run becomes a folder that `GSPNDiTPipeline.from_pretrained` loads anywhere.
 
 The folder is a saved :class:`~gspn_dit.inference.pipeline.GSPNDiTPipeline`: averaged weights, VAE, scheduler, class
-names and the run's sampling defaults, with a model card and its grid of samples. `sample.py --model FOLDER` takes it,
-and `GSPNDiTPipeline.from_pretrained(FOLDER)`; diffusers' own `DiffusionPipeline` does not know the class.
+names and the run's sampling defaults, with a model card and its grid of samples. Wherever a model is named, the folder
+can be named; diffusers' own `DiffusionPipeline` does not know the class.
 """
 
 from __future__ import annotations
 
-from gspn_dit.commands import ExportOptions as Options
-from gspn_dit.commands import run
-
 if __name__ == "__main__":  # before the imports that take seconds
+    from gspn_dit.commands import run
+
     raise SystemExit(run("export", prog="python -m gspn_dit.inference.export"))
 
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gspn_dit.devices import choose_device
-from gspn_dit.inference.drawing import draw_grid
+from gspn_dit.inference.grid import draw_grid
+from gspn_dit.inference.loading import find_checkpoint, load_pipeline
 from gspn_dit.inference.model_card import GRID_FILE, model_card
-from gspn_dit.inference.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline
+from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.storage.files import new_folder, require_new
+from gspn_dit.storage.run_folder import Checkpoint
+
+if TYPE_CHECKING:
+    from gspn_dit.commands import ExportOptions
 
 GRID_IMAGES = 16
 
 
-def main(options: Options) -> None:
+def main(options: ExportOptions) -> None:
     """Write a run's newest checkpoint as a saved pipeline."""
     out = Path(options.out)
     require_new(out)
@@ -42,10 +47,10 @@ def main(options: Options) -> None:
     print(f"{options.model} as a pipeline: {out}")
 
 
-def save_samples(pipe: GSPNDiTPipeline, checkpoint: Path | None, path: Path) -> None:
+def save_samples(pipe: GSPNDiTPipeline, checkpoint: Checkpoint | None, path: Path) -> None:
     """The grid that training drew at a checkpoint, or one that is drawn now."""
-    drawn = checkpoint.parents[1] / "samples" / f"{checkpoint.name}.png" if checkpoint else None
-    if drawn and drawn.is_file():
+    run = checkpoint.run if checkpoint else None
+    if run and (drawn := run.samples(checkpoint.step)).is_file():
         shutil.copyfile(drawn, path)
         return
     pipe.set_progress_bar_config(desc=path.name, disable=None)

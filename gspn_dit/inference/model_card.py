@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gspn_dit.config import Config
 from gspn_dit.errors import InputError
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
-from gspn_dit.storage.runs import checkpoint_step, list_checkpoints
+from gspn_dit.inference.run_description import read_config
+from gspn_dit.storage.run_folder import Checkpoint
 
 GRID_FILE = "samples.png"
 SCORES = ("fid", "fd", "sfid", "inception_score", "classifier_score", "precision", "recall", "class_accuracy")
-# what a figure is read by, out of metrics.json
+# what the scores in metrics.json were computed with
 OF_THE_SCORES = (
     "features",
     "reference",
@@ -28,16 +28,16 @@ OF_THE_SCORES = (
 )
 
 
-def model_card(pipe: GSPNDiTPipeline, checkpoint: Path | None) -> str:
+def model_card(pipe: GSPNDiTPipeline, checkpoint: Checkpoint | None) -> str:
     """What the model is, how to use it, and how it was trained and scored, as Markdown.
 
     Args:
         pipe: What is exported.
         checkpoint: Where it comes from, in its run's folder; None if that is not known.
     """
-    config = Config.load(checkpoint / "config.yaml") if checkpoint else None
+    config = read_config(checkpoint.config) if checkpoint else None
     metrics = checkpoint_metrics(checkpoint) if checkpoint else {}
-    title = config.model.name if config else type(pipe.transformer).__name__
+    title = config["model"]["name"] if config else type(pipe.transformer).__name__
     front = {
         "library_name": "gspn-dit",  # diffusers alone does not know the pipeline's class
         "tags": ["image-generation", "class-conditional"],
@@ -58,23 +58,21 @@ def model_card(pipe: GSPNDiTPipeline, checkpoint: Path | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def checkpoint_metrics(checkpoint: Path) -> dict[str, float | str]:
+def checkpoint_metrics(checkpoint: Checkpoint) -> dict[str, float | str]:
     """The figures that a run's folder has of one of its checkpoints.
 
-    From metrics.csv and evaluation.csv the lines of its step; from metrics.json, as `fid/evaluate.py` writes it, all
+    From metrics.csv and evaluation.csv the lines of its step; from metrics.json, as an evaluation writes it, all
     numbers and what they are of, but only for the newest checkpoint, and not if the file is older than that.
     """
-    run = checkpoint.parents[1]
-    metrics: dict[str, Any] = {}
-    if checkpoint not in list_checkpoints(run):  # a copy of one, by itself
+    run, metrics = checkpoint.run, {}
+    if run is None:  # a copy of one, by itself
         return {}
-    step = checkpoint_step(checkpoint)
-    for name in ("metrics.csv", "evaluation.csv"):
-        for row in _rows(run / name):
-            if row.get("step") == str(step):
+    for table in (run.metrics, run.evaluation):
+        for row in _rows(table):
+            if row.get("step") == str(checkpoint.step):
                 metrics |= {("training_loss" if key == "loss" else key): _number(text) for key, text in row.items()}
-    evaluated, written = run / "metrics.json", (checkpoint / "metadata.json").stat().st_mtime
-    if checkpoint == list_checkpoints(run)[-1] and evaluated.is_file() and evaluated.stat().st_mtime >= written:
+    evaluated, written = run.scores, checkpoint.metadata.stat().st_mtime
+    if checkpoint == run.newest_checkpoint() and evaluated.is_file() and evaluated.stat().st_mtime >= written:
         try:
             metrics |= dict(json.loads(evaluated.read_text()))
         except (ValueError, TypeError) as error:
@@ -84,14 +82,12 @@ def checkpoint_metrics(checkpoint: Path) -> dict[str, float | str]:
     return figures | {key: _plain(metrics[key]) for key in OF_THE_SCORES if isinstance(metrics.get(key), str)}
 
 
-def portable(config: Config) -> dict[str, Any]:
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's configuration without this machine's paths: a local file or folder goes by its last name."""
-
-    values = dataclasses.asdict(config)
-    return _plain({key: value for key, value in values.items() if key not in ("output_dir", "resume")})
+    return _plain({key: value for key, value in config.items() if key not in ("output_dir", "resume")})
 
 
-def _summary(pipe: GSPNDiTPipeline, config: Config | None, checkpoint: Path | None) -> str:
+def _summary(pipe: GSPNDiTPipeline, config: Mapping[str, Any] | None, checkpoint: Checkpoint | None) -> str:
     names, transformer = pipe.config.class_names, pipe.transformer
     height, width = pipe.latent_size()
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
@@ -99,11 +95,11 @@ def _summary(pipe: GSPNDiTPipeline, config: Config | None, checkpoint: Path | No
     if names:
         classes += f" ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
     trained = ""
-    if config and checkpoint and (checkpoint / "metadata.json").is_file():
-        step = json.loads((checkpoint / "metadata.json").read_text())["step"]
+    if config and checkpoint and checkpoint.metadata.is_file():
+        step = checkpoint.read_metadata()["step"]
         trained = (
-            f" Trained with the {config.diffusion.objective} objective for {step:,} steps of "
-            f"{config.training.batch_size} images on `{portable(config)['data']['source']}`; averaged weights."
+            f" Trained with the {config['diffusion']['objective']} objective for {step:,} steps of "
+            f"{config['training']['batch_size']} images on `{portable(config)['data']['source']}`; averaged weights."
         )
     return (
         f"A class-conditional latent diffusion model: {type(transformer).__name__} of the package `gspn-dit`, "
@@ -124,7 +120,7 @@ images = pipe(
     class_labels={labels},  # ids or names
     guidance_scale={pipe.config.guidance_scale},
     num_inference_steps={pipe.config.num_inference_steps},
-    generator=[image_generator(0, i) for i in range(2)],  # images 0 and 1 of seed 0, as sample.py draws them
+    generator=[image_generator(0, i) for i in range(2)],  # images 0 and 1 of seed 0, as `gspn-dit sample` draws them
 ).images
 ```"""
 

@@ -1,52 +1,29 @@
-"""Class labels to images: the diffusers pipeline, and where it is loaded from."""
+"""Class labels to images: the diffusers pipeline. :mod:`gspn_dit.inference.loading` finds and loads one."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
-from gspn_dit.autoencoder import decode, load_vae
-from gspn_dit.autoencoder.tiling import decode_in_tiles
-from gspn_dit.autoencoder.vae import (
-    NOT_HEEDED,
-    adopt_normalisation,
-    check_vae,
-    downsampling,
-    normalisation,
-    vae_record,
-    vae_sha256,
-)
+from gspn_dit.arguments import MixedPrecision, check_guidance
+from gspn_dit.autoencoder import downsampling
+from gspn_dit.autoencoder.vae import check_vae
 from gspn_dit.conditioning import ClassLabels
-from gspn_dit.config import Config
-from gspn_dit.demo.packaged import PACKAGED, packaged
-from gspn_dit.devices import memory_of
-from gspn_dit.diffusion import create_scheduler, denoise
+from gspn_dit.diffusion import denoise
 from gspn_dit.diffusion.sampling import Generators
 from gspn_dit.diffusion.schedulers import own_shift, shifted
-from gspn_dit.errors import InputError, check_guidance, machine_fault, warn
-from gspn_dit.layers.chunks import chunked_layers, scaled_chunks
-from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.models.registry import FAMILIES
-from gspn_dit.precision import DTYPES, MixedPrecision, autocast, choose_precision
-from gspn_dit.storage.files import in_bytes
-from gspn_dit.storage.runs import list_checkpoints
+from gspn_dit.errors import InputError, is_finite
+from gspn_dit.inference.decoding import decode_images
+from gspn_dit.inference.memory import check_memory
+from gspn_dit.precision import autocast, choose_precision
 
-_PIXELS_A_DECODE = 2**20  # together; an image of more is decoded in tiles
-_LEAST_MAPS = 5  # of tokens at the peak of a forward: a few less than were measured (docs/resolution.md)
 _OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 
 
@@ -174,20 +151,21 @@ class GSPNDiTPipeline(DiffusionPipeline):
         shift, chunk_scale = self.size_switches(height, width, shift, chunk_scale)
         device = self._execution_device
         precision = choose_precision(mixed_precision, device).name
-        self.check_memory(shape, guidance_scale, precision, device)
+        check_memory(self, shape, guidance_scale, precision, device)
 
         def callback(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
             if callback_on_step_end is None:
                 return None
             return (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents")
 
-        with self._chunks(chunk_scale), autocast(device, precision):
+        with autocast(device, precision):
             latents = denoise(
                 self.transformer,
                 self.scheduler if shift is None else shifted(self.scheduler, shift),
                 randn_tensor(shape, generator=generator, device=device, dtype=torch.float32),
                 {name: tensor.to(device) for name, tensor in condition.items()},
                 null_condition={name: tensor.to(device) for name, tensor in null_condition.items()},
+                model_options=None if chunk_scale is None else {"chunk_scale": chunk_scale},
                 guidance_scale=guidance_scale,
                 guidance_interval=guidance_interval,
                 num_inference_steps=num_inference_steps,
@@ -195,7 +173,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 callback=callback,
                 progress=self.progress_bar,
             )
-        images = latents if output_type == "latent" else self._pictures(latents, output_type)
+        images = latents if output_type == "latent" else decode_images(self.vae, latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -225,21 +203,6 @@ class GSPNDiTPipeline(DiffusionPipeline):
         if scale > 1 and (dropout := self.config.class_dropout) in (0, 1):
             raise InputError(f"guidance_scale={scale!r}: {unguided(dropout)}; give 1")
         return scale, tuple(interval)
-
-    def check_memory(
-        self, shape: Sequence[int], guidance_scale: float, mixed_precision: str, device: torch.device
-    ) -> None:
-        """Raise :class:`InputError` for latents (B, C, h, w) that are more than a device could ever have memory for."""
-        transformer, factor = self.transformer, downsampling(self.vae)
-        batch, _, height, width = shape
-        tokens = batch * height * width // transformer.config.patch_size**2 * (2 if guidance_scale > 1 else 1)
-        value = 2 if mixed_precision in DTYPES else transformer.dtype.itemsize
-        needed, memory = _LEAST_MAPS * tokens * transformer.config.width * value, memory_of(device)
-        if needed > memory:
-            raise InputError(
-                f"height={height * factor}, width={width * factor}: {batch} at a time take over {in_bytes(needed)}, "
-                f"and the memory of {device} is {in_bytes(memory)}; draw fewer at a time, or smaller ones"
-            )
 
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Latent (h, w) of an image of height × width pixels; None is the size the model was made for.
@@ -280,171 +243,17 @@ class GSPNDiTPipeline(DiffusionPipeline):
         if shift == "auto":
             shift = own_shift(self.scheduler) * ratio
         if chunk_scale == "auto":
-            chunk_scale = ratio if chunked_layers(self.transformer) else None
+            chunk_scale = ratio if self.transformer.has_chunks else None
         if shift is not None:
             shifted(self.scheduler, shift)
-        with self._chunks(chunk_scale):  # raises what the call would
-            return shift, chunk_scale
-
-    def _chunks(self, scale: float | None) -> AbstractContextManager[None]:
-        return nullcontext() if scale is None else scaled_chunks(self.transformer, scale)
-
-    def _pictures(self, latents: Tensor, output_type: str) -> Any:
-        """Decoded images, a few at a time: the VAE's activations are far larger than the transformer's."""
-        pixels = latents.shape[2] * latents.shape[3] * downsampling(self.vae) ** 2
-        slices = latents.split(max(1, _PIXELS_A_DECODE // pixels))
-        decoded = decode_in_tiles if pixels > _PIXELS_A_DECODE else decode
-        images = torch.cat([decoded(self.vae, each) for each in slices])
-        if output_type == "uint8":
-            return images
-        if output_type == "pt":
-            return images.float().div_(255)
-        images = images.permute(0, 2, 3, 1).cpu().numpy()
-        return images / np.float32(255) if output_type == "np" else [Image.fromarray(image) for image in images]
-
-
-def pipeline_of(
-    config: Config, transformer: ModelMixin, vae: AutoencoderKL, class_names: list[str] | None
-) -> GSPNDiTPipeline:
-    """The pipeline of a run's model, with the run's sampler, guidance and steps as defaults."""
-    sampling = config.sampling
-    return GSPNDiTPipeline(
-        transformer,
-        vae,
-        create_scheduler(config.diffusion.objective, sampling.sampler),
-        class_names,
-        guidance_scale=sampling.guidance_scale,
-        guidance_interval=list(sampling.guidance_interval),
-        num_inference_steps=sampling.num_inference_steps,
-        class_dropout=config.diffusion.class_dropout,
-    )
+        if chunk_scale is not None:
+            if not is_finite(chunk_scale) or chunk_scale <= 0:
+                raise InputError(f"chunk_scale={chunk_scale!r}: wanted a positive number, or auto")
+            self.transformer.check_chunk_scale(chunk_scale)
+        return shift, chunk_scale
 
 
 def unguided(class_dropout: float) -> str:
     """Why a model that was trained with a class_dropout of 0 or 1 has no guidance."""
     unlearned = "the null class" if class_dropout == 0 else "any class but the null class"
     return f"trained with diffusion.class_dropout {class_dropout:g}, the model has not learned {unlearned}"
-
-
-def load_pipeline(path: str | os.PathLike, vae: str | None = None) -> GSPNDiTPipeline:
-    """The pipeline of a run (its newest checkpoint), of one checkpoint, of an exported folder, `digits` or `photos`.
-
-    A run's or checkpoint's comes with the averaged weights, and with the run's sampler, guidance and steps as defaults.
-
-    Args:
-        path: The folder, or a packaged model's name.
-        vae: Folder or hub name of a VAE in place of the model's own. A warning says where its weights are others.
-
-    Raises :class:`InputError` if there is none of these, or its files cannot be read.
-    """
-    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
-    given = None if vae is None else load_vae(vae)
-    with _reading(path):
-        if not (folder / "model_index.json").is_file():
-            return _load_checkpoint(_newest_checkpoint(folder), given, vae)
-        replaced = {}
-        if given is not None:
-            own = load_vae(folder / "vae")
-            replaced["vae"] = _fitted(given, vae, vae_record(str(path), own.config, own))
-        pipe = GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **replaced)
-        if "class_dropout" not in json.loads((folder / "model_index.json").read_text()):  # of before
-            adopt_normalisation(pipe.vae, normalisation(pipe.vae.config) | NOT_HEEDED, "this model")
-        return pipe
-
-
-def load_transformer(path: str | os.PathLike) -> LatentModel:
-    """The network alone of what :func:`load_pipeline` takes, which needs no VAE. Raises as that does."""
-    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
-    with _reading(path):
-        exported = (folder / "model_index.json").is_file()
-        return _load_transformer(folder / "transformer" if exported else _newest_checkpoint(folder) / "ema")
-
-
-def load_class_names(path: str | os.PathLike) -> list[str] | None:
-    """The names of its classes alone, if they have any. Raises as :func:`load_pipeline` does."""
-    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
-    with _reading(path):
-        if (folder / "model_index.json").is_file():
-            return json.loads((folder / "model_index.json").read_text()).get("class_names")
-        names = _newest_checkpoint(folder) / "class_names.json"
-        return json.loads(names.read_text()) if names.is_file() else None
-
-
-@contextmanager
-def _reading(path: str | os.PathLike) -> Iterator[None]:
-    """In the block, files that cannot be read are an InputError of the model at `path`."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"model={str(path)!r}: {error}") from error
-    except (OSError, ValueError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:  # damaged files
-        if machine_fault(error) is not None:
-            raise
-        reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
-        raise InputError(f"model={str(path)!r}: its files cannot be read ({reason}); make them again") from error
-
-
-def find_checkpoint(path: str | os.PathLike) -> Path | None:
-    """The checkpoint that :func:`load_pipeline` would take of a run or a checkpoint now; None for an exported folder.
-
-    A run in training goes on writing checkpoints: who loads twice finds it once. Raises :class:`InputError`.
-    """
-    folder = packaged(str(path)) if str(path) in PACKAGED else Path(path)
-    try:
-        return None if (folder / "model_index.json").is_file() else _newest_checkpoint(folder).resolve()
-    except InputError as error:
-        raise InputError(f"model={str(path)!r}: {error}") from error
-
-
-def _newest_checkpoint(folder: Path) -> Path:
-    """The folder itself if it is a checkpoint, else the newest checkpoint of the run it is."""
-    if folder.is_file():
-        raise InputError("is a file; wanted the folder of a run, a checkpoint or an exported pipeline")
-    if not folder.is_dir():
-        raise InputError(f"no such folder; wanted a run, a checkpoint, an exported pipeline or {' or '.join(PACKAGED)}")
-    if (folder / "ema").is_dir():
-        return folder
-    if not (folder / "checkpoints").is_dir() and not (folder / "config.yaml").is_file():
-        raise InputError(
-            "not a run (config.yaml, checkpoints/), a checkpoint (ema/) or an exported pipeline (model_index.json)"
-        )
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise InputError("the run has no checkpoint yet; it writes one every training.checkpoint_every steps")
-    return checkpoints[-1]
-
-
-def _load_transformer(folder: Path) -> LatentModel:
-    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-    family = next((family for family in FAMILIES.values() if family.__name__ == kind), None)
-    if family is None:
-        raise InputError(f"{folder / 'config.json'}: _class_name={kind!r} is no model of gspn_dit.models")
-    return family.from_pretrained(folder, use_safetensors=True)
-
-
-def _load_checkpoint(folder: Path, given: AutoencoderKL | None, name: str | None) -> GSPNDiTPipeline:
-    config = Config.load(folder / "config.yaml")
-    transformer = _load_transformer(folder / "ema")
-    metadata = folder / "metadata.json"
-    record = json.loads(metadata.read_text()).get("vae") if metadata.is_file() else None
-    if given is None:
-        name = config.data.vae
-        try:
-            given = load_vae(name)
-        except InputError as error:
-            raise InputError(f"the run's {error}; where it lies elsewhere now, name that with --vae") from error
-    if record is None:  # a run of before
-        record = vae_record(name, given.config, None) | NOT_HEEDED
-    names = folder / "class_names.json"
-    class_names = json.loads(names.read_text()) if names.is_file() else None
-    return pipeline_of(config, transformer, _fitted(given, name, record), class_names)
-
-
-def _fitted(vae: AutoencoderKL, name: str, record: dict[str, Any]) -> AutoencoderKL:
-    """A VAE that decodes as the one a model was trained with would, but for its weights, if they are others."""
-    if record["sha256"] is not None and (own := vae_sha256(vae)) != record["sha256"]:
-        decoder_alone = own["encoder"] == record["sha256"]["encoder"]
-        what = "its decoder is another than that" if decoder_alone else "its weights are not those"
-        warn(f"vae={name!r}: {what} of {record['name']!r}, which the model was trained with")
-    adopt_normalisation(vae, record, "this model")
-    return vae

@@ -1,15 +1,19 @@
-"""The command `python sample.py`: images from a trained model, as a grid, single files, or an npz batch.
+"""What `gspn-dit sample` does: images from a trained model, as single files, as one grid, or as an npz batch.
 
-`accelerate launch sample.py …` shares the images among its processes. They go to a folder one by one, so a run that was
-cut goes on where it was when the command is given again; a grid or an npz alone is put together from a hidden folder
-beside it, which then goes.
+The path of an image: :mod:`~gspn_dit.inference.loading` finds the model and makes the pipeline,
+:mod:`~gspn_dit.inference.sample_folder` shares the images among the processes of `accelerate launch` and calls the
+pipeline, :mod:`~gspn_dit.inference.pipeline` denoises latents and decodes them, and :mod:`gspn_dit.storage.pictures`
+writes the files.
+
+A grid or an npz is always put together from PNGs that were written first, to a hidden folder beside it if nobody asked
+for single files. So a command that was cut goes on with the images it has when it is given again.
 """
 
 from __future__ import annotations
 
-from gspn_dit.commands import SampleOptions, run
-
 if __name__ == "__main__":  # before the imports that take seconds
+    from gspn_dit.commands import run
+
     raise SystemExit(run("sample", prog="python -m gspn_dit.inference.sample"))
 
 import math
@@ -17,7 +21,7 @@ import sys
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,25 +30,31 @@ from diffusers.utils.logging import disable_progress_bar
 
 from gspn_dit.autoencoder import downsampling
 from gspn_dit.autoencoder.vae import weights_sha256
-from gspn_dit.devices import join_processes, memory_of
+from gspn_dit.devices import memory_of
 from gspn_dit.diffusion import create_scheduler, objective_of
 from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.errors import InputError
-from gspn_dit.inference.drawing import (
+from gspn_dit.inference.grid import captions
+from gspn_dit.inference.loading import find_checkpoint, load_pipeline
+from gspn_dit.inference.memory import check_memory
+from gspn_dit.inference.pipeline import GSPNDiTPipeline, unguided
+from gspn_dit.inference.sample_folder import (
     ABSENT,
     IGNORED,
     SETTINGS_FILE,
     begin,
-    captions,
     draw_missing,
     finished_images,
     image_file,
 )
-from gspn_dit.inference.pipeline import GSPNDiTPipeline, find_checkpoint, load_pipeline, unguided
-from gspn_dit.precision import Precision, agreed_precision
+from gspn_dit.precision import Precision
+from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import progress
 from gspn_dit.storage.files import LOCK_FILE, alone_in, check_begun, check_place, in_bytes, is_stream
 from gspn_dit.storage.pictures import load_image, save_grid, save_npz
+
+if TYPE_CHECKING:
+    from gspn_dit.commands import SampleOptions
 
 BATCH_SIZE = 16
 _LEAST_FILE = 4096  # bytes that an image takes on a disk: a block
@@ -61,28 +71,20 @@ def main(options: SampleOptions) -> None:
     if options.sampler is not None:
         pipe.scheduler = create_scheduler(objective_of(pipe.scheduler), options.sampler)
     precision = agreed_precision(options.mixed_precision, device)
-    choices = resolve(pipe, options, precision)
-    batch_size = min(options.num_images, options.batch_size or batch_of(pipe, choices))
-    latent_size = pipe.latent_size(choices["height"], choices["width"])
-    shape = (batch_size, pipe.transformer.config.in_channels, *latent_size)
-    pipe.check_memory(shape, choices["guidance_scale"], choices["mixed_precision"], device)
-    check_room(options, (choices["height"], choices["width"]))
+    call = resolve_defaults(pipe, options, precision)
+    batch_size = min(options.num_images, options.batch_size or default_batch_size(pipe, call))
+    shape = (batch_size, pipe.transformer.config.in_channels, *pipe.latent_size(call["height"], call["width"]))
+    check_memory(pipe, shape, call["guidance_scale"], call["mixed_precision"], device)
+    check_room(options, (call["height"], call["width"]))
     labels = choose_labels(pipe, options)
     missing: list[int] = []
     with ExitStack() as stack:
         if processes.is_main_process:
             if pipe.config.class_dropout in (0, 1):
                 print(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
-            for folder in output_folders(options).values():
-                if folder != options.folder:
-                    folder.mkdir(parents=True, exist_ok=True)
-            settings = describe(pipe, options, choices) | {"model": str(checkpoint or options.model)}
-            if options.single_files:  # before it waits for a stranger
-                check_begun(options.folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)
-            else:
-                stack.callback(remove_if_empty, options.folder)
-            stack.enter_context(alone_in(options.folder, partial(say_who, options.folder)))
-            missing = start(options, settings, labels, pipe.config.class_names)
+            settings = sampling_settings(pipe, options, call) | {"model": str(checkpoint or options.model)}
+            prepare_folders(options, settings, stack)
+            missing = begin_folder(options, settings, labels, pipe.config.class_names)
             precision.say()
         (missing,) = broadcast_object_list([missing])
         draw_missing(
@@ -93,7 +95,7 @@ def main(options: SampleOptions) -> None:
             processes,
             seed=options.seed,
             batch_size=batch_size,
-            **choices,
+            **call,
         )
         if processes.is_main_process:
             assemble(options, labels, pipe)
@@ -101,9 +103,30 @@ def main(options: SampleOptions) -> None:
     processes.destroy_process_group()
 
 
-def say_who(folder: Path, holder: str) -> None:
-    """Tell the person whom this process waits for."""
-    print(f"{holder} is drawing into {folder}; waiting for its end", file=sys.stderr)
+def resolve_defaults(pipe: GSPNDiTPipeline, options: SampleOptions, precision: Precision) -> dict[str, Any]:
+    """The arguments of the pipeline's call: the options, and the model's own defaults where an option is not given.
+
+    Raises :class:`InputError` for what cannot be.
+    """
+    own, factor = pipe.config, downsampling(pipe.vae)
+    height, width = (factor * side for side in pipe.latent_size(options.height, options.width))
+    scale, interval = pipe.guidance(options.guidance_scale, options.guidance_interval)
+    call = {
+        "guidance_scale": scale,
+        "guidance_interval": interval,
+        "num_inference_steps": options.num_inference_steps or own.num_inference_steps,
+        "height": height,
+        "width": width,
+        "mixed_precision": precision.name,
+    }
+    check_steps(pipe.scheduler, call["num_inference_steps"])
+    shift, chunk_scale = pipe.size_switches(height, width, options.shift, options.chunk_scale)
+    return call | {"shift": shift, "chunk_scale": chunk_scale}
+
+
+def default_batch_size(pipe: GSPNDiTPipeline, call: dict[str, Any]) -> int:
+    """Images at a time where nobody said how many: as many pixels at any size from the trained one up."""
+    return max(1, min(BATCH_SIZE, int(BATCH_SIZE / pipe.side_ratio(call["height"], call["width"]) ** 2)))
 
 
 def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
@@ -128,30 +151,7 @@ def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
     return [classes[int(draw * len(classes))] for draw in draws]
 
 
-def resolve(pipe: GSPNDiTPipeline, options: SampleOptions, precision: Precision) -> dict[str, Any]:
-    """The options of the pipeline's call, with its own defaults in their places. Raises :class:`InputError`."""
-    own, factor = pipe.config, downsampling(pipe.vae)
-    height, width = (factor * side for side in pipe.latent_size(options.height, options.width))
-    scale, interval = pipe.guidance(options.guidance_scale, options.guidance_interval)
-    choices = {
-        "guidance_scale": scale,
-        "guidance_interval": interval,
-        "num_inference_steps": options.num_inference_steps or own.num_inference_steps,
-        "height": height,
-        "width": width,
-        "mixed_precision": precision.name,
-    }
-    check_steps(pipe.scheduler, choices["num_inference_steps"])
-    shift, chunk_scale = pipe.size_switches(height, width, options.shift, options.chunk_scale)
-    return choices | {"shift": shift, "chunk_scale": chunk_scale}
-
-
-def batch_of(pipe: GSPNDiTPipeline, choices: dict[str, Any]) -> int:
-    """Images at a time where nobody said how many: as many pixels at any size from the trained one up."""
-    return max(1, min(BATCH_SIZE, int(BATCH_SIZE / pipe.side_ratio(choices["height"], choices["width"]) ** 2)))
-
-
-def describe(pipe: GSPNDiTPipeline, options: SampleOptions, choices: dict[str, Any]) -> dict[str, Any]:
+def sampling_settings(pipe: GSPNDiTPipeline, options: SampleOptions, call: dict[str, Any]) -> dict[str, Any]:
     """Everything that the images are a function of, for JSON; how many there are and who draws them is no part."""
     scheduler = {key: value for key, value in sorted(pipe.scheduler.config.items()) if not key.startswith("_")}
     return {
@@ -159,16 +159,39 @@ def describe(pipe: GSPNDiTPipeline, options: SampleOptions, choices: dict[str, A
         "seed": options.seed,
         "class_labels": options.class_labels,
         "labels": options.labels,
-        **choices,
+        **call,
         "sampler": type(pipe.scheduler).__name__,
         "scheduler": scheduler,
     }
 
 
-def start(
+def prepare_folders(options: SampleOptions, settings: dict[str, Any], stack: ExitStack) -> None:
+    """Make the outputs' folders, and lock the folder of images until the stack is left; another process is waited for.
+
+    Raises :class:`InputError` if a folder that was asked for was begun with other settings.
+    """
+    for folder in output_folders(options).values():
+        if folder != options.folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    if options.single_files:  # before it waits for another process
+        check_begun(options.folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)
+    else:
+        stack.callback(remove_if_empty, options.folder)
+    stack.enter_context(alone_in(options.folder, partial(say_who, options.folder)))
+
+
+def say_who(folder: Path, holder: str) -> None:
+    """Tell the person whom this process waits for."""
+    print(f"{holder} is drawing into {folder}; waiting for its end", file=sys.stderr)
+
+
+def begin_folder(
     options: SampleOptions, settings: dict[str, Any], labels: list[int], class_names: list[str] | None
 ) -> list[int]:
-    """Begin or continue the folder of images, alone in it; a hidden one that other settings left is begun anew."""
+    """Begin or continue the folder of images, locked before; a hidden one that other settings left is begun anew.
+
+    Returns the numbers of the images that are still to be drawn.
+    """
     try:
         return begin(options.folder, settings, labels, class_names)
     except InputError:

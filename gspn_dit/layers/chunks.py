@@ -1,38 +1,41 @@
-"""The chunks of a model's scans at sizes it was not trained at."""
+"""Chunks: which layers scan the map in chunks of lines, and how long chunks are at sizes other than trained.
+
+A chunk is an argument of a layer's forward: a number of lines, or None for a scan of the whole map.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from torch import nn
-
-from gspn_dit.errors import InputError, is_finite
-from gspn_dit.layers.mixers import GSPNMixer
-from gspn_dit.models.gspn import GSPNCore
+from gspn_dit.errors import InputError, is_whole
 
 
-def chunked_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model whose scans run over chunks of the map, not over all of it."""
-    return [layer for layer in model.modules() if isinstance(layer, GSPNMixer | GSPNCore) and layer.chunk is not None]
+def chunk_by_layer(chunk: int | None, global_layers: int | Sequence[int], depth: int) -> list[int | None]:
+    """The `chunk` that each of `depth` layers hands to :func:`gspn_dit.ops.propagate`; None is a global scan.
 
+    Args:
+        chunk: Lines that a local layer's scan runs over; None makes every layer global.
+        global_layers: How many of the last layers are global, or the indices of those that are (-1 is the last).
 
-@contextmanager
-def scaled_chunks(model: nn.Module, scale: float) -> Iterator[None]:
-    """In the block, chunks are `scale` times as long, rounded to whole lines; global layers stay global.
-
-    Raises :class:`InputError` if the scale is not positive or no layer of the model has a chunk.
+    Raises:
+        InputError: A chunk below 1, a count outside 0 … depth or an index outside the layers.
     """
-    layers = chunked_layers(model)
-    if not is_finite(scale) or scale <= 0:
-        raise InputError(f"chunk_scale={scale!r}: wanted a positive number, or auto")
-    if not layers:
-        raise InputError(f"chunk_scale={scale!r}: no layer of this {type(model).__name__} has a chunk; leave it out")
-    trained = [layer.chunk for layer in layers]
-    try:
-        for layer, chunk in zip(layers, trained, strict=True):
-            layer.chunk = max(1, round(chunk * scale))
-        yield
-    finally:
-        for layer, chunk in zip(layers, trained, strict=True):
-            layer.chunk = chunk
+    if chunk is not None and not (is_whole(chunk) and chunk >= 1):
+        raise InputError(f"chunk={chunk!r}: give a number of lines from 1, or None for global scans in every layer")
+    if is_whole(global_layers):
+        if not 0 <= global_layers <= depth:
+            raise InputError(f"global_layers={global_layers}: give a count from 0 to the {depth} layers there are")
+        chosen = set(range(depth - global_layers, depth))
+    else:
+        indices = isinstance(global_layers, Sequence)
+        if not indices or not all(is_whole(i) and -depth <= i < depth for i in global_layers):
+            raise InputError(
+                f"global_layers={global_layers!r}: give a count, or a list of indices of the layers 0 to {depth - 1}"
+            )
+        chosen = {i % depth for i in global_layers}
+    return [None if i in chosen else chunk for i in range(depth)]
+
+
+def scale_chunk(chunk: int | None, scale: float) -> int | None:
+    """A chunk `scale` times as long, rounded to whole lines, at least one; a global scan (None) stays global."""
+    return None if chunk is None else max(1, round(chunk * scale))

@@ -1,4 +1,4 @@
-"""What goes in: patches, times, labels and (for DiT) positions as vectors of the model's width."""
+"""Embeddings: patches, times, class labels and (for DiT) positions as vectors of the model's width."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
+
+from gspn_dit.errors import InputError
 
 
 class PatchEmbedding(nn.Module):
@@ -50,14 +52,29 @@ class TimestepEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """One learned vector a class and one more, the last, for "no class": (B,) long to (B, C)."""
+    """One learned vector per class and one more, the last, for "no class": (B,) long to (B, C).
+
+    Raises:
+        InputError: At the call, labels that are not ids, and on the CPU one that is no class. On a GPU, where reading
+            the labels would wait for all queued work, an assertion in the lookup fails instead.
+    """
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.embedding_table = nn.Embedding(num_classes + 1, width)
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def forward(self, class_labels: Tensor) -> Tensor:
+        if class_labels.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"class_labels of {class_labels.dtype}: give class ids, torch.long")
+        if class_labels.device.type == "cpu" and type(class_labels) is Tensor and not torch.compiler.is_compiling():
+            wrong = class_labels[(class_labels < 0) | (class_labels > self.num_classes)]
+            if len(wrong):
+                raise InputError(
+                    f"class_labels: {int(wrong[0])} is among them; give 0 to {self.num_classes - 1}, or "
+                    f"{self.num_classes} for no class"
+                )
         return self.embedding_table(class_labels)
 
 

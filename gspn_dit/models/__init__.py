@@ -1,13 +1,22 @@
-"""The networks: `dit` (the baseline), `gspn` (the paper's) and `gspn-dit` (ours), by name or by class."""
+"""The networks, by name or by class: `dit` (the baseline), `gspn` (the paper's) and `gspn-dit` (this project's).
+
+A family is a file here: its class, its sizes and how the class is registered. The rest is what families share:
+`latent_model` (their base), `registry` (names), `macs` (what a forward costs).
+"""
 
 from gspn_dit.exports import on_demand
 
-_EXPORTS = {
+# A family's class and the module that registers it, in the order of their names' list.
+FAMILIES = {
     "DiT": "gspn_dit.models.dit",
     "GSPN": "gspn_dit.models.gspn",
     "GSPNDiT": "gspn_dit.models.gspn_dit",
+}
+_EXPORTS = {
+    **FAMILIES,
     "create_model": "gspn_dit.models.registry",
     "list_models": "gspn_dit.models.registry",
+    "register_model": "gspn_dit.models.registry",
 }
 
 __all__ = list(_EXPORTS)

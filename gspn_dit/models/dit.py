@@ -5,30 +5,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
-from gspn_dit.layers.blocks import FeedForward, FinalLayer, LayerNorm, linear, modulate
-from gspn_dit.layers.embeddings import sincos_positions
-from gspn_dit.models.latent_model import LatentModel, require_count
+from gspn_dit.layers.embeddings import LabelEmbedding, TimestepEmbedding, sincos_positions
+from gspn_dit.layers.feed_forward import FeedForward
+from gspn_dit.layers.linear import linear
+from gspn_dit.layers.modulation import FinalLayer, modulate
+from gspn_dit.layers.norm import LayerNorm
+from gspn_dit.models.latent_model import LatentModel, check_one_each, require_count
+from gspn_dit.models.registry import register_model
+
+SIZES = {
+    "ti": {"width": 192, "depth": 6, "num_heads": 3},  # for small images: the digits
+    "s": {"width": 384, "depth": 12, "num_heads": 6},
+    "b": {"width": 768, "depth": 12, "num_heads": 12},
+    "l": {"width": 1024, "depth": 24, "num_heads": 16},
+    "xl": {"width": 1152, "depth": 28, "num_heads": 16},
+}
 
 
+@register_model("dit", SIZES)
 class DiT(LatentModel):
     """A transformer with adaLN-Zero conditioning, softmax attention and fixed sin-cos positions.
 
     Parameters are named as in the published checkpoints, so those load. Called as
-    model(latents (B, in_channels, h, w), timesteps (B,) in 0 … 1000, class_labels (B,)) → (B, out_channels, h, w),
-    for any h and w divisible by the patch: the position table is the model's own at the size it was made for and is
-    computed for the size at hand at any other.
+    model(latents (B, in_channels, h, w), timesteps (B,) in 0 … 1000, class_labels (B,)) → (B, out_channels, h, w), for
+    any h and w divisible by the patch: the position table is the model's own at the size it was made for and is
+    computed for the size at hand at any other. A chunk_scale other than 1 is refused: attention has no chunks.
 
     Args:
         width: Channels C of a token; a multiple of 4 and of num_heads.
         depth: Blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the feed-forward over C.
-        sample_size, patch_size, in_channels, out_channels, num_classes: As :class:`LatentModel`.
+        sample_size, patch_size, in_channels, out_channels: As :class:`LatentModel`.
+        num_classes: Classes, without the null class, whose id is `null_class` = num_classes.
 
     Raises:
         InputError: Sizes that do not divide; at the call, misshapen input.
@@ -53,6 +68,7 @@ class DiT(LatentModel):
         require_count("width", width)
         require_count("depth", depth)
         require_count("num_heads", num_heads)
+        require_count("num_classes", num_classes)
         if width % num_heads or width % 4:
             raise InputError(f"width={width!r}: give a multiple of num_heads={num_heads} and of 4")
         super().__init__(
@@ -61,15 +77,27 @@ class DiT(LatentModel):
             patch_size=patch_size,
             in_channels=in_channels,
             out_channels=out_channels,
-            num_classes=num_classes,
         )
+        self.null_class = num_classes
+        self.t_embedder = TimestepEmbedding(width)
+        self.y_embedder = LabelEmbedding(num_classes, width)
         self.grid = (self.sample_height // patch_size, self.sample_width // patch_size)
         positions = sincos_positions(*self.grid, width).flatten(1, 2)  # (1, N, C)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(width, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(width, self.patch_values)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def embed(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, H, W, C) and their condition (B, 1, 1, C). Raises :class:`InputError` on misshapen input."""
+        x = self.patchify(latents)
+        check_one_each(latents, timesteps=timesteps, class_labels=class_labels)
+        return x, (self.t_embedder(timesteps) + self.y_embedder(class_labels))[:, None, None]
+
+    def example_condition(self, batch: int) -> dict[str, Tensor]:
+        return {"class_labels": torch.zeros(batch, dtype=torch.long, device=self.device)}
+
+    def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor, chunk_scale: float = 1.0) -> Tensor:
+        self.check_chunk_scale(chunk_scale)  # refuses any but 1: attention has no chunks
         x, condition = self.embed(latents, timesteps, class_labels)
         x = x + self._positions(x)
         for block in self.blocks:
@@ -102,7 +130,7 @@ class DiTBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Softmax self-attention over all the sites of a map, (B, H, W, C) to (B, H, W, C)."""
+    """Softmax self-attention over all the tokens of a map, (B, H, W, C) to (B, H, W, C)."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()

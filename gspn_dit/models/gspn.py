@@ -10,21 +10,33 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from gspn_dit.errors import InputError
-from gspn_dit.layers.blocks import DepthwiseConv, FinalLayer, chunk_by_layer, is_whole, linear
-from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.ops import propagate
-from gspn_dit.ops.reference import DIRECTIONS
+from gspn_dit.errors import InputError, is_whole
+from gspn_dit.layers.chunks import chunk_by_layer
+from gspn_dit.layers.convolution import DepthwiseConv
+from gspn_dit.layers.embeddings import LabelEmbedding, TimestepEmbedding
+from gspn_dit.layers.gspn_core import GSPNCore
+from gspn_dit.layers.linear import linear
+from gspn_dit.layers.modulation import FinalLayer
+from gspn_dit.models.latent_model import LatentModel, check_one_each, require_count
+from gspn_dit.models.registry import register_model
 
-NUM_DIRECTIONS = len(DIRECTIONS)
+SIZES = {
+    "ti": {"width": 192, "depth": 7},  # for small images: the digits
+    "s": {"width": 368, "depth": 25},
+    "b": {"width": 900, "depth": 31},
+    "l": {"width": 1200, "depth": 57},
+    "xl": {"width": 1500, "depth": 57},
+}
 
 
+@register_model("gspn", SIZES)
 class GSPN(LatentModel):
     """The paper's network: line scans for attention, no positions, the condition added once at the input.
 
-    Called as model(latents (B, in_channels, h, w), timesteps (B,) in 0 … 1000, class_labels (B,)) →
-    (B, out_channels, h, w), for any h and w divisible by the patch. The first half of the blocks keep their outputs;
-    each block of the second half first joins its input with the kept output that mirrors it.
+    Called as model(latents (B, in_channels, h, w), timesteps (B,) in 0 … 1000, class_labels (B,), chunk_scale=1.0) →
+    (B, out_channels, h, w), for any h and w divisible by the patch. With a chunk_scale, chunks are that many times as
+    long. The outputs of the first half of the blocks are kept; each block of the second half first joins its input
+    with the kept output that mirrors it.
 
     Args:
         width: Channels C of a token.
@@ -32,7 +44,8 @@ class GSPN(LatentModel):
         chunk: Lines a local layer's scan runs over; None makes every layer global.
         global_layers: How many of the last blocks are global, or the indices of those that are.
         stochastic_depth: Chance that training skips the last block's branch; it rises linearly from 0 at the first.
-        sample_size, patch_size, in_channels, out_channels, num_classes: As :class:`LatentModel`.
+        sample_size, patch_size, in_channels, out_channels: As :class:`LatentModel`.
+        num_classes: Classes, without the null class, whose id is `null_class` = num_classes.
 
     Raises:
         InputError: Sizes that do not divide, an even depth; at the call, misshapen input.
@@ -59,32 +72,42 @@ class GSPN(LatentModel):
             raise InputError(f"depth={depth!r}: give an odd number from 3, for n in-blocks, a middle and n out-blocks")
         if not isinstance(stochastic_depth, int | float) or not 0 <= stochastic_depth < 1:
             raise InputError(f"stochastic_depth={stochastic_depth!r}: give a chance in [0, 1)")
+        require_count("num_classes", num_classes)
         super().__init__(
             width=width,
             sample_size=sample_size,
             patch_size=patch_size,
             in_channels=in_channels,
             out_channels=out_channels,
-            num_classes=num_classes,
         )
-        chunks = chunk_by_layer(chunk, global_layers, depth)
+        self.null_class = num_classes
+        self.t_embedder = TimestepEmbedding(width)
+        self.y_embedder = LabelEmbedding(num_classes, width)
+        self.chunks = tuple(chunk_by_layer(chunk, global_layers, depth))
         self.blocks = nn.ModuleList(
-            GSPNBlock(width, chunks[i], stochastic_depth * i / (depth - 1), joins=i > depth // 2) for i in range(depth)
+            GSPNBlock(width, stochastic_depth * i / (depth - 1), joins=i > depth // 2) for i in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         self.final_layer = FinalLayer(width, self.patch_values)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def embed(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, H, W, C) and their condition (B, 1, 1, C). Raises :class:`InputError` on misshapen input."""
+        x = self.patchify(latents)
+        check_one_each(latents, timesteps=timesteps, class_labels=class_labels)
+        return x, (self.t_embedder(timesteps) + self.y_embedder(class_labels))[:, None, None]
+
+    def example_condition(self, batch: int) -> dict[str, Tensor]:
+        return {"class_labels": torch.zeros(batch, dtype=torch.long, device=self.device)}
+
+    def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor, chunk_scale: float = 1.0) -> Tensor:
+        chunks = self.scaled_chunks(chunk_scale)
         x, condition = self.embed(latents, timesteps, class_labels)
         x = x + condition
-        half = len(self.blocks) // 2
-        kept = []
-        for block in self.blocks[:half]:
-            x = self.run(block, x)
-            kept.append(x)
-        x = self.run(self.blocks[half], x)
-        for block in self.blocks[half + 1 :]:
-            x = self.run(block, x, kept.pop())
+        half, kept = len(self.blocks) // 2, []
+        for i, (block, chunk) in enumerate(zip(self.blocks, chunks, strict=True)):
+            x = self.run(block, x, kept.pop() if i > half else None, chunk)
+            if i < half:
+                kept.append(x)
         return self.unpatchify(self.final_layer(self.norm(x), condition))
 
 
@@ -95,22 +118,22 @@ class GSPNBlock(nn.Module):
         joins: An out-block: its input is first joined with a kept map by Linear(2C → C).
     """
 
-    def __init__(self, width: int, chunk: int | None, drop_chance: float, joins: bool) -> None:
+    def __init__(self, width: int, drop_chance: float, joins: bool) -> None:
         super().__init__()
         self.drop_chance = drop_chance
         self.join = linear(2 * width, width) if joins else None
         self.norm = nn.LayerNorm(width)
         self.proj_in = linear(width, width, bias=False)
         self.conv_in = DepthwiseConv(width, 7)
-        self.core = GSPNCore(width, chunk)
+        self.core = GSPNCore(width)
         self.proj_core = linear(width, width, bias=False)
         self.conv_out = DepthwiseConv(width, 3, bias=False)
         self.proj_out = linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, kept: Tensor | None = None, chunk: int | None = None) -> Tensor:
         if self.join is not None:
             x = self.join(torch.cat([x, kept], dim=-1))
-        y = self.core(self.conv_in(self.proj_in(self.norm(x))))
+        y = self.core(self.conv_in(self.proj_in(self.norm(x))), chunk)
         y = self.conv_out(self.proj_core(y))
         return x + self._drop(self.proj_out(y * F.relu(y)))
 
@@ -120,36 +143,3 @@ class GSPNBlock(nn.Module):
             return branch
         keep = 1 - self.drop_chance
         return branch * branch.new_empty(len(branch), 1, 1, 1).bernoulli_(keep).div_(keep)
-
-
-class GSPNCore(nn.Module):
-    """Four scans with gates of their own for every channel, (B, H, W, C) to (B, H, W, C).
-
-    y = Σ_k s_k (u_k ⊙ h_k + D_k ⊙ x) over the directions k, where h_k is the scan of x and the gates' logits, λ, u and
-    D are linear in a proxy of C // 16 channels (arXiv 2501.12381).
-    """
-
-    def __init__(self, width: int, chunk: int | None) -> None:
-        super().__init__()
-        self.chunk = chunk
-        rank = max(width // 16, 1)
-        self.proxy = linear(width, rank, bias=False)
-        # Xavier's bound goes by the wide output, so λ, u and D start small and so does the block's branch. Variance
-        # preserving weights here, whose products are large and random, kept a small network from learning at all.
-        self.gates = linear(rank, NUM_DIRECTIONS * 3 * width, bias=False)
-        self.lam = linear(rank, NUM_DIRECTIONS * width, bias=False)
-        self.out = linear(rank, NUM_DIRECTIONS * width, bias=False)
-        self.skip = linear(rank, NUM_DIRECTIONS * width, bias=False)
-        self.merge = nn.Parameter(torch.ones(NUM_DIRECTIONS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        proxy = self.proxy(x)
-        # Channels come innermost from the linear layers: the logical shape is the memory order that coalesces.
-        gates = self.gates(proxy).unflatten(-1, (NUM_DIRECTIONS, 3, -1))
-        lam = self.lam(proxy).unflatten(-1, (NUM_DIRECTIONS, -1))
-        # s_k goes into the weights of u and D, which takes the sum over k of D out of the map altogether.
-        out_weight = self.out.weight.unflatten(0, (NUM_DIRECTIONS, -1)) * self.merge[:, None, None]
-        skip_weight = self.skip.weight.unflatten(0, (NUM_DIRECTIONS, -1)) * self.merge[:, None, None]
-        out = F.linear(proxy, out_weight.flatten(0, 1)).unflatten(-1, (NUM_DIRECTIONS, -1))
-        skip = F.linear(proxy, skip_weight.sum(0))
-        return propagate(x, gates.to(x.dtype), lam.to(x.dtype), out.to(x.dtype), chunk=self.chunk) + skip * x

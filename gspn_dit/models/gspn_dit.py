@@ -10,16 +10,32 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
-from gspn_dit.layers.blocks import FeedForward, LayerNorm, SquaredReLU, chunk_by_layer, linear, modulate
-from gspn_dit.layers.mixers import MIXERS
-from gspn_dit.models.latent_model import LatentModel, require_count
+from gspn_dit.layers.chunks import chunk_by_layer
+from gspn_dit.layers.embeddings import LabelEmbedding, TimestepEmbedding
+from gspn_dit.layers.feed_forward import FeedForward, SquaredReLU
+from gspn_dit.layers.linear import linear
+from gspn_dit.layers.mixers import MIXERS, Mixer, Projections
+from gspn_dit.layers.modulation import modulate
+from gspn_dit.layers.norm import LayerNorm
+from gspn_dit.models.latent_model import LatentModel, check_one_each, require_count
+from gspn_dit.models.registry import register_model
+
+SIZES = {
+    "ti": {"width": 192, "depth": 6, "num_groups": 3},  # for small images: the digits
+    "s": {"width": 384, "depth": 12, "num_groups": 6},
+    "b": {"width": 768, "depth": 12, "num_groups": 12},
+    "l": {"width": 1024, "depth": 24, "num_groups": 16},
+    "xl": {"width": 1152, "depth": 28, "num_groups": 18},
+}
 
 
+@register_model("gspn-dit", SIZES)
 class GSPNDiT(LatentModel):
     """DiT's width, depth and adaLN-Zero with line scans for attention; no positions, so any map at any time.
 
-    Called as model(latents (B, in_channels, h, w), timesteps (B,) in 0 … 1000, class_labels (B,)) →
-    (B, out_channels, h, w), for any h and w divisible by the patch.
+    Called as model(latents (B, in_channels, h, w), timesteps (B,) in 0 … 1000, class_labels (B,), chunk_scale=1.0) →
+    (B, out_channels, h, w), for any h and w divisible by the patch. With a chunk_scale, chunks are that many times as
+    long.
 
     Args:
         width: Channels C of a token.
@@ -32,9 +48,10 @@ class GSPNDiT(LatentModel):
             pixel image (8× VAE, patch 2) and bounds a scan to 32 sequential steps on any larger one. Samples of a
             model trained on maps larger than its chunk show the chunks' borders (docs/ablations.md).
         global_layers: How many of the last blocks are global, or the indices of those that are.
-        mixer: What sites meet in: `gspn`, the scans; or for comparison, inside the same block, softmax `attention`,
-            `linear` attention or a depthwise `conv` (:mod:`gspn_dit.layers.mixers`), which have no use for a chunk.
-        sample_size, patch_size, in_channels, out_channels, num_classes: As :class:`LatentModel`.
+        mixer: How tokens exchange information: `gspn`, the scans; or for comparison, inside the same block, softmax
+            `attention`, `linear` attention or a depthwise `conv` (:mod:`gspn_dit.layers.mixers`), which have no chunk.
+        sample_size, patch_size, in_channels, out_channels: As :class:`LatentModel`.
+        num_classes: Classes, without the null class, whose id is `null_class` = num_classes.
 
     Raises:
         InputError: Sizes that do not divide; at the call, misshapen input.
@@ -63,8 +80,7 @@ class GSPNDiT(LatentModel):
         require_count("width", width)
         require_count("depth", depth)
         require_count("num_groups", num_groups)
-        if width % num_groups:
-            raise InputError(f"num_groups={num_groups}: give a divisor of width={width}")
+        require_count("num_classes", num_classes)
         if mixer not in MIXERS:
             raise InputError(f"mixer={mixer!r}: give one of {', '.join(MIXERS)}")
         super().__init__(
@@ -73,25 +89,39 @@ class GSPNDiT(LatentModel):
             patch_size=patch_size,
             in_channels=in_channels,
             out_channels=out_channels,
-            num_classes=num_classes,
         )
-        # 0.02, as DiT has it, is heard late through modulation that is mostly shared (docs/ablations.md, section 4)
+        self.null_class = num_classes
+        self.t_embedder = TimestepEmbedding(width)
+        self.y_embedder = LabelEmbedding(num_classes, width)
+        # DiT's 0.02 takes long to show through modulation that is mostly shared (docs/ablations.md, section 4)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=1.0)
         rank = max(width // 4, 1)
         self.modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
         self.block_condition = nn.Sequential(nn.SiLU(), linear(width, rank))
+        chunks = chunk_by_layer(chunk, global_layers, depth)
+        self.chunks = tuple(chunks if MIXERS[mixer].scans else [None] * depth)
         self.blocks = nn.ModuleList(
-            GSPNDiTBlock(width, rank, mlp_ratio, MIXERS[mixer](width, num_groups, conv_kernel, layer_chunk))
-            for layer_chunk in chunk_by_layer(chunk, global_layers, depth)
+            GSPNDiTBlock(width, rank, mlp_ratio, MIXERS[mixer](width, num_groups, Projections(conv_kernel)))
+            for _ in range(depth)
         )
         self.final_layer = SharedFinalLayer(width, self.patch_values)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def embed(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, H, W, C) and their condition (B, 1, 1, C). Raises :class:`InputError` on misshapen input."""
+        x = self.patchify(latents)
+        check_one_each(latents, timesteps=timesteps, class_labels=class_labels)
+        return x, (self.t_embedder(timesteps) + self.y_embedder(class_labels))[:, None, None]
+
+    def example_condition(self, batch: int) -> dict[str, Tensor]:
+        return {"class_labels": torch.zeros(batch, dtype=torch.long, device=self.device)}
+
+    def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor, chunk_scale: float = 1.0) -> Tensor:
+        chunks = self.scaled_chunks(chunk_scale)
         x, condition = self.embed(latents, timesteps, class_labels)
         modulation = self.modulation(condition)  # (B, 1, 1, 6, C)
         block_condition = self.block_condition(condition)  # (B, 1, 1, C // 4)
-        for block in self.blocks:
-            x = self.run(block, x, modulation, block_condition)
+        for block, chunk in zip(self.blocks, chunks, strict=True):
+            x = self.run(block, x, modulation, block_condition, chunk)
         return self.unpatchify(self.final_layer(x, modulation))
 
 
@@ -102,7 +132,7 @@ class GSPNDiTBlock(nn.Module):
     C / 4: 1.5C² parameters, where DiT has 6C² in every block. Both start at zero: the block is the identity.
     """
 
-    def __init__(self, width: int, rank: int, mlp_ratio: float, mixer: nn.Module) -> None:
+    def __init__(self, width: int, rank: int, mlp_ratio: float, mixer: Mixer) -> None:
         super().__init__()
         self.norm1 = LayerNorm(width)
         self.mixer = mixer
@@ -110,10 +140,10 @@ class GSPNDiTBlock(nn.Module):
         self.mlp = FeedForward(width, mlp_ratio, SquaredReLU())
         self.modulation = nn.Sequential(linear(rank, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
 
-    def forward(self, x: Tensor, modulation: Tensor, block_condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, block_condition: Tensor, chunk: int | None = None) -> Tensor:
         modulation = modulation + self.modulation(block_condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(-2)
-        x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1), chunk)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 

@@ -1,4 +1,4 @@
-"""What one forward pass of a model costs in multiplications (`model.num_parameters()` counts its parameters)."""
+"""Multiply-accumulates of one forward pass of a model (`model.num_parameters()` counts its parameters)."""
 
 from __future__ import annotations
 
@@ -37,12 +37,15 @@ def count_macs(model: LatentModel, latent_size: tuple[int, int], condition: Mapp
 def _propagate_flops(
     x_shape: Sequence[int],
     gates_shape: Sequence[int],
-    lam_shape: Sequence[int],
+    input_gate_shape: Sequence[int],
     *factor_shapes_and_options: Sequence[int] | None,
     **_: object,
 ) -> int:
-    """Two for each multiplication: three neighbours, λ, and what there is of u, f, s, per channel and direction."""
+    """Two per multiplication, of which every channel and direction has one per neighbour and per factor.
+
+    There are three neighbours; the factors are the input gate, and output gate, decay and scale where they are given.
+    """
     batch, height, width, channels = x_shape
-    directions = lam_shape[3]
+    directions = input_gate_shape[3]
     factors = sum(shape is not None for shape in factor_shapes_and_options[:3])
     return 2 * batch * height * width * channels * directions * (4 + factors)

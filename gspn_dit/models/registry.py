@@ -1,57 +1,61 @@
-"""The named sizes. A name is `<family>-<size>-<patch>`, for example `gspn-dit-xl-2`."""
+"""Models by name. A name is `<family>-<size>-<patch>`, for example `gspn-dit-xl-2`; families register themselves."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gspn_dit.errors import InputError
-from gspn_dit.models.dit import DiT
-from gspn_dit.models.gspn import GSPN
-from gspn_dit.models.gspn_dit import GSPNDiT
-from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.models import FAMILIES
 
-FAMILIES: dict[str, type[LatentModel]] = {"dit": DiT, "gspn": GSPN, "gspn-dit": GSPNDiT}
-
-# `ti` is for small images: the digits.
-SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    "dit": {
-        "ti": {"width": 192, "depth": 6, "num_heads": 3},
-        "s": {"width": 384, "depth": 12, "num_heads": 6},
-        "b": {"width": 768, "depth": 12, "num_heads": 12},
-        "l": {"width": 1024, "depth": 24, "num_heads": 16},
-        "xl": {"width": 1152, "depth": 28, "num_heads": 16},
-    },
-    "gspn": {
-        "ti": {"width": 192, "depth": 7},
-        "s": {"width": 368, "depth": 25},
-        "b": {"width": 900, "depth": 31},
-        "l": {"width": 1200, "depth": 57},
-        "xl": {"width": 1500, "depth": 57},
-    },
-    "gspn-dit": {
-        "ti": {"width": 192, "depth": 6, "num_groups": 3},
-        "s": {"width": 384, "depth": 12, "num_groups": 6},
-        "b": {"width": 768, "depth": 12, "num_groups": 12},
-        "l": {"width": 1024, "depth": 24, "num_groups": 16},
-        "xl": {"width": 1152, "depth": 28, "num_groups": 18},
-    },
-}
+if TYPE_CHECKING:
+    from gspn_dit.models.latent_model import LatentModel
 
 PATCHES = (1, 2, 4, 8)
 
-MODELS: dict[str, tuple[type[LatentModel], dict[str, Any]]] = {
-    f"{family}-{size}-{patch}": (FAMILIES[family], {**numbers, "patch_size": patch})
-    for family, sizes in SIZES.items()
-    for size, numbers in sizes.items()
-    for patch in PATCHES
-}
+Model = TypeVar("Model", bound="type[LatentModel]")
 
 
-def list_models() -> list[str]:
-    """Every name that :func:`create_model` knows, family by family from small to large."""
-    return list(MODELS)
+@dataclass(frozen=True)
+class Preset:
+    """A named model: its class, and the constructor's arguments that the name stands for."""
+
+    family: type[LatentModel]
+    numbers: dict[str, Any]
+
+
+_presets: dict[str, Preset] = {}
+
+
+def register_model(family: str, sizes: Mapping[str, Mapping[str, Any]]) -> Callable[[Model], Model]:
+    """Decorate a class of models: each of its sizes gets a name for each patch size.
+
+    Args:
+        family: First part of the names.
+        sizes: Constructor arguments of each size, from small to large.
+    """
+
+    def register(model: Model) -> Model:
+        for size, numbers in sizes.items():
+            for patch in PATCHES:
+                _presets[f"{family}-{size}-{patch}"] = Preset(model, {**numbers, "patch_size": patch})
+        return model
+
+    return register
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that :func:`create_model` knows, family by family from small to large.
+
+    Args:
+        pattern: A shell's: `gspn-dit-*` gives that family's alone.
+    """
+    return [name for name in _registered() if fnmatchcase(name, pattern)]
 
 
 def create_model(name: str, **overrides: Any) -> LatentModel:
@@ -64,19 +68,32 @@ def create_model(name: str, **overrides: Any) -> LatentModel:
     Raises:
         InputError: An unknown name or override, or a value that the family cannot take.
     """
-    family, numbers = find_preset(name)
-    valid = [parameter for parameter in inspect.signature(family.__init__).parameters if parameter != "self"]
+    preset = find_preset(name)
+    valid = [parameter for parameter in inspect.signature(preset.family.__init__).parameters if parameter != "self"]
     for key, value in overrides.items():
         if key not in valid:
             raise InputError(f"{key}={value!r}: {name} has no such option; choose from {', '.join(valid)}")
-    return family(**{**numbers, **overrides})
+    return preset.family(**{**preset.numbers, **overrides})
 
 
-def find_preset(name: str) -> tuple[type[LatentModel], dict[str, Any]]:
+def find_preset(name: str) -> Preset:
     """The class of a named model and its numbers. Raises :class:`InputError` for an unknown name."""
-    if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5) or ["dit-xl-2", "gspn-xl-2", "gspn-dit-xl-2"]
+    presets = _registered()
+    if name not in presets:
+        close = difflib.get_close_matches(name, presets, n=3, cutoff=0.5) or ["dit-xl-2", "gspn-xl-2", "gspn-dit-xl-2"]
         raise InputError(
             f"name={name!r}: no such model; did you mean {', '.join(close)}? `gspn-dit models` lists them all"
         )
-    return MODELS[name]
+    return presets[name]
+
+
+def find_class(class_name: str | None) -> type[LatentModel] | None:
+    """The class that a saved model's config.json names by `_class_name`, or None if no family is of that name."""
+    return next((p.family for p in _registered().values() if p.family.__name__ == class_name), None)
+
+
+def _registered() -> dict[str, Preset]:
+    """All presets. A family is registered when its module is imported; this package's own are imported here."""
+    for module in FAMILIES.values():
+        import_module(module)
+    return _presets

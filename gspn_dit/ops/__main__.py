@@ -1,4 +1,4 @@
-"""`python -m gspn_dit.ops`: the backends of `propagate` on this machine, and for one that is missing, why."""
+"""`python -m gspn_dit.ops`: the backends of `propagate` on this machine, and why if one is missing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit(run("ops", prog="python -m gspn_dit.ops"))
 
 from gspn_dit.errors import InputError
-from gspn_dit.ops.backends import BACKENDS, status
+from gspn_dit.ops.registry import backends, find
 
 
 def main(options: Options) -> None:
-    """Print one line for each backend of the operator: whether it runs on this machine, and if not, why."""
-    for name in [options.require] if options.require else BACKENDS:
-        available, detail = status(name)
-        print(f"{name:<10} {'available' if available else 'not available':<14} {detail}")
-    if options.require and not status(options.require).available:
+    """Print one line per backend of the operator: whether it runs on this machine, and if not, why."""
+    states = {b.name: b.status() for b in ([find(options.require, "require")] if options.require else backends())}
+    for name, (available, detail) in states.items():
+        print(f"{name:<12} {'available' if available else 'not available':<14} {detail}")
+    if options.require and not states[options.require].available:
         raise InputError(f"require={options.require!r}: not available here, see above")

@@ -36,10 +36,9 @@ def built(name: str) -> Path:
         return ahead
     sources, flags, cuda_flags = recipe(name)
     key = hashlib.sha256()
-    headers = [h for h in sorted(CSRC.glob("*.h")) if name == "cuda" or "cuda" not in h.name]
     for part in (_torch_key(), sys.platform, platform.machine(), _compiler(), *flags, *cuda_flags):
         key.update(part.encode())
-    for source in (*sources, *headers):
+    for source in (*sources, *headers(name)):
         key.update(source.read_bytes())
     key.update((_cpu_model() if name == "cpu" else ",".join(architectures())).encode())
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
@@ -60,8 +59,13 @@ def recipe(name: str) -> tuple[list[Path], list[str], list[str]]:
         flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", *_native_flags()]
         if sys.platform == "linux":
             flags.append("-fopenmp")  # resolved by the OpenMP that torch has loaded, so that there is one thread pool
-        return [CSRC / "propagate_cpu.cpp", CSRC / "binding_cpu.cpp"], flags, []
-    return [CSRC / "propagate_cuda.cu", CSRC / "binding_cuda.cpp"], ["-O3"], ["-O3", "--threads", "0"]
+        return [CSRC / "cpu" / "propagate.cpp", CSRC / "cpu" / "binding.cpp"], flags, []
+    return [CSRC / "cuda" / "propagate.cu", CSRC / "cuda" / "binding.cpp"], ["-O3"], ["-O3", "--threads", "0"]
+
+
+def headers(name: str) -> list[Path]:
+    """The headers that a kernel may include: the shared ones of csrc/ and those of its own folder."""
+    return [*sorted(CSRC.glob("*.h")), *sorted((CSRC / name).rglob("*.h"))]
 
 
 def build(name: str, library: Path) -> None:
@@ -92,6 +96,7 @@ def build(name: str, library: Path) -> None:
                 [str(source) for source in sources],
                 extra_cflags=flags,
                 extra_cuda_cflags=cuda_flags,
+                extra_include_paths=[str(CSRC)],
                 build_directory=folder,
                 with_cuda=name == "cuda",
                 is_python_module=False,

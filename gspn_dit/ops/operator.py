@@ -1,15 +1,17 @@
-"""`propagate`: GSPN line scans in up to four directions, one differentiable operator over interchangeable kernels."""
+"""`propagate`: GSPN line scans in up to four directions, one differentiable operator over interchangeable backends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
 from gspn_dit.errors import InputError
-from gspn_dit.ops import backends
+from gspn_dit.ops.backend import OPERANDS, OPTIONS, Call
 from gspn_dit.ops.reference import DIRECTIONS
+from gspn_dit.ops.registry import choose, find
 
 ALL_DIRECTIONS = tuple(DIRECTIONS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,8 +20,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def propagate(
     x: Tensor,
     gates: Tensor,
-    lam: Tensor,
-    out: Tensor | None = None,
+    input_gate: Tensor,
+    output_gate: Tensor | None = None,
     *,
     decay: Tensor | None = None,
     scale: Tensor | None = None,
@@ -27,78 +29,86 @@ def propagate(
     directions: Sequence[str] = ALL_DIRECTIONS,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Scan a map line by line in every direction and add up what the scans carry (GSPN, arXiv 2501.12381).
+    """Scan a map of tokens line by line in up to four directions and sum the scans (GSPN, arXiv 2501.12381).
 
-    For "down", line i is row i and position j runs along it:
+    The map has H rows and W columns of tokens, each of C channels. A line is a row for the directions "down" (first row
+    first) and "up" (last row first), and a column for "right" and "left". Each scan computes one line from the line
+    before it. With i the line, j the position in it and i - 1 the line before:
 
-    .. math:: h_{i,j} = f (w^-_{i,j} h_{i-1,j-1} + w^0_{i,j} h_{i-1,j} + w^+_{i,j} h_{i-1,j+1})
-              + \lambda_{i,j} x_{i,j}
+        h[i, j] = f (w₋[i, j] h[i-1, j-1] + w₀[i, j] h[i-1, j] + w₊[i, j] h[i-1, j+1]) + λ[i, j] x[i, j]
+        y = Σ_k s_k u_k h_k
 
-    with :math:`(w^-, w^0, w^+)` the sigmoids of three logits divided by their sum over the neighbours inside the map.
-    "up", "right", "left" are the same over reversed rows, columns, reversed columns; y = Σ_k s_k ⊙ u_k ⊙ h_k. Every
-    argument is indexed in map coordinates for every direction. G groups of C // G channels share gates; f and s are
-    numbers a channel and direction, the same at all sites. Scans are stable for |f| ≤ 1.
+    - x: the values, and h: what a scan holds at each token; h is 0 before the first line of a chunk.
+    - w₋, w₀, w₊: weights of the three neighbours on the line before. They are the sigmoids of three logits, divided by
+      the sum of those whose neighbour is inside the map, so they sum to 1.
+    - λ: the input gate, and u: the output gate, a number per token, direction and group.
+    - f: the decay, and s: the scale, a number per channel and direction, the same for all tokens.
+    - k: the direction; y: the result.
+
+    The C channels are G groups of C // G; the channels of a group share w, λ and u. All operands are indexed by row and
+    column of the map, whatever the direction. Scans are stable for |f| ≤ 1. docs/operator.md shows a scan and explains
+    the terms.
 
     Args:
         x: (B, H, W, C) values; float32, bfloat16 or float16 (float64 on the CPU).
-        gates: (B, H, W, K, 3, G) raw logits of the neighbours (-1, 0, +1) along the line, K = len(directions).
-        lam: (B, H, W, K, G) input gate λ.
-        out: (B, H, W, K, G) output gate u, or None for 1.
-        decay: (K, C) f, what is left of a line on the next one, or None for 1. float32 whatever x's dtype, since f is
-            close to 1 (float64 where x is).
+        gates: (B, H, W, K, 3, G) logits of the neighbours (-1, 0, +1) along the line, K = len(directions).
+        input_gate: (B, H, W, K, G) λ.
+        output_gate: (B, H, W, K, G) u, or None for 1.
+        decay: (K, C) f, the part of a line that reaches the next line, or None for 1. float32 whatever x's dtype, since
+            f is close to 1 (float64 where x is).
         scale: (K, C) s, of the dtype of decay, or None for 1.
         chunk: None scans the whole map; n makes lines [0, n), [n, 2n), ... of the map independent of each other.
         directions: Which scans, each at most once, in the order of the K axis.
-        backend: "reference", "cpu" or "cuda"; None takes the best that is available for x's device.
+        backend: A name that `gspn-dit ops` lists, such as "reference", "native-cpu" or "native-cuda"; None takes the
+            first by priority that can run the call.
 
     Returns:
-        (B, H, W, C) in x's dtype and memory layout. The strides of the inputs are free; sums are held in float32 at
-        least.
+        y, (B, H, W, C), in x's dtype and memory layout. The strides of the operands are free; sums are held in float32
+        at least.
 
     Raises:
-        InputError: (a ValueError) a wrong shape, dtype, device, chunk, direction or backend, naming the argument.
+        InputError: (a ValueError) a wrong shape, dtype, device, chunk, direction or backend, naming the argument; or a
+            named backend that cannot run the call, and why.
     """
-    _check(x, gates, lam, out, decay, scale, chunk, directions)
-    if backend is not None and backend not in backends.BACKENDS:
-        raise InputError(f"backend={backend!r}: wanted None or one of {backends.BACKENDS}")
+    _check_options(chunk, directions)
     codes = [ALL_DIRECTIONS.index(direction) for direction in directions]
-    return _propagate(x, gates, lam, out, decay, scale, chunk or 0, codes, backend or "")
+    call = Call(x, gates, input_gate, output_gate, decay, scale, chunk or 0, codes)
+    _check_operands(call)
+    if backend is not None:
+        find(backend)
+    return _propagate(*call, backend or "")
 
 
-def _check(
-    x: Tensor,
-    gates: Tensor,
-    lam: Tensor,
-    out: Tensor | None,
-    decay: Tensor | None,
-    scale: Tensor | None,
-    chunk: int | None,
-    directions: Sequence[str],
-) -> None:
+def _check_options(chunk: int | None, directions: Sequence[str]) -> None:
     unknown = [d for d in directions if d not in DIRECTIONS]
     if isinstance(directions, str) or unknown or not directions or len(set(directions)) < len(directions):
         raise InputError(f"directions={directions!r}: wanted one or more of {ALL_DIRECTIONS}, each at most once")
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
         raise InputError(f"chunk={chunk!r}: wanted None (global) or a whole number of lines, 1 or more")
+
+
+def _check_operands(call: Call) -> None:
+    x, input_gate = call.x, call.input_gate
     if x.dim() != 4 or 0 in x.shape:
         raise InputError(f"x has shape {tuple(x.shape)}: wanted (B, H, W, C), none of them 0")
     if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
         raise InputError(f"x has dtype {x.dtype} on {x.device}: wanted one of {DTYPES}, or float64 on the CPU")
-    if lam.dim() != 5 or lam.shape[-1] < 1 or x.shape[-1] % lam.shape[-1]:
+    if input_gate.dim() != 5 or input_gate.shape[-1] < 1 or x.shape[-1] % input_gate.shape[-1]:
         raise InputError(
-            f"lam has shape {tuple(lam.shape)}: wanted (B, H, W, K, G) with G dividing the {x.shape[-1]} channels of x"
+            f"input_gate has shape {tuple(input_gate.shape)}: wanted (B, H, W, K, G) with G dividing the "
+            f"{x.shape[-1]} channels of x"
         )
-    sites, k, groups = tuple(x.shape[:3]), len(directions), lam.shape[-1]
+    tokens, k, groups = tuple(x.shape[:3]), len(call.directions), input_gate.shape[-1]
     of_a_channel = torch.promote_types(x.dtype, torch.float32)
     wanted = {
-        "gates": (gates, (*sites, k, 3, groups), x.dtype),
-        "lam": (lam, (*sites, k, groups), x.dtype),
-        "out": (out, (*sites, k, groups), x.dtype),
-        "decay": (decay, (k, x.shape[-1]), of_a_channel),
-        "scale": (scale, (k, x.shape[-1]), of_a_channel),
+        "gates": (call.gates, (*tokens, k, 3, groups), x.dtype),
+        "input_gate": (input_gate, (*tokens, k, groups), x.dtype),
+        "output_gate": (call.output_gate, (*tokens, k, groups), x.dtype),
+        "decay": (call.decay, (k, x.shape[-1]), of_a_channel),
+        "scale": (call.scale, (k, x.shape[-1]), of_a_channel),
     }
     for name, (tensor, shape, dtype) in wanted.items():
-        if tensor is None and name not in ("gates", "lam"):
+        if tensor is None and name not in ("gates", "input_gate"):
             continue
         if tuple(tensor.shape) != shape:
             raise InputError(
@@ -111,62 +121,52 @@ def _check(
             raise InputError(f"{name} is on {tensor.device}: wanted x's device, {x.device}; move one of them")
 
 
-# Below: the operator as torch.library sees it. chunk 0 is global; directions are indices into ALL_DIRECTIONS; backend
-# "" is chosen, and built if need be, when the operator runs.
+# Below: the operator as torch.library sees it, with the fields of Call as its arguments and then `backend`. It is ""
+# where the backend is chosen, and built if need be, when the operator runs.
+
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", Sequence[int]: "SymInt[]"}
+_CALL = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items())
+_GRADS = ", ".join("Tensor" for _ in OPERANDS)
 
 
-@torch.library.custom_op("gspn_dit::propagate", mutates_args=())
-def _propagate(
-    x: Tensor,
-    gates: Tensor,
-    lam: Tensor,
-    out: Tensor | None,
-    decay: Tensor | None,
-    scale: Tensor | None,
-    chunk: int,
-    directions: Sequence[int],
-    backend: str,
-) -> Tensor:
-    return backends.kernel(backend, x.device).forward(x, gates, lam, out, decay, scale, chunk, directions)
+@torch.library.custom_op("gspn_dit::propagate", mutates_args=(), schema=f"({_CALL}, str backend) -> Tensor")
+def _propagate(*call_and_backend) -> Tensor:
+    *fields, backend = call_and_backend
+    call = Call(*fields)
+    return choose(call, backend).forward(call)
 
 
 @_propagate.register_fake
-def _(x, gates, lam, out, decay, scale, chunk, directions, backend):
+def _(x, *others):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("gspn_dit::propagate_backward", mutates_args=())
-def _propagate_backward(
-    grad: Tensor,
-    x: Tensor,
-    gates: Tensor,
-    lam: Tensor,
-    out: Tensor | None,
-    decay: Tensor | None,
-    scale: Tensor | None,
-    chunk: int,
-    directions: Sequence[int],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, lam, out, decay and scale; empty where one of the last three is None."""
-    return backends.kernel(backend, x.device).backward(grad, x, gates, lam, out, decay, scale, chunk, directions)
+@torch.library.custom_op(
+    "gspn_dit::propagate_backward", mutates_args=(), schema=f"(Tensor grad, {_CALL}, str backend) -> ({_GRADS})"
+)
+def _propagate_backward(grad, *call_and_backend) -> tuple[Tensor, ...]:
+    """Gradients of the operands; empty where one is None."""
+    *fields, backend = call_and_backend
+    call = Call(*fields)
+    return choose(call, backend).backward(grad, call)
 
 
 @_propagate_backward.register_fake
-def _(grad, x, gates, lam, out, decay, scale, chunk, directions, backend):
-    return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in (x, gates, lam, out, decay, scale))
+def _(grad, *call_and_backend):
+    operands = call_and_backend[: len(OPERANDS)]
+    return tuple(operands[0].new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in operands)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    *tensors, ctx.chunk, ctx.directions, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[: len(OPERANDS)])
+    ctx.options_and_backend = inputs[len(OPERANDS) :]
 
 
 def _backward(ctx, grad: Tensor):
-    tensors = ctx.saved_tensors
-    grads = _propagate_backward(grad, *tensors, ctx.chunk, ctx.directions, ctx.backend)
-    present = [None if tensor is None else g for tensor, g in zip(tensors, grads, strict=True)]
-    return *present, None, None, None
+    operands = ctx.saved_tensors
+    grads = _propagate_backward(grad, *operands, *ctx.options_and_backend)
+    present = [None if operand is None else g for operand, g in zip(operands, grads, strict=True)]
+    return *present, *(None for _ in OPTIONS), None
 
 
 _propagate.register_autograd(_backward, setup_context=_save_for_backward)

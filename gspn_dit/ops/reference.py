@@ -1,12 +1,12 @@
-"""GSPN propagation in plain PyTorch: the definition that every kernel is tested against."""
+"""GSPN propagation in plain PyTorch: the definition that every backend is tested against."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gspn_dit.ops.backend import OPERANDS, Call, Status
 
 # Direction → (axis of (B, H, W, C) along which lines follow each other, whether they are read from the far end).
 DIRECTIONS = {"down": (1, False), "up": (1, True), "right": (2, False), "left": (2, True)}
@@ -24,31 +24,23 @@ def line_weights(logits: Tensor) -> Tensor:
     return neighbours.masked_fill(outside[..., None], -torch.inf).softmax(dim=-2)
 
 
-def propagate_reference(
-    x: Tensor,
-    gates: Tensor,
-    lam: Tensor,
-    out: Tensor | None,
-    decay: Tensor | None,
-    scale: Tensor | None,
-    chunk: int | None,
-    directions: Sequence[str],
-) -> Tensor:
+def propagate_reference(call: Call) -> Tensor:
     """:func:`gspn_dit.ops.propagate` without its checks, differentiable by autograd, in float32 or above."""
+    x, gates, input_gate, output_gate, decay, scale, chunk, directions = call
     dtype = torch.promote_types(x.dtype, torch.float32)
-    groups = lam.shape[-1]
+    groups = input_gate.shape[-1]
     value = x.to(dtype).unflatten(-1, (groups, -1))  # (B, H, W, G, D)
     y = torch.zeros_like(value)
     for k, direction in enumerate(directions):
-        axis, far_end_first = DIRECTIONS[direction]
+        axis, far_end_first = list(DIRECTIONS.values())[direction]
         # lines first: (L, B, P, ...)
         weights = line_weights(gates[:, :, :, k].to(dtype).movedim(axis, 0))[..., None]  # (L, B, P, 3, G, 1)
-        driven = (lam[:, :, :, k, :, None].to(dtype) * value).movedim(axis, 0)  # (L, B, P, G, D)
+        driven = (input_gate[:, :, :, k, :, None].to(dtype) * value).movedim(axis, 0)  # (L, B, P, G, D)
         lines = len(driven)
         h: list[Tensor] = [torch.empty(0)] * lines
         for i in reversed(range(lines)) if far_end_first else range(lines):
             before = i + 1 if far_end_first else i - 1
-            if not 0 <= before < lines or (chunk is not None and before // chunk != i // chunk):
+            if not 0 <= before < lines or (chunk and before // chunk != i // chunk):
                 h[i] = driven[i]
             else:
                 minus, centre, plus = weights[i].unbind(dim=2)
@@ -56,7 +48,36 @@ def propagate_reference(
                 carried = minus * padded[:, :-2] + centre * h[before] + plus * padded[:, 2:]
                 h[i] = (carried if decay is None else decay[k].to(dtype).view(groups, -1) * carried) + driven[i]
         scanned = torch.stack(h).movedim(0, axis)
-        if out is not None:
-            scanned = out[:, :, :, k, :, None].to(dtype) * scanned
+        if output_gate is not None:
+            scanned = output_gate[:, :, :, k, :, None].to(dtype) * scanned
         y = y + (scanned if scale is None else scale[k].to(dtype).view(groups, -1) * scanned)
     return y.flatten(-2).to(x.dtype)
+
+
+class Reference:
+    """The backend `reference`: every call, on any device, and slow."""
+
+    name = "reference"
+    device_types = None
+    priority = 0
+
+    def status(self, device: torch.device | None = None) -> Status:
+        """Available everywhere."""
+        return Status(True, "plain PyTorch, any device")
+
+    def supports(self, call: Call) -> str | None:
+        """None: it runs every call."""
+        return None
+
+    def forward(self, call: Call) -> Tensor:
+        """y."""
+        return torch.empty_like(call.x).copy_(propagate_reference(call))
+
+    def backward(self, grad: Tensor, call: Call) -> tuple[Tensor, ...]:
+        """Gradients of the operands: inside a custom op autograd does not record, torch.func does."""
+        present = {name: operand for name, operand in zip(OPERANDS, call, strict=False) if operand is not None}
+        (grads,) = torch.func.vjp(lambda operands: self.forward(call._replace(**operands)), present)[1](grad)
+        return tuple(
+            torch.empty_like(present[name]).copy_(grads[name]) if name in present else grad.new_empty(0)
+            for name in OPERANDS
+        )

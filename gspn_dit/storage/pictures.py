@@ -12,8 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
-from torchvision.utils import make_grid
+from torch.nn.functional import interpolate
 
 from gspn_dit.storage.files import replacing
 
@@ -57,13 +56,18 @@ def save_grid(images: Tensor, path: str | os.PathLike, captions: Sequence[str] |
     height, width = images.shape[2:]
     line = _TEXT + _MARGIN if captions else 0
     columns = math.ceil(math.sqrt(len(images)))
-    tiles = pad(images, (0, 0, line, 0), value=_PAPER)
-    grid = make_grid(tiles, nrow=columns, padding=_MARGIN, pad_value=_PAPER).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(grid))
+    rows, row_height, column_width = math.ceil(len(images) / columns), height + line + _MARGIN, width + _MARGIN
+    edge = _MARGIN if len(images) > 1 else 0  # an image alone has no margin
+    size = (columns * column_width - _MARGIN + 2 * edge, rows * row_height - _MARGIN + 2 * edge)
+    picture = Image.new("RGB", size, (_PAPER, _PAPER, _PAPER))
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        tile = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        picture.paste(tile, (edge + column * column_width, edge + row * row_height + line))
     pen = ImageDraw.Draw(picture)
     for i, caption in enumerate(captions):
         row, column = divmod(i, columns)
-        place = (_MARGIN + column * (width + _MARGIN), _MARGIN + row * (height + line + _MARGIN))
+        place = (_MARGIN + column * column_width, _MARGIN + row * row_height)
         pen.text(place, _cut(caption, font, width), fill=(0, 0, 0), font=font)
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")

@@ -1,13 +1,7 @@
 """Checkpoints of a run: written whole or not at all, checked before they are used, the newest few kept.
 
-runs/NAME/checkpoints/step-0001000/
-    model.safetensors            the weights, float32, by parameter name
-    optimizer.safetensors        AdamW's state: `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`
-    ema/                         the averaged model, as from_pretrained reads it
-    power-ema-0.05.safetensors … the post-hoc EMA's running averages, if it is on
-    config.yaml, class_names.json   what sampling needs to know
-    metadata.json                step, images in the data, loss since the last log line, what the mixed precision came
-                                 to, every file's size and SHA-256
+:mod:`gspn_dit.storage.run_folder` says which files a checkpoint has. Its metadata are the step, the number of images in
+the data, the loss since the last log line, the mixed precision that was used, and every file's size and SHA-256.
 
 Every tensor is whole, however many processes trained and whether or not FSDP split the model over them, so that a run
 continues on any number of processes, with or without FSDP. No random state is kept: all there is to draw is a function
@@ -39,11 +33,9 @@ from gspn_dit.errors import InputError
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.precision import Precision
 from gspn_dit.storage.files import save_tensors, sha256
-from gspn_dit.storage.runs import list_checkpoints
+from gspn_dit.storage.run_folder import METADATA, Checkpoint, RunFolder
 from gspn_dit.training.ema import EMA
 from gspn_dit.training.sharding import copy_full, full_tensor, sharded_like
-
-EMA_WEIGHTS = "ema/diffusion_pytorch_model.safetensors"
 
 
 class CheckpointNotWritten(RuntimeError):
@@ -100,12 +92,12 @@ class State:
     power_emas: dict[float, EMA]
     model_config: str
 
-    def files(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def files(self, checkpoint: Checkpoint) -> Iterator[tuple[Path, dict[str, Tensor]]]:
         """What each file of a checkpoint holds, the optimiser's apart."""
-        yield "model.safetensors", dict(self.model.named_parameters())
-        yield EMA_WEIGHTS, self.ema.tensors
+        yield checkpoint.weights, dict(self.model.named_parameters())
+        yield checkpoint.ema_weights, self.ema.tensors
         for sigma_rel, average in self.power_emas.items():
-            yield f"power-ema-{sigma_rel:g}.safetensors", average.tensors
+            yield checkpoint.power_ema(sigma_rel), average.tensors
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """AdamW's state by `<parameter>.<name>`; none before the first step."""
@@ -122,7 +114,7 @@ def save_checkpoint(
     state: State,
     class_names: list[str],
     metadata: dict[str, Any],
-) -> Path:
+) -> Checkpoint:
     """Write a checkpoint under a temporary name, rename it, and remove all but the newest; every process calls this.
 
     Args:
@@ -132,9 +124,9 @@ def save_checkpoint(
         CheckpointNotWritten: On every process, if the disk does not take it. What was written of it is gone again, and
             the checkpoints there were are as they were.
     """
-    folder = Path(config.output_dir) / "checkpoints"
-    checkpoint = folder / f"step-{metadata['step']:07d}"
-    temporary = folder / f".{checkpoint.name}.tmp"
+    run = RunFolder(Path(config.output_dir))
+    folder, checkpoint = run.checkpoints, run.checkpoint(metadata["step"])
+    temporary = Checkpoint(folder / f".{checkpoint.name}.tmp")
     if accelerator.scaler is not None:
         metadata = metadata | {"scaler": accelerator.scaler.state_dict()}
     writing = DiskWork(accelerator.is_main_process)
@@ -142,46 +134,47 @@ def save_checkpoint(
     def begin() -> None:
         for leftover in folder.glob(".step-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        (temporary / "ema").mkdir(parents=True)
+        temporary.ema.mkdir(parents=True)
 
     def finish() -> None:
-        (temporary / "ema" / "config.json").write_text(state.model_config)
-        config.save(temporary / "config.yaml")
-        (temporary / "class_names.json").write_text(json.dumps(class_names))
-        (temporary / "metadata.json").write_text(json.dumps(metadata | {"files": _sums(temporary)}))
-        _flush(temporary)
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        temporary.rename(checkpoint)
-        for old in list_checkpoints(config.output_dir)[: -config.training.keep_checkpoints]:
-            hidden = old.rename(folder / f".{old.name}.old")  # a removal that is cut short leaves no half checkpoint
+        temporary.ema_config.write_text(state.model_config)
+        config.save(temporary.config)
+        temporary.class_names.write_text(json.dumps(class_names))
+        temporary.metadata.write_text(json.dumps(metadata | {"files": _sums(temporary.path)}))
+        _flush(temporary.path)
+        shutil.rmtree(checkpoint.path, ignore_errors=True)
+        temporary.path.rename(checkpoint.path)
+        for old in run.list_checkpoints()[: -config.training.keep_checkpoints]:
+            # first to a hidden name: a removal that is cut short leaves no half checkpoint
+            hidden = old.path.rename(folder / f".{old.name}.old")
             shutil.rmtree(hidden, ignore_errors=True)  # what the disk holds back goes with the next one
 
     writing.attempt(begin)
-    for name, tensors in [*state.files(), ("optimizer.safetensors", state.optimizer_tensors())]:
+    for path, tensors in [*state.files(temporary), (temporary.optimizer, state.optimizer_tensors())]:
         pieces = collect(tensors, keep=accelerator.is_main_process)
-        writing.attempt(lambda name=name, pieces=pieces: save_tensors(pieces, temporary / name, {"format": "pt"}))
+        writing.attempt(lambda path=path, pieces=pieces: save_tensors(pieces, path, {"format": "pt"}))
         del pieces
     writing.attempt(finish)
     if writing.problem is not None:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.path, ignore_errors=True)
     writing.settle(f"the checkpoint of step {metadata['step']}", config.output_dir)
     return checkpoint
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: State) -> dict[str, Any]:
+def load_checkpoint(accelerator: Accelerator, checkpoint: Checkpoint, state: State) -> dict[str, Any]:
     """Bring weights, optimiser and averages back; returns the checkpoint's metadata. Every process calls this."""
-    for name, tensors in state.files():
-        with safe_open(checkpoint / name, framework="pt") as file:
+    for path, tensors in state.files(checkpoint):
+        with safe_open(path, framework="pt") as file:
             for key, tensor in tensors.items():
                 value = file.get_tensor(key)
                 if value.shape != tensor.shape:
                     raise InputError(
-                        f"{checkpoint / name}: {key} has shape {tuple(value.shape)}, the model's has "
+                        f"{path}: {key} has shape {tuple(value.shape)}, the model's has "
                         f"{tuple(tensor.shape)}: it is of another version; train anew"
                     )
                 copy_full(tensor, value)
     parameters = dict(state.model.named_parameters())
-    with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as file:
+    with safe_open(checkpoint.optimizer, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (it is no dictionary)
             name, _, kind = key.rpartition(".")
             # A copy: the file's memory would keep it open, and NFS keeps a folder of which a file is open.
@@ -189,7 +182,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: State) ->
             # AdamW's count of steps is one number, on the parameter's device; the rest is shaped as the parameter.
             value = sharded_like(value, parameter.detach()) if value.ndim else value.to(parameter.device)
             state.optimizer.state[parameter][kind] = value
-    metadata = json.loads((checkpoint / "metadata.json").read_text())
+    metadata = checkpoint.read_metadata()
     if accelerator.scaler is not None and "scaler" in metadata:
         accelerator.scaler.load_state_dict(metadata["scaler"])
     return metadata
@@ -207,7 +200,7 @@ def collect(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 def checkpoint_to_resume(
     config: Config, source: Source, vae_record: dict[str, Any], precision: Precision
-) -> Path | None:
+) -> Checkpoint | None:
     """The newest checkpoint of the run that is whole; None if it has none at all.
 
     One that is damaged is said to be, and set aside as `damaged-step-…`; so are changes of options and of precision.
@@ -215,15 +208,14 @@ def checkpoint_to_resume(
     Raises:
         InputError: If the configuration or its data does not continue the run, or every checkpoint is damaged.
     """
-    run = Path(config.output_dir)
-    checkpoints = list_checkpoints(run)
+    checkpoints = RunFolder(Path(config.output_dir)).list_checkpoints()
     if not checkpoints:
         return None
     if config.resume == "no":
         raise InputError(
             f"output_dir={config.output_dir!r}: holds a run already; --resume auto continues it, or name another folder"
         )
-    damaged: dict[Path, str] = {}
+    damaged: dict[Checkpoint, str] = {}
     for checkpoint in reversed(checkpoints):
         if (problem := damage(checkpoint)) is None:
             break
@@ -235,23 +227,23 @@ def checkpoint_to_resume(
         )
     check_resumable(checkpoint, config, source, vae_record)
     say_changes(checkpoint, config, precision)
-    for path, problem in damaged.items():
-        aside = path.with_name(f"damaged-{path.name}")
+    for broken, problem in damaged.items():
+        aside = broken.path.with_name(f"damaged-{broken.name}")
         shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        print(f"{path} is damaged ({problem}): set aside as {aside.name}, continuing from {checkpoint.name}")
+        broken.path.rename(aside)
+        print(f"{broken} is damaged ({problem}): set aside as {aside.name}, continuing from {checkpoint.name}")
     return checkpoint
 
 
-def damage(checkpoint: Path) -> str | None:
+def damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with a checkpoint's files, or None if they are as they were written."""
     try:
-        files = json.loads((checkpoint / "metadata.json").read_text())["files"]
-        sizes = {name: (checkpoint / name).stat().st_size for name in files}
+        files = checkpoint.read_metadata()["files"]
+        sizes = {name: (checkpoint.path / name).stat().st_size for name in files}
         for name, written in files.items():
             if sizes[name] != written["bytes"]:
                 return f"{name} has {sizes[name]:,} of {written['bytes']:,} bytes"
-        for name, found in _sums(checkpoint).items():
+        for name, found in _sums(checkpoint.path).items():
             if name in files and found["sha256"] != files[name]["sha256"]:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -259,9 +251,9 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def check_resumable(checkpoint: Path, config: Config, source: Source, vae_record: dict[str, Any]) -> None:
+def check_resumable(checkpoint: Checkpoint, config: Config, source: Source, vae_record: dict[str, Any]) -> None:
     """Raise :class:`InputError` unless a configuration and its data continue the run that a checkpoint is of."""
-    saved = Config.load(checkpoint / "config.yaml")
+    saved = Config.load(checkpoint.config)
     for key in (
         "seed",
         "model.name",
@@ -279,11 +271,11 @@ def check_resumable(checkpoint: Path, config: Config, source: Source, vae_record
             f"training.posthoc_ema_sigma_rels: the run in {config.output_dir} has not averaged at {missing[0]:g} from "
             f"its start, it has {saved.training.sigma_rels}; set them back (training.posthoc_ema_every=0 is none)"
         )
-    metadata = json.loads((checkpoint / "metadata.json").read_text())
+    metadata = checkpoint.read_metadata()
     of_before = {"name": saved.data.vae, "sha256": None, **NOT_HEEDED}
     check_same_vae(metadata.get("vae") or of_before, vae_record, config)
     num_images = metadata["num_images"]
-    class_names = json.loads((checkpoint / "class_names.json").read_text())
+    class_names = checkpoint.read_class_names()
     if (num_images, class_names) != (len(source), source.class_names):
         pairs = enumerate(zip(class_names, source.class_names, strict=False))
         others = (f" (class {i} was {before!r}, is {now!r})" for i, (before, now) in pairs if before != now)
@@ -323,14 +315,14 @@ def check_same_vae(before: dict[str, Any], now: dict[str, Any], config: Config) 
 UNSAID = ("resume", "output_dir", "model.init_from")  # the last has no effect: the run has weights of its own
 
 
-def say_changes(checkpoint: Path, config: Config, precision: Precision) -> None:
+def say_changes(checkpoint: Checkpoint, config: Config, precision: Precision) -> None:
     """Print which options differ from those that a checkpoint was made with, and whether the precision does."""
-    before, now = (flat_options(dataclasses.asdict(c)) for c in (Config.load(checkpoint / "config.yaml"), config))
+    before, now = (flat_options(dataclasses.asdict(c)) for c in (Config.load(checkpoint.config), config))
     changed = [key for key in now if key not in UNSAID and before.get(key) != now[key]]
     if changed:
         changes = ", ".join(f"{key} {before.get(key)!r} → {now[key]!r}" for key in changed)
         print(f"changed since {checkpoint.name}: {changes}")
-    metadata = json.loads((checkpoint / "metadata.json").read_text())
+    metadata = checkpoint.read_metadata()
     computed_in = metadata.get("mixed_precision", before["training.mixed_precision"])
     if computed_in != precision.name:
         why = precision.reason if precision.asked == "auto" else "as asked"
@@ -349,8 +341,8 @@ def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def last_good(run: str | os.PathLike) -> str:
     """What there is to go back to, in words."""
-    checkpoints = list_checkpoints(run)
-    return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+    newest = RunFolder(Path(run)).newest_checkpoint()
+    return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
 
 def _value(config: Config, key: str) -> Any:
@@ -362,7 +354,7 @@ def _value(config: Config, key: str) -> Any:
 
 def _sums(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of a checkpoint but its metadata, by name."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "metadata.json")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METADATA)
     with ThreadPoolExecutor() as hashers:
         sums = hashers.map(sha256, paths)
         return {

@@ -16,12 +16,10 @@ from gspn_dit.errors import InputError, renamed, warn
 from gspn_dit.evaluation.evaluate import check_reference, evaluate, statistics_of
 from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.image_sets import ImageSet, ReferenceStatistics, open_reference
-from gspn_dit.inference.drawing import draw_grid
+from gspn_dit.inference.grid import draw_grid
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
-from gspn_dit.training.processes import StopRequest
 from gspn_dit.training.record import attempt, note
-
-EVALUATION = "evaluation.csv"
+from gspn_dit.training.stop_request import StopRequest
 
 
 def draw_samples(pipeline: GSPNDiTPipeline, config: Config, accelerator: Accelerator, path: Path) -> bool:

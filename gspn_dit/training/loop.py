@@ -7,6 +7,7 @@ from gspn_dit.commands import run as run_command
 if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit(run_command("train", prog="python -m gspn_dit.training.loop"))
 
+import dataclasses
 import json
 import math
 import os
@@ -31,11 +32,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data.workers import is_of_a_dead_worker, load
 from gspn_dit.errors import InputError, Stopped
-from gspn_dit.inference.pipeline import GSPNDiTPipeline, pipeline_of
+from gspn_dit.inference.loading import pipeline_of
+from gspn_dit.inference.pipeline import GSPNDiTPipeline
+from gspn_dit.inference.run_description import RunDescription
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.precision import agreed_precision
+from gspn_dit.processes import SharedInputError, agreed_precision, on_every_process, on_main_process
 from gspn_dit.progress import figure, progress
-from gspn_dit.storage.runs import checkpoint_step
+from gspn_dit.storage.run_folder import Checkpoint, RunFolder
 from gspn_dit.training.checkpoints import (
     CheckpointNotWritten,
     State,
@@ -45,21 +48,13 @@ from gspn_dit.training.checkpoints import (
     save_checkpoint,
 )
 from gspn_dit.training.ema import EMA, exponential, power_function
-from gspn_dit.training.evaluator import EVALUATION, draw_samples
+from gspn_dit.training.evaluator import draw_samples
 from gspn_dit.training.parts import Run, check_launch, check_options, open_run, start_from, steps_from
-from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, list_snapshots, save_snapshot
-from gspn_dit.training.processes import (
-    CTRL_C,
-    EveryonesError,
-    StoppedByCtrlC,
-    StopRequest,
-    claimed,
-    on_main,
-    together,
-)
+from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, save_snapshot
 from gspn_dit.training.record import Record, note, read_metrics, redrawn_at_an_error
 from gspn_dit.training.sharding import full_tensor
 from gspn_dit.training.step import NonFiniteLoss, take_step
+from gspn_dit.training.stop_request import CTRL_C, StoppedByCtrlC, StopRequest
 from gspn_dit.training.trackers import start_trackers, track_samples
 
 MOST_OVERFLOWS = 100  # steps in a row that fp16 may skip: from 2^16 its scale has then come to nothing
@@ -82,7 +77,7 @@ def main(config: Config) -> None:
         if not first or isinstance(error, StoppedByCtrlC):
             raise SystemExit(130) from None
         raise Stopped(f"interrupted; {last_good(config.output_dir)}", 130) from None
-    except EveryonesError:
+    except SharedInputError:
         if first:
             raise
         raise SystemExit(2) from None
@@ -103,65 +98,64 @@ def train(config: Config) -> None:
         StoppedByCtrlC: When what Ctrl-C stopped is saved.
     """
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_PAUSE)  # the processes meet
-    together(lambda: check_options(config))
-    folder = Path(config.output_dir)
+    on_every_process(lambda: check_options(config))
+    folder = RunFolder(Path(config.output_dir))
     precision = agreed_precision(config.training.mixed_precision, PartialState().device)
     # A view of DDP's buckets for gradients saves a copy of them.
     accelerator = Accelerator(
         mixed_precision=precision.name,
         log_with=config.training.trackers or None,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder.logs)),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours, whatever the environment says
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    together(lambda: check_launch(accelerator))
+    on_every_process(lambda: check_launch(accelerator))
     if accelerator.is_fsdp2:
         # accelerate's own policy would round weights, gradients and the timesteps to bf16; autocast casts what may be
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        run, model = together(lambda: open_run(config, accelerator))
+        run, model = on_every_process(lambda: open_run(config, accelerator))
 
-        def claim() -> Path | None:
-            stack.enter_context(claimed(folder))
+        def claim() -> Checkpoint | None:
+            stack.enter_context(folder.locked("output_dir"))
             checkpoint = checkpoint_to_resume(config, run.source, run.vae_record, precision)
             if checkpoint is None:
                 check_nothing_lost(folder)
             return checkpoint
 
-        checkpoint = on_main(claim, accelerator.is_main_process)
+        checkpoint = on_main_process(claim, accelerator.is_main_process)
         stopped_by = None
-        if checkpoint is None or checkpoint_step(checkpoint) < config.training.max_steps:
+        if checkpoint is None or checkpoint.step < config.training.max_steps:
             if accelerator.is_main_process:
                 precision.say()
             stopped_by = take_steps(run, model, checkpoint, stop)
         elif accelerator.is_main_process:
-            has = f"{folder} is at step {checkpoint_step(checkpoint)} of training.max_steps={config.training.max_steps}"
+            has = f"{folder} is at step {checkpoint.step} of training.max_steps={config.training.max_steps}"
             print(f"{has} already: nothing to do; a larger training.max_steps goes on")
     accelerator.end_training()
     if stopped_by == CTRL_C:
         raise StoppedByCtrlC
 
 
-def check_nothing_lost(folder: Path) -> None:
+def check_nothing_lost(folder: RunFolder) -> None:
     """Raise :class:`InputError` if a run without a checkpoint has been where it must have had one.
 
     Its checkpoints were taken away, and from its first step on it would write over its snapshots and metrics.
     """
-    steps = [row["step"] for row in read_metrics(folder / "metrics.csv")]
-    last = max(steps + [snapshot.step for snapshot in list_snapshots(folder)], default=0)
-    config = folder / "config.yaml"
-    if last > (Config.load(config).training.checkpoint_every if config.is_file() else 0):
+    steps = [row["step"] for row in read_metrics(folder.metrics)]
+    last = max(steps + [snapshot.step for snapshot in folder.list_snapshots()], default=0)
+    if last > (Config.load(folder.config).training.checkpoint_every if folder.config.is_file() else 0):
         raise InputError(
             f"output_dir={str(folder)!r}: holds metrics or averages up to step {last} and no checkpoint; bring its "
             "checkpoints/ back, or name another folder"
         )
 
 
-def take_steps(run: Run, model: LatentModel, checkpoint: Path | None, stop: StopRequest) -> str | None:
+def take_steps(run: Run, model: LatentModel, checkpoint: Checkpoint | None, stop: StopRequest) -> str | None:
     """Train from a checkpoint, or None for the first step, to the last step or a request to stop; what made it."""
     config, accelerator, options = run.config, run.accelerator, run.config.training
-    folder = Path(config.output_dir)
+    folder = RunFolder(Path(config.output_dir))
     state = prepare(run, model, is_new=checkpoint is None)
     done = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
     if checkpoint:
@@ -176,7 +170,7 @@ def take_steps(run: Run, model: LatentModel, checkpoint: Path | None, stop: Stop
         progress(
             total=options.max_steps,
             initial=step,
-            desc=folder.name,
+            desc=folder.path.name,
             unit="step",
             by_hand=True,
             disable=not accelerator.is_main_process,
@@ -233,7 +227,7 @@ def take_steps(run: Run, model: LatentModel, checkpoint: Path | None, stop: Stop
     if record and stopping:
         print(f"{stopped_by}: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
     elif record:
-        print(f"loss curve  {folder / 'loss.png'}")
+        print(f"loss curve  {folder.loss_picture}")
         print(f"checkpoint  {checkpoint}")
     return stopped_by
 
@@ -245,7 +239,7 @@ def prepare(run: Run, model: LatentModel, is_new: bool) -> State:
     """
     config, accelerator, options = run.config, run.accelerator, run.config.training
     if config.model.init_from and is_new:
-        said = together(lambda: start_from(model, config.model.init_from, run.source.class_names))
+        said = on_every_process(lambda: start_from(model, config.model.init_from, run.source.class_names))
         if said and accelerator.is_main_process:
             print(said)
     if options.gradient_checkpointing:
@@ -276,7 +270,9 @@ def prepare(run: Run, model: LatentModel, is_new: bool) -> State:
     )
 
 
-def open_records(run: Run, state: State, step: int, checkpoint: Path | None) -> tuple[Record | None, Record | None]:
+def open_records(
+    run: Run, state: State, step: int, checkpoint: Checkpoint | None
+) -> tuple[Record | None, Record | None]:
     """metrics.csv and evaluation.csv on the main process, which describes the run in its folder; and the trackers.
 
     What they and the snapshots hold of later steps than `step` goes. None for what there is not here.
@@ -285,11 +281,11 @@ def open_records(run: Run, state: State, step: int, checkpoint: Path | None) -> 
     start_trackers(accelerator, config)
     if not accelerator.is_main_process:
         return None, None
-    folder, class_names = Path(config.output_dir), run.source.class_names
-    config.save(folder / "config.yaml")
-    (folder / "class_names.json").write_text(json.dumps(class_names))
-    record = Record(folder / "metrics.csv", step)
-    scores = Record(folder / EVALUATION, step, run.evaluator.columns) if run.evaluator else None
+    folder, class_names = RunFolder(Path(config.output_dir)), run.source.class_names
+    config.save(folder.config)
+    folder.class_names.write_text(json.dumps(class_names))
+    record = Record(folder.metrics, step)
+    scores = Record(folder.evaluation, step, run.evaluator.columns) if run.evaluator else None
     drop_snapshots(folder, step)
     where = f"step {step}, {checkpoint}" if checkpoint else "step 0"
     weights = sum(p.numel() for p in state.model.parameters())
@@ -325,12 +321,12 @@ def draw_and_score(
         return
     pipeline = averaged_pipeline(run, state.ema)
     if drawn and record:
-        path = Path(config.output_dir) / "samples" / f"step-{step:07d}.png"
+        path = RunFolder(Path(config.output_dir)).samples(step)
         if draw_samples(pipeline, config, accelerator, path):
             note(f"the trackers have no samples of step {step}", track_samples, accelerator, path, step)
     accelerator.wait_for_everyone()
     if scored and (row := run.evaluator.score(pipeline, step, stop)):
-        note(f"{EVALUATION} has no step {step}", scores.append, row)
+        note(f"{scores.path.name} has no step {step}", scores.append, row)
         named = {f"evaluation/{name}": row[name] for name in row if name != "step"}
         note(f"the trackers have no step {step}", accelerator.log, named, step)
 
@@ -353,7 +349,8 @@ def averaged_pipeline(run: Run, ema: EMA) -> GSPNDiTPipeline:
     with torch.device("meta"):
         model = run.build().eval()
     model.load_state_dict({name: full_tensor(tensor) for name, tensor in ema.tensors.items()}, assign=True)
-    pipeline = pipeline_of(run.config, model, run.vae, run.source.class_names)
+    described = RunDescription.of(dataclasses.asdict(run.config))
+    pipeline = pipeline_of(described, model, run.vae, run.source.class_names)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

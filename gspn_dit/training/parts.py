@@ -36,7 +36,8 @@ from gspn_dit.data.source import LatentSource, Source, is_of_latents
 from gspn_dit.diffusion import Objective, create_objective, create_scheduler
 from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.errors import InputError, renamed
-from gspn_dit.inference.pipeline import load_class_names, load_transformer, unguided
+from gspn_dit.inference.loading import load_class_names, load_transformer
+from gspn_dit.inference.pipeline import unguided
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.training.evaluator import Evaluator

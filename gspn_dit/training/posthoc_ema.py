@@ -10,8 +10,7 @@ combination of the snapshots:
 A profile is p_γ,t(τ) = (γ+1) τ^γ / t^(γ+1) on 0 ≤ τ ≤ t (equation 1). Its width relative to t is its standard deviation
 σ_rel = √(γ+1) / ((γ+2) √(γ+3)) (section 3.1), which names it.
 
-    RUN/posthoc-ema/config.json                                 the model's
-    RUN/posthoc-ema/step-0010000-sigma-0.05.safetensors …       an average at a step, float16
+:mod:`gspn_dit.storage.run_folder` says where in a run the snapshots lie.
 """
 
 from __future__ import annotations
@@ -22,12 +21,9 @@ from gspn_dit.commands import run
 if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit(run("posthoc-ema", prog="python -m gspn_dit.training.posthoc_ema"))
 
-import json
 import math
-import re
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +34,8 @@ from safetensors import SafetensorError, safe_open
 
 from gspn_dit.errors import InputError
 from gspn_dit.storage.files import new_folder, replacing, require_new, save_tensors, write_json
-from gspn_dit.storage.runs import list_checkpoints
-from gspn_dit.training.checkpoints import EMA_WEIGHTS, DiskWork, State, collect
-
-FOLDER = "posthoc-ema"
-OF_THE_RUN = ("config.yaml", "class_names.json")  # what a folder to sample from has of its run
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """An average on the disk: of step `step`, of relative width `sigma_rel`."""
-
-    path: Path
-    step: int
-    sigma_rel: float
+from gspn_dit.storage.run_folder import Checkpoint, RunFolder, Snapshot
+from gspn_dit.training.checkpoints import DiskWork, State, collect
 
 
 def gamma_of(sigma_rel: float) -> float:
@@ -96,20 +80,20 @@ def coefficients(snapshots: list[Snapshot], sigma_rel: float, step: int) -> tupl
     return weights, math.sqrt(max(0.0, rest) / length)
 
 
-def save_snapshot(accelerator: Accelerator, run: Path, state: State, step: int) -> None:
+def save_snapshot(accelerator: Accelerator, run: RunFolder, state: State, step: int) -> None:
     """Write the running averages of a step; every process calls this. Raises as a checkpoint does."""
-    folder, writing = run / FOLDER, DiskWork(accelerator.is_main_process)
-    writing.attempt(lambda: _write_config(folder, state.model_config))
+    writing = DiskWork(accelerator.is_main_process)
+    writing.attempt(lambda: _write_config(run.snapshots_config, state.model_config))
     for sigma_rel, average in state.power_emas.items():
-        path = folder / f"step-{step:07d}-sigma-{sigma_rel:g}.safetensors"
+        path = run.snapshot(step, sigma_rel).path
         tensors = collect(average.tensors, keep=accelerator.is_main_process)
         writing.attempt(lambda path=path, tensors=tensors: _write(path, tensors))
-    writing.settle(f"the post-hoc EMA's snapshot of step {step}", run)
+    writing.settle(f"the post-hoc EMA's snapshot of step {step}", run.path)
 
 
-def _write_config(folder: Path, model_config: str) -> None:
-    folder.mkdir(exist_ok=True)
-    with replacing(folder / "config.json") as temporary:
+def _write_config(path: Path, model_config: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as temporary:
         temporary.write_text(model_config)
 
 
@@ -118,18 +102,9 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         save_tensors({name: tensor.half() for name, tensor in tensors.items()}, temporary)
 
 
-def list_snapshots(run: Path) -> list[Snapshot]:
-    """A run's snapshots, oldest first."""
-    found = []
-    for path in (run / FOLDER).glob("step-*.safetensors"):
-        if named := re.fullmatch(r"step-([0-9]+)-sigma-([0-9.e-]+)", path.stem):
-            found.append(Snapshot(path, int(named[1]), float(named[2])))
-    return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.sigma_rel))
-
-
-def drop_snapshots(run: Path, step: int) -> None:
+def drop_snapshots(run: RunFolder, step: int) -> None:
     """Remove the snapshots after a step, left by a run that was cut."""
-    for snapshot in list_snapshots(run):
+    for snapshot in run.list_snapshots():
         if snapshot.step > step:
             snapshot.path.unlink()
 
@@ -146,35 +121,37 @@ def reconstruct(snapshots: list[Snapshot], weights: np.ndarray) -> dict[str, tor
 
 def main(options: Options) -> None:
     """Make the averaged weights of any width from a run's snapshots, as a checkpoint folder to sample from."""
-    run, out = Path(options.run), Path(options.out)
+    run, out = RunFolder(Path(options.run)), Path(options.out)
     require_new(out)
-    there = list_snapshots(run)
+    there = run.list_snapshots()
     if not there:
-        raise InputError(f"run={options.run!r}: has no snapshots in {FOLDER}/; train with --training.posthoc-ema-every")
+        where = run.snapshots_config.parent.name
+        raise InputError(f"run={options.run!r}: has no snapshots in {where}/; train with --training.posthoc-ema-every")
     step = there[-1].step if options.step is None else options.step
     snapshots = [snapshot for snapshot in there if snapshot.step <= step]
     if not snapshots or snapshots[-1].step != step:
         steps = sorted({snapshot.step for snapshot in there})
         near = min(steps, key=lambda each: abs(each - step))
         raise InputError(f"step={step}: no snapshot of that step; the nearest is {near}, the newest {steps[-1]}")
-    for name in (*OF_THE_RUN, f"{FOLDER}/config.json"):
-        if not (run / name).is_file():
-            raise InputError(f"run={options.run!r}: has no {name}; restore it")
+    for path in (run.config, run.class_names, run.snapshots_config):
+        if not path.is_file():
+            raise InputError(f"run={options.run!r}: has no {path.relative_to(run.path)}; restore it")
     weights, rest = coefficients(snapshots, options.sigma_rel, step)
     with new_folder(out) as folder:
-        (folder / EMA_WEIGHTS).parent.mkdir(parents=True)
+        made = Checkpoint(folder)
+        made.ema.mkdir(parents=True)
         try:
             tensors = reconstruct(snapshots, weights)
         except (OSError, SafetensorError) as error:
             raise InputError(f"run={options.run!r}: a snapshot cannot be read ({error}); remove it") from error
-        save_tensors(tensors, folder / EMA_WEIGHTS, {"format": "pt"})
-        shutil.copy(run / FOLDER / "config.json", folder / "ema")
-        for name in OF_THE_RUN:
-            shutil.copy(run / name, folder)
+        save_tensors(tensors, made.ema_weights, {"format": "pt"})
+        shutil.copy(run.snapshots_config, made.ema_config)
+        shutil.copy(run.config, made.config)
+        shutil.copy(run.class_names, made.class_names)
         metadata: dict[str, Any] = {"step": step}
-        if checkpoints := list_checkpoints(run):  # which note what VAE the latents are of
-            metadata["vae"] = json.loads((checkpoints[-1] / "metadata.json").read_text()).get("vae")
-        write_json(folder / "metadata.json", metadata)
+        if newest := run.newest_checkpoint():  # which notes what VAE the latents are of
+            metadata["vae"] = newest.read_metadata().get("vae")
+        write_json(made.metadata, metadata)
     print(
         f"{out}: step {step}, sigma_rel {options.sigma_rel:g} (γ = {gamma_of(options.sigma_rel):.3f}) from "
         f"{len(snapshots)} snapshots; {rest:.2%} of the profile is out of their reach"

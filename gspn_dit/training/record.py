@@ -17,6 +17,7 @@ import numpy as np
 
 from gspn_dit.errors import warn
 from gspn_dit.storage.files import replacing
+from gspn_dit.storage.run_folder import RunFolder
 
 FEW = 20  # points of a curve that are marked each
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "images_per_second")
@@ -62,9 +63,10 @@ class Record:
 
     def draw(self) -> None:
         """Draw the loss against the step as loss.png, once there is any; a failure is warned of."""
-        path = self.path.with_name("loss.png")
+        run = RunFolder(self.path.parent)
         if rows := read_metrics(self.path):
-            note(f"loss.png is without step {rows[-1]['step']}", draw_loss, rows, path.parent.name, path)
+            what = f"{run.loss_picture.name} is without step {rows[-1]['step']}"
+            note(what, draw_loss, rows, run.path.name, run.loss_picture)
 
 
 @contextmanager

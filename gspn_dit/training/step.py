@@ -17,8 +17,8 @@ from gspn_dit.diffusion import Batch
 from gspn_dit.training.checkpoints import State, last_good
 from gspn_dit.training.latents import LatentEncoder
 from gspn_dit.training.parts import Run
-from gspn_dit.training.processes import StopRequest
 from gspn_dit.training.sharding import full_tensor
+from gspn_dit.training.stop_request import StopRequest
 
 
 class NonFiniteLoss(RuntimeError):

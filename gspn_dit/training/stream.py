@@ -18,8 +18,9 @@ from torch.utils.data import Dataset, Sampler
 
 from gspn_dit.config import DataConfig
 from gspn_dit.data import LatentStore, Source, how_to_encode, is_latent_store, open_images
-from gspn_dit.demo.packaged import PACKAGED
+from gspn_dit.data.sources import SOURCES
 from gspn_dit.errors import InputError
+from gspn_dit.registry import quoted
 
 _ORDER = 1 << 63  # keys from here up are epochs' orders, below are samples
 
@@ -30,10 +31,10 @@ def open_source(config: DataConfig, seed: int) -> Source:
     Raises:
         InputError: If it is not there, or a store was made for another image size or mirroring.
     """
-    if config.source not in PACKAGED and not Path(config.source).is_dir():
+    if config.source not in SOURCES and not Path(config.source).is_dir():
         raise InputError(
-            f"data.source={config.source!r}: no such folder; give `digits`, `photos`, a folder of class/*.jpg or a "
-            f"latent store; {how_to_encode(config.source)}"
+            f"data.source={config.source!r}: no such folder; give {quoted(SOURCES)}, a folder of class/*.jpg or "
+            f"a latent store; {how_to_encode(config.source)}"
         )
     if not is_latent_store(config.source):
         return open_images(config.source, config.image_size, seed=seed, exif_orientation=config.exif_orientation)

@@ -16,9 +16,9 @@ from gspn_dit.autoencoder import decode, downsampling, encode_moments, load_vae,
 from gspn_dit.autoencoder.quality import latent_statistics, psnr, reconstruction_error
 from gspn_dit.data import open_images
 from gspn_dit.demo import small_vae
-from gspn_dit.demo.packaged import packaged
 from gspn_dit.errors import InputError
 from gspn_dit.options import command
+from gspn_dit.storage.packaged import PACKAGED_VAES
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def error(images, others):
 
 
 def test_packaged_vae_is_small_and_four_times_down(vae, moments):
-    assert (packaged("digits") / "vae" / "diffusion_pytorch_model.safetensors").stat().st_size < 2_000_000
+    assert (PACKAGED_VAES["digits"] / "diffusion_pytorch_model.safetensors").stat().st_size < 2_000_000
     assert downsampling(vae) == 4
     assert moments.shape == (500, 8, 8, 8)
     assert moments.dtype == torch.float32
@@ -76,7 +76,7 @@ def photos():
 
 
 def test_photos_vae_reconstructs_held_out_crops_from_unit_latents(photos):
-    assert (packaged("photos") / "vae" / "diffusion_pytorch_model.safetensors").stat().st_size < 4_000_000
+    assert (PACKAGED_VAES["photos"] / "diffusion_pytorch_model.safetensors").stat().st_size < 4_000_000
     vae = load_vae("photos")
     assert downsampling(vae) == 4
     moments = encode_moments(vae, photos)
@@ -158,7 +158,7 @@ def test_latents_are_measured_as_they_are_drawn(vae, moments):
 
 def vae_folder(folder, **changes):
     """The digits' VAE with other values in its config.json."""
-    shutil.copytree(packaged("digits") / "vae", folder)
+    shutil.copytree(PACKAGED_VAES["digits"], folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     return folder

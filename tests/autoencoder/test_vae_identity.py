@@ -8,22 +8,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from made.runs import make_run
+from made.runs import list_checkpoints, make_run
 from made.store import make_store
 from made.training import config, options
 
 from gspn_dit.autoencoder import decode, load_vae
 from gspn_dit.autoencoder.vae import vae_record, vae_sha256
+from gspn_dit.commands import ExportOptions, SampleOptions
 from gspn_dit.config import Config, DataConfig
 from gspn_dit.data import LatentStore
 from gspn_dit.errors import InputError
-from gspn_dit.inference.export import Options as ExportOptions
 from gspn_dit.inference.export import main as export
-from gspn_dit.inference.pipeline import load_pipeline, load_transformer
-from gspn_dit.inference.sample import SampleOptions
+from gspn_dit.inference.loading import load_pipeline, load_transformer
 from gspn_dit.inference.sample import main as sample
 from gspn_dit.options import command, parse
-from gspn_dit.storage.runs import list_checkpoints
 from gspn_dit.training.loop import train
 from gspn_dit.training.parts import open_latents
 

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 from made.faults import finished, start
+from made.runs import checkpoint_step, list_checkpoints
 from made.store import make_store
 from made.training import config, options, wait_for
 from PIL import Image
@@ -19,7 +20,6 @@ from gspn_dit.data.encode import Options
 from gspn_dit.data.encode import main as encode
 from gspn_dit.data.latent_store import verify, write_shard
 from gspn_dit.errors import InputError
-from gspn_dit.storage.runs import checkpoint_step, list_checkpoints
 from gspn_dit.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -363,7 +363,7 @@ def test_pictures_that_a_vae_cannot_show_are_said(tmp_path, capsys):
     for number in range(3):
         Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / f"{number}.png")
     encode(tmp_path / "store", data=root.parent, split="train")
-    assert "gives these images back at" in (said := capsys.readouterr().err) and "small_vae --data FOLDER" in said
+    assert "gives these images back at" in (said := capsys.readouterr().err) and "small-vae --data FOLDER" in said
     assert manifest_of(tmp_path / "store")["reconstruction_psnr"] < 12
 
 

@@ -11,17 +11,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from gspn_dit.data import open_images
-from gspn_dit.demo.classifier import CLASSIFIERS, DigitsClassifier, accuracy, train
+from gspn_dit.demo.classifier import DigitsClassifier, accuracy, train
 from gspn_dit.demo.classifier import Options as TrainingOptions
 from gspn_dit.demo.classifier import main as train_classifier
-from gspn_dit.demo.packaged import packaged
 from gspn_dit.errors import InputError
+from gspn_dit.evaluation.classifiers import CLASSIFIERS
 from gspn_dit.evaluation.evaluate import Options, evaluate, main
 from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.image_sets import open_samples
 from gspn_dit.options import command
+from gspn_dit.storage.packaged import PACKAGED_CLASSIFIERS
 
-WEIGHTS = packaged("digits_classifier.safetensors")
+WEIGHTS = PACKAGED_CLASSIFIERS["digits"]
 
 
 def digits(split, count):
@@ -63,8 +64,10 @@ def test_training_learns_and_is_the_same_for_the_same_seed(held_out):
     assert not torch.equal(again.classify.weight, other.classify.weight)
 
 
-@pytest.mark.parametrize("kind", CLASSIFIERS.values())
-def test_a_classifiers_classes_are_its_datas(kind):
+@pytest.mark.parametrize("name", list(CLASSIFIERS))
+def test_a_classifiers_classes_are_its_datas(name):
+    kind = CLASSIFIERS.load(name)
+    assert kind.data == name
     assert list(kind.class_names) == open_images(kind.data, kind.image_size, split="test").class_names
 
 

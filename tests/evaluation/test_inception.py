@@ -15,7 +15,7 @@ from made.inception import random_inception, write_noise
 from torch_fidelity import feature_extractor_inceptionv3
 
 from gspn_dit.errors import InputError
-from gspn_dit.evaluation import extractors
+from gspn_dit.evaluation import networks
 from gspn_dit.evaluation.evaluate import Options, evaluate, main
 from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.image_sets import open_reference, open_samples
@@ -212,7 +212,7 @@ def test_a_server_that_says_nothing_is_not_waited_for(tmp_path, monkeypatch):
         silent = f"http://127.0.0.1:{server.getsockname()[1]}/weights-0123.pth"
         monkeypatch.setattr(feature_extractor_inceptionv3, "URL_INCEPTION_V3", silent)
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-        monkeypatch.setattr(extractors, "SILENCE", 0.2)
+        monkeypatch.setattr(networks, "SILENCE", 0.2)
         start = time.monotonic()
         with pytest.raises(InputError, match=r"127\.0\.0\.1 cannot be reached \(.*timed out\).*--weights"):
             create_extractor("inception")

@@ -6,17 +6,17 @@ from torch.nn.functional import avg_pool2d
 
 from gspn_dit.data import open_images
 from gspn_dit.demo.classifier import PhotosClassifier, accuracy, images_and_labels
-from gspn_dit.demo.packaged import packaged
 from gspn_dit.evaluation.evaluate import evaluate
 from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.image_sets import ImageSet
 from gspn_dit.evaluation.metrics import frechet_distance
 from gspn_dit.evaluation.moments import Moments
+from gspn_dit.storage.packaged import PACKAGED_CLASSIFIERS
 
-WEIGHTS = packaged("photos_classifier.safetensors")
+WEIGHTS = PACKAGED_CLASSIFIERS["photos"]
 COUNT = 320
 pytestmark = pytest.mark.skipif(
-    not WEIGHTS.exists(), reason="no weights: `python -m gspn_dit.demo.classifier --data photos` makes them"
+    not WEIGHTS.exists(), reason="no weights: `gspn-dit classifier --data photos` makes them"
 )
 
 

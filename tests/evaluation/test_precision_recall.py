@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gspn_dit.evaluation import neighbours
+from gspn_dit.evaluation import precision_recall as module
 from gspn_dit.evaluation.precision_recall import NEIGHBOURS, Points, precision_recall
 
 
@@ -49,7 +49,7 @@ def by_definition(samples, reference):
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 26])
 def test_it_is_the_definition_whatever_is_held_at_once(monkeypatch, block):
-    monkeypatch.setattr(neighbours, "BLOCK", block)
+    monkeypatch.setattr(module, "BLOCK", block)
     generator = torch.Generator().manual_seed(2)
     samples = torch.randint(0, 5, (70, 6), generator=generator).float()  # many ties, exact in float32
     reference = torch.randint(1, 6, (41, 6), generator=generator).float()
@@ -59,7 +59,7 @@ def test_it_is_the_definition_whatever_is_held_at_once(monkeypatch, block):
 
 
 def test_points_of_a_large_set_are_evenly_spaced_ones(monkeypatch):
-    monkeypatch.setattr(neighbours, "MOST_POINTS", 4)
+    monkeypatch.setattr(module, "MOST_POINTS", 4)
     features = torch.arange(10.0)[:, None].expand(10, 3)
     points = Points(10, 3)
     for indices in torch.arange(10).split(3):

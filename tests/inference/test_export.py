@@ -13,11 +13,12 @@ from made.runs import CLASS_NAMES, make_run
 from PIL import Image
 
 from gspn_dit import GSPNDiTPipeline
+from gspn_dit.commands import ExportOptions as Options
+from gspn_dit.commands import SampleOptions
 from gspn_dit.diffusion import image_generator
 from gspn_dit.errors import InputError
-from gspn_dit.inference.export import Options, main
-from gspn_dit.inference.pipeline import load_pipeline
-from gspn_dit.inference.sample import SampleOptions
+from gspn_dit.inference.export import main
+from gspn_dit.inference.loading import load_pipeline
 from gspn_dit.inference.sample import main as sample
 from gspn_dit.options import command
 

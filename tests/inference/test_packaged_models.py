@@ -5,12 +5,12 @@ import json
 import pytest
 
 from gspn_dit.__main__ import main
-from gspn_dit.demo.packaged import packaged
+from gspn_dit.storage.packaged import PACKAGED_MODELS
 
 
 @pytest.mark.parametrize(("name", "most"), [("digits", 8e6), ("photos", 16e6)])
 def test_a_packaged_model_is_small_and_names_no_machine(name, most):
-    files = [path for path in packaged(name).rglob("*") if path.is_file()]
+    files = [path for path in PACKAGED_MODELS[name].rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < most
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     for path in files:

@@ -13,24 +13,17 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from made.runs import CLASS_NAMES, make_run, tiny_model, tiny_vae
+from made.runs import CLASS_NAMES, make_run, pipeline, tiny_model, tiny_vae
 from PIL import Image
 
 from gspn_dit.autoencoder import decode
 from gspn_dit.diffusion import create_scheduler, image_generator
 from gspn_dit.errors import InputError
-from gspn_dit.inference.pipeline import GSPNDiTPipeline, load_pipeline
+from gspn_dit.inference.loading import load_pipeline
+from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.models import create_model
 from gspn_dit.precision import choose_precision
 from gspn_dit.storage.pictures import save_grid
-
-
-def pipeline(name="gspn-dit-ti-2", objective="flow", **options) -> GSPNDiTPipeline:
-    pipe = GSPNDiTPipeline(
-        tiny_model(name, objective), tiny_vae(), create_scheduler(objective), **{"class_names": CLASS_NAMES} | options
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def generators(*images: int, seed: int = 0) -> list[torch.Generator]:

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
-from made.runs import tiny_vae
+from made.runs import pipeline, tiny_vae
 from PIL import Image
-from test_pipeline import pipeline
 
 from gspn_dit.autoencoder import decode
 from gspn_dit.autoencoder.tiling import decode_in_tiles, mosaic, tile_side
 from gspn_dit.diffusion import create_scheduler, image_generator
 from gspn_dit.diffusion.schedulers import own_shift, shifted
 from gspn_dit.errors import InputError
-from gspn_dit.layers import blocks as layers
-from gspn_dit.layers.blocks import FeedForward
-from gspn_dit.layers.chunks import scaled_chunks
+from gspn_dit.layers import feed_forward
+from gspn_dit.layers.feed_forward import FeedForward
 from gspn_dit.models import create_model
 
 
-def chunks(model) -> list[int | None]:
-    return [block.mixer.chunk if hasattr(block, "mixer") else block.core.chunk for block in model.blocks]
+@contextmanager
+def chunks_of_calls(model) -> Iterator[list[int | None]]:
+    """In the block, the chunks that the model's scanning layers are called with, in their order."""
+    layers = [block.mixer if hasattr(block, "mixer") else block.core for block in model.blocks]
+    chunks = []
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: chunks.append(inputs[1])) for layer in layers]
+    yield chunks
+    for hook in hooks:
+        hook.remove()
 
 
 def draw(pipe, **options) -> torch.Tensor:
@@ -36,27 +43,26 @@ def draw(pipe, **options) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["gspn-dit-ti-2", "gspn-ti-2"])
 def test_chunk_scale_changes_the_chunk_of_local_layers_alone(name, scale, scaled):
     model = create_model(name, chunk=4, sample_size=8, num_classes=3)
-    trained = chunks(model)
-    assert trained[-2:] == [None, None] and set(trained[:-2]) == {4}
+    inputs = torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
-    with scaled_chunks(model, scale):
-        assert chunks(model) == [None if chunk is None else scaled for chunk in trained]
-    assert chunks(model) == trained
+    for options, local in (({}, 4), ({"chunk_scale": scale}, scaled), ({"chunk_scale": 1}, 4)):
+        with chunks_of_calls(model) as chunks:
+            model(*inputs, **options)
+        assert chunks[-2:] == [None, None] and set(chunks[:-2]) == {local}
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
-def test_chunks_are_restored_after_an_exception():
+def test_chunk_scale_leaves_the_model_after_an_exception():
     pipe = pipeline()
-    trained, seen = chunks(pipe.transformer), []
+    plain = draw(pipe, height=32, width=32)
 
     def stop(pipe, step, timestep, tensors):
-        seen.append(chunks(pipe.transformer))
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with chunks_of_calls(pipe.transformer) as chunks, pytest.raises(KeyboardInterrupt):
         draw(pipe, chunk_scale=2, callback_on_step_end=stop)
-    assert seen == [[chunk and 2 * chunk for chunk in trained]] != [trained]
-    assert chunks(pipe.transformer) == trained
+    assert chunks == [chunk and 2 * chunk for chunk in pipe.transformer.chunks] != list(pipe.transformer.chunks)
+    assert torch.equal(draw(pipe, height=32, width=32), plain)
 
 
 def test_chunk_scale_is_a_model_of_that_chunk():
@@ -150,8 +156,8 @@ def test_auto_leaves_a_model_without_chunks_as_it_is():
 def test_models_without_scans_have_no_chunk():
     for options in ({"mixer": "attention"}, {"chunk": None}):
         model = create_model("gspn-dit-ti-2", sample_size=8, **options)
-        with pytest.raises(InputError, match="no layer of this GSPNDiT has a chunk"), scaled_chunks(model, 2):
-            pass
+        with pytest.raises(InputError, match="no layer of this GSPNDiT has a chunk"):
+            model(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long), chunk_scale=2)
 
 
 @pytest.mark.parametrize("tokens", [8, 7, 64])
@@ -162,7 +168,7 @@ def test_feed_forward_in_slices_is_the_feed_forward(monkeypatch, tokens):
         whole = layer(x)
         seen = []
         layer.fc1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[:-1].numel()))
-        monkeypatch.setattr(layers, "SLICE_TOKENS", tokens)
+        monkeypatch.setattr(feed_forward, "SLICE_TOKENS", tokens)
         torch.testing.assert_close(layer(x), whole)
         torch.testing.assert_close(layer(x.transpose(1, 2)), whole.transpose(1, 2))
         assert max(seen) == min(tokens, 70) if tokens < 35 else seen == [70, 70]  # 64 tokens hold one map
@@ -207,7 +213,7 @@ def test_large_images_alone_are_decoded_in_tiles(monkeypatch):
     monkeypatch.setattr(pipe.vae, "tiled_decode", lambda z, **more: calls.append(z.shape) or decode_tiled(z, **more))
     draw(pipe, height=64, width=64, num_inference_steps=1, output_type="uint8")
     assert calls == []
-    monkeypatch.setattr("gspn_dit.inference.pipeline._PIXELS_A_DECODE", 64 * 64)
+    monkeypatch.setattr("gspn_dit.inference.decoding._PIXELS_A_DECODE", 64 * 64)
     monkeypatch.setattr("gspn_dit.autoencoder.tiling.TILE_PIXELS", 32)
     draw(pipe, height=64, width=64, num_inference_steps=1, output_type="uint8")
     assert calls == []

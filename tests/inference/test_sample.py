@@ -18,11 +18,12 @@ from made.launched import finish, kill_one_process, launch
 from made.runs import CLASS_NAMES, make_run
 from PIL import Image
 
+from gspn_dit.commands import SampleOptions
 from gspn_dit.config import Config, DiffusionConfig, TrainingConfig
 from gspn_dit.errors import InputError
 from gspn_dit.evaluation.image_sets import open_samples
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
-from gspn_dit.inference.sample import SampleOptions, main
+from gspn_dit.inference.sample import main
 from gspn_dit.options import command
 from gspn_dit.storage.pictures import save_npz
 from gspn_dit.training.parts import check_options
@@ -258,7 +259,7 @@ def test_refusals(run, tmp_path, monkeypatch, capsys, arguments, words):
 
 
 def test_memory_is_refused_by_the_numbers(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("gspn_dit.inference.pipeline.memory_of", lambda device: 50_000_000)
+    monkeypatch.setattr("gspn_dit.inference.memory.memory_of", lambda device: 50_000_000)
     monkeypatch.setattr("gspn_dit.inference.sample.memory_of", lambda device: 1_000_000)
     for arguments, words in (
         ("--batch-size 1000 --num-images 1000 --out all/", "1000 at a time take over 122.9 MB, and the memory of cpu"),
@@ -501,7 +502,7 @@ def test_what_a_cut_run_left_for_an_npz_is_used_only_for_the_same(run, tmp_path)
 
 
 def test_labels_are_balanced_or_random_by_the_seed(run, tmp_path):
-    from gspn_dit.inference.pipeline import load_pipeline
+    from gspn_dit.inference.loading import load_pipeline
     from gspn_dit.inference.sample import choose_labels
 
     pipe = load_pipeline(run)

@@ -1,4 +1,4 @@
-"""gspn-dit's other mixers: what they compute, whom they reach, and that the default is what it was."""
+"""Token mixers: what they compute, alone and in gspn-dit's block, which tokens they reach, and how they start."""
 
 from __future__ import annotations
 
@@ -110,6 +110,40 @@ def test_a_mixer_projects_its_normed_groups_and_the_direct_path(mixer):
     torch.testing.assert_close(layer(x), layer.proj(joined), atol=1e-3, rtol=1e-3)
 
 
+@mixers
+def test_a_mixer_alone_is_the_mixing_of_the_layer_in_the_block(mixer):
+    """Without value projection, filter, norm, skip and output projection, on any map of values."""
+    layer, alone = small(mixer).blocks[0].mixer, MIXERS[mixer](32, 2)
+    around = {"value.weight", "value.bias", "conv.weight", "conv.bias", "direct", "proj.weight", "proj.bias"}
+    weights = layer.state_dict()
+    alone.load_state_dict({name: value for name, value in weights.items() if name not in around})
+    assert not around & set(alone.state_dict()) and around < set(weights)
+    value = torch.randn(2, 5, 7, 32)
+    assert torch.equal(alone(value), layer.mix(value))
+    if alone.scans:
+        assert torch.equal(alone(value, 3), layer.mix(value, 3)) and not torch.equal(alone(value, 3), alone(value))
+    else:
+        with pytest.raises(InputError, match=rf"chunk=3: a {type(alone).__name__} has no lines; leave it out"):
+            alone(value, 3)
+
+
+@mixers
+def test_groups_that_do_not_divide_the_width_are_refused(mixer):
+    with pytest.raises(InputError, match="num_groups=3: give a divisor of width=32"):
+        MIXERS[mixer](32, 3)
+
+
+@mixers
+def test_a_mixer_mixes_the_values_of_a_convolutional_network(mixer):
+    """As the attention of a U-Net, or in a classifier: nothing but maps goes in, and gradients reach all weights."""
+    torch.manual_seed(0)
+    features, alone = nn.Conv2d(3, 8, 3, stride=2), MIXERS[mixer](8, 1)
+    x = features(torch.randn(2, 3, 15, 11)).permute(0, 2, 3, 1)
+    nn.functional.cross_entropy((x + alone(x)).mean((1, 2)), torch.tensor([3, 5])).backward()
+    parameters = [*features.parameters(), *alone.parameters()]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
+
+
 @pytest.mark.parametrize(("mixer", "reach"), [("attention", 20), ("linear", 20), ("conv", 4)])
 def test_attention_reaches_the_whole_map_and_convolution_its_window(mixer, reach):
     layer = small(mixer).blocks[0].mixer
@@ -125,21 +159,21 @@ def test_linear_attention_is_the_quadratic_form_with_relu_products_for_weights()
     query, key, value = torch.randn(3, 2, 3, 20, 8).unbind(0)  # (B, G, N, D)
     weights = query.relu() @ key.relu().transpose(-1, -2)  # (B, G, N, N)
     expected = weights / weights.sum(-1, keepdim=True) @ value
-    attend = LinearAttentionMixer(24, 3, 3, None).attend
+    attend = LinearAttentionMixer(24, 3).attend
     torch.testing.assert_close(attend(query, key, value), expected, atol=1e-4, rtol=1e-4)
     assert attend(-query.abs(), key, value).count_nonzero() == 0  # a query that meets no key: 0, not NaN
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_attention_of_a_large_map_keeps_its_sums_in_float32(dtype):
-    """40,000 sites with equal keys: the result is the values' mean, where sums of that many in half precision stall."""
+    """40,000 tokens with equal keys give the values' mean, where sums of that many in half precision stall."""
     query, key, value = torch.ones(3, 1, 1, 40_000, 4, dtype=dtype).unbind(0)
     with torch.autocast("cpu", dtype=dtype):
-        y = LinearAttentionMixer(4, 1, 3, None).attend(query * 300, key * 300, value)
+        y = LinearAttentionMixer(4, 1).attend(query * 300, key * 300, value)
     torch.testing.assert_close(y, torch.ones_like(y), atol=1e-3, rtol=0)
 
 
-def test_cost_grows_with_the_sites_and_for_softmax_attention_with_their_square():
+def test_cost_grows_with_the_tokens_and_for_softmax_attention_with_their_square():
     for mixer in MIXERS:
         model = on_meta(mixer)
         small_map, large_map = (count_macs(model, (side, side)) for side in (32, 128))
@@ -164,9 +198,9 @@ def test_mixers_differ_in_their_own_layers_alone():
     assert extra == {"gspn": scans, "attention": attention, "linear": attention, "conv": 12 * 50 * 384}
 
 
-def straight_scans(chunk: int | None, rate: float | None = None) -> GSPNMixer:
-    """A mixer of two groups whose lines are straight, with λ = 1 everywhere and all four scans added up."""
-    mixer = GSPNMixer(8, 2, 1, chunk)
+def straight_scans(rate: float | None = None) -> GSPNMixer:
+    """A mixer alone of two groups whose lines are straight, with λ = 1 everywhere and all four scans added up."""
+    mixer = GSPNMixer(8, 2)
     with torch.no_grad():
         mixer.scale.fill_(1)
         mixer.head[1].weight.zero_()
@@ -177,50 +211,50 @@ def straight_scans(chunk: int | None, rate: float | None = None) -> GSPNMixer:
 
 
 def test_channels_of_a_new_mixer_are_filters_of_their_own():
-    """What eight channels of one group make of one site are as many independent maps."""
+    """What eight channels of one group make of one token are as many independent maps."""
     torch.manual_seed(0)
-    mixer = GSPNMixer(8, 1, 1, None)
+    mixer = GSPNMixer(8, 1)
     value = torch.zeros(1, 17, 17, 8)
     value[0, 8, 8] = 1
     with torch.no_grad():
         mixer.head[1].weight.zero_()
-        maps = mixer.mix(value)[0].flatten(0, 1)
+        maps = mixer(value)[0].flatten(0, 1)
     assert torch.linalg.matrix_rank(maps, rtol=1e-3) == 8
     assert (maps.amin(0) < 0).any() and (maps.amax(0) > 0).any()
 
 
 @pytest.mark.parametrize("chunk", [None, 4, 5])
-def test_scans_forget_at_the_rate_of_their_channel_and_direction(chunk):
-    """One site of value 1: every scan hands it straight on, less by f at each line, to the end of its chunk."""
-    mixer, (row, column) = straight_scans(chunk), (6, 2)
+def test_scans_decay_at_the_rate_of_their_channel_and_direction(chunk):
+    """One token of value 1: every scan hands it straight on, less by f at each line, to the end of its chunk."""
+    mixer, (row, column) = straight_scans(), (6, 2)
     torch.manual_seed(0)
     nn.init.normal_(mixer.log_rate, mean=-1.0)
     nn.init.normal_(mixer.scale)
     value = torch.zeros(1, 9, 7, 8)
     value[0, row, column] = 1
-    y = mixer.mix(value)[0]
+    y = mixer(value, chunk)[0]
     (down, up, right, left), scale = torch.exp(-mixer.log_rate.exp()), mixer.scale
     expected = torch.zeros(9, 7, 8)
     for other in range(9):
         if chunk is None or other // chunk == row // chunk:
-            forgotten, s = (down, scale[0]) if other >= row else (up, scale[1])
-            expected[other, column] += s * forgotten ** abs(other - row)
+            decay, s = (down, scale[0]) if other >= row else (up, scale[1])
+            expected[other, column] += s * decay ** abs(other - row)
     for other in range(7):
         if chunk is None or other // chunk == column // chunk:
-            forgotten, s = (right, scale[2]) if other >= column else (left, scale[3])
-            expected[row, other] += s * forgotten ** abs(other - column)
-    expected[row, column] = scale.sum(0)  # the site itself, by all four
+            decay, s = (right, scale[2]) if other >= column else (left, scale[3])
+            expected[row, other] += s * decay ** abs(other - column)
+    expected[row, column] = scale.sum(0)  # the token itself, in all four directions
     torch.testing.assert_close(y, expected)
 
 
 def test_lines_of_a_new_mixer_keep_to_their_row():
-    """One site of value 1 in the first column: of what the last column receives, its own row has most."""
+    """One token of value 1 in the first column: of what the last column receives, its own row has most."""
     torch.manual_seed(0)
-    mixer = GSPNMixer(32, 2, 1, None)
+    mixer = GSPNMixer(32, 2)
     value = torch.zeros(1, 13, 9, 32)
     value[0, 6, 0] = 1
     mixer.scale.data.fill_(1)
-    received = mixer.mix(value)[0, :, -1].detach().unflatten(-1, (2, -1)).mean(-1)  # by no scan but the one along rows
+    received = mixer(value)[0, :, -1].detach().unflatten(-1, (2, -1)).mean(-1)  # by no scan but the one along rows
     assert (received > 0).sum(0).tolist() == [13, 13]
     assert (received[6] > received.sum(0) / 3).all()
     assert (received[5:8].sum(0) > 0.7 * received.sum(0)).all()
@@ -228,27 +262,27 @@ def test_lines_of_a_new_mixer_keep_to_their_row():
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_lines_of_a_new_mixer_are_straighter_from_group_to_group(groups):
-    """Of one site's value, 56 columns on, its own row still has most in the last group; in the first it is spread."""
+    """Of one token's value, 56 columns on, its own row still has most in the last group; in the first it is spread."""
     torch.manual_seed(0)
-    mixer = GSPNMixer(8 * groups, groups, 1, None)
+    mixer = GSPNMixer(8 * groups, groups)
     mixer.scale.data.fill_(1)
     value = torch.zeros(1, 21, 57, 8 * groups)
     value[0, 10, 0] = 1
-    received = mixer.mix(value)[0, :, -1].detach().unflatten(-1, (groups, -1)).mean(-1)  # (21, G)
+    received = mixer(value)[0, :, -1].detach().unflatten(-1, (groups, -1)).mean(-1)  # (21, G)
     own = received[10] / received.sum(0)
     assert own[0] < 0.2 and (own.diff() > 0).all()
     assert groups == 1 or own[-1] > 0.7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_remembers_for_as_long(dtype):
+def test_half_precision_keeps_the_half_life(dtype):
     """A half-life of 64 lines is f = 0.98923. bfloat16 has 0.98828 there, of which a line's 400th is 68% of f's."""
-    mixer = straight_scans(None, rate=math.log(2) / 64)
+    mixer = straight_scans(rate=math.log(2) / 64)
     mixer.scale.data[1:] = 0  # down alone
     value = torch.zeros(1, 400, 3, 8, dtype=dtype)
     value[:, 0] = 1
     with torch.no_grad(), torch.autocast("cpu", dtype):
-        y = mixer.mix(value)
+        y = mixer(value)
     expected = 2 ** (-torch.arange(400) / 64)
     torch.testing.assert_close(y[0, :, 1].float(), expected[:, None].expand(-1, 8), rtol=0.01, atol=0)
     decay, scale = mixer.to(dtype).channel_factors(torch.float32)
@@ -260,7 +294,7 @@ def test_half_precision_remembers_for_as_long(dtype):
 
 def test_half_lives_of_a_new_mixer_are_spread_over_each_groups_channels():
     for groups in (1, 2, 8):  # of 8, 4 channels and one
-        half_lives = math.log(2) / GSPNMixer(8, groups, 1, None).log_rate.detach().exp()
+        half_lives = math.log(2) / GSPNMixer(8, groups).log_rate.detach().exp()
         each = half_lives.view(4, groups % 8 or 1, -1)
         torch.testing.assert_close(each.amin(-1), torch.full_like(each[..., 0], 2))
         torch.testing.assert_close(each.amax(-1), torch.full_like(each[..., 0], 64))

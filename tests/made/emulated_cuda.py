@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gspn_dit.ops.build import CSRC
+from gspn_dit.ops.build import CSRC, headers, recipe
 
 EMULATION = Path(__file__).parent / "cuda_emulation"
 SHARED_MEMORY = 227 * 1024  # of a Hopper block; less of it sends even small maps to the kernels for large ones
@@ -21,7 +21,7 @@ def emulated_kernels():
     """torch.ops.gspn_dit_cuda, taking CPU tensors; compiled once for a state of the sources."""
     from torch.utils import cpp_extension
 
-    sources = [CSRC / "propagate_cuda.cu", CSRC / "binding_cuda.cpp"]
+    sources, _, _ = recipe("cuda")
     flags = [
         "-O2",
         "-std=c++20",
@@ -32,7 +32,7 @@ def emulated_kernels():
         "-fsanitize-undefined-trap-on-error",
     ]  # a misaligned vector would fail on a GPU too
     key = hashlib.sha256(f"{torch.__version__} {flags}".encode())
-    for path in sorted([*CSRC.glob("*"), *EMULATION.glob("*")]):
+    for path in (*sources, *headers("cuda"), *sorted(EMULATION.glob("*"))):
         key.update(path.read_bytes())
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     library = root / f"gspn_dit_emulated_cuda_{key.hexdigest()[:16]}.so"

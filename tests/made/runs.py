@@ -7,7 +7,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from gspn_dit.config import Config, DataConfig, DiffusionConfig, ModelConfig, SamplingConfig
+from gspn_dit.diffusion import create_scheduler
+from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.models import create_model
+from gspn_dit.storage.run_folder import RunFolder
 
 CLASS_NAMES = ["golden retriever", "tabby cat", "goldfish"]
 
@@ -63,3 +66,21 @@ def make_run(
         (checkpoint / "class_names.json").write_text(json.dumps(CLASS_NAMES))
         (checkpoint / "metadata.json").write_text(json.dumps({"step": step}))
     return folder
+
+
+def pipeline(name="gspn-dit-ti-2", objective="flow", **options) -> GSPNDiTPipeline:
+    pipe = GSPNDiTPipeline(
+        tiny_model(name, objective), tiny_vae(), create_scheduler(objective), **{"class_names": CLASS_NAMES} | options
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first."""
+    return [checkpoint.path for checkpoint in RunFolder(Path(run)).list_checkpoints()]
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.removeprefix("step-"))

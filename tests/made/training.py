@@ -88,3 +88,26 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+SCORED = [
+    "--evaluation.every",
+    2,
+    "--evaluation.num_samples",
+    12,
+    "--evaluation.reference",
+    "digits:test",
+    "--evaluation.features",
+    "digits",
+    "--evaluation.batch_size",
+    5,
+    "--training.checkpoint_every",
+    2,
+    "--training.max_steps",
+    4,
+]
+
+
+def scores(run):
+    with open(run / "evaluation.csv") as file:
+        return list(csv.DictReader(file))

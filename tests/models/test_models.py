@@ -7,22 +7,26 @@ import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gspn_dit
 from gspn_dit.errors import InputError
-from gspn_dit.layers.blocks import SquaredReLU
 from gspn_dit.layers.embeddings import TimestepEmbedding, sincos_positions
-from gspn_dit.models import DiT, GSPNDiT, create_model, list_models
+from gspn_dit.layers.feed_forward import SquaredReLU
+from gspn_dit.layers.mixers import GSPNMixer
+from gspn_dit.models import DiT, GSPNDiT, create_model, list_models, register_model, registry
 from gspn_dit.models import __main__ as table
 from gspn_dit.models.dit import Attention
 from gspn_dit.models.gspn import GSPNBlock
+from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.macs import count_macs
 
 SMALL = {
@@ -80,7 +84,7 @@ def test_parameters_are_as_published(name, parameters, trainable):
     assert (model.num_parameters(), model.num_parameters(only_trainable=True)) == (parameters, trainable)
 
 
-@pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("gspn-dit-")])
+@pytest.mark.parametrize("name", list_models("gspn-dit-*"))
 def test_gspn_dit_has_at_most_65_6_percent_of_the_parameters_of_dit(name):
     assert on_meta(name).num_parameters() <= 0.656 * on_meta(name.removeprefix("gspn-")).num_parameters()
 
@@ -345,6 +349,23 @@ def test_compiles_as_one_graph(name):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("name", ["gspn-ti-2", "gspn-dit-ti-2"])
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_chunk_scale_is_heeded_by_a_compiled_model(name, blockwise):
+    torch._dynamo.reset()
+    model = small(name, chunk=2)
+    scales = (1.0, 1.5, 2.0, 1.0)
+    eager = [model(*inputs(2, 16, 16), chunk_scale=scale) for scale in scales]
+    if blockwise:
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend="aot_eager")
+        compiled = model
+    else:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for scale, y in zip(scales, eager, strict=True):
+        torch.testing.assert_close(compiled(*inputs(2, 16, 16), chunk_scale=scale), y)
+    assert not any(torch.allclose(one, other) for one, other in pairwise(eager))
+
+
 @families
 def test_blocks_compile_by_themselves_as_diffusers_compiles_them(name):
     torch._dynamo.reset()
@@ -384,9 +405,10 @@ def test_gspn_keeps_the_first_half_and_joins_it_mirrored_in_the_second():
     b = model.blocks
     condition = (model.t_embedder(timesteps) + model.y_embedder(labels))[:, None, None]
     x = model.x_embedder(latents) + condition
-    first = b[0](x)
-    second = b[1](first)
-    y = b[4](b[3](b[2](second), second), first)
+    assert model.chunks == (2, 2, 2, None, None)
+    first = b[0](x, None, 2)
+    second = b[1](first, None, 2)
+    y = b[4](b[3](b[2](second, None, 2), second), first)
     y = F.layer_norm(y, (32,), model.norm.weight, model.norm.bias)
     shift, scale = model.final_layer.adaLN_modulation(condition).chunk(2, dim=-1)
     y = model.final_layer.linear(F.layer_norm(y, (32,), eps=1e-6) * (1 + scale) + shift)
@@ -395,15 +417,81 @@ def test_gspn_keeps_the_first_half_and_joins_it_mirrored_in_the_second():
 
 def test_stochastic_depth_keeps_or_drops_whole_branches_and_rises_with_depth():
     torch.manual_seed(0)
-    block = GSPNBlock(16, chunk=2, drop_chance=0.5, joins=False)
+    block = GSPNBlock(16, drop_chance=0.5, joins=False)
     x = torch.randn(64, 4, 4, 16)
-    branch = block.eval()(x) - x
-    scales = ((block.train()(x) - x) * branch).sum((1, 2, 3)) / branch.square().sum((1, 2, 3))
+    branch = block.eval()(x, None, 2) - x
+    scales = ((block.train()(x, None, 2) - x) * branch).sum((1, 2, 3)) / branch.square().sum((1, 2, 3))
     kept = scales > 1
     torch.testing.assert_close(scales, kept * 2.0, atol=1e-3, rtol=0)  # so the mean over many is the eval branch
     assert 16 < kept.sum() < 48
     chances = [block.drop_chance for block in create_model("gspn-ti-2").blocks]
     torch.testing.assert_close(torch.tensor(chances), torch.linspace(0, 0.1, 7))
+
+
+def test_dit_has_no_chunks_to_scale():
+    model = small("dit-ti-2")
+    assert torch.equal(model(*inputs(), chunk_scale=1.0), model(*inputs()))
+    with pytest.raises(InputError, match=r"chunk_scale=2.0: no layer of this DiT has a chunk; leave it out"):
+        model(*inputs(), chunk_scale=2.0)
+
+
+class TextModel(LatentModel):
+    """A family with a condition of its own: vectors of a text, of which it takes the mean."""
+
+    @register_to_config
+    def __init__(
+        self,
+        width: int = 16,
+        text_width: int = 6,
+        sample_size: int = 8,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int = 4,
+    ) -> None:
+        super().__init__(
+            width=width,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+        )
+        self.t_embedder, self.y_embedder = TimestepEmbedding(width), nn.Linear(text_width, width)
+        self.mixer = GSPNMixer(width, 2)
+        self.last = nn.Linear(width, self.patch_values)
+
+    def example_condition(self, batch: int) -> dict[str, torch.Tensor]:
+        return {"encoder_hidden_states": torch.zeros(batch, 3, 6, device=self.device)}
+
+    def forward(self, latents, timesteps, encoder_hidden_states, chunk_scale=1.0):
+        self.check_chunk_scale(chunk_scale)
+        x = self.patchify(latents)
+        x = x + (self.t_embedder(timesteps) + self.y_embedder(encoder_hidden_states).mean(1))[:, None, None]
+        return self.unpatchify(self.last(x + self.run(self.mixer, x)))
+
+
+def test_a_family_may_be_conditioned_on_what_it_likes_and_registers_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_presets", dict(registry._presets))  # gone again after the test
+    assert register_model("text", {"s": {"width": 16}, "b": {"width": 32}})(TextModel) is TextModel
+    assert list_models("text-*") == [f"text-{size}-{patch}" for size in "sb" for patch in (1, 2, 4, 8)]
+    model = create_model("text-s-2", text_width=6)
+    assert registry.find_class("TextModel") is TextModel
+    latents, timesteps, _ = inputs()
+    condition = {"encoder_hidden_states": torch.randn(2, 5, 6)}
+    model.enable_gradient_checkpointing()
+    y = model(latents, timesteps, **condition)
+    y.square().mean().backward()
+    assert y.shape == latents.shape and all(p.grad is not None for p in model.parameters())
+    assert count_macs(model, (8, 8)) > 0
+    model.save_pretrained(tmp_path)
+    assert torch.equal(TextModel.from_pretrained(tmp_path)(latents, timesteps, **condition), y)
+
+
+def test_models_are_listed_family_by_family_and_by_pattern():
+    names = list_models()
+    assert len(names) == 60 and names[0] == "dit-ti-1" and names[20] == "gspn-ti-1" and names[-1] == "gspn-dit-xl-8"
+    assert list_models("gspn-dit-*-2") == [f"gspn-dit-{size}-2" for size in ("ti", "s", "b", "l", "xl")]
+    assert list_models("gspn-*") == names[20:]
+    assert list_models("mamba-*") == []
 
 
 @families
@@ -465,9 +553,9 @@ def test_depthwise_convolution_needs_no_layout_copies():
     mixer = GSPNDiT(width=32, depth=2, num_groups=2).blocks[0].mixer
     value = mixer.value(torch.randn(2, 6, 5, 32))
     assert mixer.conv(value).is_contiguous()
-    gates, lam = mixer.gates_and_lam(value)
-    assert gates.data_ptr() + 12 * gates.element_size() == lam.data_ptr()  # a group's numbers side by side
-    assert (gates.shape, lam.shape) == ((2, 6, 5, 4, 3, 2), (2, 6, 5, 4, 2))
+    gates, input_gate = mixer.token_gates(value)
+    assert gates.data_ptr() + 12 * gates.element_size() == input_gate.data_ptr()  # a group's numbers side by side
+    assert (gates.shape, input_gate.shape) == ((2, 6, 5, 4, 3, 2), (2, 6, 5, 4, 2))
 
 
 def test_the_package_is_light_to_import_and_finds_its_names():

@@ -1,4 +1,4 @@
-"""Which sites reach which: chunks that are local, global layers that are global, directions that turn with the map."""
+"""Which tokens reach which: chunks that are local, global layers that are global, directions that turn with the map."""
 
 from __future__ import annotations
 
@@ -6,30 +6,41 @@ import pytest
 import torch
 from torch import nn
 
-from gspn_dit.layers.mixers import GSPNMixer
+from gspn_dit.layers.gspn_core import GSPNCore
+from gspn_dit.layers.mixers import GSPNMixer, Projections
 from gspn_dit.models import create_model
-from gspn_dit.models.gspn import GSPNCore
 from gspn_dit.ops import propagate
 
 HEIGHT, WIDTH, CHANNELS = 9, 7, 16
-SITES = [(i, j) for i in range(HEIGHT) for j in range(WIDTH)]
+TOKENS = [(i, j) for i in range(HEIGHT) for j in range(WIDTH)]
 
 
-def scan_layer(kind: str, chunk: int | None) -> nn.Module:
-    """A layer in which sites meet only in the scan: gspn's core, gspn-dit's mixer with a 1 × 1 filter."""
+def scan_layer(kind: str) -> nn.Module:
+    """A layer in which tokens meet only in the scan: gspn's core, gspn-dit's mixer with a 1 × 1 filter."""
     torch.manual_seed(0)
-    layer = GSPNCore(CHANNELS, chunk) if kind == "gspn" else GSPNMixer(CHANNELS, 2, 1, chunk)
+    layer = GSPNCore(CHANNELS) if kind == "gspn" else GSPNMixer(CHANNELS, 2, Projections(conv_kernel=1))
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     return layer
 
 
-def reaches(layer: nn.Module, sites: list[tuple[int, int]], height: int, width: int, channels: int) -> torch.Tensor:
-    """(len(sites), height, width): does the input at a site have a gradient from the output at the given site."""
-    x = torch.randn(1, height, width, channels).repeat(len(sites), 1, 1, 1).requires_grad_()
-    y = layer(x)
-    sum(y[n, i, j].sum() for n, (i, j) in enumerate(sites)).backward()
+def reaches(layer: nn.Module, chunk: int | None, tokens: list[tuple[int, int]]) -> torch.Tensor:
+    """(len(tokens), HEIGHT, WIDTH): does the input at a token have a gradient from the output at the given token."""
+    x = torch.randn(1, HEIGHT, WIDTH, CHANNELS).repeat(len(tokens), 1, 1, 1).requires_grad_()
+    y = layer(x, chunk)
+    sum(y[n, i, j].sum() for n, (i, j) in enumerate(tokens)).backward()
     return x.grad.abs().sum(-1) > 0
+
+
+def chunks_of_a_forward(model: nn.Module) -> list[int | None]:
+    """The chunk that each scanning layer is called with."""
+    chunks = []
+    for layer in model.modules():
+        if isinstance(layer, GSPNCore | GSPNMixer):
+            layer.register_forward_pre_hook(lambda layer, inputs: chunks.append(inputs[1]))
+    with torch.no_grad():
+        model(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    return chunks
 
 
 def in_reach(source: tuple[int, int], target: tuple[int, int], chunk: int | None) -> bool:
@@ -43,21 +54,21 @@ def in_reach(source: tuple[int, int], target: tuple[int, int], chunk: int | None
 @pytest.mark.parametrize("kind", ["gspn", "gspn-dit"])
 @pytest.mark.parametrize("chunk", [None, 1, 2, 4, 9])
 def test_a_layer_reaches_the_cones_of_its_chunks_and_nothing_else(kind, chunk):
-    reach = reaches(scan_layer(kind, chunk), SITES, HEIGHT, WIDTH, CHANNELS)
-    expected = torch.tensor([[in_reach(source, target, chunk) for source in SITES] for target in SITES])
+    reach = reaches(scan_layer(kind), chunk, TOKENS)
+    expected = torch.tensor([[in_reach(source, target, chunk) for source in TOKENS] for target in TOKENS])
     assert torch.equal(reach.flatten(1), expected)
     if chunk in (None, 9):
-        assert expected.all()  # four cones make the plane: in a global layer every site reaches every site
+        assert expected.all()  # four cones make the plane: in a global layer every token reaches every token
     if chunk == 1:
-        assert torch.equal(expected, torch.eye(len(SITES), dtype=torch.bool))
+        assert torch.equal(expected, torch.eye(len(TOKENS), dtype=torch.bool))
 
 
 def test_chunks_are_fixed_to_the_map():
-    """Row 3 meets row 2 and not row 4, from both sides, wherever the site lies."""
-    reach = reaches(scan_layer("gspn", 2), [(3, 3)], HEIGHT, WIDTH, CHANNELS)[0]
+    """Row 3 meets row 2 and not row 4, from both sides, wherever the token lies."""
+    reach = reaches(scan_layer("gspn"), 2, [(3, 3)])[0]
     assert reach[2, 3]
     assert not reach[4, 3]
-    reach = reaches(scan_layer("gspn", 2), [(4, 3)], HEIGHT, WIDTH, CHANNELS)[0]
+    reach = reaches(scan_layer("gspn"), 2, [(4, 3)])[0]
     assert reach[5, 3]
     assert not reach[3, 3]
 
@@ -88,11 +99,10 @@ def test_a_model_is_local_until_its_last_two_layers(name, layers, local_reach):
 
 
 def test_layers_can_be_made_global_by_index_and_are_the_last_two_by_default():
-    chunks = [block.mixer.chunk for block in create_model("gspn-dit-ti-2").blocks]
-    assert chunks == [32, 32, 32, 32, None, None]
-    chunks = [block.core.chunk for block in create_model("gspn-ti-2", global_layers=[0, -2]).blocks]
+    assert chunks_of_a_forward(create_model("gspn-dit-ti-2")) == [32, 32, 32, 32, None, None]
+    chunks = chunks_of_a_forward(create_model("gspn-ti-2", global_layers=[0, -2]))
     assert chunks == [None, 2, 2, 2, 2, None, 2]
-    assert {block.core.chunk for block in create_model("gspn-ti-2", chunk=None).blocks} == {None}
+    assert set(chunks_of_a_forward(create_model("gspn-ti-2", chunk=None))) == {None}
 
 
 # Turning a map a quarter to the left makes the scan in each direction the scan in another; where the line's own
@@ -109,8 +119,8 @@ def turn_directions(by_direction: torch.Tensor, neighbours: bool = False) -> tor
     return turned
 
 
-def turned_gspn(core: GSPNCore, chunk: int | None) -> GSPNCore:
-    turned = scan_layer("gspn", chunk)
+def turned_gspn(core: GSPNCore) -> GSPNCore:
+    turned = scan_layer("gspn")
     turned.load_state_dict(core.state_dict())
     gates = core.gates.weight.view(4, 3, -1)
     turned.gates.weight.copy_(turn_directions(gates, neighbours=True).view_as(core.gates.weight))
@@ -121,8 +131,8 @@ def turned_gspn(core: GSPNCore, chunk: int | None) -> GSPNCore:
     return turned
 
 
-def turned_gspn_dit(mixer: GSPNMixer, chunk: int | None) -> GSPNMixer:
-    turned = scan_layer("gspn-dit", chunk)
+def turned_gspn_dit(mixer: GSPNMixer) -> GSPNMixer:
+    turned = scan_layer("gspn-dit")
     turned.load_state_dict(mixer.state_dict())
     for name in ("log_rate", "scale"):
         getattr(turned, name).copy_(turn_directions(getattr(mixer, name)))
@@ -139,23 +149,25 @@ def turned_gspn_dit(mixer: GSPNMixer, chunk: int | None) -> GSPNMixer:
 @pytest.mark.parametrize("chunk", [None, 2])
 @torch.no_grad()
 def test_turning_the_map_and_the_directions_turns_the_output(kind, turn, chunk):
-    layer = scan_layer(kind, chunk)
+    layer = scan_layer(kind)
     x = torch.randn(2, 8, 6, CHANNELS)
-    turned_output = turn(layer, chunk)(x.rot90(1, (1, 2)))
-    torch.testing.assert_close(turned_output, layer(x).rot90(1, (1, 2)), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(layer(x.rot90(1, (1, 2))), layer(x).rot90(1, (1, 2)), atol=1e-1)
+    turned_output = turn(layer)(x.rot90(1, (1, 2)), chunk)
+    torch.testing.assert_close(turned_output, layer(x, chunk).rot90(1, (1, 2)), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(layer(x.rot90(1, (1, 2)), chunk), layer(x, chunk).rot90(1, (1, 2)), atol=1e-1)
 
 
 @torch.no_grad()
 def test_the_core_is_the_sum_of_its_four_scans_and_skips():
     """y = Σ_k s_k (u_k ⊙ h_k + D_k ⊙ x), term by term, where the core folds s into the weights of u and D."""
-    core = scan_layer("gspn", None)
+    core = scan_layer("gspn")
     x = torch.randn(2, 5, 4, CHANNELS)
     proxy = core.proxy(x)
     expected = 0
     for k, direction in enumerate(("down", "up", "right", "left")):
         gates = core.gates(proxy).unflatten(-1, (4, 3, CHANNELS))[..., k : k + 1, :, :]
-        lam, u, d = (head(proxy).unflatten(-1, (4, CHANNELS))[..., k, :] for head in (core.lam, core.out, core.skip))
-        h = propagate(x, gates, lam[..., None, :], directions=(direction,))
-        expected = expected + core.merge[k] * (u * h + d * x)
+        input_gate, output_gate, skip = (
+            head(proxy).unflatten(-1, (4, CHANNELS))[..., k, :] for head in (core.lam, core.out, core.skip)
+        )
+        h = propagate(x, gates, input_gate[..., None, :], directions=(direction,))
+        expected = expected + core.merge[k] * (output_gate * h + skip * x)
     torch.testing.assert_close(core(x), expected, atol=1e-4, rtol=1e-4)

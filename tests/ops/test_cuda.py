@@ -11,31 +11,40 @@ import pytest
 import torch
 from made.emulated_cuda import SHARED_MEMORY, emulated_kernels
 
+from gspn_dit.errors import InputError
 from gspn_dit.ops import propagate
-from gspn_dit.ops.backends import ReferenceKernel, status
+from gspn_dit.ops.backend import OPERANDS, Call, Status
 from gspn_dit.ops.build import CSRC, architectures, check_toolkit, cuda_home
-from gspn_dit.ops.reference import DIRECTIONS
+from gspn_dit.ops.cuda import NativeCuda
+from gspn_dit.ops.reference import DIRECTIONS, Reference
+from gspn_dit.ops.registry import choose, find, register, unregister
 
+LITTLE_MEMORY = 30 * 1024  # bytes of shared memory
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # ‖got - float64‖ / ‖float64‖
 
 
-class Emulated:
-    device = "cpu"
+class EmulatedCuda(NativeCuda):
+    """`native-cuda` as it is, on tensors of the CPU: its kernels are emulated."""
+
+    name = "emulated-cuda"
+    device_types = ("cpu",)
+    priority = 200
 
     def __init__(self, shared_memory):
-        self.ops = emulated_kernels()
-        self.ops.set_shared_memory(shared_memory)
-        self.forward, self.backward = self.ops.propagate, self.ops.propagate_backward
+        super().__init__()
+        emulated_kernels().set_shared_memory(shared_memory)
+
+    def status(self, device=None):
+        return Status(True, "CUDA, emulated")
 
 
-class OnGpu:
-    device = "cuda"
-
-    def __init__(self):
-        from gspn_dit.ops.backends import kernel
-
-        chosen = kernel("cuda", torch.device("cuda"))
-        self.forward, self.backward = chosen.forward, chosen.backward
+@pytest.fixture
+def emulates():
+    """Skips where the kernels are not emulated."""
+    if torch.cuda.is_available():
+        pytest.skip("the GPU itself is tested")
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
 
 
 @pytest.fixture(params=["emulated", "emulated, little shared memory", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -43,16 +52,18 @@ def kernel(request):
     if request.param == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
-        assert status("cuda").available, status("cuda").detail  # with a GPU, a missing kernel is a failure
+        native = find("native-cuda")
+        assert native.status().available, native.status().detail  # with a GPU, a missing kernel is a failure
         torch.use_deterministic_algorithms(True, warn_only=True)  # what is not written is NaN
-        yield OnGpu()
+        yield native
         torch.use_deterministic_algorithms(False)
         return
-    if torch.cuda.is_available():
-        pytest.skip("the GPU itself is tested")
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("no C++ compiler")
-    yield Emulated(SHARED_MEMORY if request.param == "emulated" else 30 * 1024)
+    request.getfixturevalue("emulates")
+    yield EmulatedCuda(SHARED_MEMORY if request.param == "emulated" else LITTLE_MEMORY)
+
+
+def device_of(kernel):
+    return kernel.device_types[0]
 
 
 def operands(b, h, w, c, k, g, *, dtype=torch.float32, device="cpu"):
@@ -69,18 +80,20 @@ def distance(got, want):
     return ((got.double() - want).norm() / (scale if scale > 1e-9 else 1.0)).item()
 
 
-def check(kernel, x, gates, lam, out, decay, scale, grad, chunk, directions):
+def check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, chunk, directions):
     """Outputs and gradients against the reference in float64."""
     tolerance = TOLERANCE[x.dtype] * (10 if max(x.shape[1:3]) > 500 else 1)  # rounding adds up over a long history
-    tensors = (x, gates, lam, out, decay, scale)
+    tensors = (x, gates, input_gate, output_gate, decay, scale)
     exact = [None if t is None else t.double() for t in tensors]
-    want = ReferenceKernel().forward(*exact, chunk, directions)
-    y = kernel.forward(*tensors, chunk, directions)
+    want = Reference().forward(Call(*exact, chunk, directions))
+    call = Call(*tensors, chunk, directions)
+    assert kernel.supports(call) is None
+    y = kernel.forward(call)
     assert y.dtype == x.dtype and y.stride() == torch.empty_like(x).stride()
     assert distance(y, want) < tolerance
-    wants = ReferenceKernel().backward(grad.double(), *exact, chunk, directions)
-    gots = kernel.backward(grad, *tensors, chunk, directions)
-    for name, got, want in zip(("x", "gates", "lam", "out", "decay", "scale"), gots, wants, strict=True):
+    wants = Reference().backward(grad.double(), Call(*exact, chunk, directions))
+    gots = kernel.backward(grad, call)
+    for name, got, want in zip(OPERANDS, gots, wants, strict=True):
         assert got.shape == want.shape
         if got.numel():
             assert distance(got, want) < 2 * tolerance, name
@@ -126,7 +139,7 @@ LARGE_SHAPES = [
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_agrees_with_the_reference_in_float64(kernel, shape, dtype):
     *sizes, chunk = shape
-    tensors = operands(*sizes, dtype=dtype, device=kernel.device)
+    tensors = operands(*sizes, dtype=dtype, device=device_of(kernel))
     check(kernel, *tensors, chunk, list(range(sizes[4])))
 
 
@@ -141,46 +154,57 @@ def test_long_lines_and_many_channels_agree_on_the_gpu(kernel, shape, dtype):
 
 @pytest.mark.parametrize("directions", [[1], [3], [2, 1], [3, 0, 2], [1, 0], [2, 3]], ids=str)
 def test_any_directions_in_any_order(kernel, directions):
-    x, gates, lam, out, decay, scale, grad = operands(1, 13, 11, 24, len(directions), 2, device=kernel.device)
-    check(kernel, x, gates, lam, out, decay, scale, grad, 3, directions)
-    check(kernel, x, gates, lam, None, decay, None, grad, 0, directions)
-    check(kernel, x, gates, lam, out, None, scale, grad, 0, directions)
-    check(kernel, x, gates, lam, None, None, None, grad, 3, directions)
-    check(kernel, *operands(1, 36, 40, 8, len(directions), 2, device=kernel.device), 0, directions)
+    x, gates, input_gate, output_gate, decay, scale, grad = operands(
+        1, 13, 11, 24, len(directions), 2, device=device_of(kernel)
+    )
+    check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, 3, directions)
+    check(kernel, x, gates, input_gate, None, decay, None, grad, 0, directions)
+    check(kernel, x, gates, input_gate, output_gate, None, scale, grad, 0, directions)
+    check(kernel, x, gates, input_gate, None, None, None, grad, 3, directions)
+    check(kernel, *operands(1, 36, 40, 8, len(directions), 2, device=device_of(kernel)), 0, directions)
 
 
 @pytest.mark.parametrize("groups", [2, 24])
 def test_any_strides(kernel, groups):
-    x, gates, lam, out, decay, scale, grad = operands(2, 13, 11, 24, 4, groups, device=kernel.device)
+    x, gates, input_gate, output_gate, decay, scale, grad = operands(2, 13, 11, 24, 4, groups, device=device_of(kernel))
     factors = decay.t().contiguous().t(), scale[0].expand(4, -1)
     channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     group_by_group = gates.permute(0, 1, 2, 5, 3, 4).contiguous().permute(0, 1, 2, 4, 5, 3)
     part_of_more = torch.cat([x, x], dim=-1)[..., 24:]
-    check(kernel, channels_first, gates, lam, out, *factors, grad, 0, [0, 1, 2, 3])
+    check(kernel, channels_first, gates, input_gate, output_gate, *factors, grad, 0, [0, 1, 2, 3])
     check(
         kernel,
         x,
         group_by_group,
-        lam.transpose(3, 4).contiguous().transpose(3, 4),
-        out,
+        input_gate.transpose(3, 4).contiguous().transpose(3, 4),
+        output_gate,
         *factors,
         grad,
         0,
         [0, 1, 2, 3],
     )
-    check(kernel, part_of_more, gates, lam, out, *factors, grad.expand_as(grad), 4, [0, 1, 2, 3])
-    check(kernel, x, gates, lam, out, *factors, torch.ones((), device=kernel.device).expand_as(grad), 4, [0, 1, 2, 3])
+    check(kernel, part_of_more, gates, input_gate, output_gate, *factors, grad.expand_as(grad), 4, [0, 1, 2, 3])
+    check(
+        kernel,
+        x,
+        gates,
+        input_gate,
+        output_gate,
+        *factors,
+        torch.ones((), device=device_of(kernel)).expand_as(grad),
+        4,
+        [0, 1, 2, 3],
+    )
 
 
 @pytest.mark.parametrize("direction", range(4))
 @pytest.mark.parametrize("chunk", [0, 1, 3])
 def test_ones_count_the_lines_of_the_chunk(kernel, direction, chunk):
     h, w = 7, 5
-    gates = torch.randn(1, h, w, 1, 3, 2, device=kernel.device)
-    ones = torch.ones(1, h, w, 4, device=kernel.device)
-    y = kernel.forward(
-        ones, gates, torch.ones(1, h, w, 1, 2, device=kernel.device), None, None, None, chunk, [direction]
-    )
+    gates = torch.randn(1, h, w, 1, 3, 2, device=device_of(kernel))
+    ones = torch.ones(1, h, w, 4, device=device_of(kernel))
+    input_gate = torch.ones(1, h, w, 1, 2, device=device_of(kernel))
+    y = kernel.forward(Call(ones, gates, input_gate, chunk=chunk, directions=[direction]))
     lines = h if direction < 2 else w
     n = chunk or lines
     for line in range(lines):
@@ -188,25 +212,72 @@ def test_ones_count_the_lines_of_the_chunk(kernel, direction, chunk):
         expected = line - first + 1 if direction % 2 == 0 else last - line + 1
         torch.testing.assert_close(
             *torch.broadcast_tensors(
-                y.select(1 if direction < 2 else 2, line), torch.tensor(float(expected), device=kernel.device)
+                y.select(1 if direction < 2 else 2, line), torch.tensor(float(expected), device=device_of(kernel))
             )
         )
 
 
 def test_logits_of_any_size_stay_finite(kernel):
-    x, _, *others = operands(1, 6, 5, 8, 4, 2, device=kernel.device)
-    sizes = torch.tensor([-1e4, -80.0, 0.0, 80.0, 1e4], device=kernel.device)
+    x, _, *others = operands(1, 6, 5, 8, 4, 2, device=device_of(kernel))
+    sizes = torch.tensor([-1e4, -80.0, 0.0, 80.0, 1e4], device=device_of(kernel))
     random = torch.Generator().manual_seed(0)
-    gates = sizes[torch.randint(5, (1, 6, 5, 4, 3, 2), generator=random).to(kernel.device)]
+    gates = sizes[torch.randint(5, (1, 6, 5, 4, 3, 2), generator=random).to(device_of(kernel))]
     check(kernel, x, gates, *others, 0, [0, 1, 2, 3])
+
+
+def test_a_line_too_long_for_shared_memory_runs_elsewhere(emulates):
+    call = Call(*operands(1, 2, 1400, 2, 1, 2)[:-1], directions=[0])
+    assert EmulatedCuda(SHARED_MEMORY).supports(call) is None
+    kernel = EmulatedCuda(LITTLE_MEMORY)
+    register(kernel)
+    try:
+        assert choose(Call(*operands(1, 4, 4, 2, 1, 2)[:-1], directions=[0])) is kernel
+        assert choose(call) is not kernel
+        with pytest.raises(InputError, match=r"^backend='emulated-cuda' cannot run this call: .*line"):
+            choose(call, "emulated-cuda")
+    finally:
+        unregister("emulated-cuda")
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 40, 36, 24, 4, 2)], ids=str)
 def test_gradients_are_the_same_bits_twice(kernel, shape):
-    *tensors, grad = operands(*shape, device=kernel.device)
-    first, second = (kernel.backward(grad, *tensors, 0, [0, 1, 2, 3]) for _ in range(2))
+    *tensors, grad = operands(*shape, device=device_of(kernel))
+    first, second = (kernel.backward(grad, Call(*tensors, 0, [0, 1, 2, 3])) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kernel", ["emulated, little shared memory"], indirect=True)
+def test_what_does_not_fit_is_refused_before_it_runs(kernel):
+    """On a block of 30 KB, forward has room for lines of 3840 tokens, backward for 1280."""
+    too_long = "a line is too long for the shared memory of this device"
+    for width, forward, backward in (
+        (1280, "", ""),
+        (1281, "", too_long),
+        (3840, "", too_long),
+        (3841, too_long, too_long),
+    ):
+        *tensors, grad = operands(1, 2, width, 1, 1, 1)
+        call = Call(*tensors, directions=[0])
+        assert kernel.supports(call) == (backward or None)
+        assert torch.ops.gspn_dit_cuda.refusal(*call, backward=False) == forward
+        passes = (forward, kernel.forward, (call,)), (backward, kernel.backward, (grad, call))
+        for reason, run, arguments in passes:
+            if reason:
+                with pytest.raises(RuntimeError, match=reason):
+                    run(*arguments)
+            else:
+                run(*arguments)
+
+
+@pytest.mark.parametrize("kernel", ["emulated"], indirect=True)
+def test_a_dtype_without_a_kernel_is_refused(kernel):
+    *tensors, _ = operands(1, 2, 3, 4, 1, 2, dtype=torch.float64)
+    said = "x has dtype Double: wanted float32, bfloat16 or float16 on CUDA"
+    call = Call(*tensors, directions=[0])
+    assert kernel.supports(call) == said
+    with pytest.raises(RuntimeError, match=said):
+        kernel.forward(call)
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -220,7 +291,7 @@ def test_a_cuda_graph_replays_it(shape):
     grad = torch.randn(shape[:4], device="cuda")
 
     def step():
-        y = propagate(*tensors[:4], decay=tensors[4], scale=tensors[5], backend="cuda")
+        y = propagate(*tensors[:4], decay=tensors[4], scale=tensors[5], backend="native-cuda")
         return y, *torch.autograd.grad(y, tensors, grad)
 
     side = torch.cuda.Stream()
@@ -255,15 +326,25 @@ def test_compiles_without_graph_breaks_on_the_gpu():
 
 @gpu
 @pytest.mark.gpu
+def test_a_line_too_long_for_the_gpu_runs_on_the_reference_and_one_warning_says_why():
+    *tensors, _ = operands(1, 2, 60_000, 2, 1, 2, device="cuda")
+    with pytest.warns(UserWarning, match="reference operator.*native-cuda: .*line") as said:
+        results = [propagate(*tensors[:3], directions=["down"]) for _ in range(2)]
+    assert len(said) == 1
+    assert torch.equal(results[0], propagate(*tensors[:3], directions=["down"], backend="reference"))
+
+
+@gpu
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_a_tensor_of_more_than_two_to_the_31_elements():
     x = torch.randn(1, 2048, 2048, 576, dtype=torch.bfloat16, device="cuda")  # 2.4e9 elements
     gates = torch.randn(1, 2048, 2048, 1, 3, 1, dtype=torch.bfloat16, device="cuda")
-    lam = torch.rand(1, 2048, 2048, 1, 1, dtype=torch.bfloat16, device="cuda")
-    y = propagate(x, gates, lam, chunk=2, directions=["up"])
+    input_gate = torch.rand(1, 2048, 2048, 1, 1, dtype=torch.bfloat16, device="cuda")
+    y = propagate(x, gates, input_gate, chunk=2, directions=["up"])
     for corner in (slice(0, 4), slice(-4, None)):
         want = propagate(
-            x[:, corner], gates[:, corner], lam[:, corner], chunk=2, directions=["up"], backend="reference"
+            x[:, corner], gates[:, corner], input_gate[:, corner], chunk=2, directions=["up"], backend="reference"
         )
         torch.testing.assert_close(y[:, corner], want, rtol=1e-2, atol=1e-2)
 
@@ -310,7 +391,8 @@ def compiled(tmp_path_factory):
             "2",
             *(word for target in targets for word in ("-gencode", target)),
             "-c",
-            CSRC / "propagate_cuda.cu",
+            f"-I{CSRC}",
+            CSRC / "cuda" / "propagate.cu",
             "-o",
             kernels,
         ],

@@ -10,17 +10,18 @@ import torch
 
 from gspn_dit.errors import InputError
 from gspn_dit.ops import propagate
-from gspn_dit.ops.backends import BACKENDS, status
+from gspn_dit.ops.backend import Call
 from gspn_dit.ops.reference import line_weights, propagate_reference
+from gspn_dit.ops.registry import find
 
 DIRECTIONS = ("down", "up", "right", "left")
-ON_CPU = ("reference", "cpu")  # tests/ops/test_cuda.py has the rest
-AVAILABLE = [name for name in ON_CPU if status(name).available]
+ON_CPU = ("reference", "native-cpu")  # tests/ops/test_cuda.py has the rest
+AVAILABLE = [name for name in ON_CPU if find(name).status().available]
 
 
 @pytest.fixture(params=ON_CPU)
 def backend(request):
-    state = status(request.param)
+    state = find(request.param).status()
     if not state.available:
         pytest.skip(f"{request.param}: {state.detail}")
     return request.param
@@ -36,15 +37,15 @@ def operands(b, h, w, c, k, g, *, dtype=torch.float64, seed=0, requires_grad=Fal
     return [tensor.to(wanted).requires_grad_(requires_grad) for tensor, wanted in zip(tensors, dtypes, strict=True)]
 
 
-def scan(x, gates, lam, out=None, decay=None, scale=None, **options):
+def scan(x, gates, input_gate, output_gate=None, decay=None, scale=None, **options):
     """`propagate` with its tensors in the order of `operands`."""
-    return propagate(x, gates, lam, out, decay=decay, scale=scale, **options)
+    return propagate(x, gates, input_gate, output_gate, decay=decay, scale=scale, **options)
 
 
-def test_a_compiler_gives_the_cpu_kernel():
+def test_a_compiler_gives_the_native_cpu_backend():
     import shutil
 
-    assert ("cpu" in AVAILABLE) == (shutil.which(os.environ.get("CXX", "c++")) is not None)
+    assert ("native-cpu" in AVAILABLE) == (shutil.which(os.environ.get("CXX", "c++")) is not None)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -73,8 +74,8 @@ def rotate(tensor, order):
 
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_rotating_the_map_rotates_the_output(backend, chunk):
-    x, gates, lam, out, decay, scale = operands(2, 6, 4, 6, 4, 3)
-    y = scan(x, gates, lam, out, decay, scale, chunk=chunk, backend=backend)
+    x, gates, input_gate, output_gate, decay, scale = operands(2, 6, 4, 6, 4, 3)
+    y = scan(x, gates, input_gate, output_gate, decay, scale, chunk=chunk, backend=backend)
     # Under this turn a scan going down goes right, up → left, right → up, left → down. A neighbour at +1 along a row
     # lies at -1 along a column afterwards, while columns become rows in order.
     order = [3, 2, 0, 1]  # which old direction stands at down, up, right, left of the turned map
@@ -83,8 +84,8 @@ def test_rotating_the_map_rotates_the_output(backend, chunk):
     turned = scan(
         rotate(x, None),
         turned_gates,
-        rotate(lam, order),
-        rotate(out, order),
+        rotate(input_gate, order),
+        rotate(output_gate, order),
         decay[order],
         scale[order],
         chunk=chunk,
@@ -95,16 +96,16 @@ def test_rotating_the_map_rotates_the_output(backend, chunk):
 
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_flipping_the_map_flips_the_output(backend, chunk):
-    x, gates, lam, out, decay, scale = operands(1, 6, 4, 6, 4, 2)
-    y = scan(x, gates, lam, out, decay, scale, chunk=chunk, backend=backend)
+    x, gates, input_gate, output_gate, decay, scale = operands(1, 6, 4, 6, 4, 2)
+    y = scan(x, gates, input_gate, output_gate, decay, scale, chunk=chunk, backend=backend)
     order = [1, 0, 2, 3]  # upside down: up and down change places, neighbours along a column too
     flipped_gates = gates.flip(1)[:, :, :, order]
     flipped_gates = torch.cat([flipped_gates[:, :, :, :2], flipped_gates[:, :, :, 2:].flip(4)], dim=3)
     flipped = scan(
         x.flip(1),
         flipped_gates,
-        lam.flip(1)[:, :, :, order],
-        out.flip(1)[:, :, :, order],
+        input_gate.flip(1)[:, :, :, order],
+        output_gate.flip(1)[:, :, :, order],
         decay[order],
         scale[order],
         chunk=chunk,
@@ -114,11 +115,11 @@ def test_flipping_the_map_flips_the_output(backend, chunk):
 
 
 def test_chunk_of_the_map_is_global_and_chunk_of_one_is_pointwise(backend):
-    x, _, lam, out, _, scale = tensors = operands(1, 5, 7, 6, 4, 3)
+    x, _, input_gate, output_gate, _, scale = tensors = operands(1, 5, 7, 6, 4, 3)
     whole = scan(*tensors, backend=backend)
     for chunk in (7, 8, 100):
         torch.testing.assert_close(scan(*tensors, chunk=chunk, backend=backend), whole, rtol=0, atol=0)
-    pointwise = (scale * (out * lam).repeat_interleave(2, dim=-1)).sum(dim=3) * x
+    pointwise = (scale * (output_gate * input_gate).repeat_interleave(2, dim=-1)).sum(dim=3) * x
     torch.testing.assert_close(scan(*tensors, chunk=1, backend=backend), pointwise)
 
 
@@ -128,10 +129,10 @@ def test_a_line_is_forgotten_by_its_channels_factor(backend, direction):
     h = w = 9
     x = torch.zeros(1, h, w, 2, dtype=torch.float64)
     x[:, 4, 4] = 1
-    gates, lam = torch.zeros(1, h, w, 1, 3, 1).double(), torch.ones(1, h, w, 1, 1).double()
+    gates, input_gate = torch.zeros(1, h, w, 1, 3, 1).double(), torch.ones(1, h, w, 1, 1).double()
     gates[..., 1, :], gates[..., ::2, :] = 30, -30  # straight on
     decay, scale = torch.tensor([[0.5, 0.9]]).double(), torch.tensor([[2.0, -3.0]]).double()
-    y = scan(x, gates, lam, None, decay, scale, directions=[direction], backend=backend)
+    y = scan(x, gates, input_gate, None, decay, scale, directions=[direction], backend=backend)
     axis, back = (1, False) if direction == "down" else (1, True) if direction == "up" else (2, direction == "left")
     lines = (y.flip(axis) if back else y).movedim(axis, 1).sum(2)[0]
     ages = torch.arange(5, dtype=torch.float64)[:, None]
@@ -140,10 +141,10 @@ def test_a_line_is_forgotten_by_its_channels_factor(backend, direction):
 
 
 def test_a_logit_that_is_not_a_number_shows(backend):
-    x, gates, lam, out, *_ = operands(1, 6, 5, 8, 1, 8, dtype=torch.float32)
+    x, gates, input_gate, output_gate, *_ = operands(1, 6, 5, 8, 1, 8, dtype=torch.float32)
     gates[0, 3, 2, 0, 1, 4] = torch.nan
-    y = propagate(x, gates, lam, out, directions=["down"], backend=backend)
-    want = propagate_reference(x, gates, lam, out, None, None, None, ["down"])
+    y = propagate(x, gates, input_gate, output_gate, directions=["down"], backend=backend)
+    want = propagate_reference(Call(x, gates, input_gate, output_gate, directions=[0]))
     assert torch.equal(y.isnan(), want.isnan())
     assert y.isnan().sum() == 1 + 3 + 5  # the site, and what lies in its reach below
 
@@ -160,13 +161,17 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("given", ["out decay scale", "scale", ""])
+@pytest.mark.parametrize("given", ["output_gate decay scale", "scale", ""])
 def test_gradcheck(backend, shape, given):
     *sizes, chunk = shape
     inputs = dict(
-        zip(("x", "gates", "lam", "out", "decay", "scale"), operands(*sizes, requires_grad=True), strict=True)
+        zip(
+            ("x", "gates", "input_gate", "output_gate", "decay", "scale"),
+            operands(*sizes, requires_grad=True),
+            strict=True,
+        )
     )
-    names = ["x", "gates", "lam", *given.split()]
+    names = ["x", "gates", "input_gate", *given.split()]
     directions = DIRECTIONS[: sizes[4]]
 
     def function(*tensors):
@@ -190,13 +195,13 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, to
 @pytest.mark.parametrize(("shape", "dtype"), list(itertools.product(LARGER, TOLERANCE)), ids=str)
 def test_kernels_agree_with_the_reference(name, shape, dtype):
     if name not in AVAILABLE:
-        pytest.skip(status(name).detail)
+        pytest.skip(find(name).status().detail)
     *sizes, chunk = shape
     inputs = operands(*sizes, dtype=dtype, requires_grad=True)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     directions = DIRECTIONS[-sizes[4] :]
     y = scan(*inputs, chunk=chunk, directions=directions, backend=name)
-    expected = propagate_reference(*exact, chunk, directions)
+    expected = propagate_reference(Call(*exact, chunk or 0, [DIRECTIONS.index(d) for d in directions]))
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grads = torch.autograd.grad(y, inputs, grad.to(dtype))
     exact_grads = torch.autograd.grad(expected, exact, grad.to(dtype).double())
@@ -223,27 +228,30 @@ def test_memory_that_held_nan_leaves_no_trace(backend, groups, chunk):
     [(4, 5, torch.float64, 1e-12), (16, 40, torch.float32, 1e-4)],  # sites in eights: gates are read in vectors
 )
 def test_strides_are_the_callers(backend, height, width, dtype, within):
-    x, gates, lam, out, decay, scale = operands(1, height, width, 6, 4, 3, dtype=dtype)
+    x, gates, input_gate, output_gate, decay, scale = operands(1, height, width, 6, 4, 3, dtype=dtype)
     # a head that puts a group's 12 logits and 4 λ side by side, an x in channels-first memory, u by group
-    head = torch.cat([gates.permute(0, 1, 2, 5, 3, 4).flatten(-2), lam.permute(0, 1, 2, 4, 3)], dim=-1)
+    head = torch.cat([gates.permute(0, 1, 2, 5, 3, 4).flatten(-2), input_gate.permute(0, 1, 2, 4, 3)], dim=-1)
     gate_view = head[..., :12].unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3)
-    lam_view = head[..., 12:].transpose(3, 4)
+    input_gate_view = head[..., 12:].transpose(3, 4)
     x_view = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    out_view = out.mT.contiguous().mT
-    assert not any(view.is_contiguous() for view in (gate_view, lam_view, x_view, out_view))
+    output_gate_view = output_gate.mT.contiguous().mT
+    assert not any(view.is_contiguous() for view in (gate_view, input_gate_view, x_view, output_gate_view))
     factors = decay.t().contiguous().t(), torch.stack([scale, scale], -1)[..., 0]
-    for u, u_view in ((out, out_view), (None, None)):
+    for u, u_view in ((output_gate, output_gate_view), (None, None)):
         for order in (DIRECTIONS, ("left", "down", "right", "up")):
             results = []
-            for tensors in ((x, gates, lam, u, decay, scale), (x_view, gate_view, lam_view, u_view, *factors)):
+            for tensors in (
+                (x, gates, input_gate, u, decay, scale),
+                (x_view, gate_view, input_gate_view, u_view, *factors),
+            ):
                 leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
                 y = scan(*leaves, directions=order, backend=backend)
                 results.append((y, *torch.autograd.grad(y.square().sum(), [t for t in leaves if t is not None])))
             for plain, viewed in zip(*results, strict=True):
                 torch.testing.assert_close(viewed, plain, rtol=within, atol=within * plain.abs().max().item())
-    one = torch.ones(1, 1, 1, 1, 1, dtype=x.dtype).expand_as(out)
+    one = torch.ones(1, 1, 1, 1, 1, dtype=x.dtype).expand_as(output_gate)
     torch.testing.assert_close(
-        propagate(x, gates, lam, one, backend=backend), propagate(x, gates, lam, backend=backend)
+        propagate(x, gates, input_gate, one, backend=backend), propagate(x, gates, input_gate, backend=backend)
     )
 
 
@@ -278,9 +286,9 @@ def test_opcheck():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_absent_arguments_have_empty_gradients_of_the_dtype_that_is_promised(backend, dtype):
-    x, gates, lam, *_ = operands(1, 4, 3, 4, 4, 2, dtype=dtype)
-    grads = torch.ops.gspn_dit.propagate_backward(x, x, gates, lam, None, None, None, 2, [0, 1, 2, 3], backend)
-    meta = [t.to("meta") for t in (x, x, gates, lam)]
+    x, gates, input_gate, *_ = operands(1, 4, 3, 4, 4, 2, dtype=dtype)
+    grads = torch.ops.gspn_dit.propagate_backward(x, x, gates, input_gate, None, None, None, 2, [0, 1, 2, 3], backend)
+    meta = [t.to("meta") for t in (x, x, gates, input_gate)]
     promised = torch.ops.gspn_dit.propagate_backward(*meta, None, None, None, 2, [0, 1, 2, 3], backend)
     assert [(g.shape, g.dtype) for g in grads] == [(g.shape, g.dtype) for g in promised]
     assert [g.numel() for g in grads[3:]] == [0, 0, 0]
@@ -290,8 +298,8 @@ def test_absent_arguments_have_empty_gradients_of_the_dtype_that_is_promised(bac
 def test_compiles_without_graph_breaks(dynamic):
     inputs = operands(1, 4, 5, 8, 4, 2, dtype=torch.float32, requires_grad=True)
 
-    def function(x, gates, lam, out, decay, scale):
-        return scan(x.sin(), gates, lam.sigmoid(), out, decay, scale, chunk=2).square()
+    def function(x, gates, input_gate, output_gate, decay, scale):
+        return scan(x.sin(), gates, input_gate.sigmoid(), output_gate, decay, scale, chunk=2).square()
 
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     y, expected = compiled(*inputs), function(*inputs)
@@ -333,8 +341,8 @@ def test_autocast_leaves_its_inputs_as_they_are(backend):
     options = {"decay": decay, "scale": scale, "chunk": 2, "backend": backend}
 
     def mixed():
-        x, gates, lam = layer(inputs[0]).split((8, 24, 8), dim=-1)
-        return propagate(x, gates.unflatten(-1, (4, 3, 2)), lam.unflatten(-1, (4, 2)), **options)
+        x, gates, input_gate = layer(inputs[0]).split((8, 24, 8), dim=-1)
+        return propagate(x, gates.unflatten(-1, (4, 3, 2)), input_gate.unflatten(-1, (4, 2)), **options)
 
     with torch.autocast("cpu", torch.bfloat16):
         exact, rounded = propagate(*inputs, **options), mixed()
@@ -347,7 +355,7 @@ def test_autocast_leaves_its_inputs_as_they_are(backend):
 
 
 def bad_calls():
-    x, gates, lam, out, decay, scale = operands(1, 4, 4, 6, 4, 3, dtype=torch.float32)
+    x, gates, input_gate, output_gate, decay, scale = operands(1, 4, 4, 6, 4, 3, dtype=torch.float32)
     yield "x", dict(x=x[0])
     yield "x", dict(x=x.long())
     yield "x", dict(x=x[:, :0])
@@ -355,9 +363,9 @@ def bad_calls():
     yield "gates", dict(gates=gates.transpose(3, 4))
     yield "gates", dict(gates=gates.double())
     yield "gates", dict(gates=gates.to("meta"))
-    yield "lam", dict(lam=lam[..., :2].repeat(1, 1, 1, 1, 2))
-    yield "lam", dict(lam=lam.bfloat16())
-    yield "out", dict(out=out[..., :1])
+    yield "input_gate", dict(input_gate=input_gate[..., :2].repeat(1, 1, 1, 1, 2))
+    yield "input_gate", dict(input_gate=input_gate.bfloat16())
+    yield "output_gate", dict(output_gate=output_gate[..., :1])
     yield "decay", dict(decay=decay[:3])
     yield "decay", dict(decay=decay.double())
     yield "scale", dict(scale=scale.bfloat16())
@@ -375,9 +383,9 @@ def bad_calls():
     ("name", "change"), list(bad_calls()), ids=lambda v: v if isinstance(v, str) else next(iter(v))
 )
 def test_bad_input_is_named(name, change):
-    x, gates, lam, out, *_ = operands(1, 4, 4, 6, 4, 3, dtype=torch.float32)
+    x, gates, input_gate, output_gate, *_ = operands(1, 4, 4, 6, 4, 3, dtype=torch.float32)
     with pytest.raises(InputError, match=rf"^{name}\b"):
-        propagate(**{**dict(x=x, gates=gates, lam=lam, out=out), **change})
+        propagate(**{**dict(x=x, gates=gates, input_gate=input_gate, output_gate=output_gate), **change})
 
 
 def run(code, **environment):
@@ -412,11 +420,11 @@ def test_a_compiler_that_fails_is_named(tmp_path):
         env={**os.environ, "CXX": str(broken), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")},
     )
     assert result.returncode == 0, result.stderr
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("cpu")]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("native-cpu")]
     assert "not available" in line and "did not compile" in line
     assert not list((tmp_path / "cache").iterdir())  # nothing half-built is left
 
 
 def test_report_names_every_backend():
     result = subprocess.run([sys.executable, "-m", "gspn_dit.ops"], capture_output=True, text=True, check=True)
-    assert [line.split()[0] for line in result.stdout.splitlines()] == list(BACKENDS)
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["reference", "native-cpu", "native-cuda"]

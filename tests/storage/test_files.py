@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and which folders are a run's checkpoints."""
+"""Files that are whole or not there."""
 
 import errno
 import os
@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from gspn_dit.errors import InputError, machine_fault
 from gspn_dit.options import command
 from gspn_dit.storage.files import alone_in, check_place, new_folder, replacing, save_tensors
-from gspn_dit.storage.runs import checkpoint_step, list_checkpoints
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -240,14 +239,3 @@ def test_faults_of_the_program_keep_their_traceback_and_ctrl_c_has_none(capsys):
             )
         assert stopped.value.code == 130
         assert capsys.readouterr().err == line
-
-
-def test_checkpoints_are_listed_by_step_and_only_when_whole(tmp_path):
-    for name in ("step-0000900", "step-10000000", "step-0001000", "step-last", "step-5.tmp", ".step-0002000.tmp"):
-        (tmp_path / "checkpoints" / name / "ema").mkdir(parents=True)
-        (tmp_path / "checkpoints" / name / "metadata.json").write_text("{}")
-    (tmp_path / "checkpoints" / "step-0003000" / "ema").mkdir(parents=True)  # no metadata.json
-    (tmp_path / "checkpoints" / "step-0004000").mkdir()
-    (tmp_path / "checkpoints" / "step-0004000" / "metadata.json").write_text("{}")  # no ema/
-    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [900, 1000, 10000000]
-    assert list_checkpoints(tmp_path / "nowhere") == []

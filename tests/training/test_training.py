@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from made.faults import finished, start, text
-from made.runs import CLASS_NAMES, make_run, tiny_vae
+from made.runs import CLASS_NAMES, list_checkpoints, make_run, tiny_vae
 from made.store import make_store
 from made.training import TRAIN, config, losses, options, rows, wait_for
 from PIL import Image
@@ -31,12 +31,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from gspn_dit.autoencoder import encode_moments
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError
-from gspn_dit.inference.pipeline import load_pipeline
+from gspn_dit.inference.loading import load_pipeline
 from gspn_dit.models import create_model
 from gspn_dit.models.gspn_dit import GSPNDiTBlock
 from gspn_dit.progress import figure
 from gspn_dit.storage.pictures import save_image
-from gspn_dit.training.checkpoints import EMA_WEIGHTS, list_checkpoints
+from gspn_dit.storage.run_folder import Checkpoint
 from gspn_dit.training.evaluator import draw_samples
 from gspn_dit.training.latents import FromImages, FromMoments
 from gspn_dit.training.loop import train
@@ -397,7 +397,7 @@ def test_a_new_run_begins_with_the_averaged_weights_of_another(tmp_path, store):
     train(config(tmp_path / "second", store, *begin, "--training.learning_rate", 1e-12))
     (last,) = list_checkpoints(tmp_path / "first")[-1:]
     (only,) = list_checkpoints(tmp_path / "second")
-    ours, theirs = load_file(only / "model.safetensors"), load_file(last / EMA_WEIGHTS)
+    ours, theirs = load_file(only / "model.safetensors"), load_file(Checkpoint(last).ema_weights)
     assert ours.keys() == theirs.keys()
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-9)
@@ -487,7 +487,7 @@ def test_the_average_takes_in_the_weights_of_every_step(tmp_path, store):
     run, decay = tmp_path / "run", 0.25
     train(config(run, store, "--training.ema_decay", decay, "--training.checkpoint_every", 1))
     before, after = list_checkpoints(run)[-2:]
-    old, new = (load_file(checkpoint / EMA_WEIGHTS) for checkpoint in (before, after))
+    old, new = (load_file(Checkpoint(checkpoint).ema_weights) for checkpoint in (before, after))
     weights = load_file(after / "model.safetensors")
     assert old.keys() == new.keys() == weights.keys()
     for key in weights:

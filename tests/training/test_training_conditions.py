@@ -18,8 +18,8 @@ from gspn_dit.training.ema import EMA, exponential
 from gspn_dit.training.latents import FromMoments
 from gspn_dit.training.loop import load_batches
 from gspn_dit.training.parts import Run
-from gspn_dit.training.processes import StopRequest
 from gspn_dit.training.step import make_batch, step_seed, take_step
+from gspn_dit.training.stop_request import StopRequest
 from gspn_dit.training.stream import TrainingStream
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

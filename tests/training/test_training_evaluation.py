@@ -1,46 +1,24 @@
 """The quick score during training: in the record and the trackers, resumable, and never the end of a run."""
 
-import csv
 import shutil
 
 import numpy as np
 import pytest
-from made.training import config, losses
+from made.images import write_images
+from made.runs import list_checkpoints
+from made.training import SCORED, config, losses, scores
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_fid_images import write_images
 
 from gspn_dit.errors import InputError
 from gspn_dit.evaluation import evaluate as fid_evaluate
 from gspn_dit.evaluation.evaluate import evaluate
 from gspn_dit.evaluation.features import observe
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
-from gspn_dit.storage.runs import list_checkpoints
 from gspn_dit.training import evaluator as evaluation
 from gspn_dit.training.loop import train
 from gspn_dit.training.record import Record
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-SCORED = [
-    "--evaluation.every",
-    2,
-    "--evaluation.num_samples",
-    12,
-    "--evaluation.reference",
-    "digits:test",
-    "--evaluation.features",
-    "digits",
-    "--evaluation.batch_size",
-    5,
-    "--training.checkpoint_every",
-    2,
-    "--training.max_steps",
-    4,
-]
-
-
-def scores(run):
-    with open(run / "evaluation.csv") as file:
-        return list(csv.DictReader(file))
 
 
 def test_scores_go_to_the_record_and_the_trackers_and_survive_a_resume(tmp_path):

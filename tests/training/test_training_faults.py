@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from made.faults import asleep_in, finished, killed_at, limited_to, start, text, worker_killed
+from made.runs import checkpoint_step, list_checkpoints
 from made.store import make_store
 from made.training import ROOT, config, losses, options, rows, wait_for, wait_until
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError
 from gspn_dit.options import parse
-from gspn_dit.storage.runs import checkpoint_step, list_checkpoints
 from gspn_dit.training.checkpoints import _sums
 from gspn_dit.training.loop import train
 from gspn_dit.training.record import Record

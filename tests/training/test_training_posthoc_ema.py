@@ -7,24 +7,23 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from made.runs import list_checkpoints
 from made.store import make_store
 from made.training import config
 from safetensors.torch import load_file
 
+from gspn_dit.commands import SampleOptions
 from gspn_dit.errors import InputError
-from gspn_dit.inference.pipeline import load_pipeline
-from gspn_dit.inference.sample import SampleOptions
+from gspn_dit.inference.loading import load_pipeline
 from gspn_dit.inference.sample import main as sample
-from gspn_dit.storage.runs import list_checkpoints
+from gspn_dit.storage.run_folder import RunFolder, Snapshot
 from gspn_dit.training.ema import EMA, power_function
 from gspn_dit.training.loop import train
 from gspn_dit.training.posthoc_ema import (
     Options,
-    Snapshot,
     coefficients,
     gamma_of,
     inner_products,
-    list_snapshots,
     main,
 )
 
@@ -120,7 +119,9 @@ def test_from_a_run_to_images(tmp_path, capsys):
     every = ["--training.posthoc_ema_every", 3, "--training.max_steps", 12, "--training.checkpoint_every", 5]
     run = tmp_path / "run"
     train(config(run, store, *every))
-    assert [(s.step, s.sigma_rel) for s in list_snapshots(run)] == [(n, s) for n in (3, 6, 9, 12) for s in (0.05, 0.1)]
+    assert [(s.step, s.sigma_rel) for s in RunFolder(run).list_snapshots()] == [
+        (n, s) for n in (3, 6, 9, 12) for s in (0.05, 0.1)
+    ]
 
     main(Options(run=str(run), sigma_rel=0.10, out=str(tmp_path / "same"), step=9))
     same = load_file(tmp_path / "same" / "ema" / "diffusion_pytorch_model.safetensors")
@@ -146,7 +147,7 @@ def test_a_resumed_run_leaves_the_same_snapshots(tmp_path):
     train(config(tmp_path / "cut", store, *every, "--training.max_steps", 10))
     shutil.rmtree(list_checkpoints(tmp_path / "cut")[-1])  # back to step 8; the snapshots of 9 and 10 are of no run now
     train(config(tmp_path / "cut", store, *every, "--training.max_steps", 12))
-    whole, cut = (list_snapshots(tmp_path / name) for name in ("whole", "cut"))
+    whole, cut = (RunFolder(tmp_path / name).list_snapshots() for name in ("whole", "cut"))
     assert [s.path.name for s in cut] == [s.path.name for s in whole]
     assert all(a.path.read_bytes() == b.path.read_bytes() for a, b in zip(cut, whole, strict=True))
     with pytest.raises(InputError, match=r"posthoc_ema_sigma_rels.*0\.07.*\[0\.05, 0\.1\]"):

@@ -8,12 +8,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from made.launched import finish, kill_one_process, launch
-from made.training import ROOT, TRAIN, TRAIN_MANY, config, losses, options, rows, wait_for
+from made.runs import checkpoint_step, list_checkpoints
+from made.training import ROOT, SCORED, TRAIN, TRAIN_MANY, config, losses, options, rows, scores, wait_for
 from safetensors.torch import load_file
-from test_training_evaluation import SCORED, scores
 
-from gspn_dit.inference.pipeline import load_pipeline
-from gspn_dit.storage.runs import checkpoint_step, list_checkpoints
+from gspn_dit.inference.loading import load_pipeline
 from gspn_dit.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

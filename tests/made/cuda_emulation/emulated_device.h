@@ -1,10 +1,10 @@
-// What binding_cuda.cpp needs of a device, where the kernels are emulated: results full of NaN, and a size of shared
+// What csrc/cuda/binding.cpp needs of a device, where the kernels are emulated: results full of NaN, and a size of shared
 // memory that tests may set.
 #pragma once
 
 #include <limits>
 
-#include "propagate_cuda.h"
+#include "cuda/kernel.h"
 
 inline int64_t& emulated_shared_memory() {
   static int64_t bytes = 227 * 1024;

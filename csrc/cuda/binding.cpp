@@ -1,0 +1,128 @@
+// torch.ops.gspn_dit_cuda. Operands are not checked here (gspn_dit.ops has checked them). Allocates results and
+// scratch, and launches the kernels on the current stream of the tensors' device.
+#include "binding.h"
+
+#include <torch/library.h>
+
+#if defined(GSPN_EMULATED_CUDA)
+#include "emulated_device.h"
+#else
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime.h>
+#endif
+
+#include "cuda/kernel.h"
+
+namespace {
+
+using at::Tensor;
+using gspn::ChannelFactors;
+using gspn::OptionalTensor;
+
+constexpr gspn::ElementTypes<float, gspn::BFloat16, gspn::Float16> kElementTypes{
+    "float32, bfloat16 or float16 on CUDA"};
+
+#if !defined(GSPN_EMULATED_CUDA)
+
+struct Device {
+  c10::cuda::CUDAGuard guard;
+  gspn::SharedMemory memory;
+  void* stream;
+
+  explicit Device(const Tensor& tensor) : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream().stream()) {
+    const auto attribute = [&](cudaDeviceAttr which) {
+      int value = 0;
+      const cudaError_t error = cudaDeviceGetAttribute(&value, which, tensor.device().index());
+      TORCH_CHECK(error == cudaSuccess, "gspn_dit: ", cudaGetErrorString(error));
+      return int64_t(value);
+    };
+    memory = {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+              attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  }
+};
+Tensor fresh(const Tensor& like) { return at::empty_like(like); }
+
+#endif
+
+Tensor scratch(const Tensor& x, int64_t elements) {
+  Tensor memory = x.new_empty({elements}, x.options().dtype(at::kFloat));
+#if defined(GSPN_EMULATED_CUDA)
+  poison(memory);
+#endif
+  return memory;
+}
+
+void check(const char* error) { TORCH_CHECK(error == nullptr, "gspn_dit's CUDA kernel: ", error); }
+
+Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& input_gate, const OptionalTensor& output_gate,
+                 const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions) {
+  const Device device(x);
+  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
+  const ChannelFactors factors(decay, scale);
+  Tensor y = fresh(x);
+  kElementTypes.with_element(x, [&](auto element) {
+    using T = decltype(element);
+    auto call = operands.call<gspn::Forward<T>>();
+    call.y = gspn::strided<T>(y);
+    factors.give_to(call);
+    const Tensor memory = scratch(x, gspn::forward_scratch(call, device.memory));
+    check(gspn::run_forward(call, device.memory, static_cast<float*>(memory.data_ptr()), device.stream));
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& gates, const Tensor& input_gate,
+    const OptionalTensor& output_gate, const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk,
+    at::IntArrayRef directions) {
+  const Device device(x);
+  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
+  ChannelFactors factors(decay, scale);
+  const gspn::Gradients grads(operands, fresh);
+  kElementTypes.with_element(x, [&](auto element) {
+    using T = decltype(element);
+    auto call = operands.call<gspn::Backward<T>>();
+    call.grad_y = gspn::strided<const T>(grad);
+    grads.give_to(call);
+    factors.make_sums(gspn::backward_rows(call, device.memory));
+    factors.give_to(call);
+    const Tensor memory = scratch(x, gspn::backward_scratch(call, device.memory));
+    check(gspn::run_backward(call, device.memory, static_cast<float*>(memory.data_ptr()), device.stream));
+  });
+  return {grads.x, grads.gates, grads.input_gate, grads.output_gate, factors.grad_decay(x), factors.grad_scale(x)};
+}
+
+// Why the kernels cannot run a call, or nothing: forward, and unless `backward` is false also backward. Launches
+// nothing.
+std::string refusal(const Tensor& x, const Tensor& gates, const Tensor& input_gate, const OptionalTensor& output_gate,
+                    const OptionalTensor&, const OptionalTensor&, int64_t chunk, at::IntArrayRef directions,
+                    bool backward) {
+  if (!kElementTypes.has(x)) return kElementTypes.refusal(x);
+  const Device device(x);
+  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
+  const char* reason = nullptr;
+  kElementTypes.with_element(x, [&](auto element) {
+    reason = gspn::refusal(operands.call<gspn::Forward<decltype(element)>>(), device.memory, backward);
+  });
+  return reason ? reason : "";
+}
+
+}  // namespace
+
+TORCH_LIBRARY(gspn_dit_cuda, m) {
+  m.def(gspn::kPropagate, propagate);
+  m.def(gspn::kPropagateBackward, propagate_backward);
+  m.def(
+      "refusal(Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay, Tensor? scale, int chunk,"
+      " int[] directions, bool backward=True) -> str",
+      refusal);
+  m.def("unusable(Tensor on_device) -> str", [](const Tensor& on_device) {
+    const Device device(on_device);
+    const char* error = gspn::unusable();
+    return std::string(error ? error : "");
+  });
+#if defined(GSPN_EMULATED_CUDA)
+  m.def("set_shared_memory(int bytes) -> ()", [](int64_t bytes) { emulated_shared_memory() = bytes; });
+#endif
+}

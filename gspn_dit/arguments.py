@@ -1,0 +1,39 @@
+"""Arguments that several rooms take: the rule of each stands here, once. Nothing here takes long to import."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Literal
+
+from gspn_dit.errors import InputError, is_finite
+
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+"""What a network computes in: see :mod:`gspn_dit.precision`."""
+
+
+def check_guidance(scale: object, interval: object, group: str = "") -> None:
+    """Raise :class:`InputError` for a guidance_scale or a guidance_interval, options of `group`, that cannot be."""
+    if not is_finite(scale) or scale < 1:
+        raise InputError(f"{group}guidance_scale={scale!r}: wanted 1 (none) or more")
+    pair = isinstance(interval, Sequence) and len(interval) == 2 and all(map(is_finite, interval))
+    if not pair or not 0 <= interval[0] < interval[1] <= 1:
+        raise InputError(f"{group}guidance_interval={interval!r}: wanted two numbers, 0 <= low < high <= 1")
+
+
+def check_num_inference_steps(
+    n: object, group: str = "", *, least: int = 1, most: int | None = None, who: str = ""
+) -> None:
+    """Raise :class:`InputError` for a num_inference_steps, an option of `group`, that cannot be.
+
+    Args:
+        n: The number.
+        group: What stands before the option's name, for example `sampling.`.
+        least: The fewest steps.
+        most: The most steps, if there is a limit.
+        who: The scheduler that has these limits.
+    """
+    whole = isinstance(n, Integral) and not isinstance(n, bool)
+    if not whole or n < least or (most is not None and n > most):
+        limits = f"{least} or more" if most is None else f"{least} to {most}"
+        raise InputError(f"{group}num_inference_steps={n!r}: {f'{who} takes' if who else 'wanted'} {limits}")

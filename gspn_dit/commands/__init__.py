@@ -1,0 +1,144 @@
+"""Every command of `gspn-dit`: its options, and where its work is done.
+
+The work is named, not imported: torch and diffusers take seconds, which a wrong option or `--help` must not cost. The
+options of `gspn-dit train` are those of `gspn_dit.config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gspn_dit.commands.data import EncodeOptions
+from gspn_dit.commands.demo import ClassifierOptions, SmallVAEOptions
+from gspn_dit.commands.evaluation import EvaluateOptions, ReferenceOptions
+from gspn_dit.commands.listings import ModelsOptions, OpsOptions
+from gspn_dit.commands.sampling import ExportOptions, SampleOptions
+from gspn_dit.commands.training import BudgetOptions, PosthocEMAOptions
+from gspn_dit.config import Config
+from gspn_dit.errors import InputError
+from gspn_dit.extras import require_extras
+from gspn_dit.options import command, fail
+
+__all__ = [
+    "GROUPS",
+    "VERBS",
+    "BudgetOptions",
+    "ClassifierOptions",
+    "EncodeOptions",
+    "EvaluateOptions",
+    "ExportOptions",
+    "ModelsOptions",
+    "OpsOptions",
+    "PosthocEMAOptions",
+    "ReferenceOptions",
+    "SampleOptions",
+    "SmallVAEOptions",
+    "Verb",
+    "run",
+]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command.
+
+    Args:
+        main: The function that does its work, as "module:function".
+        options: The dataclass that it takes.
+        help: What it does, in one line.
+        positional: The options that bare words are, in their order.
+        continues: Whether the same command, given again, continues where it was.
+        extras: What must be installed beside the core.
+    """
+
+    main: str
+    options: type
+    help: str
+    positional: tuple[str, ...] = ()
+    continues: bool = False
+    extras: tuple[str, ...] = ("train",)
+
+
+# In the order in which a user meets them.
+GROUPS = {
+    "Before a training": {
+        "ops": Verb(
+            "gspn_dit.ops.__main__:main", OpsOptions, "Say which kernels of the operator run here, or why not."
+        ),
+        "models": Verb(
+            "gspn_dit.models.__main__:main", ModelsOptions, "List models: parameters, GMACs at 256 and 512 px."
+        ),
+        "budget": Verb(
+            "gspn_dit.training.budget:main", BudgetOptions, "Estimate a training: memory, steps per second, hours."
+        ),
+        "encode": Verb(
+            "gspn_dit.data.encode:main",
+            EncodeOptions,
+            "Encode images into a latent store, or verify one.",
+            continues=True,
+        ),
+    },
+    "Training": {
+        "train": Verb("gspn_dit.training.loop:main", Config, "Train a latent diffusion transformer."),
+        "posthoc-ema": Verb(
+            "gspn_dit.training.posthoc_ema:main",
+            PosthocEMAOptions,
+            "Average a run's weights anew, over any width, from its snapshots.",
+        ),
+    },
+    "Sampling": {
+        "sample": Verb(
+            "gspn_dit.inference.sample:main", SampleOptions, "Draw images from a trained model.", continues=True
+        ),
+        "export": Verb(
+            "gspn_dit.inference.export:main",
+            ExportOptions,
+            "Save a run's newest checkpoint as a diffusers pipeline.",
+            positional=("model", "out"),
+        ),
+    },
+    "Evaluation": {
+        "reference": Verb(
+            "gspn_dit.evaluation.reference:main",
+            ReferenceOptions,
+            "Make a reference file: feature statistics of a data set, and some of its images.",
+            extras=("train", "eval"),
+        ),
+        "evaluate": Verb(
+            "gspn_dit.evaluation.evaluate:main",
+            EvaluateOptions,
+            "Score images: FID, sFID, Inception Score, precision, recall, class accuracy.",
+            extras=("train", "eval"),
+        ),
+    },
+    "Small models for trying things out": {
+        "small-vae": Verb(
+            "gspn_dit.demo.small_vae:main", SmallVAEOptions, "Train a small VAE of digits, photos or a folder."
+        ),
+        "classifier": Verb(
+            "gspn_dit.demo.classifier:main",
+            ClassifierOptions,
+            "Train the classifier that judges samples of digits or photos.",
+        ),
+    },
+}
+VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()}
+
+
+def run(name: str, *, prog: str | None = None, argv: Sequence[str] | None = None) -> None:
+    """Run a command by its name; `prog` is what it was called as."""
+    verb, prog = VERBS[name], prog or f"gspn-dit {name}"
+    try:
+        require_extras(*verb.extras)
+    except InputError as error:
+        fail(error, prog)
+    command(
+        verb.main,
+        verb.options,
+        prog=prog,
+        argv=argv,
+        description=verb.help,
+        positional=verb.positional,
+        continues=verb.continues,
+    )

@@ -1,0 +1,127 @@
+"""Options of the commands that turn a trained model into images or a saved pipeline."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps
+from gspn_dit.options import require
+from gspn_dit.storage.files import is_stream
+
+
+@dataclass
+class SampleOptions:
+    """Sampling: what to draw, from which model, and where to.
+
+    Args:
+        model: A run, a checkpoint folder, an exported folder, or a packaged model: `digits`, `photos`.
+        vae: A folder or hub name of a VAE in place of the model's own, for example one that was moved, or whose decoder
+            was trained further.
+        class_labels: Class ids or names with commas between them (only names where the names are numbers); all
+            classes if not given.
+        labels: `balanced` takes these classes in turn; `random` draws the class of each image by the seed.
+        num_images: How many images.
+        guidance_scale: Classifier-free guidance, 1 for none; the model's own default if not given.
+        guidance_interval: Range of noise levels at which guidance acts, from 0 (clean) to 1 (pure noise).
+        num_inference_steps: Denoising steps; the model's own default if not given.
+        sampler: `ddpm`, `ddim` or `dpm++` for a ddpm model; `euler` or `heun` for a flow model.
+        shift: Shift of a flow model's noise levels for another size than trained: above 1, more of the steps are
+            noisy; `auto` takes √(pixels / trained pixels).
+        chunk_scale: Length of the chunks of local scans relative to training; `auto` takes √(pixels / trained pixels).
+        mixed_precision: Number format of the transformer: `auto` is bf16 where the device has instructions for it and
+            float32 elsewhere; `no` is float32; or `bf16`, or `fp16`.
+        seed: Image i depends on (seed, i) alone, not on the batch size or the number of processes.
+        batch_size: Images per forward pass in each process; if not given, 16, or fewer where images are larger than
+            trained.
+        height: Pixels; the trained size if not given.
+        width: Pixels; the trained size if not given.
+        out: A `.png` file for one grid, or a folder for single PNGs and labels.csv; `samples.png` unless `npz` is
+            given.
+        npz: An npz file in ADM's format: images `arr_0`, uint8 (N, H, W, 3), and labels `arr_1`; without a name, it is
+            called as the folder `out`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+    """
+
+    model: str = "digits"
+    vae: str | None = None
+    class_labels: str | None = None
+    labels: Literal["balanced", "random"] = "balanced"
+    num_images: int = 16
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    num_inference_steps: int | None = None
+    sampler: str | None = None
+    shift: float | Literal["auto"] | None = None
+    chunk_scale: float | Literal["auto"] | None = None
+    mixed_precision: MixedPrecision = "auto"
+    seed: int = 0
+    batch_size: int | None = None
+    height: int | None = None
+    width: int | None = None
+    out: str | None = None
+    npz: bool | str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.num_images >= 1, "num_images", self.num_images, "1 or more")
+        if self.batch_size is not None:
+            require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        if self.num_inference_steps is not None:
+            check_num_inference_steps(self.num_inference_steps)
+        check_guidance(
+            1 if self.guidance_scale is None else self.guidance_scale,
+            (0, 1) if self.guidance_interval is None else self.guidance_interval,
+        )
+        if self.class_labels and re.fullmatch(r"\[.*\]", self.class_labels):  # as any list may be written
+            self.class_labels = self.class_labels[1:-1]
+        self.npz = self.npz or None
+        if self.out is None and self.npz is None:
+            self.out = "samples.png"
+        if self.out is not None:
+            fits = self.single_files or is_stream(self.out) or Path(self.out).suffix == ".png"
+            require(fits, "out", self.out, f"a .png file or a folder, which a slash at its end makes it: {self.out}/")
+        if self.npz is True:
+            require(self.single_files, "npz", True, "a file name, or --out with a folder that gives it its name")
+            self.npz = f"{Path(self.out)}.npz"
+        if self.npz is not None:
+            require(Path(self.npz).suffix == ".npz", "npz", self.npz, "a file name ending in .npz")
+
+    @property
+    def single_files(self) -> bool:
+        """Whether `out` is a folder."""
+        if not self.out or is_stream(self.out):
+            return False
+        return self.out.endswith(("/", os.sep)) or not Path(self.out).suffix or Path(self.out).is_dir()
+
+    @property
+    def folder(self) -> Path:
+        """Where the single images go: `out`, or a hidden folder beside the one file that is made of them."""
+        if self.single_files:
+            path = Path(self.out)
+            return Path(os.path.realpath(path)) if path.is_symlink() else path
+        path = Path(self.out or self.npz)
+        if is_stream(path):  # there is no writing beside it
+            return Path(tempfile.gettempdir()) / f".{path.name}.{os.getuid()}.images"
+        return path.with_name(f".{path.name}.images")
+
+
+@dataclass
+class ExportOptions:
+    """Export: a trained model, and the folder it is saved to.
+
+    Args:
+        model: A run, or one checkpoint of it.
+        out: The folder to write; it must not exist yet.
+        vae: A folder or hub name of a VAE in place of the run's own, for example one that was moved, or whose decoder
+            was trained further.
+    """
+
+    model: str
+    out: str
+    vae: str | None = None

@@ -1,0 +1,185 @@
+"""A folder to a pipeline: of a run, of one of its checkpoints, of an exported pipeline, or of a packaged model.
+
+A run's folder holds checkpoints (:mod:`gspn_dit.storage.run_folder`), of which the newest is taken: its averaged
+weights, with the run's VAE, sampler, guidance and steps. An exported folder is what `save_pretrained` wrote, with
+model_index.json; a packaged model is one that comes with this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, ModelMixin
+from safetensors import SafetensorError
+
+from gspn_dit.autoencoder import load_vae
+from gspn_dit.autoencoder.vae import NOT_HEEDED, adopt_normalisation, normalisation, vae_record, vae_sha256
+from gspn_dit.diffusion import create_scheduler
+from gspn_dit.errors import InputError, machine_fault, warn
+from gspn_dit.inference.pipeline import GSPNDiTPipeline
+from gspn_dit.inference.run_description import RunDescription
+from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.models.registry import find_class
+from gspn_dit.storage.packaged import PACKAGED_MODELS
+from gspn_dit.storage.run_folder import Checkpoint, RunFolder
+
+_INDEX = "model_index.json"  # of an exported folder, as diffusers calls it
+
+
+def load_pipeline(path: str | os.PathLike, vae: str | None = None) -> GSPNDiTPipeline:
+    """The pipeline of a run (its newest checkpoint), of one checkpoint, of an exported folder, `digits` or `photos`.
+
+    A run's or checkpoint's comes with the averaged weights, and with the run's sampler, guidance and steps as defaults.
+
+    Args:
+        path: The folder, or a packaged model's name.
+        vae: Folder or hub name of a VAE in place of the model's own. A warning says where its weights are others.
+
+    Raises :class:`InputError` if there is none of these, or its files cannot be read.
+    """
+    folder = _folder(path)
+    given = None if vae is None else load_vae(vae)
+    with _reading(path):
+        if _is_exported(folder):
+            return _load_exported(folder, given, vae, str(path))
+        return _load_checkpoint(_newest_checkpoint(folder), given, vae)
+
+
+def load_transformer(path: str | os.PathLike) -> LatentModel:
+    """The network alone of what :func:`load_pipeline` takes, which needs no VAE. Raises as that does."""
+    folder = _folder(path)
+    with _reading(path):
+        return _load_transformer(folder / "transformer" if _is_exported(folder) else _newest_checkpoint(folder).ema)
+
+
+def load_class_names(path: str | os.PathLike) -> list[str] | None:
+    """The names of its classes alone, if they have any. Raises as :func:`load_pipeline` does."""
+    folder = _folder(path)
+    with _reading(path):
+        if _is_exported(folder):
+            return json.loads((folder / _INDEX).read_text()).get("class_names")
+        return _class_names(_newest_checkpoint(folder))
+
+
+def find_checkpoint(path: str | os.PathLike) -> Checkpoint | None:
+    """The checkpoint that :func:`load_pipeline` would take of a run or a checkpoint now; None for an exported folder.
+
+    A run in training goes on writing checkpoints: who loads twice finds it once. Raises :class:`InputError`.
+    """
+    folder = _folder(path)
+    try:
+        return None if _is_exported(folder) else Checkpoint(_newest_checkpoint(folder).path.resolve())
+    except InputError as error:
+        raise InputError(f"model={str(path)!r}: {error}") from error
+
+
+def pipeline_of(
+    run: RunDescription, transformer: ModelMixin, vae: AutoencoderKL, class_names: list[str] | None
+) -> GSPNDiTPipeline:
+    """The pipeline of a run's model, with the run's sampler, guidance and steps as defaults."""
+    return GSPNDiTPipeline(
+        transformer,
+        vae,
+        create_scheduler(run.objective, run.sampler),
+        class_names,
+        guidance_scale=run.guidance_scale,
+        guidance_interval=list(run.guidance_interval),
+        num_inference_steps=run.num_inference_steps,
+        class_dropout=run.class_dropout,
+    )
+
+
+def _folder(path: str | os.PathLike) -> Path:
+    return PACKAGED_MODELS.get(str(path), Path(path))
+
+
+def _is_exported(folder: Path) -> bool:
+    return (folder / _INDEX).is_file()
+
+
+@contextmanager
+def _reading(path: str | os.PathLike) -> Iterator[None]:
+    """In the block, files that cannot be read are an InputError of the model at `path`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"model={str(path)!r}: {error}") from error
+    except (OSError, ValueError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:  # damaged files
+        if machine_fault(error) is not None:
+            raise
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+        raise InputError(f"model={str(path)!r}: its files cannot be read ({reason}); make them again") from error
+
+
+def _newest_checkpoint(folder: Path) -> Checkpoint:
+    """The folder itself if it is a checkpoint, else the newest checkpoint of the run it is."""
+    if folder.is_file():
+        raise InputError("is a file; wanted the folder of a run, a checkpoint or an exported pipeline")
+    if not folder.is_dir():
+        raise InputError(
+            f"no such folder; wanted a run, a checkpoint, an exported pipeline or {' or '.join(PACKAGED_MODELS)}"
+        )
+    checkpoint, run = Checkpoint(folder), RunFolder(folder)
+    if checkpoint.ema.is_dir():
+        return checkpoint
+    if not run.exists:
+        raise InputError(
+            f"not a run ({run.config.name}, {run.checkpoints.name}/), a checkpoint ({checkpoint.ema.name}/) or an "
+            f"exported pipeline ({_INDEX})"
+        )
+    if (newest := run.newest_checkpoint()) is None:
+        raise InputError("the run has no checkpoint yet; it writes one every training.checkpoint_every steps")
+    return newest
+
+
+def _load_exported(folder: Path, given: AutoencoderKL | None, name: str | None, path: str) -> GSPNDiTPipeline:
+    replaced = {}
+    if given is not None:
+        own = load_vae(folder / "vae")
+        replaced["vae"] = _fitted(given, name, vae_record(path, own.config, own))
+    pipe = GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **replaced)
+    if "class_dropout" not in json.loads((folder / _INDEX).read_text()):  # of before
+        adopt_normalisation(pipe.vae, normalisation(pipe.vae.config) | NOT_HEEDED, "this model")
+    return pipe
+
+
+def _load_checkpoint(checkpoint: Checkpoint, given: AutoencoderKL | None, name: str | None) -> GSPNDiTPipeline:
+    run = RunDescription.read(checkpoint.config)
+    transformer = _load_transformer(checkpoint.ema)
+    record = checkpoint.read_metadata().get("vae") if checkpoint.metadata.is_file() else None
+    if given is None:
+        name = run.vae
+        try:
+            given = load_vae(name)
+        except InputError as error:
+            raise InputError(f"the run's {error}; where it lies elsewhere now, name that with --vae") from error
+    if record is None:  # a run of before
+        record = vae_record(name, given.config, None) | NOT_HEEDED
+    return pipeline_of(run, transformer, _fitted(given, name, record), _class_names(checkpoint))
+
+
+def _load_transformer(folder: Path) -> LatentModel:
+    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    family = find_class(kind)
+    if family is None:
+        raise InputError(f"{folder / 'config.json'}: _class_name={kind!r} is no model of gspn_dit.models")
+    return family.from_pretrained(folder, use_safetensors=True)
+
+
+def _class_names(checkpoint: Checkpoint) -> list[str] | None:
+    return checkpoint.read_class_names() if checkpoint.class_names.is_file() else None
+
+
+def _fitted(vae: AutoencoderKL, name: str, record: dict[str, Any]) -> AutoencoderKL:
+    """A VAE that decodes as the one a model was trained with would, but for its weights, if they are others."""
+    if record["sha256"] is not None and (own := vae_sha256(vae)) != record["sha256"]:
+        decoder_alone = own["encoder"] == record["sha256"]["encoder"]
+        what = "its decoder is another than that" if decoder_alone else "its weights are not those"
+        warn(f"vae={name!r}: {what} of {record['name']!r}, which the model was trained with")
+    adopt_normalisation(vae, record, "this model")
+    return vae

@@ -1,0 +1,87 @@
+"""What sampling needs to know of how a run was trained, read from its config.yaml; the trainer is not asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from gspn_dit.arguments import check_guidance, check_num_inference_steps
+from gspn_dit.errors import InputError, is_finite
+
+_OPTIONS = {
+    "objective": ("diffusion", "objective"),
+    "class_dropout": ("diffusion", "class_dropout"),
+    "vae": ("data", "vae"),
+    "sampler": ("sampling", "sampler"),
+    "num_inference_steps": ("sampling", "num_inference_steps"),
+    "guidance_scale": ("sampling", "guidance_scale"),
+    "guidance_interval": ("sampling", "guidance_interval"),
+}  # where config.yaml has each attribute
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """The few values of a run's configuration that sampling depends on.
+
+    A default stands for an option that the run's version of the trainer did not have yet.
+
+    Args:
+        objective: `ddpm` or `flow`.
+        class_dropout: Share of labels that training replaced by the null class.
+        vae: Name or folder of the VAE.
+        sampler: One of the objective's :data:`~gspn_dit.diffusion.schedulers.SAMPLERS`; None takes the first.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        guidance_interval: Share (low, high) of the noise levels at which guidance acts.
+
+    Raises :class:`InputError` for a value that cannot be.
+    """
+
+    objective: str = "ddpm"
+    class_dropout: float = 0.1
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    sampler: str | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 4.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        check_num_inference_steps(self.num_inference_steps, "sampling.")
+        check_guidance(self.guidance_scale, self.guidance_interval, "sampling.")
+        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+        if not is_finite(self.class_dropout) or not 0 <= self.class_dropout <= 1:
+            raise InputError(f"diffusion.class_dropout={self.class_dropout!r}: wanted a share from 0 to 1")
+        if not isinstance(self.vae, str):
+            raise InputError(f"data.vae={self.vae!r}: wanted a name or a folder")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> RunDescription:
+        """That of a run's configuration, nested as in config.yaml."""
+        sections = {name: config.get(name) or {} for name, _ in _OPTIONS.values()}
+        if odd := next((name for name, section in sections.items() if not isinstance(section, Mapping)), None):
+            raise InputError(f"{odd}={sections[odd]!r}: wanted a section of options")
+        return cls(**{name: sections[at][key] for name, (at, key) in _OPTIONS.items() if key in sections[at]})
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> RunDescription:
+        """That of the run whose config.yaml is at `path`. Raises :class:`InputError` or OSError."""
+        try:
+            return cls.of(read_config(path))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """A run's configuration as config.yaml has it. Raises :class:`InputError` if that is no such file, or OSError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"is damaged ({' '.join(str(error).split())}); restore it") from error
+    if not isinstance(config, dict):
+        raise InputError(f"holds {type(config).__name__}; wanted a run's options")
+    return config

@@ -1,0 +1,31 @@
+"""Adaptive LayerNorm: a norm whose shift and scale depend on the condition (DiT, arXiv 2212.09748, section 3.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gspn_dit.layers.linear import linear
+from gspn_dit.layers.norm import LayerNorm
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive LayerNorm's affine part: x is (B, H, W, C), shift and scale are (B, 1, 1, C)."""
+    return x * (1 + scale) + shift
+
+
+class FinalLayer(nn.Module):
+    """DiT's last layer: a norm shifted and scaled by the condition, then a linear layer to the patch's pixels.
+
+    (B, H, W, C) and the condition (B, 1, 1, C) to (B, H, W, patch_values). Both linear layers start at zero, so a new
+    model predicts 0.
+    """
+
+    def __init__(self, width: int, patch_values: int) -> None:
+        super().__init__()
+        self.norm_final = LayerNorm(width)
+        self.linear = linear(width, patch_values, zero=True)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, zero=True))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -1,0 +1,35 @@
+"""Norms over channels that keep their input's dtype, under autocast too."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm(nn.LayerNorm):
+    """DiT's norm over channels, without weights of its own, in its input's dtype.
+
+    Autocast on CUDA, not on a CPU, would make a float32 map of a bfloat16 one, and keep it so up to the next product.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x.device):
+            return super().forward(x)
+
+
+def group_rms_norm(x: Tensor, num_groups: int) -> Tensor:
+    """Each group of channels over its root mean square (arXiv 1910.07467), without weights, in x's dtype."""
+    groups = x.unflatten(-1, (num_groups, -1))
+    with without_autocast(x.device):
+        return F.rms_norm(groups, groups.shape[-1:], eps=1e-6).flatten(-2)
+
+
+def without_autocast(device: torch.device) -> torch.autocast | nullcontext:
+    """A block whose operations stay in their operands' dtype; on the meta device, which has no autocast, any block."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

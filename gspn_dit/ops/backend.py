@@ -1,0 +1,87 @@
+"""What a backend of `propagate` is: the call that it is given, and what it offers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """One call of the operator: its operands, then its options.
+
+    :func:`gspn_dit.ops.propagate` says what they are and has checked them. Here `chunk` 0 is the whole map, and
+    `directions` are indices into :data:`gspn_dit.ops.reference.DIRECTIONS`. The operator's schema is read from these
+    annotations.
+    """
+
+    x: Tensor
+    gates: Tensor
+    input_gate: Tensor
+    output_gate: Tensor | None = None
+    decay: Tensor | None = None
+    scale: Tensor | None = None
+    chunk: int = 0
+    directions: Sequence[int] = (0, 1, 2, 3)
+
+
+OPTIONS = ("chunk", "directions")
+OPERANDS = Call._fields[: -len(OPTIONS)]  # these have gradients
+
+
+class Status(NamedTuple):
+    """Whether a backend runs on a machine, and details: if it does not, why and the remedy."""
+
+    available: bool
+    detail: str
+
+
+class Backend(Protocol):
+    """One implementation of the operator, found by its name in :mod:`gspn_dit.ops.registry`."""
+
+    @property
+    def name(self) -> str:
+        """What `backend=` and `gspn-dit ops --require` call it. Not a device's name: a device may have several."""
+        ...
+
+    @property
+    def device_types(self) -> Sequence[str] | None:
+        """Types of the devices whose tensors it takes ("cpu", "cuda", ...); None is any."""
+        ...
+
+    @property
+    def priority(self) -> int:
+        """Of the backends that can run a call, the one of the highest priority does.
+
+        The reference has 0, the kernels of csrc/ have 100.
+        """
+        ...
+
+    def status(self, device: torch.device | None = None) -> Status:
+        """Whether it runs on this machine, on that device (None: the current one).
+
+        Asked at every call, so it must be quick after the first time, which may build what has to be built. It raises
+        nothing.
+        """
+        ...
+
+    def supports(self, call: Call) -> str | None:
+        """Why it cannot run this call forward and backward, in words, or None if it can.
+
+        Asked at every call, where the status is available. The answer depends on the call alone.
+        """
+        ...
+
+    def forward(self, call: Call) -> Tensor:
+        """y, (B, H, W, C), with the dtype and strides of `torch.empty_like(call.x)`."""
+        ...
+
+    def backward(self, grad: Tensor, call: Call) -> tuple[Tensor, ...]:
+        """Gradients of the operands in their order, for the gradient of y.
+
+        Each has the dtype and strides of `torch.empty_like(operand)`; of an operand that is None, it is an empty tensor
+        of x's dtype.
+        """
+        ...
