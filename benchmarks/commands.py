@@ -121,7 +121,7 @@ class HigherOptions:
 
     models: list[str] = field(default_factory=lambda: ["digits"])
     pixels: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
-    features: Literal["inception", "digits", "photos"] | None = None
+    features: str | None = None
     num_images: int = 200
     guidance_scale: float | None = None
     num_inference_steps: int | None = None

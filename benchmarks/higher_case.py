@@ -79,11 +79,8 @@ def draw(case: Case) -> None:
         out=f"{case.folder}/",
     )
     precision = choose_precision("no", torch.device(case.device))
-    choices, labels, folder = (
-        resolve_defaults(pipe, options, precision),
-        choose_labels(pipe, options),
-        Path(case.folder),
-    )
+    choices, labels = resolve_defaults(pipe, options, precision), choose_labels(pipe, options)
+    folder = Path(case.folder)
     missing = begin(folder, sampling_settings(pipe, options, choices), labels)
     record = folder / CALLS_FILE
     costs: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"calls": []}

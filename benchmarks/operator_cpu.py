@@ -23,17 +23,20 @@ def operands(shape: tuple[int, ...]) -> list[torch.Tensor]:
     """
     b, h, w, c, g = shape
     if g < c:
-        gates, lam = torch.randn(b, h, w, g, 4, 3).permute(0, 1, 2, 4, 5, 3), torch.rand(b, h, w, g, 4).transpose(3, 4)
+        gates = torch.randn(b, h, w, g, 4, 3).permute(0, 1, 2, 4, 5, 3)
+        input_gate = torch.rand(b, h, w, g, 4).transpose(3, 4)
         rest = torch.rand(4, c), torch.randn(4, c)
     else:
-        gates, lam, rest = torch.randn(b, h, w, 4, 3, g), torch.rand(b, h, w, 4, g), (torch.rand(b, h, w, 4, g),)
-    return [tensor.requires_grad_() for tensor in (torch.randn(b, h, w, c), gates, lam, *rest)]
+        gates, input_gate, rest = torch.randn(b, h, w, 4, 3, g), torch.rand(b, h, w, 4, g), (torch.rand(b, h, w, 4, g),)
+    return [tensor.requires_grad_() for tensor in (torch.randn(b, h, w, c), gates, input_gate, *rest)]
 
 
-def scan(backend: str, x: torch.Tensor, gates: torch.Tensor, lam: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+def scan(
+    backend: str, x: torch.Tensor, gates: torch.Tensor, input_gate: torch.Tensor, *rest: torch.Tensor
+) -> torch.Tensor:
     """The operator on a set of operands."""
-    of_pixels = rest if len(rest) == 1 else (None, *rest)
-    return propagate(x, gates, lam, *of_pixels, backend=backend)
+    factors = {"decay": rest[0], "scale": rest[1]} if len(rest) == 2 else {"output_gate": rest[0]}
+    return propagate(x, gates, input_gate, **factors, backend=backend)
 
 
 def forward_and_backward(function: Callable, inputs: list[torch.Tensor], repeats: int) -> tuple[float, float]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from gspn_dit.storage.runs import list_checkpoints
 from gspn_dit.training.processes import StopRequest
 from torch import Tensor
 
@@ -28,10 +27,12 @@ from gspn_dit.models.macs import count_macs
 from gspn_dit.precision import autocast
 from gspn_dit.storage.files import write_json
 from gspn_dit.storage.pictures import save_grid
+from gspn_dit.storage.run_folder import RunFolder
 from gspn_dit.training.checkpoints import load_checkpoint, save_checkpoint
 from gspn_dit.training.loop import learning_rate_at, load_batches, prepare
 from gspn_dit.training.parts import Run
 from gspn_dit.training.step import take_step
+from gspn_dit.training.stop_request import StopRequest
 from gspn_dit.training.stream import TrainingStream
 
 TIMES = [(i + 0.5) / 10 for i in range(10)]  # of the held-out loss
@@ -78,8 +79,8 @@ class Cell:
         self.run = self._run(training_config(folder, task, spec, seed, options), accelerator)
         self.state = prepare(self.run, model, is_new=True)
         self.step, self.seconds, self.losses = 0, 0.0, []
-        if checkpoints := list_checkpoints(folder):
-            done = load_checkpoint(accelerator, checkpoints[-1], self.state)
+        if checkpoint := RunFolder(folder).newest_checkpoint():
+            done = load_checkpoint(accelerator, checkpoint, self.state)
             self.step, self.seconds, self.losses = done["step"], done["seconds"], done["losses"]
 
     def train(self, deadline: Deadline) -> None:
@@ -126,7 +127,7 @@ class Cell:
             "losses": self.losses,
         }
         write_json(self.folder / "result.json", noted(result))
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(RunFolder(self.folder).checkpoints, ignore_errors=True)
 
     def _run(self, config: Config, accelerator: Accelerator) -> Run:
         """What the run is made of: as for `gspn-dit train`, but that the task makes the latents."""

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def of_a_revision(monkeypatch):
 def with_nothing_measured(monkeypatch, name, out):
     """Run a benchmark that writes one report, its figures left out."""
     monkeypatch.setattr(operator_cpu, "tables", lambda repeats: ["a table"])
-    monkeypatch.setattr(operator, "status", lambda backend: (True, ""))
+    monkeypatch.setattr(operator, "find", lambda name: SimpleNamespace(status=lambda: (True, "")))
     monkeypatch.setattr(block_budget, "tables", lambda options: ["a table"])
     monkeypatch.setattr(depthwise, "rows", lambda options, pixels: ["a row"])
     monkeypatch.setattr(store, "make_store", lambda *arguments: None)
