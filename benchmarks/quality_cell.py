@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from gspn_dit.training.processes import StopRequest
 from torch import Tensor
 
 from benchmarks.commands import QualityOptions
