@@ -131,9 +131,8 @@ _GRADS = ", ".join("Tensor" for _ in OPERANDS)
 
 @torch.library.custom_op("gspn_dit::propagate", mutates_args=(), schema=f"({_CALL}, str backend) -> Tensor")
 def _propagate(*call_and_backend) -> Tensor:
-    *fields, backend = call_and_backend
-    call = Call(*fields)
-    return choose(call, backend).forward(call)
+    call = Call._make(call_and_backend[:-1])
+    return choose(call, call_and_backend[-1]).forward(call)
 
 
 @_propagate.register_fake
@@ -146,9 +145,8 @@ def _(x, *others):
 )
 def _propagate_backward(grad, *call_and_backend) -> tuple[Tensor, ...]:
     """Gradients of the operands; empty where one is None."""
-    *fields, backend = call_and_backend
-    call = Call(*fields)
-    return choose(call, backend).backward(grad, call)
+    call = Call._make(call_and_backend[:-1])
+    return choose(call, call_and_backend[-1]).backward(grad, call)
 
 
 @_propagate_backward.register_fake
