@@ -24,7 +24,7 @@ from gspn_dit.models.macs import count_macs
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-PAGES = [ROOT / "README.md", CONTRIBUTING, *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", CONTRIBUTING, ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 DOCUMENTS = [*PAGES, ROOT / "quickstart.sh"]
 README = PAGES[0].read_text()
 FAMILIES = ("dit", "gspn", "gspn-dit")
@@ -113,7 +113,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_relative_link_leads_somewhere(page):
     links = re.findall(r"\]\(([^)\s]*)\)|<img src=\"([^\"]*)\"", page.read_text())
     for link in filter(None, (link or source for link, source in links)):
@@ -125,7 +125,7 @@ def test_a_relative_link_leads_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_in_a_page_is_python(page):
     for block in python_blocks(page):
         compile(block, page.name, "exec")
@@ -158,7 +158,7 @@ def sentences(line: str) -> list[str]:
     return re.split(r"(?<=[.!?])[*)\"]*\s+(?=[\[(*\"`]*[A-Z0-9λ`])", line)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_line_of_markdown_is_one_sentence(page):
     for lines in paragraphs(page):
         for line in lines:
@@ -167,7 +167,7 @@ def test_a_line_of_markdown_is_one_sentence(page):
             assert re.search(r"[.:!?][*)\"]*$", line), f"a sentence goes on in the next line: {line}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_sentences_are_short(page):
     words = [len(sentence.split()) for lines in paragraphs(page) for line in lines for sentence in sentences(line)]
     assert max(words) <= 35
