@@ -311,7 +311,7 @@ def check_reference(
         raise InputError(
             f"reference={reference.source}: its mu and sigma are of features={reference.features}, not of "
             f"features={extractor.name}; wanted images, or the statistics of "
-            f"`gspn-dit reference --features {extractor.name}`"
+            f"`fid/reference.py --features {extractor.name}`"
         )
     if given and reference.weights_sha256 not in (None, extractor.weights_sha256):
         raise InputError(

@@ -156,7 +156,7 @@ def test_a_bad_npz_ends_the_command_in_one_line(tmp_path, capsys, arrays, named)
     [
         (
             {"mu": np.zeros(2048), "sigma": np.eye(2048)},
-            ["=inception", "`gspn-dit reference --features digits`"],
+            ["=inception", "fid/reference.py --features digits"],
         ),
         ({"mu": np.zeros(64), "sigma": np.eye(64)}, ["mu is float64 (64,)", "(2048,)"]),
         ({"mu": np.zeros(2048), "sigma": np.eye(64)}, ["sigma is float64 (64, 64)", "(2048, 2048)"]),
