@@ -153,7 +153,7 @@ def fastest_product(options: Options, dtype: torch.dtype) -> float:
 def fastest_copy(options: Options, like: Tensor) -> float:
     """Bytes a second, read and written, of copies of a tensor."""
     target = torch.empty_like(like)
-    return 2e3 * like.numel() * like.element_size() / steady_ms(options.device, lambda: target.copy_(like, CALLS))
+    return 2e3 * like.numel() * like.element_size() / steady_ms(options.device, lambda: target.copy_(like), CALLS)
 
 
 def tables(options: Options) -> list[str]:

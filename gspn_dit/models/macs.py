@@ -20,14 +20,14 @@ def count_macs(model: LatentModel, latent_size: tuple[int, int], condition: Mapp
     Args:
         model: One of this package's.
         latent_size: Height and width of the latents, divisible by the model's patch.
-        condition: What the sample is to be, (1, …) on the model's device, by the names of the model's arguments. None
-            is the first class, which takes the same operations as any.
+        condition: What the sample is to be, (1, …) on the model's device, by the names of the model's arguments; None
+            takes the model's `example_condition`.
     """
     device = next(model.parameters()).device
     latents = torch.zeros(1, model.in_channels, *latent_size, device=device)
     timesteps = torch.zeros(1, device=device)
     if condition is None:
-        condition = {"class_labels": torch.zeros(1, dtype=torch.long, device=device)}
+        condition = model.example_condition(1)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.gspn_dit.propagate: _propagate_flops})
     with counter, torch.no_grad():
         model(latents, timesteps, **condition)

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from gspn_dit.conditioning import ClassLabels
 from gspn_dit.errors import renamed
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
@@ -143,7 +142,7 @@ def _saved_bytes(model: LatentModel, batch: int, side: int) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    condition = ClassLabels(model.config.num_classes).null(batch)
+    condition = model.example_condition(batch)
     with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         model(torch.zeros(batch, model.in_channels, side, side), torch.zeros(batch), **condition)
     return sum(storage.nbytes() for storage in kept.values())
