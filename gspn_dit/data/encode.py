@@ -1,6 +1,6 @@
-"""Encode a dataset into a latent store: `python -m gspn_dit.data.encode --data … --vae … --image-size … --out …`.
+"""Encode a dataset into a latent store: `gspn-dit encode --data … --vae … --image-size … --out …`.
 
-Under `accelerate launch -m gspn_dit.data.encode …` the processes share the shards. Nothing but the shards that are
+Under `accelerate launch -m gspn_dit encode …` the processes share the shards. Nothing but the shards that are
 still missing matters to a run, so one that was killed goes on with any number of processes.
 """
 

@@ -1,4 +1,4 @@
-"""Train a small VAE: `python -m gspn_dit.demo.small_vae --data IMAGES --image-size 128 --out FOLDER`.
+"""Train a small VAE: `gspn-dit small-vae --data IMAGES --image-size 128 --out FOLDER`.
 
 AutoencoderKLs of 4 latent channels at a quarter of the image's side, without attention; all but the digits' are for
 images of any size. `--data digits` and `--data photos` make the packaged ones.

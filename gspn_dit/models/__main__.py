@@ -1,4 +1,4 @@
-"""`python -m gspn_dit.models`: the table of models."""
+"""`gspn-dit models`: the table of models."""
 
 from __future__ import annotations
 

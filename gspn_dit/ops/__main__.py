@@ -1,4 +1,4 @@
-"""`python -m gspn_dit.ops`: the backends of `propagate` on this machine, and why if one is missing."""
+"""`gspn-dit ops`: the backends of `propagate` on this machine, and why if one is missing."""
 
 from __future__ import annotations
 

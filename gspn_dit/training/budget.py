@@ -1,4 +1,4 @@
-"""`python -m gspn_dit.training.budget`: what a training will need, computed from counted parameters and operations.
+"""`gspn-dit budget`: what a training will need, computed from counted parameters and operations.
 
 Nothing here is measured. The tables of docs/cluster.md are this command's output.
 """

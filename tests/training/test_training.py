@@ -556,7 +556,7 @@ def test_a_run_is_not_overwritten_or_continued_as_another(tmp_path, store):
         (["--training.batch_size", "0"], "--training.batch-size=0"),
         (["--model.name", "dit-xxl-2"], "dit-xxl-2"),
         (["--model.overrides.depht", "2"], "depht"),
-        (["--data.source", "no/such/folder"], "gspn_dit.data.encode --data … --vae … --image-size … --out no"),
+        (["--data.source", "no/such/folder"], "gspn-dit encode --data … --vae … --image-size … --out no"),
         (["--sampling.sampler", "ddim"], "sampling.sampler='ddim'"),
         (
             ["--diffusion.objective=ddpm", "--diffusion.time_sampling=logit-normal", "--sampling.sampler=ddim"],
