@@ -41,7 +41,7 @@ class ChannelsFirst(DepthwiseConv):
 
 
 class ShiftedMaps(DepthwiseConv):
-    """The same as a sum over the filter's taps, each a shifted map times a number a channel, summed in float32."""
+    """The same as a sum over the filter's taps, each a shifted map times a number per channel, summed in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         side, (height, width) = self.kernel_size[0], x.shape[1:3]

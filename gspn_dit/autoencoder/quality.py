@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from gspn_dit.autoencoder.vae import LatentScaling, channels, decode, encode_moments, normalisation, sample_posterior
-from gspn_dit.data.images import ImageDataset
 from gspn_dit.errors import warn
 
 PLAUSIBLE_STD, PLAUSIBLE_MEAN = (0.5, 2.0), 1.0  # of normalised latents, which a diffusion model expects at 1 and 0
@@ -49,7 +48,15 @@ def warn_of_latents(statistics: dict[str, Any], scaling: LatentScaling) -> None:
         )
 
 
-def some_images(images: ImageDataset, most: int) -> Iterator[Tensor]:
+class Images(Protocol):
+    """Images with labels by index: (uint8 (3, H, W), label)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+
+def some_images(images: Images, most: int) -> Iterator[Tensor]:
     """A few images spread over a dataset, uint8 (1, 3, H, W) each; in an unreadable one's place the next."""
     count = min(most, len(images))
     yield from (images[k * len(images) // count][0][None] for k in range(count))

@@ -29,7 +29,7 @@ _HUB_TIMEOUT = 10  # seconds
 class LatentScaling(Protocol):
     """What brings latents to unit variance: `vae.config`, or a :class:`~gspn_dit.data.latent_store.LatentStore`.
 
-    Of `shift_factor`, one number, and `latents_mean` and `latents_std`, one a channel, at most one kind is not None.
+    Of `shift_factor`, one number, and `latents_mean` and `latents_std`, one per channel, at most one kind is not None.
     """
 
     scaling_factor: float

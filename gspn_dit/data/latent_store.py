@@ -56,7 +56,7 @@ class LatentStore(Dataset):
         scaling_factor: Latents are (sample - shift_factor)·scaling_factor, or (sample - latents_mean)·scaling_factor /
             latents_std.
         shift_factor: May be None, for 0.
-        latents_mean: One number a channel, or None; so is latents_std.
+        latents_mean: One number per channel, or None; so is latents_std.
         latents_std: See latents_mean.
         vae_sha256: SHA-256 of the weights of that VAE's `encoder` and `decoder`; None if the store does not say.
         image_size: Side of the encoded images in pixels.

@@ -86,7 +86,7 @@ def cost_of_order(labels: Sequence[int]) -> float:
     """How many times lower the order of labels keeps ADM's score than a shuffle of them would.
 
     The score of images that are all recognised as their labels is the mean of exp H(label) over the splits, and no
-    split that holds few of the classes can score higher. The shuffle is the measure, for splits of few images a class
+    split that holds few of the classes can score higher. The shuffle is the measure, for splits of few images per class
     hold some classes more often than others in any order.
     """
     _, classes = torch.as_tensor(labels).unique(return_inverse=True)

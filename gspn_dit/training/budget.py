@@ -70,13 +70,13 @@ def activation_bytes(build: Callable[[], LatentModel], side: int) -> float:
 
 
 def main(options: Options) -> None:
-    """Print what training needs: memory of a GPU, steps a second to expect, hours; computed, not measured."""
+    """Print what training needs: memory of a GPU, steps per second to expect, hours; computed, not measured."""
     with renamed(name="names"):
         for name in options.names:
             find_preset(name)
     costs = {name: count_cost(name, options.image_size) for name in options.names}
     print(
-        f"Computed, not measured: {options.image_size} pixels a side, {options.batch_size} images a step, "
+        f"Computed, not measured: {options.image_size} pixels per side, {options.batch_size} images per step, "
         f"GPUs of {options.memory_gb:g} GB,\n{options.utilisation:.0%} of {options.peak_tflops:g} TFLOP/s reached; "
         f"{options.node_gpus} GPUs a machine, each sending {options.node_gb_s:g} GB/s in it and "
         f"{options.network_gb_s:g} GB/s out of it.\n"
@@ -93,7 +93,7 @@ def main(options: Options) -> None:
             f"{state / 64:.2f} | {cost.activations / 1e9:.2f} | {cost.checkpointed / 1e9:.3f} |"
         )
     print(
-        f"\n| model | GPUs | images a pass × accumulation | GB a GPU | steps/s | bound by | hours to "
+        f"\n| model | GPUs | images per pass × accumulation | GB per GPU | steps/s | bound by | hours to "
         f"{options.steps:,} steps |"
     )
     print("|---|---|---|---|---|---|---|")
