@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Literal
+from typing import Literal, TypeVar
 
 from gspn_dit.errors import InputError, is_finite
 
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 """What a network computes in: see :mod:`gspn_dit.precision`."""
 
+T = TypeVar("T")
 
-def check_guidance(scale: object, interval: object, group: str = "") -> None:
+
+def not_none(value: T | None) -> T:
+    """A value that is known to be there, though its type lets it be None. Raises TypeError if it is None."""
+    if value is None:
+        raise TypeError("a value that must be there is None")
+    return value
+
+
+def check_guidance(scale: float, interval: Sequence[float], group: str = "") -> None:
     """Raise :class:`InputError` for a guidance_scale or a guidance_interval, options of `group`, that cannot be."""
     if not is_finite(scale) or scale < 1:
         raise InputError(f"{group}guidance_scale={scale!r}: wanted 1 (none) or more")
@@ -22,7 +31,7 @@ def check_guidance(scale: object, interval: object, group: str = "") -> None:
 
 
 def check_num_inference_steps(
-    n: object, group: str = "", *, least: int = 1, most: int | None = None, who: str = ""
+    n: int, group: str = "", *, least: int = 1, most: int | None = None, who: str = ""
 ) -> None:
     """Raise :class:`InputError` for a num_inference_steps, an option of `group`, that cannot be.
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
+from typing import TypeGuard
 
 
 class InputError(ValueError):
@@ -40,12 +41,12 @@ def renamed(prefix: str = "", **names: str) -> Iterator[None]:
         raise InputError(f"{names.get(argument, prefix + argument)}={rest}") from error
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value is a number, and neither infinite nor nan."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -82,7 +83,9 @@ def machine_fault(error: BaseException, place: str | None = None) -> str | None:
     elif type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error ([0-9]+)\)", said)):
         number = int(found[1])
     remedy = next((remedy for remedy, numbers in _REMEDIES.items() if number in numbers), None)
-    return remedy and f"{f'{path}: ' if path else ''}{os.strerror(number)}; {remedy}"
+    if remedy is None or number is None:
+        return None
+    return f"{f'{path}: ' if path else ''}{os.strerror(number)}; {remedy}"
 
 
 def warn(message: str) -> None:

@@ -21,14 +21,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
 from gspn_dit.errors import InputError, Stopped, machine_fault
 from gspn_dit.storage.files import is_stdout
 
-Options = TypeVar("Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 # What options are called in DiT's and SiT's scripts and elsewhere in the field, and here.
 FAMILIAR = {
@@ -117,14 +131,16 @@ def command(
         continues: Whether the same command, given again, goes on where it was.
     """
     description = description or (getattr(main, "__doc__", None) if callable(main) else None)
-    parsed, given = None, []
+    parsed: Options | None = None
+    given: list[_Given] = []
     try:
         parsed, given = _parsed(options, argv, prog, description, positional)
         with plain_messages(), _words_beside(getattr(parsed, "out", None)):
             if isinstance(main, str):
                 module, _, function = main.partition(":")
-                main = getattr(importlib.import_module(module), function)
-            main(parsed)
+                getattr(importlib.import_module(module), function)(parsed)
+            else:
+                main(parsed)
     except InputError as error:
         fail(_as_given(error, given, options), prog)
     except KeyboardInterrupt:
@@ -142,7 +158,7 @@ def command(
         raise SystemExit(1) from None
 
 
-def fail(error: InputError, prog: str) -> None:
+def fail(error: InputError, prog: str) -> NoReturn:
     """Print the error as one line, of a machine's processes the first alone, and exit with status 2."""
     if _is_first():
         print(f"{prog}: error: {error}", file=sys.stderr)
@@ -154,10 +170,10 @@ def _is_first() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _require_finite(options: object, prefix: str = "") -> None:
+def _require_finite(options: DataclassInstance, prefix: str = "") -> None:
     """Raise :class:`InputError` for an infinite number or nan, which no option's range holds."""
     for key, value in ((prefix + f.name, getattr(options, f.name)) for f in dataclasses.fields(options)):
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             _require_finite(value, f"{key}.")
         numbers = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
         finite = all(not isinstance(number, float) or math.isfinite(number) for number in numbers)
@@ -285,11 +301,11 @@ def _explain_group(page: argparse.ArgumentParser, options: type, prefix: str) ->
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
         key, kind = prefix + field.name, hints[field.name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             inner.append((kind, f"{key}."))
             continue
-        made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if made else field.default
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
         known = "" if default is None else f" (default: {_shown(default)})"
         known = " (required)" if default is dataclasses.MISSING else known
         text = (explained.get(field.name, "") + known).replace("%", "%%")
@@ -322,7 +338,10 @@ def _kinds(options: type, prefix: str = "") -> dict[str, Any]:
     """The type of every option by its dotted key."""
     kinds: dict[str, Any] = {}
     for key, kind in get_type_hints(options).items():
-        kinds |= _kinds(kind, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else {prefix + key: kind}
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            kinds |= _kinds(kind, f"{prefix}{key}.")
+        else:
+            kinds[prefix + key] = kind
     return kinds
 
 
@@ -385,7 +404,8 @@ def _from_yaml(path: str, kinds: dict[str, Any]) -> list[_Given]:
             if isinstance(node, yaml.ScalarNode):
                 text = node.value if node.value or node.style else "null"
             else:
-                node.flow_style = True
+                if isinstance(node, yaml.CollectionNode):
+                    node.flow_style = True
                 text = yaml.serialize(node, width=math.inf).strip()
             yield _Given(key, text, in_file=True)
 

@@ -53,7 +53,7 @@ def choose_precision(asked: MixedPrecision, device: torch.device) -> Precision:
     A function of the device's kind alone, not of a timing: two starts on one machine agree.
     """
     native, reason = native_bfloat16(device)
-    auto = "bf16" if native else "no"
+    auto: Literal["no", "bf16"] = "bf16" if native else "no"
     return Precision(asked, auto if asked == "auto" else asked, native, reason)
 
 

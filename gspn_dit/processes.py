@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -88,11 +88,11 @@ def launched(device: str) -> Iterator[tuple[Processes, torch.device]]:
     Raises:
         InputError: If there is no such device, or one is named that several processes would share.
     """
-    state, device = join_processes(device)
+    state, chosen = join_processes(device)
     if state.num_processes == 1:
-        yield ALONE, device
+        yield ALONE, chosen
         return
-    yield Processes(state.process_index, state.num_processes, state.device), device
+    yield Processes(state.process_index, state.num_processes, state.device), chosen
     state.destroy_process_group()
 
 
@@ -113,7 +113,7 @@ def on_every_process(work: Callable[[], T]) -> T:
     """Do it on every process; an :class:`InputError` of one is raised on all, so that none waits for one that left."""
     result, problem = _result_or_problem(work)
     _raise_first(gather_object([problem]))
-    return result
+    return cast("T", result)  # None only where that is what the work gives
 
 
 def on_main_process(work: Callable[[], T], is_main: bool) -> T:

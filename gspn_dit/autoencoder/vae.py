@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from gspn_dit.arguments import not_none
 from gspn_dit.errors import InputError, is_finite, warn
 from gspn_dit.registry import quoted
 from gspn_dit.storage.packaged import PACKAGED_VAES
@@ -84,8 +85,12 @@ def check_vae(vae: AutoencoderKL, name: str) -> None:
     if mean is None and std is None:
         return
     for key, values in (("latents_mean", mean), ("latents_std", std)):
-        as_wanted = isinstance(values, list | tuple) and len(values) == config.latent_channels
-        if not as_wanted or not all(map(is_finite, values)) or (key == "latents_std" and min(values) <= 0):
+        if (
+            not isinstance(values, list | tuple)
+            or len(values) != config.latent_channels
+            or not all(map(is_finite, values))
+            or (key == "latents_std" and min(values) <= 0)
+        ):
             raise InputError(
                 f"vae={name!r}: {key}={values!r} in its config.json: wanted {config.latent_channels} numbers, one a "
                 "latent channel (latents_std above 0), or null for both latents_mean and latents_std"
@@ -198,8 +203,8 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 def channels(scaling: LatentScaling, latents: Tensor) -> tuple[Tensor, Tensor]:
     """latents_mean and latents_std, (C, 1, 1) each."""
-    mean, std = (tuple(values) for values in (scaling.latents_mean, scaling.latents_std))
-    return tuple(_column(values, latents.device, latents.dtype) for values in (mean, std))
+    mean, std = (tuple(not_none(values)) for values in (scaling.latents_mean, scaling.latents_std))
+    return _column(mean, latents.device, latents.dtype), _column(std, latents.device, latents.dtype)
 
 
 @cache

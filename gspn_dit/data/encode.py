@@ -10,7 +10,8 @@ from gspn_dit.commands import EncodeOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("encode", prog="python -m gspn_dit.data.encode"))
+    run("encode", prog="python -m gspn_dit.data.encode")
+    raise SystemExit
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gspn_dit.arguments import not_none
 from gspn_dit.autoencoder.quality import (
     latent_statistics,
     psnr,
@@ -82,6 +84,8 @@ def encode(options: Options, extras: Extras | None = None) -> None:
     Raises:
         InputError: If something named cannot be had, or the folder was begun with something else.
     """
+    if options.data is None or options.vae is None or options.image_size is None or options.out is None:
+        raise TypeError("these options verify a store, and encode none")
     extras = extras or NoExtras()
     described = to_json(extras.declared)
     with renamed(source="data"):
@@ -223,7 +227,7 @@ def encode_shard(
 
     Raises :class:`InputError` if a moment is not finite in float16, or an extra is not as declared.
     """
-    side = options.image_size // downsampling(vae)
+    side = not_none(options.image_size) // downsampling(vae)
     empty = torch.empty(0, 2 * vae.config.latent_channels, side, side)
     moments, flipped, labels, skipped, tagged = [empty], [empty], [], [], 0
     made = [no_extras(extras.declared)]

@@ -64,7 +64,7 @@ class ImageFolder(ImageDataset):
         InputError: If the root has no class folders, a class folder has no images, or a folder cannot be read.
     """
 
-    def __init__(self, root: str | os.PathLike, image_size: int, exif_orientation: bool = False) -> None:
+    def __init__(self, root: str | os.PathLike[str], image_size: int, exif_orientation: bool = False) -> None:
         if image_size < 1:
             raise InputError(f"image_size={image_size}: wanted a positive number of pixels")
         entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
@@ -107,9 +107,9 @@ class ImageFolder(ImageDataset):
     def load_tagged(self, index: int) -> tuple[Tensor, int, bool]:
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                image.load()  # which turns a TIFF by itself, and takes its tag away
-                tag, image = _orientation(image), to_rgb(image)
+            with Image.open(path) as file:
+                file.load()  # which turns a TIFF by itself, and takes its tag away
+                tag, image = _orientation(file), to_rgb(file)
                 if tag is not None and self.exif_orientation:
                     image = image.transpose(_UPRIGHT[tag])
                 square = centre_crop(image, self.image_size)
@@ -171,7 +171,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image, dtype=np.float64)
         is_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
         top = 65535 if is_16_bits else _range_of(values, image.mode)
-        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is zero, which Pillow sees to in 8 bits alone
+        if (
+            image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == 0
+        ):  # white is zero, which Pillow sees to in 8 bits alone
             values = top - values
         image = Image.fromarray((values / (top / 255)).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

@@ -68,7 +68,7 @@ def open_images(
     Raises:
         InputError: If the source, its split or the size cannot be had.
     """
-    if source in SOURCES:
+    if isinstance(source, str) and source in SOURCES:
         return SOURCES.load(source)(split=split, image_size=image_size, seed=seed)
     from gspn_dit.data.image_folder import ImageFolder
     from gspn_dit.data.latent_store import how_to_encode, is_unfinished_store

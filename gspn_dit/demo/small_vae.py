@@ -10,7 +10,8 @@ from gspn_dit.commands import SmallVAEOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("small-vae", prog="python -m gspn_dit.demo.small_vae"))
+    run("small-vae", prog="python -m gspn_dit.demo.small_vae")
+    raise SystemExit
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from gspn_dit.arguments import not_none
 from gspn_dit.autoencoder.quality import psnr, reconstruction_error
 from gspn_dit.autoencoder.vae import encode_moments
 from gspn_dit.data.image_folder import SUFFIXES, centre_crop, find_images, say_left_out, to_rgb
@@ -178,7 +180,7 @@ def open_crops(data: str, image_size: int | None) -> DigitShifts | PhotoCrops:
         return DigitShifts() if data == "digits" else PhotoCrops()
     require(Path(data).is_dir(), "data", data, "digits, photos or a folder of images that exists")
     require(image_size is not None, "image_size", None, "a multiple of 4 pixels from 16; a folder of images needs it")
-    return FolderCrops(data, image_size)
+    return FolderCrops(data, not_none(image_size))
 
 
 def _stacked(images: Photos, count: int) -> Tensor:
@@ -200,7 +202,7 @@ def main(options: Options) -> None:
     torch.manual_seed(options.seed)
     source = open_crops(options.data, options.image_size)
     vae = new_vae(source)
-    precision = choose_precision(options.mixed_precision, vae.device)
+    precision = choose_precision(not_none(options.mixed_precision), vae.device)
     precision.say()
     train(vae, source, options, precision)
     vae.eval().requires_grad_(False)
@@ -232,14 +234,15 @@ def new_vae(source: DigitShifts | PhotoCrops) -> AutoencoderKL:
 
 def train(vae: AutoencoderKL, source: DigitShifts | PhotoCrops, options: Options, precision: Precision) -> None:
     """Fit the VAE to batches of the source."""
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+    steps, batch_size = not_none(options.steps), not_none(options.batch_size)  # which the recipe has filled in
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=not_none(options.learning_rate), weight_decay=0.0)
+    schedule: torch.optim.lr_scheduler.LRScheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     if options.warmup_steps:
         rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / options.warmup_steps, total_iters=options.warmup_steps)
         schedule = torch.optim.lr_scheduler.ChainedScheduler([rise, schedule])
-    bar = progress(range(options.steps), desc=f"{options.data} VAE", unit="step")
+    bar = progress(range(steps), desc=f"{options.data} VAE", unit="step")
     for _ in bar:
-        pixels = source.batch(options.batch_size) / 127.5 - 1
+        pixels = source.batch(batch_size) / 127.5 - 1
         with autocast(vae.device, precision.name):
             posterior = vae.encode(pixels).latent_dist
             latents = posterior.mean + posterior.std * torch.randn_like(posterior.std)

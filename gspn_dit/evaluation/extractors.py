@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gspn_dit.errors import InputError
 from gspn_dit.evaluation.classifiers import CLASSIFIERS, check_features
 from gspn_dit.extras import require_extras
 from gspn_dit.storage.files import sha256
 from gspn_dit.storage.packaged import PACKAGED_CLASSIFIERS
+
+if TYPE_CHECKING:
+    from torch_fidelity import FeatureExtractorBase
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Extractor:
     """
 
     name: str
-    network: nn.Module
+    network: FeatureExtractorBase
     weights: Path
     frechet_key: str
     score_key: str

@@ -22,7 +22,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as published
 from torch_fidelity.utils import create_feature_extractor
 
 from gspn_dit.errors import InputError
-from gspn_dit.evaluation.classifiers import CLASSIFIERS, INCEPTION
+from gspn_dit.evaluation.classifiers import CLASSIFIERS, INCEPTION, Classifier
 
 SILENCE = 10  # seconds without a word from a server, after which it is not waited for
 
@@ -84,7 +84,7 @@ class ClassifierFeatures(FeatureExtractorBase):
         kind: The classifier's class.
     """
 
-    kind: type[nn.Module]
+    kind: type[Classifier]
 
     def __init__(self, name: str, features_list: Sequence[str], feature_extractor_weights_path: str, **_) -> None:
         super().__init__(name, features_list)
@@ -107,6 +107,7 @@ class ClassifierFeatures(FeatureExtractorBase):
 @cache
 def registered(name: str) -> type[FeatureExtractorBase]:
     """The extractor of the features called so, which torch-fidelity knows as `gspn-dit-NAME` from then on."""
+    extractor: type[FeatureExtractorBase]
     if name == INCEPTION:
         extractor = InceptionFeatures
     else:

@@ -6,7 +6,8 @@ from gspn_dit.commands import ReferenceOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("reference", prog="python -m gspn_dit.evaluation.reference"))
+    run("reference", prog="python -m gspn_dit.evaluation.reference")
+    raise SystemExit
 
 import math
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,8 @@ def main(options: Options) -> None:
         found = statistics_of(images, extractor, processes)
         if not processes.is_main:
             return
-        names = images.class_names and [images.class_names[i] for i in range(len(images.class_names))]
+        called = images.class_names
+        names = [called[i] for i in range(len(called))] if called else None
         notes = Notes(extractor.name, extractor.weights_sha256, names)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_reference(out, read_chosen(images, chosen), shape, found.pool, found.spatial, notes)

@@ -10,7 +10,8 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports that take seconds
     from gspn_dit.commands import run
 
-    raise SystemExit(run("export", prog="python -m gspn_dit.inference.export"))
+    run("export", prog="python -m gspn_dit.inference.export")
+    raise SystemExit
 
 import json
 import shutil

@@ -14,7 +14,8 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports that take seconds
     from gspn_dit.commands import run
 
-    raise SystemExit(run("sample", prog="python -m gspn_dit.inference.sample"))
+    run("sample", prog="python -m gspn_dit.inference.sample")
+    raise SystemExit
 
 import math
 import sys

@@ -6,7 +6,8 @@ from gspn_dit.commands import OpsOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("ops", prog="python -m gspn_dit.ops"))
+    run("ops", prog="python -m gspn_dit.ops")
+    raise SystemExit
 
 from gspn_dit.errors import InputError
 from gspn_dit.ops.registry import backends, find

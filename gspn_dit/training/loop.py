@@ -5,7 +5,8 @@ from __future__ import annotations
 from gspn_dit.commands import run as run_command
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run_command("train", prog="python -m gspn_dit.training.loop"))
+    run_command("train", prog="python -m gspn_dit.training.loop")
+    raise SystemExit
 
 import dataclasses
 import json

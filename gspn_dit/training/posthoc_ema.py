@@ -19,7 +19,8 @@ from gspn_dit.commands import PosthocEMAOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("posthoc-ema", prog="python -m gspn_dit.training.posthoc_ema"))
+    run("posthoc-ema", prog="python -m gspn_dit.training.posthoc_ema")
+    raise SystemExit
 
 import math
 import shutil
