@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Literal, TypeVar
+from typing import Literal
 
 from gspn_dit.errors import InputError, is_finite
 
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 """What a network computes in: see :mod:`gspn_dit.precision`."""
-
-T = TypeVar("T")
-
-
-def not_none(value: T | None) -> T:
-    """A value that is known to be there, though its type lets it be None. Raises TypeError if it is None."""
-    if value is None:
-        raise TypeError("a value that must be there is None")
-    return value
 
 
 def check_guidance(scale: float, interval: Sequence[float], group: str = "") -> None:

@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
+
+T = TypeVar("T")
 
 
 class InputError(ValueError):
@@ -49,6 +51,13 @@ def is_finite(value: object) -> TypeGuard[float]:
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def not_none(value: T | None) -> T:
+    """A value that is known to be there, though its type lets it be None. Raises TypeError if it is None."""
+    if value is None:
+        raise TypeError("a value that must be there is None")
+    return value
 
 
 _REMEDIES = {

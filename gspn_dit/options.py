@@ -389,6 +389,8 @@ def _from_yaml(path: str, kinds: dict[str, Any]) -> list[_Given]:
     except OSError as error:
         raise InputError(f"--config={path!r}: cannot be read ({error.strerror})") from error
     except yaml.MarkedYAMLError as error:
+        if error.problem_mark is None:
+            raise
         raise InputError(f"--config={path!r}: not YAML: line {error.problem_mark.line + 1}, {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config={path!r}: not YAML ({' '.join(str(error).split())})") from error

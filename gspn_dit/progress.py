@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gspn_dit.arguments import not_none
+from gspn_dit.errors import not_none
 
 SECONDS = 30  # from one line of a log to the next
 

@@ -17,8 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gspn_dit.arguments import not_none
-from gspn_dit.errors import InputError, is_finite, warn
+from gspn_dit.errors import InputError, is_finite, not_none, warn
 from gspn_dit.registry import quoted
 from gspn_dit.storage.packaged import PACKAGED_VAES
 

@@ -26,7 +26,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gspn_dit.arguments import not_none
 from gspn_dit.autoencoder.quality import (
     latent_statistics,
     psnr,
@@ -42,7 +41,7 @@ from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.latent_store import begun_with, some_moments, verify, write_manifest, write_shard
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.data.workers import load
-from gspn_dit.errors import InputError, renamed
+from gspn_dit.errors import InputError, not_none, renamed
 from gspn_dit.precision import autocast
 from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import Bar, Lines, progress

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from gspn_dit.arguments import not_none
+from gspn_dit.errors import not_none
 
 # Lightness and two opponent colours, of about equal spread over photographs; rows by (red, green, blue) in [-1, 1].
 COLOURS = torch.tensor([[0.7, 0.7, 0.7], [3.0, 0.0, -3.0], [-2.0, 4.0, -2.0]])

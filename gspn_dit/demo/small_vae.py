@@ -26,14 +26,13 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from gspn_dit.arguments import not_none
 from gspn_dit.autoencoder.quality import psnr, reconstruction_error
 from gspn_dit.autoencoder.vae import encode_moments
 from gspn_dit.data.image_folder import SUFFIXES, centre_crop, find_images, say_left_out, to_rgb
 from gspn_dit.demo.digits import IMAGE_SIZE, Digits
 from gspn_dit.demo.linear_start import start_linear
 from gspn_dit.demo.photos import Photos
-from gspn_dit.errors import InputError, warn
+from gspn_dit.errors import InputError, not_none, warn
 from gspn_dit.options import require
 from gspn_dit.precision import Precision, autocast, choose_precision
 from gspn_dit.progress import figure, progress

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from gspn_dit.diffusion.ddpm import DDPM
 from gspn_dit.diffusion.flow import Flow
 from gspn_dit.diffusion.objective import Batch, Objective
@@ -23,7 +25,7 @@ __all__ = [
 ]
 
 
-def create_objective(name: str, *, time_sampling: str = "uniform") -> DDPM | Flow:
+def create_objective(name: str, *, time_sampling: Literal["uniform", "logit-normal"] = "uniform") -> DDPM | Flow:
     """The training objective `ddpm` (:class:`DDPM`) or `flow` (:class:`Flow`).
 
     Everything random comes to it as arguments, so that a run can be resumed exactly.

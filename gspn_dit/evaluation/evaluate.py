@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspn_dit.arguments import not_none
-from gspn_dit.errors import InputError, warn
+from gspn_dit.errors import InputError, not_none, warn
 from gspn_dit.evaluation.extractors import Extractor, create_extractor
 from gspn_dit.evaluation.features import Accumulator, layer_widths, observe
 from gspn_dit.evaluation.image_sets import ImageSet, ReferenceStatistics, open_reference, open_samples

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from gspn_dit.autoencoder import load_vae
 from gspn_dit.autoencoder.vae import NOT_HEEDED, adopt_normalisation, normalisation, vae_record, vae_sha256
 from gspn_dit.diffusion import create_scheduler
-from gspn_dit.errors import InputError, machine_fault, warn
+from gspn_dit.errors import InputError, machine_fault, not_none, warn
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.inference.run_description import RunDescription
 from gspn_dit.models.latent_model import LatentModel
@@ -141,7 +141,7 @@ def _load_exported(folder: Path, given: AutoencoderKL | None, name: str | None, 
     replaced = {}
     if given is not None:
         own = load_vae(folder / "vae")
-        replaced["vae"] = _fitted(given, name, vae_record(path, own.config, own))
+        replaced["vae"] = _fitted(given, not_none(name), vae_record(path, own.config, own))
     pipe = GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **replaced)
     if "class_dropout" not in json.loads((folder / _INDEX).read_text()):  # of before
         adopt_normalisation(pipe.vae, normalisation(pipe.vae.config) | NOT_HEEDED, "this model")
@@ -158,6 +158,7 @@ def _load_checkpoint(checkpoint: Checkpoint, given: AutoencoderKL | None, name: 
             given = load_vae(name)
         except InputError as error:
             raise InputError(f"the run's {error}; where it lies elsewhere now, name that with --vae") from error
+    name = not_none(name)  # that of `given`, or the run's
     if record is None:  # a run of before
         record = vae_record(name, given.config, None) | NOT_HEEDED
     return pipeline_of(run, transformer, _fitted(given, name, record), _class_names(checkpoint))

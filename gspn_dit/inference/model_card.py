@@ -64,7 +64,8 @@ def checkpoint_metrics(checkpoint: Checkpoint) -> dict[str, float | str]:
     From metrics.csv and evaluation.csv the lines of its step; from metrics.json, as an evaluation writes it, all
     numbers and what they are of, but only for the newest checkpoint, and not if the file is older than that.
     """
-    run, metrics = checkpoint.run, {}
+    run = checkpoint.run
+    metrics: dict[str, Any] = {}  # what the files say, of which figures are picked below
     if run is None:  # a copy of one, by itself
         return {}
     for table in (run.metrics, run.evaluation):

@@ -34,7 +34,7 @@ from gspn_dit.autoencoder.vae import weights_sha256
 from gspn_dit.devices import memory_of
 from gspn_dit.diffusion import create_scheduler, objective_of
 from gspn_dit.diffusion.sampling import check_steps
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, not_none
 from gspn_dit.inference.grid import captions
 from gspn_dit.inference.loading import find_checkpoint, load_pipeline
 from gspn_dit.inference.memory import check_memory
@@ -100,7 +100,8 @@ def main(options: SampleOptions) -> None:
         )
         if processes.is_main_process:
             assemble(options, labels, pipe)
-            print(f"{len(labels)} images: {', '.join(path for path in (options.out, options.npz) if path is not None)}")
+            written = [path for path in (options.out, options.npz_file) if path is not None]
+            print(f"{len(labels)} images: {', '.join(written)}")
     processes.destroy_process_group()
 
 
@@ -218,14 +219,14 @@ def clear(folder: Path) -> None:
 def assemble(options: SampleOptions, labels: list[int], pipe: GSPNDiTPipeline) -> None:
     """Put the grid or the npz together from the folder of images, and empty a folder that nobody asked for."""
     paths = [options.folder / image_file(i) for i in range(len(labels))]
-    if options.npz is not None:
+    if options.npz_file is not None:
         bar = progress(paths, desc="npz", unit="image", leave=False)
         ids = np.array(labels, dtype=np.int64)
         batches = (load_image(path)[None] for path in bar)
         arrays = {"arr_1": ids, "labels": ids}
         if pipe.config.class_names:
             arrays["class_names"] = np.array(pipe.config.class_names)
-        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz, **arrays)
+        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz_file, **arrays)
     if not options.single_files:
         if options.out is not None:
             images = np.stack([load_image(path) for path in paths])
@@ -238,8 +239,8 @@ def output_folders(options: SampleOptions) -> dict[str, Path]:
     folders = {}
     if options.out is not None and not is_stream(options.out):
         folders["out"] = options.folder if options.single_files else Path(options.out).parent
-    if options.npz is not None:
-        folders["npz"] = Path(options.npz).parent
+    if options.npz_file is not None:
+        folders["npz"] = Path(options.npz_file).parent
     return folders
 
 
@@ -251,7 +252,7 @@ def check_outputs(options: SampleOptions) -> None:
         check_place(getattr(options, key), key, folder=key == "out" and options.single_files, size=size)
     if options.single_files:
         ours = set(map(image_file, finished))
-        if stale := sorted(path.name for path in Path(options.out).glob("*.png") if path.name not in ours):
+        if stale := sorted(path.name for path in Path(not_none(options.out)).glob("*.png") if path.name not in ours):
             raise InputError(
                 f"out={options.out!r}: {len(stale)} PNGs of another run would stay there ({stale[0]}, …); "
                 "empty it or name another folder"
@@ -261,8 +262,8 @@ def check_outputs(options: SampleOptions) -> None:
 def check_room(options: SampleOptions, image_size: tuple[int, int]) -> None:
     """Raise :class:`InputError` if the npz has no room on its disk, or the grid none in memory."""
     size = options.num_images * math.prod(image_size) * 3
-    if options.npz is not None:
-        check_place(options.npz, "npz", size=size)
+    if options.npz_file is not None:
+        check_place(options.npz_file, "npz", size=size)
     memory = memory_of(torch.device("cpu"))
     if options.out is not None and not options.single_files and 2 * size > memory:  # the images, and the grid of them
         raise InputError(

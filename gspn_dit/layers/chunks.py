@@ -27,8 +27,9 @@ def chunk_by_layer(chunk: int | None, global_layers: int | Sequence[int], depth:
             raise InputError(f"global_layers={global_layers}: give a count from 0 to the {depth} layers there are")
         chosen = set(range(depth - global_layers, depth))
     else:
-        indices = isinstance(global_layers, Sequence)
-        if not indices or not all(is_whole(i) and -depth <= i < depth for i in global_layers):
+        if not isinstance(global_layers, Sequence) or not all(
+            is_whole(i) and -depth <= i < depth for i in global_layers
+        ):
             raise InputError(
                 f"global_layers={global_layers!r}: give a count, or a list of indices of the layers 0 to {depth - 1}"
             )

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, not_none
 
 
 class PatchEmbedding(nn.Module):
@@ -21,7 +21,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
-        nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(not_none(self.proj.bias))
 
     def forward(self, latents: Tensor) -> Tensor:
         # Turning the few latent channels here lets the convolution write its many channels last, without a copy.
@@ -39,8 +39,9 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.frequency_embedding_size, width), nn.SiLU(), nn.Linear(width, width))
-        for layer in (self.mlp[0], self.mlp[2]):
+        first, last = nn.Linear(self.frequency_embedding_size, width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
+        for layer in (first, last):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 

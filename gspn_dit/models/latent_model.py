@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -57,8 +57,20 @@ class LatentModel(ModelMixin, ConfigMixin):
         self.sample_height, self.sample_width = self._checked_sample_size(sample_size)
         self.x_embedder = PatchEmbedding(patch_size, in_channels, width)
 
+    @overload
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, *, output_loading_info: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self: ...
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """As diffusers', but a folder without some of the weights is refused, where diffusers would leave them out.
 
         Weights of another shape are refused too, unless `ignore_mismatched_sizes` asks for them to be left out.

@@ -108,7 +108,9 @@ def _check_operands(call: Call) -> None:
         "scale": (call.scale, (k, x.shape[-1]), of_a_channel),
     }
     for name, (tensor, shape, dtype) in wanted.items():
-        if tensor is None and name not in ("gates", "input_gate"):
+        if tensor is None:
+            if name in ("gates", "input_gate"):
+                raise TypeError(f"{name} is None: wanted a tensor")
             continue
         if tuple(tensor.shape) != shape:
             raise InputError(

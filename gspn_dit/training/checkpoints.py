@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def save_checkpoint(
     writing.attempt(begin)
     for path, tensors in [*state.files(temporary), (temporary.optimizer, state.optimizer_tensors())]:
         pieces = collect(tensors, keep=accelerator.is_main_process)
-        writing.attempt(lambda path=path, pieces=pieces: save_tensors(pieces, path, {"format": "pt"}))
+        writing.attempt(partial(save_tensors, pieces, path, {"format": "pt"}))
         del pieces
     writing.attempt(finish)
     if writing.problem is not None:

@@ -32,7 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data.workers import is_of_a_dead_worker, load
-from gspn_dit.errors import InputError, Stopped
+from gspn_dit.errors import InputError, Stopped, not_none
 from gspn_dit.inference.loading import pipeline_of
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.inference.run_description import RunDescription
@@ -158,7 +158,7 @@ def take_steps(run: Run, model: LatentModel, checkpoint: Checkpoint | None, stop
     config, accelerator, options = run.config, run.accelerator, run.config.training
     folder = RunFolder(Path(config.output_dir))
     state = prepare(run, model, is_new=checkpoint is None)
-    done = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
+    done: dict[str, Any] = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
     if checkpoint:
         done = load_checkpoint(accelerator, checkpoint, state)
     step, loss_sum, loss_count = done["step"], done["loss_sum"], done["loss_count"]
@@ -239,8 +239,8 @@ def prepare(run: Run, model: LatentModel, is_new: bool) -> State:
     Raises :class:`InputError` if a new run cannot start from the weights it names.
     """
     config, accelerator, options = run.config, run.accelerator, run.config.training
-    if config.model.init_from and is_new:
-        said = on_every_process(lambda: start_from(model, config.model.init_from, run.source.class_names))
+    if (init_from := config.model.init_from) and is_new:
+        said = on_every_process(lambda: start_from(model, init_from, run.source.class_names))
         if said and accelerator.is_main_process:
             print(said)
     if options.gradient_checkpointing:
@@ -326,8 +326,9 @@ def draw_and_score(
         if draw_samples(pipeline, config, accelerator, path):
             note(f"the trackers have no samples of step {step}", track_samples, accelerator, path, step)
     accelerator.wait_for_everyone()
-    if scored and (row := run.evaluator.score(pipeline, step, stop)):
-        note(f"{scores.path.name} has no step {step}", scores.append, row)
+    if scored and (row := not_none(run.evaluator).score(pipeline, step, stop)):
+        table = not_none(scores)  # of the main process, which alone has a row
+        note(f"{table.path.name} has no step {step}", table.append, row)
         named = {f"evaluation/{name}": row[name] for name in row if name != "step"}
         note(f"the trackers have no step {step}", accelerator.log, named, step)
 

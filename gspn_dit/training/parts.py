@@ -35,7 +35,7 @@ from gspn_dit.config import Config
 from gspn_dit.data.source import LatentSource, Source, is_of_latents
 from gspn_dit.diffusion import Objective, create_objective, create_scheduler
 from gspn_dit.diffusion.sampling import check_steps
-from gspn_dit.errors import InputError, renamed
+from gspn_dit.errors import InputError, not_none, renamed
 from gspn_dit.inference.loading import load_class_names, load_transformer
 from gspn_dit.inference.pipeline import unguided
 from gspn_dit.models import create_model
@@ -255,7 +255,7 @@ def open_stored_latents(config: Config, source: LatentSource, device: torch.devi
     if (decibels := source.manifest.get("reconstruction_psnr")) is not None:
         warn_of_psnr(decibels)
     record = vae_record(config.data.vae, source, source.vae_sha256 if vae is None else vae)
-    return vae.to(device) if drawn else None, FromMoments(source), source.latent_shape, record
+    return not_none(vae).to(device) if drawn else None, FromMoments(source), source.latent_shape, record
 
 
 def open_encoded_images(config: Config, source: Source, device: torch.device) -> Opened:

@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import math
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def save_snapshot(accelerator: Accelerator, run: RunFolder, state: State, step: 
     for sigma_rel, average in state.power_emas.items():
         path = run.snapshot(step, sigma_rel).path
         tensors = collect(average.tensors, keep=accelerator.is_main_process)
-        writing.attempt(lambda path=path, tensors=tensors: _write(path, tensors))
+        writing.attempt(partial(_write, path, tensors))
     writing.settle(f"the post-hoc EMA's snapshot of step {step}", run.path)
 
 
