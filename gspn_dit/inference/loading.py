@@ -158,10 +158,9 @@ def _load_checkpoint(checkpoint: Checkpoint, given: AutoencoderKL | None, name: 
             given = load_vae(name)
         except InputError as error:
             raise InputError(f"the run's {error}; where it lies elsewhere now, name that with --vae") from error
-    name = not_none(name)  # that of `given`, or the run's
     if record is None:  # a run of before
-        record = vae_record(name, given.config, None) | NOT_HEEDED
-    return pipeline_of(run, transformer, _fitted(given, name, record), _class_names(checkpoint))
+        record = vae_record(not_none(name), given.config, None) | NOT_HEEDED
+    return pipeline_of(run, transformer, _fitted(given, not_none(name), record), _class_names(checkpoint))
 
 
 def _load_transformer(folder: Path) -> LatentModel:
