@@ -91,7 +91,9 @@ def encode(options: Options, extras: Extras | None = None) -> None:
     processes, device = join_processes(options.device)
     vae = load_vae(options.vae).to(device)
     if options.image_size % downsampling(vae):
-        raise InputError(f"image_size={options.image_size}: this VAE wants a multiple of {downsampling(vae)} pixels")
+        raise InputError(
+            f"this VAE wants a multiple of {downsampling(vae)} pixels", argument="image_size", value=options.image_size
+        )
     precision = agreed_precision(options.mixed_precision, device)
     settings = {
         "data": absolute(options.data, SOURCES),
@@ -177,7 +179,9 @@ def begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     path = out / "encode.json"
     if not path.exists():
         if out.exists() and any(entry.suffix != ".tmp" for entry in out.iterdir()):
-            raise InputError(f"out={str(out)!r} holds something that is no latent store: choose another folder")
+            raise InputError(
+                "holds something that is no latent store", argument="out", value=out, remedy="choose another folder"
+            )
         out.mkdir(parents=True, exist_ok=True)
     of_vae = {key: settings[key] for key in ("vae", "vae_sha256")}
     if path.exists():
@@ -187,8 +191,10 @@ def begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
             of_vae["vae"] = settings["vae"]
         elif of_vae["vae_sha256"]["encoder"] != settings["vae_sha256"]["encoder"]:
             raise InputError(
-                f"vae={settings['vae']!r}: its weights are not those that {out} was begun with, of "
-                f"{of_vae['vae']!r}; bring those back, or choose another --out"
+                f"its weights are not those that {out} was begun with, of {of_vae['vae']!r}",
+                argument="vae",
+                value=settings["vae"],
+                remedy="bring those back, or choose another --out",
             )
     begin_or_continue(path, settings | of_vae, "out", absent={"mixed_precision": "no"})
     return of_vae
@@ -263,7 +269,7 @@ def half(moments: list[Tensor]) -> Tensor:
     """One float16 tensor of batches of moments. Raises :class:`InputError` if a value is not finite in float16."""
     stored = torch.cat(moments).half()
     if not stored.isfinite().all():
-        raise InputError("vae: it gives latents that are not finite in float16; check its weights")
+        raise InputError("it gives latents that are not finite in float16", argument="vae", remedy="check its weights")
     return stored
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from gspn_dit.errors import InputError
 
@@ -29,20 +29,45 @@ def load(dataset: Dataset, batches: Any, num_workers: int, **options: Any) -> It
             wherever the main thread is then.
     """
     loader = DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=heed_only_the_parent, **options
+        _WithErrors(dataset),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        worker_init_fn=heed_only_the_parent,
+        collate_fn=_collated,
+        **options,
     )
     with unheard_signals():
         loaded = iter(loader)
-    return _with_errors_of_workers(loaded)
+    return _raising(loaded)
 
 
-def _with_errors_of_workers(loaded: Iterator[Any]) -> Iterator[Any]:
-    """What is loaded; of a worker's error torch makes one whose message is the worker's traceback."""
+class _WithErrors(Dataset):
+    """A dataset whose batch is an :class:`InputError`, where reading it raises one.
+
+    torch would make one of the text of a worker's traceback, without what the error holds.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, indices: Sequence[Any]) -> list[Any] | InputError:
+        try:
+            return [self.dataset[index] for index in indices]
+        except InputError as error:
+            return error
+
+
+def _collated(samples: list[Any] | InputError) -> Any:
+    return samples if isinstance(samples, InputError) else default_collate(samples)
+
+
+def _raising(loaded: Iterator[Any]) -> Iterator[Any]:
+    """What is loaded; an error among it is raised."""
     try:
-        yield from loaded
-    except InputError as error:
-        _, _, message = str(error).rpartition(f"\n{InputError.__module__}.{InputError.__name__}: ")
-        raise InputError(message.strip()) from error
+        for batch in loaded:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
     except (OSError, EOFError) as error:  # a queue that ends, or an error that a worker had and tells of
         if "worker process" in str(error):
             raise

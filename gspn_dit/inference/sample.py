@@ -142,8 +142,10 @@ def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
         classes = pipe.class_ids([label.strip() for label in options.class_labels.split(",")])
     if options.class_labels is not None and options.labels == "balanced" and len(classes) > options.num_images:
         raise InputError(
-            f"num_images={options.num_images}: fewer than the {len(classes)} class_labels, so that some would have no "
-            f"image; give {len(classes)} or more, fewer labels, or --labels random"
+            f"fewer than the {len(classes)} class_labels, so that some would have no image",
+            argument="num_images",
+            value=options.num_images,
+            remedy=f"give {len(classes)} or more, fewer labels, or --labels random",
         )
     if options.labels == "balanced":
         return [classes[i % len(classes)] for i in range(options.num_images)]
@@ -252,8 +254,10 @@ def check_outputs(options: SampleOptions) -> None:
         ours = set(map(image_file, finished))
         if stale := sorted(path.name for path in Path(options.out).glob("*.png") if path.name not in ours):
             raise InputError(
-                f"out={options.out!r}: {len(stale)} PNGs of another run would stay there ({stale[0]}, …); "
-                "empty it or name another folder"
+                f"{len(stale)} PNGs of another run would stay there ({stale[0]}, …)",
+                argument="out",
+                value=options.out,
+                remedy="empty it or name another folder",
             )
 
 
@@ -265,6 +269,11 @@ def check_room(options: SampleOptions, image_size: tuple[int, int]) -> None:
     memory = memory_of(torch.device("cpu"))
     if options.out is not None and not options.single_files and 2 * size > memory:  # the images, and the grid of them
         raise InputError(
-            f"out={options.out!r}: a grid of {options.num_images} images takes over {in_bytes(2 * size)}, and the "
-            f"memory is {in_bytes(memory)}; give a folder for single files, or fewer"
+            (
+                f"a grid of {options.num_images} images takes over {in_bytes(2 * size)}, and the memory "
+                f"is {in_bytes(memory)}"
+            ),
+            argument="out",
+            value=options.out,
+            remedy="give a folder for single files, or fewer",
         )

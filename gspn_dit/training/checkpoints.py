@@ -169,8 +169,9 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Checkpoint, state: Sta
                 value = file.get_tensor(key)
                 if value.shape != tensor.shape:
                     raise InputError(
-                        f"{path}: {key} has shape {tuple(value.shape)}, the model's has "
-                        f"{tuple(tensor.shape)}: it is of another version; train anew"
+                        f"{path}: {key} has shape {tuple(value.shape)}, the model's has {tuple(tensor.shape)}: it is of "
+                        "another version",
+                        remedy="train anew",
                     )
                 copy_full(tensor, value)
     parameters = dict(state.model.named_parameters())
@@ -213,7 +214,10 @@ def checkpoint_to_resume(
         return None
     if config.resume == "no":
         raise InputError(
-            f"output_dir={config.output_dir!r}: holds a run already; --resume auto continues it, or name another folder"
+            "holds a run already",
+            argument="output_dir",
+            value=config.output_dir,
+            remedy="--resume auto continues it, or name another folder",
         )
     damaged: dict[Checkpoint, str] = {}
     for checkpoint in reversed(checkpoints):
@@ -222,8 +226,10 @@ def checkpoint_to_resume(
         damaged[checkpoint] = problem
     else:
         raise InputError(
-            f"output_dir={config.output_dir!r}: no checkpoint of its {len(checkpoints)} is whole "
-            f"({checkpoints[-1].name}: {damaged[checkpoints[-1]]}); restore one, or name another folder"
+            f"no checkpoint of its {len(checkpoints)} is whole ({checkpoints[-1].name}: {damaged[checkpoints[-1]]})",
+            argument="output_dir",
+            value=config.output_dir,
+            remedy="restore one, or name another folder",
         )
     check_resumable(checkpoint, config, source, vae_record)
     say_changes(checkpoint, config, precision)
@@ -264,12 +270,18 @@ def check_resumable(checkpoint: Checkpoint, config: Config, source: Source, vae_
     ):
         before, now = _value(saved, key), _value(config, key)
         if before != now:
-            raise InputError(f"{key}={now!r}: the run in {config.output_dir} has {before!r}; set it back")
+            raise InputError(
+                f"the run in {config.output_dir} has {before!r}", argument=key, value=now, remedy="set it back"
+            )
     missing = [sigma for sigma in config.training.sigma_rels if sigma not in saved.training.sigma_rels]
     if missing:
         raise InputError(
-            f"training.posthoc_ema_sigma_rels: the run in {config.output_dir} has not averaged at {missing[0]:g} from "
-            f"its start, it has {saved.training.sigma_rels}; set them back (training.posthoc_ema_every=0 is none)"
+            (
+                f"the run in {config.output_dir} has not averaged at {missing[0]:g} from its start, it "
+                f"has {saved.training.sigma_rels}"
+            ),
+            argument="training.posthoc_ema_sigma_rels",
+            remedy="set them back (training.posthoc_ema_every=0 is none)",
         )
     metadata = checkpoint.read_metadata()
     of_before = {"name": saved.data.vae, "sha256": None, **NOT_HEEDED}
@@ -281,8 +293,13 @@ def check_resumable(checkpoint: Checkpoint, config: Config, source: Source, vae_
         others = (f" (class {i} was {before!r}, is {now!r})" for i, (before, now) in pairs if before != now)
         differ = next(others, "")
         raise InputError(
-            f"data.source={config.data.source!r}: it has {len(source)} images of {len(source.class_names)} classes, "
-            f"and the run in {config.output_dir} began with {num_images} of {len(class_names)}{differ}; restore it"
+            (
+                f"it has {len(source)} images of {len(source.class_names)} classes, and the run in "
+                f"{config.output_dir} began with {num_images} of {len(class_names)}{differ}"
+            ),
+            argument="data.source",
+            value=config.data.source,
+            remedy="restore it",
         )
 
 
@@ -301,14 +318,18 @@ def check_same_vae(before: dict[str, Any], now: dict[str, Any], config: Config) 
         same = is_same_place(before["name"], now["name"])
     if not same:
         raise InputError(
-            f"data.vae={config.data.vae!r}: the run in {config.output_dir} has {before['name']!r}, and this is not the "
-            "same; name that VAE, wherever it lies"
+            f"the run in {config.output_dir} has {before['name']!r}, and this is not the same",
+            argument="data.vae",
+            value=config.data.vae,
+            remedy="name that VAE, wherever it lies",
         )
     for key in NORMALISATION:
         if before.get(key, now[key]) != now[key]:
             raise InputError(
-                f"data.source={config.data.source!r}: the latents' {key} is {now[key]}, and the run in "
-                f"{config.output_dir} began with {before[key]}; set it back"
+                f"the latents' {key} is {now[key]}, and the run in {config.output_dir} began with {before[key]}",
+                argument="data.source",
+                value=config.data.source,
+                remedy="set it back",
             )
 
 

@@ -147,8 +147,10 @@ def check_nothing_lost(folder: RunFolder) -> None:
     last = max(steps + [snapshot.step for snapshot in folder.list_snapshots()], default=0)
     if last > (Config.load(folder.config).training.checkpoint_every if folder.config.is_file() else 0):
         raise InputError(
-            f"output_dir={str(folder)!r}: holds metrics or averages up to step {last} and no checkpoint; bring its "
-            "checkpoints/ back, or name another folder"
+            f"holds metrics or averages up to step {last} and no checkpoint",
+            argument="output_dir",
+            value=str(folder),
+            remedy="bring its checkpoints/ back, or name another folder",
         )
 
 
