@@ -51,7 +51,9 @@ class InputError(ValueError):
 
     def about(self, argument: str) -> InputError:
         """The same error about an argument of another name: the option that the value came from."""
-        return InputError(self.problem, argument=argument, value=self.value, wanted=self.wanted, remedy=self.remedy)
+        renamed = copy.copy(self)
+        renamed.argument = argument
+        return renamed
 
 
 class Stopped(Exception):
@@ -131,6 +133,10 @@ def machine_fault(error: BaseException, place: str | None = None) -> str | None:
 
 
 def warn(message: str) -> None:
-    """Warn, which a command prints as one line; of a machine's processes the first alone does."""
+    """Warn, which a command prints as one line; of a machine's processes the first alone does.
+
+    Warnings are Python's and not `logging`'s: a caller sees them without configuring anything, and can filter them or
+    turn them into errors.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         warnings.warn(message, stacklevel=3)

@@ -12,6 +12,7 @@ from gspn_dit.commands import run
 if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit(run("encode", prog="python -m gspn_dit.data.encode"))
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -47,6 +48,7 @@ from gspn_dit.progress import Bar, Lines, progress
 from gspn_dit.storage.files import begin_or_continue, check_place, write_json
 from gspn_dit.storage.packaged import PACKAGED_VAES, absolute
 
+logger = logging.getLogger(__name__)
 MEASURED_LATENTS, MEASURED_IMAGES = 4096, 8  # for the manifest
 
 # Images (n, 3, H, W), their labels and indices, files without one, and how many of them an EXIF tag would turn.
@@ -149,14 +151,14 @@ def measure(out: Path, shards: list[str], vae: AutoencoderKL, images: ImageDatas
 
 
 def report(out: Path, manifest: dict[str, Any], vae: AutoencoderKL) -> None:
-    """Print what a store holds, and what is odd about it."""
+    """Say what a store holds, and what is odd about it."""
     skipped = f", {len(manifest['skipped'])} unreadable files left out" if manifest["skipped"] else ""
-    print(f"{out}: {manifest['num_images']} images in {len(manifest['shards'])} shards{skipped}")
+    logger.info(f"{out}: {manifest['num_images']} images in {len(manifest['shards'])} shards{skipped}")
     if tagged := manifest["exif_tagged"]:
         done = "turned" if manifest["exif_orientation"] else "left as they lie; --exif-orientation true turns them"
-        print(f"{tagged} images have an EXIF orientation: {done}")
+        logger.info(f"{tagged} images have an EXIF orientation: {done}")
     latents, decibels = manifest["latent_statistics"], manifest["reconstruction_psnr"]
-    print(
+    logger.info(
         f"latents of {latents['images']} images: mean {latents['mean']:g}, standard deviation {latents['std']:g}; "
         f"a few images come back at {decibels:.1f} dB (PSNR)"
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -14,13 +15,20 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from gspn_dit.errors import InputError
 
 
-def load(dataset: Dataset, batches: Any, num_workers: int, **options: Any) -> Iterator[Any]:
+def load(
+    dataset: Dataset,
+    batches: Any,
+    num_workers: int,
+    collate_fn: Callable[[list[Any]], Any] = default_collate,
+    **options: Any,
+) -> Iterator[Any]:
     """The batches of a dataset, in order, read by that many processes; 0 reads in this one.
 
     Args:
         dataset: What is read.
         batches: The indices of each batch.
         num_workers: Processes.
+        collate_fn: Makes a batch of samples.
         options: Others of torch's DataLoader.
 
     Raises:
@@ -33,7 +41,7 @@ def load(dataset: Dataset, batches: Any, num_workers: int, **options: Any) -> It
         batch_sampler=batches,
         num_workers=num_workers,
         worker_init_fn=heed_only_the_parent,
-        collate_fn=_collated,
+        collate_fn=partial(_collated, collate_fn),
         **options,
     )
     with unheard_signals():
@@ -57,8 +65,8 @@ class _WithErrors(Dataset):
             return error
 
 
-def _collated(samples: list[Any] | InputError) -> Any:
-    return samples if isinstance(samples, InputError) else default_collate(samples)
+def _collated(collate_fn: Callable[[list[Any]], Any], samples: list[Any] | InputError) -> Any:
+    return samples if isinstance(samples, InputError) else collate_fn(samples)
 
 
 def _raising(loaded: Iterator[Any]) -> Iterator[Any]:

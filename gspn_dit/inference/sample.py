@@ -16,8 +16,8 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     raise SystemExit(run("sample", prog="python -m gspn_dit.inference.sample"))
 
+import logging
 import math
-import sys
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from gspn_dit.commands import SampleOptions
 
 BATCH_SIZE = 16
+logger = logging.getLogger(__name__)
 _LEAST_FILE = 4096  # bytes that an image takes on a disk: a block
 
 
@@ -81,7 +82,7 @@ def main(options: SampleOptions) -> None:
     with ExitStack() as stack:
         if processes.is_main_process:
             if pipe.config.class_dropout in (0, 1):
-                print(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
+                logger.info(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", extra={"stderr": True})
             settings = sampling_settings(pipe, options, call) | {"model": str(checkpoint or options.model)}
             prepare_folders(options, settings, stack)
             missing = begin_folder(options, settings, labels, pipe.config.class_names)
@@ -184,7 +185,7 @@ def prepare_folders(options: SampleOptions, settings: dict[str, Any], stack: Exi
 
 def say_who(folder: Path, holder: str) -> None:
     """Tell the person whom this process waits for."""
-    print(f"{holder} is drawing into {folder}; waiting for its end", file=sys.stderr)
+    logger.info(f"{holder} is drawing into {folder}; waiting for its end", extra={"stderr": True})
 
 
 def begin_folder(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,8 @@ from gspn_dit.storage.files import save_tensors, sha256
 from gspn_dit.storage.run_folder import METADATA, Checkpoint, RunFolder
 from gspn_dit.training.ema import EMA
 from gspn_dit.training.sharding import copy_full, full_tensor, sharded_like
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointNotWritten(RuntimeError):
@@ -169,8 +172,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Checkpoint, state: Sta
                 value = file.get_tensor(key)
                 if value.shape != tensor.shape:
                     raise InputError(
-                        f"{path}: {key} has shape {tuple(value.shape)}, the model's has {tuple(tensor.shape)}: it is of "
-                        "another version",
+                        f"{path}: {key} has shape {tuple(value.shape)}, the model's has {tuple(tensor.shape)}: it is "
+                        "of another version",
                         remedy="train anew",
                     )
                 copy_full(tensor, value)
@@ -237,7 +240,7 @@ def checkpoint_to_resume(
         aside = broken.path.with_name(f"damaged-{broken.name}")
         shutil.rmtree(aside, ignore_errors=True)
         broken.path.rename(aside)
-        print(f"{broken} is damaged ({problem}): set aside as {aside.name}, continuing from {checkpoint.name}")
+        logger.info(f"{broken} is damaged ({problem}): set aside as {aside.name}, continuing from {checkpoint.name}")
     return checkpoint
 
 
@@ -337,17 +340,17 @@ UNSAID = ("resume", "output_dir", "model.init_from")  # the last has no effect: 
 
 
 def say_changes(checkpoint: Checkpoint, config: Config, precision: Precision) -> None:
-    """Print which options differ from those that a checkpoint was made with, and whether the precision does."""
+    """Say which options differ from those that a checkpoint was made with, and whether the precision does."""
     before, now = (flat_options(dataclasses.asdict(c)) for c in (Config.load(checkpoint.config), config))
     changed = [key for key in now if key not in UNSAID and before.get(key) != now[key]]
     if changed:
         changes = ", ".join(f"{key} {before.get(key)!r} → {now[key]!r}" for key in changed)
-        print(f"changed since {checkpoint.name}: {changes}")
+        logger.info(f"changed since {checkpoint.name}: {changes}")
     metadata = checkpoint.read_metadata()
     computed_in = metadata.get("mixed_precision", before["training.mixed_precision"])
     if computed_in != precision.name:
         why = precision.reason if precision.asked == "auto" else "as asked"
-        print(f"changed since {checkpoint.name}: mixed_precision {computed_in} → {precision.name}: {why}")
+        logger.info(f"changed since {checkpoint.name}: mixed_precision {computed_in} → {precision.name}: {why}")
 
 
 def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:

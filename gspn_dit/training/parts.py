@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +45,7 @@ from gspn_dit.training.evaluator import Evaluator
 from gspn_dit.training.latents import FromImages, FromMoments, LatentEncoder
 from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
 
+logger = logging.getLogger(__name__)
 OVERRIDES = "model.overrides."
 STORED_LOOKED_AT, ENCODED_LOOKED_AT = 64, 4  # images, before training
 LABELS = "y_embedder.embedding_table.weight"  # a row for each class and a last one for no class
@@ -206,7 +207,7 @@ def check_options(config: Config) -> None:
                 remedy="give 1",
             )
         if config.sampling.guidance_scale > 1 and PartialState().is_main_process:
-            print(f"samples are drawn at guidance_scale 1: {unguided(dropout)}", file=sys.stderr)
+            logger.info(f"samples are drawn at guidance_scale 1: {unguided(dropout)}", extra={"stderr": True})
     if taken := sorted({"sample_size", "in_channels", "out_channels", "num_classes"} & config.model.overrides.keys()):
         raise InputError("the data and the objective set it", argument=OVERRIDES + taken[0], remedy="leave it out")
     if config.training.mixed_precision == "fp16" and PartialState().device.type == "cpu":

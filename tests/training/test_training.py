@@ -278,7 +278,7 @@ def test_what_fsdp2_would_do_to_weights_behind_our_back_is_refused(fault):
     )
     check_launch(accelerator)
     setattr(plugin, fault, {"activation_checkpointing": True, "cpu_offload": CPUOffloadPolicy()}[fault])
-    with pytest.raises(InputError, match=r"^fsdp_(activation_checkpointing|offload_params)=true: wanted false"):
+    with pytest.raises(InputError, match=r"^fsdp_(activation_checkpointing|offload_params)=True: wanted false"):
         check_launch(accelerator)
 
 
