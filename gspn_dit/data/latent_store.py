@@ -199,7 +199,7 @@ def how_to_encode(folder: str | os.PathLike) -> str:
     switches += " --exif-orientation true" if begun.get("exif_orientation") else ""
     return (
         f"to {verb} a latent store there, run "
-        f"`python -m gspn_dit.data.encode --data {data} --vae {vae} --image-size {size}{switches} --out {folder}`"
+        f"`gspn-dit encode --data {data} --vae {vae} --image-size {size}{switches} --out {folder}`"
     )
 
 

@@ -313,7 +313,7 @@ def check_reference(
             f"its mu and sigma are of features={reference.features}, not of features={extractor.name}",
             argument="reference",
             value=reference.source,
-            wanted=f"images, or the statistics of `fid/reference.py --features {extractor.name}`",
+            wanted=f"images, or the statistics of `gspn-dit reference --features {extractor.name}`",
         )
     if given and reference.weights_sha256 not in (None, extractor.weights_sha256):
         raise InputError(

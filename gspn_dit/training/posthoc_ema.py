@@ -4,8 +4,8 @@ Training keeps running averages in which the weights at step τ count as τ^γ, 
 of each every `training.posthoc_ema_every` steps. Any average of that family, at any step, is then close to a linear
 combination of the snapshots:
 
-    python -m gspn_dit.training.posthoc_ema --run runs/NAME --sigma-rel 0.07 --out runs/NAME-0.07
-    python sample.py --model runs/NAME-0.07
+    gspn-dit posthoc-ema --run runs/NAME --sigma-rel 0.07 --out runs/NAME-0.07
+    gspn-dit sample --model runs/NAME-0.07
 
 A profile is p_γ,t(τ) = (γ+1) τ^γ / t^(γ+1) on 0 ≤ τ ≤ t (equation 1). Its width relative to t is its standard deviation
 σ_rel = √(γ+1) / ((γ+2) √(γ+3)) (section 3.1), which names it.
