@@ -242,7 +242,7 @@ def test_opening_finds_missing_and_torn_shards(copied_store):
     path = copied_store / "shard-00001.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-100])
-    with pytest.raises(InputError, match=r"shard-00001\.safetensors has \d+ bytes instead of \d+: delete it"):
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors has \d+ bytes instead of \d+; delete it"):
         LatentStore(copied_store)
     path.unlink()
     with pytest.raises(InputError, match=r"shard-00001\.safetensors is missing"):
@@ -326,7 +326,6 @@ def manifest_of(folder):
 PER_CHANNEL = {"latents_mean": [0.5, -1.0, 0.25, 2.0], "latents_std": [2.0, 0.5, 1.5, 3.0]}
 
 
-@pytest.mark.usefixtures("as_a_command_says_it")
 def test_a_store_says_what_its_latents_are_like(digits_store, capsys):
     """Mean and spread as they are learned, the pictures they give back, and by which weights."""
     store, manifest = LatentStore(digits_store), manifest_of(digits_store)
@@ -439,7 +438,6 @@ def test_an_encoding_goes_on_with_the_same_vae_in_another_place(tmp_path, capsys
     assert "vae=" in refused(capsys, tmp_path / "store", vae=tmp_path / "second")
 
 
-@pytest.mark.usefixtures("as_a_command_says_it")
 def test_exif_orientations_are_counted_and_applied_if_asked(tmp_path, capsys):
     draw, root = np.random.default_rng(0), tmp_path / "images" / "phone"
     root.mkdir(parents=True)
