@@ -24,7 +24,7 @@ from gspn_dit.evaluation.npz import members, read_images, read_notes, read_stati
 from gspn_dit.progress import progress
 
 LABELS_FILE = "labels.csv"
-WITH_SAMPLES = (LABELS_FILE, "settings.json")  # what sample.py writes beside its images
+WITH_SAMPLES = (LABELS_FILE, "settings.json")  # what sampling writes beside its images
 
 
 @dataclass(frozen=True)
