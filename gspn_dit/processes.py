@@ -38,7 +38,9 @@ def join_processes(device: str = "auto") -> tuple[PartialState, torch.device]:
     if "LOCAL_RANK" not in os.environ:
         return PartialState(), chosen
     if device not in ("auto", chosen.type):
-        raise InputError(f"device={device!r}: under accelerate launch each process has its own; leave it out")
+        raise InputError(
+            "under accelerate launch each process has its own", argument="device", value=device, remedy="leave it out"
+        )
     processes = PartialState(cpu=chosen.type == "cpu", timeout=_LONGEST_WAIT)
     return processes, processes.device
 
@@ -123,13 +125,16 @@ def on_main_process(work: Callable[[], T], is_main: bool) -> T:
     return result
 
 
-def _result_or_problem(work: Callable[[], T]) -> tuple[T | None, str | None]:
+def _result_or_problem(work: Callable[[], T]) -> tuple[T | None, InputError | None]:
     try:
         return work(), None
     except InputError as error:
-        return None, str(error)
+        return None, error
 
 
-def _raise_first(problems: list[str | None]) -> None:
-    if first := next(filter(None, problems), None):
-        raise SharedInputError(first)
+def _raise_first(problems: list[InputError | None]) -> None:
+    first = next((problem for problem in problems if problem is not None), None)
+    if first is not None:
+        raise SharedInputError(
+            first.problem, argument=first.argument, value=first.value, wanted=first.wanted, remedy=first.remedy
+        ) from first

@@ -66,11 +66,16 @@ class ImageFolder(ImageDataset):
 
     def __init__(self, root: str | os.PathLike[str], image_size: int, exif_orientation: bool = False) -> None:
         if image_size < 1:
-            raise InputError(f"image_size={image_size}: wanted a positive number of pixels")
+            raise InputError(argument="image_size", value=image_size, wanted="a positive number of pixels")
         entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
         classes = sorted(entry.name for entry in entries if entry.is_dir())
         if not classes:
-            raise InputError(f"source={str(root)!r}: no class folders in it; put the images into {root}/CLASS/")
+            raise InputError(
+                "no class folders in it",
+                argument="source",
+                value=str(root),
+                remedy=f"put the images into {root}/CLASS/",
+            )
         super().__init__(classes, image_size)
         self.exif_orientation = exif_orientation
         self.paths: list[str] = []
@@ -82,8 +87,10 @@ class ImageFolder(ImageDataset):
             files, others = find_images(folder)
             if not files:
                 raise InputError(
-                    f"source={str(root)!r}: class folder {folder} has no images ({' '.join(SUFFIXES)}); "
-                    "remove it, fill it, or give the folder whose sub-folders are the classes"
+                    f"class folder {folder} has no images ({' '.join(SUFFIXES)})",
+                    argument="source",
+                    value=str(root),
+                    remedy="remove it, fill it, or give the folder whose sub-folders are the classes",
                 )
             is_flat = is_flat or os.path.dirname(files[0]) == folder
             self.paths += files
@@ -147,7 +154,9 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
     """Every folder under one, itself among them, with the names of its files."""
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); see to its permissions") from error
+        raise InputError(
+            f"{error.filename}: cannot be read ({error.strerror})", remedy="see to its permissions"
+        ) from error
 
     for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         here = os.path.realpath(root)

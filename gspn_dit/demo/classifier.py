@@ -91,14 +91,16 @@ class Classifier(nn.Module):
         try:
             weights = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"weights={path}: not a readable safetensors file ({error})") from error
+            raise InputError(f"not a readable safetensors file ({error})", argument="weights", value=path) from error
         model = cls()
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise InputError(
-                f"weights={path}: not the {cls.data} classifier's weights; "
-                f"`gspn-dit classifier --data {cls.data} --out FILE` makes them"
+                f"not the {cls.data} classifier's weights",
+                argument="weights",
+                value=path,
+                remedy=f"`gspn-dit classifier --data {cls.data} --out FILE` makes them",
             ) from error
         return model.eval().requires_grad_(False)
 

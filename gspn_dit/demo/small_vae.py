@@ -124,8 +124,10 @@ class FolderCrops(PhotoCrops):
         self._held_out, self._paths = ([paths[i] for i in some] for some in (order[:count], order[count:]))
         if not len(self.images) or not len(next(self.held_out())[1]):
             raise InputError(
-                f"data={folder!r}: wanted a folder of two images or more that can be read, at any depth; it has "
-                f"{len(paths)} ending in {' '.join(SUFFIXES)}"
+                argument="data",
+                value=folder,
+                wanted="a folder of two images or more that can be read, at any depth",
+                remedy=f"it has {len(paths)} ending in {' '.join(SUFFIXES)}",
             )
 
     @cached_property

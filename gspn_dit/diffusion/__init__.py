@@ -39,7 +39,12 @@ def create_objective(name: str, *, time_sampling: Literal["uniform", "logit-norm
     if name == "flow":
         return Flow(time_sampling)
     if name != "ddpm":
-        raise InputError(f"objective={name!r}: wanted 'ddpm' or 'flow'")
+        raise InputError(argument="objective", value=name, wanted="'ddpm' or 'flow'")
     if time_sampling != "uniform":
-        raise InputError(f"time_sampling={time_sampling!r}: the ddpm objective takes 'uniform'; others need 'flow'")
+        raise InputError(
+            "the ddpm objective takes 'uniform'",
+            argument="time_sampling",
+            value=time_sampling,
+            remedy="others need 'flow'",
+        )
     return DDPM()

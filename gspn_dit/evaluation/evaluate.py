@@ -306,8 +306,9 @@ def _check_samples(samples: ImageSet, extractor: Extractor, recognisable: bool) 
         return
     if unknown := sorted({label for label in samples.labels if not 0 <= label < len(extractor.class_names)}):
         raise InputError(
-            f"samples={samples.source}: label={unknown[0]}: features={extractor.name} knows classes "
-            f"0 to {len(extractor.class_names) - 1}"
+            f"label={unknown[0]}: features={extractor.name} knows classes 0 to {len(extractor.class_names) - 1}",
+            argument="samples",
+            value=samples.source,
         )
 
 
@@ -317,9 +318,10 @@ def check_reference(
     """Raise :class:`InputError` if samples of that (height, width) cannot be compared with the reference."""
     if isinstance(reference, ReferenceStatistics) and extractor.name != reference.features:
         raise InputError(
-            f"reference={reference.source}: its mu and sigma are of features={reference.features}, not of "
-            f"features={extractor.name}; wanted images, or the statistics of "
-            f"`fid/reference.py --features {extractor.name}`"
+            f"its mu and sigma are of features={reference.features}, not of features={extractor.name}",
+            argument="reference",
+            value=reference.source,
+            wanted=f"images, or the statistics of `gspn-dit reference --features {extractor.name}`",
         )
     if (
         isinstance(reference, ReferenceStatistics)
@@ -327,9 +329,13 @@ def check_reference(
         and reference.weights_sha256 != extractor.weights_sha256
     ):
         raise InputError(
-            f"reference={reference.source}: its mu and sigma are by weights of SHA-256 "
-            f"{reference.weights_sha256[:12]}…, not by {extractor.weights} ({extractor.weights_sha256[:12]}…); "
-            "give both commands the same --weights"
+            (
+                f"its mu and sigma are by weights of SHA-256 {reference.weights_sha256[:12]}…, not by "
+                f"{extractor.weights} ({extractor.weights_sha256[:12]}…)"
+            ),
+            argument="reference",
+            value=reference.source,
+            remedy="give both commands the same --weights",
         )
     images = reference.images if isinstance(reference, ReferenceStatistics) else reference
     if images is None:
@@ -339,19 +345,25 @@ def check_reference(
     if images.image_size != image_size:
         (height, width), (sample_height, sample_width) = images.image_size, image_size
         raise InputError(
-            f"reference={reference.source}: its images are {height}x{width}, the samples "
-            f"{sample_height}x{sample_width}; wanted one size"
+            f"its images are {height}x{width}, the samples {sample_height}x{sample_width}",
+            argument="reference",
+            value=reference.source,
+            wanted="one size",
         )
 
 
 def check_images(argument: str, images: ImageSet, extractor: Extractor) -> None:
     """Raise :class:`InputError` if there is one image alone, or they are of a size that the extractor does not take."""
     if len(images) < 2:
-        raise InputError(f"{argument}={images.source}: holds 1 image; a Fréchet distance needs 2 or more")
+        raise InputError(
+            "holds 1 image", argument=argument, value=images.source, remedy="a Fréchet distance needs 2 or more"
+        )
     height, width = images.image_size
     side = extractor.image_size
     if side is not None and (height, width) != (side, side):
         raise InputError(
-            f"{argument}={images.source}: its images are {height}x{width}; "
-            f"features={extractor.name} takes {side}x{side}"
+            f"its images are {height}x{width}",
+            argument=argument,
+            value=images.source,
+            remedy=f"features={extractor.name} takes {side}x{side}",
         )

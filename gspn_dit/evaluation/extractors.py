@@ -88,11 +88,13 @@ def create_extractor(name: str, weights: str | None = None, *, device: torch.dev
     from gspn_dit.evaluation.networks import InceptionFeatures, create_network, published_inception_weights
 
     if weights is not None and not Path(weights).is_file():
-        raise InputError(f"weights={weights}: no such file")
+        raise InputError("no such file", argument="weights", value=weights)
     if name in CLASSIFIERS:
         file = Path(weights) if weights else PACKAGED_CLASSIFIERS.get(name)
         if file is None:
-            raise InputError(f"weights=None: {name} has no packaged weights; name its file with --weights")
+            raise InputError(
+                f"{name} has no packaged weights", argument="weights", value=None, remedy="name its file with --weights"
+            )
         kind, network = CLASSIFIERS.load(name), create_network(name, file, device)
         only = {"image_size": kind.only_size, "class_names": kind.class_names}
         return Extractor(name, network, file, "fd", "classifier_score", *network.features_list, **only)

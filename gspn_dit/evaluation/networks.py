@@ -54,8 +54,10 @@ class InceptionFeatures(FeatureExtractorInceptionV3):
             super().__init__(name, published_layers, feature_extractor_weights_path=checked, **options)
         except RuntimeError as error:  # load_state_dict's, of one line a key
             raise InputError(
-                f"weights={feature_extractor_weights_path}: not torch-fidelity's InceptionV3 "
-                f"({' '.join(str(error).split())[:200]} …); wanted {_published_name()}"
+                f"not torch-fidelity's InceptionV3 ({' '.join(str(error).split())[:200]} …)",
+                argument="weights",
+                value=feature_extractor_weights_path,
+                wanted=_published_name(),
             ) from error
         self.layers = tuple(features_list)
         self.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -147,8 +149,10 @@ def published_inception_weights() -> Path:
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: another hash than the name's
         what = f"{urlsplit(url).hostname} cannot be reached" if _no_answer(error) else "could not be downloaded"
         raise InputError(
-            f"weights=None: the Inception weights are not here, and {what} ({getattr(error, 'reason', error)}); "
-            f"name your copy with --weights, or fetch {url} and put it at {file}"
+            f"the Inception weights are not here, and {what} ({getattr(error, 'reason', error)})",
+            argument="weights",
+            value=None,
+            remedy=f"name your copy with --weights, or fetch {url} and put it at {file}",
         ) from error
     finally:
         socket.setdefaulttimeout(patience)
@@ -169,7 +173,9 @@ def _plain_tensors(file: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged or hostile pickle raises is anyone's guess
-        raise InputError(f"weights={file}: not a file of plain tensors; wanted {_published_name()}") from error
+        raise InputError(
+            "not a file of plain tensors", argument="weights", value=file, wanted=f"{_published_name()}"
+        ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise InputError(f"weights={file}: not a dictionary of tensors; wanted {_published_name()}")
+        raise InputError("not a dictionary of tensors", argument="weights", value=file, wanted=_published_name())
     return weights

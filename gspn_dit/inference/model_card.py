@@ -77,7 +77,7 @@ def checkpoint_metrics(checkpoint: Checkpoint) -> dict[str, float | str]:
         try:
             metrics |= dict(json.loads(evaluated.read_text()))
         except (ValueError, TypeError) as error:
-            raise InputError(f"{evaluated} is damaged ({error}): evaluate again, or remove it") from error
+            raise InputError(f"{evaluated} is damaged ({error})", remedy="evaluate again, or remove it") from error
     speed = ("step", "learning_rate", "grad_norm", "images_per_second")
     figures = {key: value for key, value in metrics.items() if key not in speed and _is_figure(value)}
     return figures | {key: _plain(metrics[key]) for key in OF_THE_SCORES if isinstance(metrics.get(key), str)}

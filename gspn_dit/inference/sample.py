@@ -17,8 +17,8 @@ if __name__ == "__main__":  # before the imports that take seconds
     run("sample", prog="python -m gspn_dit.inference.sample")
     raise SystemExit
 
+import logging
 import math
-import sys
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from gspn_dit.commands import SampleOptions
 
 BATCH_SIZE = 16
+logger = logging.getLogger(__name__)
 _LEAST_FILE = 4096  # bytes that an image takes on a disk: a block
 
 
@@ -82,7 +83,7 @@ def main(options: SampleOptions) -> None:
     with ExitStack() as stack:
         if processes.is_main_process:
             if pipe.config.class_dropout in (0, 1):
-                print(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
+                logger.info(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", extra={"stderr": True})
             settings = sampling_settings(pipe, options, call) | {"model": str(checkpoint or options.model)}
             prepare_folders(options, settings, stack)
             missing = begin_folder(options, settings, labels, pipe.config.class_names)
@@ -144,8 +145,10 @@ def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
         classes = pipe.class_ids([label.strip() for label in options.class_labels.split(",")])
     if options.class_labels is not None and options.labels == "balanced" and len(classes) > options.num_images:
         raise InputError(
-            f"num_images={options.num_images}: fewer than the {len(classes)} class_labels, so that some would have no "
-            f"image; give {len(classes)} or more, fewer labels, or --labels random"
+            f"fewer than the {len(classes)} class_labels, so that some would have no image",
+            argument="num_images",
+            value=options.num_images,
+            remedy=f"give {len(classes)} or more, fewer labels, or --labels random",
         )
     if options.labels == "balanced":
         return [classes[i % len(classes)] for i in range(options.num_images)]
@@ -184,7 +187,7 @@ def prepare_folders(options: SampleOptions, settings: dict[str, Any], stack: Exi
 
 def say_who(folder: Path, holder: str) -> None:
     """Tell the person whom this process waits for."""
-    print(f"{holder} is drawing into {folder}; waiting for its end", file=sys.stderr)
+    logger.info(f"{holder} is drawing into {folder}; waiting for its end", extra={"stderr": True})
 
 
 def begin_folder(
@@ -254,8 +257,10 @@ def check_outputs(options: SampleOptions) -> None:
         ours = set(map(image_file, finished))
         if stale := sorted(path.name for path in Path(not_none(options.out)).glob("*.png") if path.name not in ours):
             raise InputError(
-                f"out={options.out!r}: {len(stale)} PNGs of another run would stay there ({stale[0]}, …); "
-                "empty it or name another folder"
+                f"{len(stale)} PNGs of another run would stay there ({stale[0]}, …)",
+                argument="out",
+                value=options.out,
+                remedy="empty it or name another folder",
             )
 
 
@@ -267,6 +272,11 @@ def check_room(options: SampleOptions, image_size: tuple[int, int]) -> None:
     memory = memory_of(torch.device("cpu"))
     if options.out is not None and not options.single_files and 2 * size > memory:  # the images, and the grid of them
         raise InputError(
-            f"out={options.out!r}: a grid of {options.num_images} images takes over {in_bytes(2 * size)}, and the "
-            f"memory is {in_bytes(memory)}; give a folder for single files, or fewer"
+            (
+                f"a grid of {options.num_images} images takes over {in_bytes(2 * size)}, and the memory "
+                f"is {in_bytes(memory)}"
+            ),
+            argument="out",
+            value=options.out,
+            remedy="give a folder for single files, or fewer",
         )

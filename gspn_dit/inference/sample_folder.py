@@ -49,8 +49,10 @@ def begin(
     found = finished_images(folder)
     if found and not (folder / SETTINGS_FILE).exists():
         raise InputError(
-            f"out={str(folder)!r}: holds {len(found)} images without the {SETTINGS_FILE} that says what of; "
-            "empty it or name another folder"
+            f"holds {len(found)} images without the {SETTINGS_FILE} that says what of",
+            argument="out",
+            value=str(folder),
+            remedy="empty it or name another folder",
         )
     folder.mkdir(parents=True, exist_ok=True)
     begin_or_continue(folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)

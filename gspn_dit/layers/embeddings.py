@@ -68,13 +68,14 @@ class LabelEmbedding(nn.Module):
 
     def forward(self, class_labels: Tensor) -> Tensor:
         if class_labels.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"class_labels of {class_labels.dtype}: give class ids, torch.long")
+            raise InputError(f"dtype {class_labels.dtype}", argument="class_labels", wanted="class ids, torch.long")
         if class_labels.device.type == "cpu" and type(class_labels) is Tensor and not torch.compiler.is_compiling():
             wrong = class_labels[(class_labels < 0) | (class_labels > self.num_classes)]
             if len(wrong):
                 raise InputError(
-                    f"class_labels: {int(wrong[0])} is among them; give 0 to {self.num_classes - 1}, or "
-                    f"{self.num_classes} for no class"
+                    f"{int(wrong[0])} is among them",
+                    argument="class_labels",
+                    remedy=f"give 0 to {self.num_classes - 1}, or {self.num_classes} for no class",
                 )
         return self.embedding_table(class_labels)
 

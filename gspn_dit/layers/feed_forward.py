@@ -57,7 +57,9 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, mlp_ratio: float, activation: nn.Module | None = None) -> None:
         super().__init__()
         if not isinstance(mlp_ratio, int | float) or not 1 <= width * mlp_ratio < math.inf:
-            raise InputError(f"mlp_ratio={mlp_ratio!r}: give a positive number, hidden channels over width")
+            raise InputError(
+                "give a positive number, hidden channels over width", argument="mlp_ratio", value=mlp_ratio
+            )
         self.fc1 = linear(width, int(width * mlp_ratio))
         self.act = activation or nn.GELU(approximate="tanh")
         self.fc2 = linear(int(width * mlp_ratio), width)

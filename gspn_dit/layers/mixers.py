@@ -80,7 +80,7 @@ class Mixer(nn.Module):
     def __init__(self, width: int, num_groups: int, projections: Projections | None = None) -> None:
         super().__init__()
         if num_groups < 1 or width % num_groups:
-            raise InputError(f"num_groups={num_groups}: give a divisor of width={width}")
+            raise InputError(f"give a divisor of width={width}", argument="num_groups", value=num_groups)
         self.num_groups, self.projected = num_groups, projections is not None
         if projections is not None:
             self.value, self.conv = projections.before(width)
@@ -94,7 +94,9 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, chunk: int | None = None) -> Tensor:
         if chunk is not None and not self.scans:
-            raise InputError(f"chunk={chunk!r}: a {type(self).__name__} has no lines; leave it out")
+            raise InputError(
+                f"a {type(self).__name__} has no lines", argument="chunk", value=chunk, remedy="leave it out"
+            )
         options = (chunk,) if self.scans else ()
         if not self.projected:
             return self.mix(x, *options)

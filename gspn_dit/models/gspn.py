@@ -69,9 +69,11 @@ class GSPN(LatentModel):
         num_classes: int = 1000,
     ) -> None:
         if not is_whole(depth) or depth < 3 or depth % 2 == 0:
-            raise InputError(f"depth={depth!r}: give an odd number from 3, for n in-blocks, a middle and n out-blocks")
+            raise InputError(
+                "give an odd number from 3, for n in-blocks, a middle and n out-blocks", argument="depth", value=depth
+            )
         if not isinstance(stochastic_depth, int | float) or not 0 <= stochastic_depth < 1:
-            raise InputError(f"stochastic_depth={stochastic_depth!r}: give a chance in [0, 1)")
+            raise InputError("give a chance in [0, 1)", argument="stochastic_depth", value=stochastic_depth)
         require_count("num_classes", num_classes)
         super().__init__(
             width=width,

@@ -19,4 +19,4 @@ def main(options: Options) -> None:
     for name, (available, detail) in states.items():
         print(f"{name:<12} {'available' if available else 'not available':<14} {detail}")
     if options.require and not states[options.require].available:
-        raise InputError(f"require={options.require!r}: not available here, see above")
+        raise InputError("not available here, see above", argument="require", value=options.require)

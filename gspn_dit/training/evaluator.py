@@ -51,8 +51,10 @@ class Evaluator:
                 self.extractor = create_extractor(options.features, options.weights, device=accelerator.device)
                 if (side := self.extractor.image_size) not in (None, size):
                     raise InputError(
-                        f"evaluation.features={options.features!r}: takes {side}x{side}, "
-                        f"the samples are {size}x{size}; wanted features of that size"
+                        f"takes {side}x{side}, the samples are {size}x{size}",
+                        argument="evaluation.features",
+                        value=options.features,
+                        wanted="features of that size",
                     )
                 self.reference = open_reference(not_none(options.reference), (size, size))
                 check_reference(self.reference, (size, size), self.extractor)

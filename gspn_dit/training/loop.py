@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import time
@@ -58,6 +59,7 @@ from gspn_dit.training.step import NonFiniteLoss, take_step
 from gspn_dit.training.stop_request import CTRL_C, StoppedByCtrlC, StopRequest
 from gspn_dit.training.trackers import start_trackers, track_samples
 
+logger = logging.getLogger(__name__)
 MOST_OVERFLOWS = 100  # steps in a row that fp16 may skip: from 2^16 its scale has then come to nothing
 LONGEST_PAUSE = timedelta(hours=1)  # of processes that wait while one draws, saves or scores
 
@@ -133,7 +135,7 @@ def train(config: Config) -> None:
             stopped_by = take_steps(run, model, checkpoint, stop)
         elif accelerator.is_main_process:
             has = f"{folder} is at step {checkpoint.step} of training.max_steps={config.training.max_steps}"
-            print(f"{has} already: nothing to do; a larger training.max_steps goes on")
+            logger.info(f"{has} already: nothing to do; a larger training.max_steps goes on")
     accelerator.end_training()
     if stopped_by == CTRL_C:
         raise StoppedByCtrlC
@@ -148,8 +150,10 @@ def check_nothing_lost(folder: RunFolder) -> None:
     last = max(steps + [snapshot.step for snapshot in folder.list_snapshots()], default=0)
     if last > (Config.load(folder.config).training.checkpoint_every if folder.config.is_file() else 0):
         raise InputError(
-            f"output_dir={str(folder)!r}: holds metrics or averages up to step {last} and no checkpoint; bring its "
-            "checkpoints/ back, or name another folder"
+            f"holds metrics or averages up to step {last} and no checkpoint",
+            argument="output_dir",
+            value=str(folder),
+            remedy="bring its checkpoints/ back, or name another folder",
         )
 
 
@@ -226,10 +230,10 @@ def take_steps(run: Run, model: LatentModel, checkpoint: Checkpoint | None, stop
             logged_time += time.perf_counter() - pause  # images/s is of training alone
     stopped_by = next(filter(None, gather_object([stop.by])), None)
     if record and stopping:
-        print(f"{stopped_by}: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
+        logger.info(f"{stopped_by}: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
     elif record:
-        print(f"loss curve  {folder.loss_picture}")
-        print(f"checkpoint  {checkpoint}")
+        logger.info(f"loss curve  {folder.loss_picture}")
+        logger.info(f"checkpoint  {checkpoint}")
     return stopped_by
 
 
@@ -242,7 +246,7 @@ def prepare(run: Run, model: LatentModel, is_new: bool) -> State:
     if (init_from := config.model.init_from) and is_new:
         said = on_every_process(lambda: start_from(model, init_from, run.source.class_names))
         if said and accelerator.is_main_process:
-            print(said)
+            logger.info(said)
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if options.compile:
@@ -290,7 +294,7 @@ def open_records(
     drop_snapshots(folder, step)
     where = f"step {step}, {checkpoint}" if checkpoint else "step 0"
     weights = sum(p.numel() for p in state.model.parameters())
-    print(
+    logger.info(
         f"{config.model.name}: {weights / 1e6:.1f} M parameters; {len(run.source):,} images of "
         f"{len(class_names)} classes; {accelerator.num_processes} × {accelerator.device.type}; from {where}"
     )

@@ -4,8 +4,8 @@ Training keeps running averages in which the weights at step τ count as τ^γ, 
 of each every `training.posthoc_ema_every` steps. Any average of that family, at any step, is then close to a linear
 combination of the snapshots:
 
-    python -m gspn_dit.training.posthoc_ema --run runs/NAME --sigma-rel 0.07 --out runs/NAME-0.07
-    python sample.py --model runs/NAME-0.07
+    gspn-dit posthoc-ema --run runs/NAME --sigma-rel 0.07 --out runs/NAME-0.07
+    gspn-dit sample --model runs/NAME-0.07
 
 A profile is p_γ,t(τ) = (γ+1) τ^γ / t^(γ+1) on 0 ≤ τ ≤ t (equation 1). Its width relative to t is its standard deviation
 σ_rel = √(γ+1) / ((γ+2) √(γ+3)) (section 3.1), which names it.
@@ -128,16 +128,28 @@ def main(options: Options) -> None:
     there = run.list_snapshots()
     if not there:
         where = run.snapshots_config.parent.name
-        raise InputError(f"run={options.run!r}: has no snapshots in {where}/; train with --training.posthoc-ema-every")
+        raise InputError(
+            f"has no snapshots in {where}/",
+            argument="run",
+            value=options.run,
+            remedy="train with --training.posthoc-ema-every",
+        )
     step = there[-1].step if options.step is None else options.step
     snapshots = [snapshot for snapshot in there if snapshot.step <= step]
     if not snapshots or snapshots[-1].step != step:
         steps = sorted({snapshot.step for snapshot in there})
         near = min(steps, key=lambda each: abs(each - step))
-        raise InputError(f"step={step}: no snapshot of that step; the nearest is {near}, the newest {steps[-1]}")
+        raise InputError(
+            "no snapshot of that step",
+            argument="step",
+            value=step,
+            remedy=f"the nearest is {near}, the newest {steps[-1]}",
+        )
     for path in (run.config, run.class_names, run.snapshots_config):
         if not path.is_file():
-            raise InputError(f"run={options.run!r}: has no {path.relative_to(run.path)}; restore it")
+            raise InputError(
+                f"has no {path.relative_to(run.path)}", argument="run", value=options.run, remedy="restore it"
+            )
     weights, rest = coefficients(snapshots, options.sigma_rel, step)
     with new_folder(out) as folder:
         made = Checkpoint(folder)
@@ -145,7 +157,9 @@ def main(options: Options) -> None:
         try:
             tensors = reconstruct(snapshots, weights)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"run={options.run!r}: a snapshot cannot be read ({error}); remove it") from error
+            raise InputError(
+                f"a snapshot cannot be read ({error})", argument="run", value=options.run, remedy="remove it"
+            ) from error
         save_tensors(tensors, made.ema_weights, {"format": "pt"})
         shutil.copy(run.snapshots_config, made.ema_config)
         shutil.copy(run.config, made.config)

@@ -89,5 +89,5 @@ def _non_finite(loss: float, grad_norm: float, finite: bool, step: int, config: 
     remedy = "A lower training.learning_rate or clipping may help"
     if not finite:
         what += f", as are latents of its batch from data.source={config.data.source!r},"
-        remedy = "Check the data: for a store, `python -m gspn_dit.data.encode --verify STORE`"
+        remedy = "Check the data: for a store, `gspn-dit encode --verify STORE`"
     return f"{what} at step {step}, which was not taken; {last_good(config.output_dir)}. {remedy}"
