@@ -31,11 +31,13 @@ def model_config(spec: str, task: Task, options: QualityOptions) -> tuple[str, d
         case "gspn-dit":
             sizes["num_groups"] = heads
         case _:
-            raise InputError(f"models={spec!r}: wanted dit, gspn or gspn-dit, then options as in +mixer=linear")
+            raise InputError(
+                argument="models", value=spec, wanted="dit, gspn or gspn-dit, then options as in +mixer=linear"
+            )
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
-            raise InputError(f"models={spec!r}: wanted option=value after the plus, not {word!r}")
+            raise InputError(argument="models", value=spec, wanted=f"option=value after the plus, not {word!r}")
         sizes[key] = yaml.safe_load(value)
     variants = [variant for variant in sizes.pop("variant", "").split("&") if variant]
     for variant in variants:

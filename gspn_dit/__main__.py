@@ -23,11 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif name in VERBS:
         run(name, argv=words)
     elif name.startswith("-"):
-        fail(InputError(f"{name}: the command comes first; wanted one of {', '.join(VERBS)}"), "gspn-dit")
+        fail(InputError("the command comes first", argument=name, wanted=f"one of {', '.join(VERBS)}"), "gspn-dit")
     else:
         close = difflib.get_close_matches(name.replace("_", "-"), VERBS, n=1, cutoff=0.4)
         remedy = f"did you mean {close[0]}?" if close else f"wanted one of {', '.join(VERBS)}"
-        fail(InputError(f"{name!r}: no such command; {remedy}"), "gspn-dit")
+        fail(InputError(f"{name!r}: no such command", remedy=remedy), "gspn-dit")
 
 
 if __name__ == "__main__":

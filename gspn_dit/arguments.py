@@ -12,17 +12,19 @@ MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 """What a network computes in: see :mod:`gspn_dit.precision`."""
 
 
-def check_guidance(scale: object, interval: object, group: str = "") -> None:
+def check_guidance(scale: float, interval: Sequence[float], group: str = "") -> None:
     """Raise :class:`InputError` for a guidance_scale or a guidance_interval, options of `group`, that cannot be."""
     if not is_finite(scale) or scale < 1:
-        raise InputError(f"{group}guidance_scale={scale!r}: wanted 1 (none) or more")
+        raise InputError(argument=f"{group}guidance_scale", value=scale, wanted="1 (none) or more")
     pair = isinstance(interval, Sequence) and len(interval) == 2 and all(map(is_finite, interval))
     if not pair or not 0 <= interval[0] < interval[1] <= 1:
-        raise InputError(f"{group}guidance_interval={interval!r}: wanted two numbers, 0 <= low < high <= 1")
+        raise InputError(
+            argument=f"{group}guidance_interval", value=interval, wanted="two numbers, 0 <= low < high <= 1"
+        )
 
 
 def check_num_inference_steps(
-    n: object, group: str = "", *, least: int = 1, most: int | None = None, who: str = ""
+    n: int, group: str = "", *, least: int = 1, most: int | None = None, who: str = ""
 ) -> None:
     """Raise :class:`InputError` for a num_inference_steps, an option of `group`, that cannot be.
 
@@ -36,4 +38,5 @@ def check_num_inference_steps(
     whole = isinstance(n, Integral) and not isinstance(n, bool)
     if not whole or n < least or (most is not None and n > most):
         limits = f"{least} or more" if most is None else f"{least} to {most}"
-        raise InputError(f"{group}num_inference_steps={n!r}: {f'{who} takes' if who else 'wanted'} {limits}")
+        problem, wanted = (f"{who} takes {limits}", None) if who else (None, limits)
+        raise InputError(problem, argument=f"{group}num_inference_steps", value=n, wanted=wanted)

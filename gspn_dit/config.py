@@ -151,7 +151,7 @@ class TrainingConfig:
         for key in ("ema_decay", "adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, key) < 1, f"training.{key}", getattr(self, key), "a number in [0, 1)")
         given = self.posthoc_ema_sigma_rels
-        distinct = given and len(set(given)) == len(given) and all(0 < sigma <= 0.28 for sigma in given)
+        distinct = bool(given) and len(set(given)) == len(given) and all(0 < sigma <= 0.28 for sigma in given)
         require(distinct, "training.posthoc_ema_sigma_rels", given, "different numbers above 0, at most 0.28")
 
     @property

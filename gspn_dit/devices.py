@@ -17,7 +17,9 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"device={name!r}: {reason}; give `auto`, `cpu` or a device that is there") from error
+        raise InputError(
+            reason, argument="device", value=name, remedy="give `auto`, `cpu` or a device that is there"
+        ) from error
 
 
 def memory_of(device: torch.device) -> int:

@@ -1,5 +1,8 @@
 """The one exception for input that a person can mend, and what a machine could not give, in words."""
 
+from __future__ import annotations
+
+import copy
 import errno
 import math
 import os
@@ -8,13 +11,52 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
+from typing import TypeGuard, TypeVar
+
+T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """Bad input: the message names the argument, the value that came, and what to do about it.
+    """Bad input, as data: which argument, the value that came, what is wrong, what is wanted, and the remedy.
 
-    Commands print it as one line and exit with status 2; in a library call it is an ordinary ValueError.
+    `str(error)` renders it in one line, `argument=value: problem; wanted …; remedy`, of what there is. Commands print
+    that line and exit with status 2; in a library call it is an ordinary ValueError.
+
+    Args:
+        problem: What is wrong, where `wanted` does not say it.
+        argument: The name of the argument or option.
+        value: The value that came; left out where it says nothing.
+        wanted: What the argument takes.
+        remedy: What to do about it.
     """
+
+    def __init__(
+        self,
+        problem: str | None = None,
+        *,
+        argument: str | None = None,
+        value: object = ...,
+        wanted: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.problem, self.argument, self.value, self.wanted, self.remedy = problem, argument, value, wanted, remedy
+
+    def __str__(self) -> str:
+        parts = [self.problem, f"wanted {self.wanted}" if self.wanted else None, self.remedy]
+        said = "; ".join(part for part in parts if part)
+        if self.argument is None:
+            return said
+        return f"{self.argument}{'' if self.value is ... else f'={shorten(self.value)}'}: {said}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.problem,), self.__dict__
+
+    def about(self, argument: str) -> InputError:
+        """The same error about an argument of another name: the option that the value came from."""
+        renamed = copy.copy(self)
+        renamed.argument = argument
+        return renamed
 
 
 class Stopped(Exception):
@@ -34,20 +76,35 @@ def renamed(prefix: str = "", **names: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        argument, equals, rest = str(error).partition("=")
-        if not equals or (argument not in names and not (prefix and argument.isidentifier())):
+        argument = error.argument or ""
+        if argument not in names and not (prefix and argument.isidentifier()):
             raise
-        raise InputError(f"{names.get(argument, prefix + argument)}={rest}") from error
+        raise error.about(names.get(argument, prefix + argument)) from error
 
 
-def is_finite(value: object) -> bool:
+def shorten(value: object) -> str:
+    """A value as it fits into one line: text and a path whole, anything else cut at 80 characters."""
+    if isinstance(value, str | os.PathLike):
+        return repr(os.fspath(value))
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value is a number, and neither infinite nor nan."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def not_none(value: T | None) -> T:
+    """A value that is known to be there, though its type lets it be None. Raises TypeError if it is None."""
+    if value is None:
+        raise TypeError("a value that must be there is None")
+    return value
 
 
 _REMEDIES = {
@@ -82,10 +139,16 @@ def machine_fault(error: BaseException, place: str | None = None) -> str | None:
     elif type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error ([0-9]+)\)", said)):
         number = int(found[1])
     remedy = next((remedy for remedy, numbers in _REMEDIES.items() if number in numbers), None)
-    return remedy and f"{f'{path}: ' if path else ''}{os.strerror(number)}; {remedy}"
+    if remedy is None or number is None:
+        return None
+    return f"{f'{path}: ' if path else ''}{os.strerror(number)}; {remedy}"
 
 
 def warn(message: str) -> None:
-    """Warn, which a command prints as one line; of a machine's processes the first alone does."""
+    """Warn, which a command prints as one line; of a machine's processes the first alone does.
+
+    Warnings are Python's and not `logging`'s: a caller sees them without configuring anything, and can filter them or
+    turn them into errors.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         warnings.warn(message, stacklevel=3)

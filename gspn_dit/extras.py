@@ -21,8 +21,8 @@ def require_extras(*extras: str) -> None:
         modules = sorted({name for extra in lacking for name in missing[extra]})
         verb = "is" if len(modules) == 1 else "are"
         raise InputError(
-            f'{" and ".join(modules)} {verb} not installed; `pip install "gspn-dit[{",".join(lacking)}]"` brings '
-            f"{'it' if len(modules) == 1 else 'them'}"
+            f"{' and '.join(modules)} {verb} not installed",
+            remedy=f'`pip install "gspn-dit[{",".join(lacking)}]"` brings {"it" if len(modules) == 1 else "them"}',
         )
 
 

@@ -21,14 +21,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
 from gspn_dit.errors import InputError, Stopped, machine_fault
 from gspn_dit.storage.files import is_stdout
 
-Options = TypeVar("Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 # What options are called in DiT's and SiT's scripts and elsewhere in the field, and here.
 FAMILIAR = {
@@ -66,7 +80,7 @@ FAMILIAR = {
 def require(condition: bool, key: str, value: object, wanted: str) -> None:
     """Raise :class:`InputError` naming the key, the value that came and what was wanted, unless the condition holds."""
     if not condition:
-        raise InputError(f"{key}={value!r}: wanted {wanted}")
+        raise InputError(argument=key, value=value, wanted=wanted)
 
 
 def parse(
@@ -117,14 +131,16 @@ def command(
         continues: Whether the same command, given again, goes on where it was.
     """
     description = description or (getattr(main, "__doc__", None) if callable(main) else None)
-    parsed, given = None, []
+    parsed: Options | None = None
+    given: list[_Given] = []
     try:
         parsed, given = _parsed(options, argv, prog, description, positional)
         with plain_messages(), _words_beside(getattr(parsed, "out", None)):
             if isinstance(main, str):
                 module, _, function = main.partition(":")
-                main = getattr(importlib.import_module(module), function)
-            main(parsed)
+                getattr(importlib.import_module(module), function)(parsed)
+            else:
+                main(parsed)
     except InputError as error:
         fail(_as_given(error, given, options), prog)
     except KeyboardInterrupt:
@@ -142,7 +158,7 @@ def command(
         raise SystemExit(1) from None
 
 
-def fail(error: InputError, prog: str) -> None:
+def fail(error: InputError, prog: str) -> NoReturn:
     """Print the error as one line, of a machine's processes the first alone, and exit with status 2."""
     if _is_first():
         print(f"{prog}: error: {error}", file=sys.stderr)
@@ -154,10 +170,10 @@ def _is_first() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _require_finite(options: object, prefix: str = "") -> None:
+def _require_finite(options: DataclassInstance, prefix: str = "") -> None:
     """Raise :class:`InputError` for an infinite number or nan, which no option's range holds."""
     for key, value in ((prefix + f.name, getattr(options, f.name)) for f in dataclasses.fields(options)):
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             _require_finite(value, f"{key}.")
         numbers = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
         finite = all(not isinstance(number, float) or math.isfinite(number) for number in numbers)
@@ -166,7 +182,7 @@ def _require_finite(options: object, prefix: str = "") -> None:
 
 @contextmanager
 def plain_messages() -> Iterator[None]:
-    """In the block a warning is one line, without the place in the code, and libraries say nothing but errors."""
+    """In the block what this library says is plain lines, a warning is one, and other libraries say only errors."""
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "critical")  # their errors are raised, too
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -178,12 +194,54 @@ def plain_messages() -> Iterator[None]:
 
         tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)  # above a bar
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _said_as_lines():
         if not sys.warnoptions:
             for kind in (DeprecationWarning, FutureWarning):  # of one library to another
                 warnings.simplefilter("ignore", kind)
         warnings.showwarning = show
         yield
+
+
+class _AsLines(logging.Handler):
+    """Records of the library as a command prints them, on its main process alone.
+
+    Info is a plain line on stdout, or on stderr where the record's `extra` is `{"stderr": True}`. A warning is a line
+    `warning: …` on stderr.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        state = sys.modules.get("accelerate.state")  # not imported for this
+        if state is not None and state.PartialState._shared_state:
+            return state.PartialState().is_main_process
+        return _is_first()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        line, is_warning = record.getMessage(), record.levelno >= logging.WARNING
+        if is_warning:
+            line = f"warning: {' '.join(line.split())}"
+        beside = is_warning or getattr(record, "stderr", False)
+        tqdm.write(line, file=sys.stderr if beside else sys.stdout)  # above a bar
+
+
+@contextmanager
+def _said_as_lines() -> Iterator[None]:
+    """In the block, what the library's loggers say is printed; it is what a caller's own handlers get elsewhere."""
+    logger = logging.getLogger("gspn_dit")
+    if any(isinstance(handler, _AsLines) for handler in logger.handlers):  # of a command that runs another
+        yield
+        return
+    handler, level, propagate = _AsLines(), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def _words_beside(out: object) -> AbstractContextManager[object]:
@@ -216,7 +274,9 @@ def _parsed(
         for key, value, _ in given:
             require(value != "", key, "", "a value, or leave it out")  # a path of no name is the current folder
         if missing := _required(options) - {key for key, *_ in given}:
-            raise InputError(f"{' and '.join(map(_flag, sorted(missing)))}: missing; --help explains all options")
+            raise InputError(
+                "missing", argument=" and ".join(map(_flag, sorted(missing))), remedy="--help explains all options"
+            )
         return _built(options, given, kinds), given
     except InputError as error:
         raise _as_given(error, given, options) from error
@@ -242,7 +302,7 @@ def _built(options: type[Options], given: list[_Given], kinds: dict[str, Any]) -
     except Exception as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
-        raise InputError(_readable(str(error), given, kinds)) from error
+        raise _readable(str(error), given, kinds) from error
     made = options(**{field.name: namespace[field.name] for field in dataclasses.fields(options)})
     _require_finite(made)
     return made
@@ -250,14 +310,27 @@ def _built(options: type[Options], given: list[_Given], kinds: dict[str, Any]) -
 
 def _as_given(error: InputError, given: list[_Given], options: type) -> InputError:
     """The error with its option as it was typed: `--key`, but for one that a YAML file gave."""
-    kinds, named = _kinds(options), re.match(r"[\w.]+(?==|: )", str(error))
-    if named is None or not _is_option(named[0], kinds):
+    if error.argument is None or not _is_option(error.argument, _kinds(options)):
         return error
-    files = [in_file for key, _, in_file in given if f"{named[0]}.".startswith(f"{key}.")]
+    files = [in_file for key, _, in_file in given if f"{error.argument}.".startswith(f"{key}.")]
     if files and files[-1]:
         return error
-    rest = re.sub("^=None: ", ": missing; " if not files else "=null: ", str(error)[named.end() :])
-    return InputError(_flag(named[0]) + rest)
+    typed = error.about(_flag(error.argument))
+    if error.value is None and files:
+        typed.value = _NULL
+    elif error.value is None:  # of an option that nobody gave
+        typed.value, typed.problem = ..., f"missing; {error.problem}" if error.problem else "missing"
+    return typed
+
+
+class _Null:
+    """None as it is typed."""
+
+    def __repr__(self) -> str:
+        return "null"
+
+
+_NULL = _Null()
 
 
 def _flag(key: str) -> str:
@@ -285,11 +358,11 @@ def _explain_group(page: argparse.ArgumentParser, options: type, prefix: str) ->
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
         key, kind = prefix + field.name, hints[field.name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             inner.append((kind, f"{key}."))
             continue
-        made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if made else field.default
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
         known = "" if default is None else f" (default: {_shown(default)})"
         known = " (required)" if default is dataclasses.MISSING else known
         text = (explained.get(field.name, "") + known).replace("%", "%%")
@@ -322,7 +395,10 @@ def _kinds(options: type, prefix: str = "") -> dict[str, Any]:
     """The type of every option by its dotted key."""
     kinds: dict[str, Any] = {}
     for key, kind in get_type_hints(options).items():
-        kinds |= _kinds(kind, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else {prefix + key: kind}
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            kinds |= _kinds(kind, f"{prefix}{key}.")
+        else:
+            kinds[prefix + key] = kind
     return kinds
 
 
@@ -333,16 +409,17 @@ def _given(argv: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]
         word = words.pop(0)
         if not word.startswith("--"):
             if word.startswith("-") and _is_option(_key(word), kinds):
-                raise InputError(f"{word}: options have two hyphens; wanted -{word}")
+                raise InputError("options have two hyphens", argument=word, wanted=f"-{word}")
             if bare:
                 given.append(_Given(bare.pop(0), word))
                 continue
             if "=" in word and _is_option(_key(word), kinds):
-                raise InputError(f"{word!r}: options have two hyphens; wanted --{word}")
+                raise InputError(f"{word!r}: options have two hyphens", wanted=f"--{word}")
             if word.endswith((".yaml", ".yml")):
-                raise InputError(f"{word!r}: wanted --config {word}")
+                raise InputError(argument=repr(word), wanted=f"--config {word}")
             after = f" after {_flag(given[-1].key)} {given[-1].value}" if given else ""
-            raise InputError(f"{word!r}{after}: wanted `--option value`, several values with commas between them")
+            wanted = "`--option value`, several values with commas between them"
+            raise InputError(argument=f"{word!r}{after}", wanted=wanted)
         typed, equals, value = word.partition("=")
         key = _key(typed)
         if key != "config":
@@ -353,7 +430,7 @@ def _given(argv: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]
             elif {bool, str} <= set(get_args(kinds.get(key))):  # a switch that may be told more
                 value = "true"
             else:
-                raise InputError(f"{typed}: no value; wanted {_wanted(kinds.get(key, str))}")
+                raise InputError("no value", argument=typed, wanted=_wanted(kinds.get(key, str)))
         given += _from_yaml(value, kinds) if key == "config" else [_Given(key, value)]
     return given
 
@@ -368,13 +445,16 @@ def _from_yaml(path: str, kinds: dict[str, Any]) -> list[_Given]:
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise InputError(f"--config={path!r}: cannot be read ({error.strerror})") from error
+        raise InputError(f"cannot be read ({error.strerror})", argument="--config", value=path) from error
     except yaml.MarkedYAMLError as error:
-        raise InputError(f"--config={path!r}: not YAML: line {error.problem_mark.line + 1}, {error.problem}") from error
+        if error.problem_mark is None:
+            raise
+        problem = f"not YAML: line {error.problem_mark.line + 1}, {error.problem}"
+        raise InputError(problem, argument="--config", value=path) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config={path!r}: not YAML ({' '.join(str(error).split())})") from error
+        raise InputError(f"not YAML ({' '.join(str(error).split())})", argument="--config", value=path) from error
     if root is not None and not isinstance(root, yaml.MappingNode):
-        raise InputError(f"--config={path!r}: wanted lines of `option: value`")
+        raise InputError(argument="--config", value=path, wanted="lines of `option: value`")
 
     def pairs(node: yaml.Node, key: str) -> Iterator[_Given]:
         if key not in kinds and isinstance(node, yaml.MappingNode):
@@ -385,7 +465,8 @@ def _from_yaml(path: str, kinds: dict[str, Any]) -> list[_Given]:
             if isinstance(node, yaml.ScalarNode):
                 text = node.value if node.value or node.style else "null"
             else:
-                node.flow_style = True
+                if isinstance(node, yaml.CollectionNode):
+                    node.flow_style = True
                 text = yaml.serialize(node, width=math.inf).strip()
             yield _Given(key, text, in_file=True)
 
@@ -405,7 +486,7 @@ def _check_key(key: str, shown: str, kinds: dict[str, Any], spell: Callable[[str
     endings = [known for known in kinds if known.endswith("." + key) or known.startswith(key + ".")]
     close = familiar or endings or difflib.get_close_matches(key, ["config", *kinds], n=1)
     remedy = f"did you mean {spell(close[0])}?" if close else "--help lists them"
-    raise InputError(f"{shown}: no such option; {remedy}")
+    raise InputError("no such option", argument=shown, remedy=remedy)
 
 
 def _as_typed(value: str, kind: Any) -> str:
@@ -433,13 +514,14 @@ def _items(text: str) -> list[str]:
     return [str(yaml.safe_load(item)) if re.fullmatch("(['\"]).*\\1", item) else item for item in found]
 
 
-def _readable(message: str, given: list[_Given], kinds: dict[str, Any]) -> str:
+def _readable(message: str, given: list[_Given], kinds: dict[str, Any]) -> InputError:
     """The parser's message for the person: the option, the value that came, and what is wanted."""
     named = re.match(r'Parser key "([^"]+)"', message)
     if named is None or named[1] not in kinds:
-        return " ".join(message.split())
+        return InputError(" ".join(message.split()))
     values = [value for key, value, _ in given if key == named[1]]
-    return f"{named[1]}={values[-1] if values else None!r}: wanted {_wanted(kinds[named[1]])}"
+    value = values[-1] if values else None
+    return InputError(argument=named[1], value=value, wanted=_wanted(kinds[named[1]]))
 
 
 def _wanted(kind: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from gspn_dit.errors import warn
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # what /proc/cpuinfo calls x86's instructions, and ARM's
 CPU_INFO = Path("/proc/cpuinfo")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,12 @@ class Precision:
         return DTYPES.get(self.name, torch.float32)
 
     def say(self) -> None:
-        """Print it as one line, a warning for bf16 on a device that lacks it."""
+        """Say it as one line, a warning for bf16 on a device that lacks it."""
         if self.name == "bf16" and not self.native:
             warn(f"mixed_precision=bf16: {self.reason}; `auto` computes in float32, many times as fast here")
             return
         why = f"auto: {self.reason}" if self.asked == "auto" else self.asked
-        print(f"computing in {str(self.dtype).removeprefix('torch.')} (mixed_precision {why})")
+        logger.info(f"computing in {str(self.dtype).removeprefix('torch.')} (mixed_precision {why})")
 
 
 def choose_precision(asked: MixedPrecision, device: torch.device) -> Precision:
@@ -53,7 +55,7 @@ def choose_precision(asked: MixedPrecision, device: torch.device) -> Precision:
     A function of the device's kind alone, not of a timing: two starts on one machine agree.
     """
     native, reason = native_bfloat16(device)
-    auto = "bf16" if native else "no"
+    auto: Literal["no", "bf16"] = "bf16" if native else "no"
     return Precision(asked, auto if asked == "auto" else asked, native, reason)
 
 

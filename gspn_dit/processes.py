@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -38,7 +38,9 @@ def join_processes(device: str = "auto") -> tuple[PartialState, torch.device]:
     if "LOCAL_RANK" not in os.environ:
         return PartialState(), chosen
     if device not in ("auto", chosen.type):
-        raise InputError(f"device={device!r}: under accelerate launch each process has its own; leave it out")
+        raise InputError(
+            "under accelerate launch each process has its own", argument="device", value=device, remedy="leave it out"
+        )
     processes = PartialState(cpu=chosen.type == "cpu", timeout=_LONGEST_WAIT)
     return processes, processes.device
 
@@ -88,11 +90,11 @@ def launched(device: str) -> Iterator[tuple[Processes, torch.device]]:
     Raises:
         InputError: If there is no such device, or one is named that several processes would share.
     """
-    state, device = join_processes(device)
+    state, chosen = join_processes(device)
     if state.num_processes == 1:
-        yield ALONE, device
+        yield ALONE, chosen
         return
-    yield Processes(state.process_index, state.num_processes, state.device), device
+    yield Processes(state.process_index, state.num_processes, state.device), chosen
     state.destroy_process_group()
 
 
@@ -113,7 +115,7 @@ def on_every_process(work: Callable[[], T]) -> T:
     """Do it on every process; an :class:`InputError` of one is raised on all, so that none waits for one that left."""
     result, problem = _result_or_problem(work)
     _raise_first(gather_object([problem]))
-    return result
+    return cast("T", result)  # None only where that is what the work gives
 
 
 def on_main_process(work: Callable[[], T], is_main: bool) -> T:
@@ -123,13 +125,16 @@ def on_main_process(work: Callable[[], T], is_main: bool) -> T:
     return result
 
 
-def _result_or_problem(work: Callable[[], T]) -> tuple[T | None, str | None]:
+def _result_or_problem(work: Callable[[], T]) -> tuple[T | None, InputError | None]:
     try:
         return work(), None
     except InputError as error:
-        return None, str(error)
+        return None, error
 
 
-def _raise_first(problems: list[str | None]) -> None:
-    if first := next(filter(None, problems), None):
-        raise SharedInputError(first)
+def _raise_first(problems: list[InputError | None]) -> None:
+    first = next((problem for problem in problems if problem is not None), None)
+    if first is not None:
+        raise SharedInputError(
+            first.problem, argument=first.argument, value=first.value, wanted=first.wanted, remedy=first.remedy
+        ) from first

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 from tqdm import tqdm
+
+from gspn_dit.errors import not_none
 
 SECONDS = 30  # from one line of a log to the next
 
@@ -63,7 +65,7 @@ class Lines:
         smoothing: float | None = None,
     ) -> None:
         self.iterable, self.by_hand, self.leave, self.desc, self.unit = iterable, by_hand, leave, desc, unit
-        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
         self.n = self.initial = initial
         self.postfix = ""
         self.began = self.said = time.monotonic()
@@ -87,7 +89,8 @@ class Lines:
         if not self.shown:
             return
         seconds, done = self.said - self.began, self.n - self.initial
-        going_on = self.total is not None and self.n < self.total
+        left = 0 if self.total is None else self.total - self.n
+        going_on = left > 0
         far = f"{self.n:,} of {self.total:,}" if going_on else f"{self.n:,}"
         units = self.unit if (self.total if going_on else self.n) == 1 else f"{self.unit}s"
         now = f", {done:,} of them" if self.initial else ""
@@ -97,7 +100,7 @@ class Lines:
         elif done and seconds:
             parts.append(f"{figure(done / seconds)} {self.unit}s/s")
         if done and going_on:
-            parts.append(f"{tqdm.format_interval(seconds / done * (self.total - self.n))} left")
+            parts.append(f"{tqdm.format_interval(seconds / done * left)} left")
         print(", ".join(parts), file=sys.stderr, flush=True)
 
     def write(self, text: str) -> None:
@@ -123,7 +126,7 @@ class Lines:
 
 def _through(shown: Bar | Lines) -> Iterator:
     with shown:
-        for item in shown.iterable:
+        for item in not_none(shown.iterable):
             yield item
             shown.update()
 

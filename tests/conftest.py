@@ -56,6 +56,6 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def as_a_command_says_it():
-    """Warnings of a function that a test calls are lines on stderr, as they are where a command calls it."""
+    """What a function that a test calls says is printed, and its warnings are lines, as where a command calls it."""
     with plain_messages():
         yield

@@ -158,7 +158,7 @@ def test_work_that_stops_says_so_in_the_name_of_its_command(capsys):
 )
 def test_an_error_of_the_work_names_the_option_as_it_was_typed(capsys, tmp_path, argv, yaml, printed):
     def refuse(options):
-        raise InputError(f"count={options.count}: wanted fewer")
+        raise InputError(argument="count", value=options.count, wanted="fewer")
 
     if yaml:
         (tmp_path / "options.yaml").write_text(yaml)

@@ -235,13 +235,15 @@ def test_a_files_overrides_can_be_taken_back(tmp_path):
 
 
 def test_an_error_about_an_argument_names_the_option_it_came_from():
-    def refuse(message):
+    def refuse(problem, **fields):
         with renamed(source="data.source"):
-            raise InputError(message)
+            raise InputError(problem, **fields)
 
     with pytest.raises(InputError, match=r"^data.source='x': missing, source=y$"):
-        refuse("source='x': missing, source=y")
-    with pytest.raises(InputError, match=r"^split='x'$"):
-        refuse("split='x'")
+        refuse("missing, source=y", argument="source", value="x")
+    with pytest.raises(InputError, match=r"^split='x': no$"):
+        refuse("no", argument="split", value="x")
+    with pytest.raises(InputError, match=r"^source='x': of no argument$"):
+        refuse("source='x': of no argument")
     with pytest.raises(InputError, match=r"^model.overrides.width=0: no$"), renamed("model.overrides."):
-        raise InputError("width=0: no")
+        raise InputError("no", argument="width", value=0)

@@ -142,6 +142,7 @@ def test_auto_is_the_default():
     assert parse(SampleOptions, []).mixed_precision == "auto"
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_a_run_that_goes_on_elsewhere_says_so_and_goes_on(tmp_path, store, cpu, capsys, fresh_accelerate):
     def steps(last, *changes):
         train(config(tmp_path / "run", store, "--resume", "auto", "--training.max_steps", last, *changes))
@@ -176,6 +177,7 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_goes_on(tmp_path, store, cpu, 
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_a_checkpoint_from_before_there_was_a_choice(tmp_path, store, capsys, fresh_accelerate):
     train(config(tmp_path / "run", store, "--training.max_steps", 1))
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -231,6 +233,7 @@ def test_a_folder_from_before_samples_held_float32_as_null_goes_on_in_float32(tm
         begin(tmp_path, settings | {"mixed_precision": "bf16"}, [0, 1])
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_a_store_holds_one_precision_and_one_from_before_goes_on(tmp_path, capsys):
     images, out = tmp_path / "images", tmp_path / "store"
     (images / "cat").mkdir(parents=True)

@@ -19,7 +19,8 @@ LOW_PSNR = 20.0  # dB, of reconstructions that no longer show the image
 
 def latent_statistics(scaling: LatentScaling, moments: Iterable[Tensor]) -> dict[str, Any]:
     """Mean and standard deviation of normalised latents, over all and by channel, of batches of moments; for JSON."""
-    images, total, squares = 0, 0.0, 0.0
+    images = 0
+    total = squares = torch.zeros((), dtype=torch.float64)
     for batch in moments:
         latents = sample_posterior(scaling, batch.double(), batch.new_zeros(()))
         variance = batch.double().chunk(2, dim=-3)[1].exp()

@@ -31,9 +31,9 @@ def decode_in_tiles(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """
     if vae.use_tiling:
         return decode(vae, latents)
-    factor = downsampling(vae)
+    factor, (height, width) = downsampling(vae), latents.shape[2:]
     norms = _norm_moments(vae, mosaic(latents, TILE_PIXELS // factor))
-    with _tiles(vae, tile_side(*latents.shape[2:], TILE_PIXELS // factor), factor), _fixed_norms(norms):
+    with _tiles(vae, tile_side(height, width, TILE_PIXELS // factor), factor), _fixed_norms(norms):
         return decode(vae, latents)
 
 

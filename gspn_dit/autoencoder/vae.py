@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gspn_dit.errors import InputError, is_finite, warn
+from gspn_dit.errors import InputError, is_finite, not_none, warn
 from gspn_dit.registry import quoted
 from gspn_dit.storage.packaged import PACKAGED_VAES
 
@@ -63,7 +63,7 @@ def load_vae(name_or_folder: str | os.PathLike) -> AutoencoderKL:
         vae = AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"vae={name!r}: {reason}; {remedy}") from error
+        raise InputError(reason, argument="vae", value=name, remedy=remedy) from error
     check_vae(vae, name)
     return vae.eval().requires_grad_(False)
 
@@ -73,26 +73,44 @@ def check_vae(vae: AutoencoderKL, name: str) -> None:
     config = vae.config
     if (config.in_channels, config.out_channels) != (3, 3):
         raise InputError(
-            f"vae={name!r}: takes {config.in_channels} channels and gives {config.out_channels}; wanted a VAE of RGB "
-            "images, 3 and 3"
+            f"takes {config.in_channels} channels and gives {config.out_channels}",
+            argument="vae",
+            value=name,
+            wanted="a VAE of RGB images, 3 and 3",
         )
     scale, shift, mean, std = (getattr(config, key, None) for key in NORMALISATION)
     if not (is_finite(scale) and scale > 0):
-        raise InputError(f"vae={name!r}: scaling_factor={scale!r} in its config.json: wanted a number above 0")
+        raise InputError(
+            f"scaling_factor={scale!r} in its config.json", argument="vae", value=name, wanted="a number above 0"
+        )
     if shift is not None and not is_finite(shift):
-        raise InputError(f"vae={name!r}: shift_factor={shift!r} in its config.json: wanted a number or null")
+        raise InputError(
+            f"shift_factor={shift!r} in its config.json", argument="vae", value=name, wanted="a number or null"
+        )
     if mean is None and std is None:
         return
     for key, values in (("latents_mean", mean), ("latents_std", std)):
-        as_wanted = isinstance(values, list | tuple) and len(values) == config.latent_channels
-        if not as_wanted or not all(map(is_finite, values)) or (key == "latents_std" and min(values) <= 0):
+        if (
+            not isinstance(values, list | tuple)
+            or len(values) != config.latent_channels
+            or not all(map(is_finite, values))
+            or (key == "latents_std" and min(values) <= 0)
+        ):
             raise InputError(
-                f"vae={name!r}: {key}={values!r} in its config.json: wanted {config.latent_channels} numbers, one a "
-                "latent channel (latents_std above 0), or null for both latents_mean and latents_std"
+                f"{key}={values!r} in its config.json",
+                argument="vae",
+                value=name,
+                wanted=(
+                    f"{config.latent_channels} numbers, one a latent channel (latents_std above 0), or null "
+                    "for both latents_mean and latents_std"
+                ),
             )
     if shift:
         raise InputError(
-            f"vae={name!r}: its config.json has both shift_factor and latents_mean; wanted one of them, the other null"
+            "its config.json has both shift_factor and latents_mean",
+            argument="vae",
+            value=name,
+            wanted="one of them, the other null",
         )
 
 
@@ -198,8 +216,8 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 def channels(scaling: LatentScaling, latents: Tensor) -> tuple[Tensor, Tensor]:
     """latents_mean and latents_std, (C, 1, 1) each."""
-    mean, std = (tuple(values) for values in (scaling.latents_mean, scaling.latents_std))
-    return tuple(_column(values, latents.device, latents.dtype) for values in (mean, std))
+    mean, std = (tuple(not_none(values)) for values in (scaling.latents_mean, scaling.latents_std))
+    return _column(mean, latents.device, latents.dtype), _column(std, latents.device, latents.dtype)
 
 
 @cache
@@ -220,19 +238,21 @@ def _is_on_hub(name: str, remedy: str) -> bool:
     except HFValidationError:
         no_hub_name = True
     if no_hub_name:
-        raise InputError(f"vae={name!r}: no such folder, and no hub name, which is OWNER/NAME; {remedy}")
+        raise InputError(
+            "no such folder, and no hub name, which is OWNER/NAME", argument="vae", value=name, remedy=remedy
+        )
     try:  # one request, where from_pretrained would repeat it for half a minute
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_TIMEOUT)
     except RepositoryNotFoundError as error:
         reason = "no such folder, and the hub has no such repository, or none that you may read"
-        raise InputError(f"vae={name!r}: {reason}; {remedy}") from error
+        raise InputError(reason, argument="vae", value=name, remedy=remedy) from error
     except EntryNotFoundError as error:
-        raise InputError(f"vae={name!r}: that repository has no config.json; {remedy}") from error
+        raise InputError("that repository has no config.json", argument="vae", value=name, remedy=remedy) from error
     except Exception as error:  # no network, no name service, no answer, offline: every library has its own
         cached = try_to_load_from_cache(name, "config.json")
         if not isinstance(cached, str):
             reason = f"no such folder, and the hub cannot be reached ({' '.join(str(error).split())[:120]})"
-            raise InputError(f"vae={name!r}: {reason}; {remedy}") from error
+            raise InputError(reason, argument="vae", value=name, remedy=remedy) from error
         return False
     return True
 
@@ -242,6 +262,6 @@ def _check_folder(folder: Path, remedy: str) -> None:
     try:
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
     except (OSError, ValueError) as error:
-        raise InputError(f"vae={str(folder)!r}: no readable config.json there; {remedy}") from error
+        raise InputError("no readable config.json there", argument="vae", value=str(folder), remedy=remedy) from error
     if kind != "AutoencoderKL":
-        raise InputError(f"vae={str(folder)!r}: config.json is of {kind!r}; {remedy}")
+        raise InputError(f"config.json is of {kind!r}", argument="vae", value=str(folder), remedy=remedy)

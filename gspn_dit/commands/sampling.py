@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps
+from gspn_dit.errors import not_none
 from gspn_dit.options import require
 from gspn_dit.storage.files import is_stream
 
@@ -88,7 +89,7 @@ class SampleOptions:
             require(fits, "out", self.out, f"a .png file or a folder, which a slash at its end makes it: {self.out}/")
         if self.npz is True:
             require(self.single_files, "npz", True, "a file name, or --out with a folder that gives it its name")
-            self.npz = f"{Path(self.out)}.npz"
+            self.npz = f"{Path(not_none(self.out))}.npz"
         if self.npz is not None:
             require(Path(self.npz).suffix == ".npz", "npz", self.npz, "a file name ending in .npz")
 
@@ -100,12 +101,17 @@ class SampleOptions:
         return self.out.endswith(("/", os.sep)) or not Path(self.out).suffix or Path(self.out).is_dir()
 
     @property
+    def npz_file(self) -> str | None:
+        """The npz to write, which is `npz` with a name; None if there is to be none."""
+        return self.npz if isinstance(self.npz, str) else None
+
+    @property
     def folder(self) -> Path:
         """Where the single images go: `out`, or a hidden folder beside the one file that is made of them."""
         if self.single_files:
-            path = Path(self.out)
+            path = Path(not_none(self.out))
             return Path(os.path.realpath(path)) if path.is_symlink() else path
-        path = Path(self.out or self.npz)
+        path = Path(self.out or not_none(self.npz_file))
         if is_stream(path):  # there is no writing beside it
             return Path(tempfile.gettempdir()) / f".{path.name}.{os.getuid()}.images"
         return path.with_name(f".{path.name}.images")

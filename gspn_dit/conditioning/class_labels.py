@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class ClassLabels:
 
     def read(self, given: int | str | Sequence[int | str]) -> Condition:
         """The condition of class ids or names, one or a list. Raises as :meth:`ids` does."""
-        return {"class_labels": torch.tensor(self.ids([given] if isinstance(given, Integral | str) else given))}
+        return {"class_labels": torch.tensor(self.ids([given] if isinstance(given, int | Integral | str) else given))}
 
     def null(self, count: int) -> Condition:
         """The condition of `count` images of no class."""
@@ -52,26 +53,30 @@ class ClassLabels:
         has, with names close to it.
         """
         try:
-            class_labels = list(class_labels)
+            labels: list[Any] = list(class_labels)
         except TypeError:
-            class_labels = [class_labels]  # no label, as is said below
-        if not class_labels:
-            raise InputError("class_labels=[]: wanted one class id or name for each image")
+            labels = [class_labels]  # no label, as is said below
+        if not labels:
+            raise InputError(argument="class_labels", value=[], wanted="one class id or name for each image")
         names = self.class_names
         numbers_are_names = bool(names) and all(map(_is_number, names))
         ids = []
-        for label in class_labels:
+        for label in labels:
             if isinstance(label, str) and (label in names or numbers_are_names or not _is_number(label)):
                 if label not in names:
-                    raise InputError(f"class_labels={label!r}: {self._remedy_for_name(label)}")
+                    raise InputError(self._remedy_for_name(label), argument="class_labels", value=label)
                 ids.append(names.index(label))
                 continue
             try:
                 number = int(label) if isinstance(label, str) else operator.index(label)
             except TypeError:
-                raise InputError(f"class_labels={label!r}: wanted class ids, whole numbers, or names") from None
+                raise InputError(
+                    argument="class_labels", value=label, wanted="class ids, whole numbers, or names"
+                ) from None
             if not 0 <= number < self.num_classes:
-                raise InputError(f"class_labels={number}: the model has classes 0 to {self.num_classes - 1}")
+                raise InputError(
+                    f"the model has classes 0 to {self.num_classes - 1}", argument="class_labels", value=number
+                )
             ids.append(number)
         return ids
 

@@ -10,8 +10,10 @@ from gspn_dit.commands import EncodeOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("encode", prog="python -m gspn_dit.data.encode"))
+    run("encode", prog="python -m gspn_dit.data.encode")
+    raise SystemExit
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -40,13 +42,14 @@ from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.latent_store import begun_with, some_moments, verify, write_manifest, write_shard
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.data.workers import load
-from gspn_dit.errors import InputError, renamed
+from gspn_dit.errors import InputError, not_none, renamed
 from gspn_dit.precision import autocast
 from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import Bar, Lines, progress
 from gspn_dit.storage.files import begin_or_continue, check_place, write_json
 from gspn_dit.storage.packaged import PACKAGED_VAES, absolute
 
+logger = logging.getLogger(__name__)
 MEASURED_LATENTS, MEASURED_IMAGES = 4096, 8  # for the manifest
 
 # Images (n, 3, H, W), their labels and indices, files without one, and how many of them an EXIF tag would turn.
@@ -82,6 +85,8 @@ def encode(options: Options, extras: Extras | None = None) -> None:
     Raises:
         InputError: If something named cannot be had, or the folder was begun with something else.
     """
+    if options.data is None or options.vae is None or options.image_size is None or options.out is None:
+        raise TypeError("these options verify a store, and encode none")
     extras = extras or NoExtras()
     described = to_json(extras.declared)
     with renamed(source="data"):
@@ -91,7 +96,9 @@ def encode(options: Options, extras: Extras | None = None) -> None:
     processes, device = join_processes(options.device)
     vae = load_vae(options.vae).to(device)
     if options.image_size % downsampling(vae):
-        raise InputError(f"image_size={options.image_size}: this VAE wants a multiple of {downsampling(vae)} pixels")
+        raise InputError(
+            f"this VAE wants a multiple of {downsampling(vae)} pixels", argument="image_size", value=options.image_size
+        )
     precision = agreed_precision(options.mixed_precision, device)
     settings = {
         "data": absolute(options.data, SOURCES),
@@ -147,14 +154,14 @@ def measure(out: Path, shards: list[str], vae: AutoencoderKL, images: ImageDatas
 
 
 def report(out: Path, manifest: dict[str, Any], vae: AutoencoderKL) -> None:
-    """Print what a store holds, and what is odd about it."""
+    """Say what a store holds, and what is odd about it."""
     skipped = f", {len(manifest['skipped'])} unreadable files left out" if manifest["skipped"] else ""
-    print(f"{out}: {manifest['num_images']} images in {len(manifest['shards'])} shards{skipped}")
+    logger.info(f"{out}: {manifest['num_images']} images in {len(manifest['shards'])} shards{skipped}")
     if tagged := manifest["exif_tagged"]:
         done = "turned" if manifest["exif_orientation"] else "left as they lie; --exif-orientation true turns them"
-        print(f"{tagged} images have an EXIF orientation: {done}")
+        logger.info(f"{tagged} images have an EXIF orientation: {done}")
     latents, decibels = manifest["latent_statistics"], manifest["reconstruction_psnr"]
-    print(
+    logger.info(
         f"latents of {latents['images']} images: mean {latents['mean']:g}, standard deviation {latents['std']:g}; "
         f"a few images come back at {decibels:.1f} dB (PSNR)"
     )
@@ -177,7 +184,9 @@ def begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     path = out / "encode.json"
     if not path.exists():
         if out.exists() and any(entry.suffix != ".tmp" for entry in out.iterdir()):
-            raise InputError(f"out={str(out)!r} holds something that is no latent store: choose another folder")
+            raise InputError(
+                "holds something that is no latent store", argument="out", value=out, remedy="choose another folder"
+            )
         out.mkdir(parents=True, exist_ok=True)
     of_vae = {key: settings[key] for key in ("vae", "vae_sha256")}
     if path.exists():
@@ -187,8 +196,10 @@ def begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
             of_vae["vae"] = settings["vae"]
         elif of_vae["vae_sha256"]["encoder"] != settings["vae_sha256"]["encoder"]:
             raise InputError(
-                f"vae={settings['vae']!r}: its weights are not those that {out} was begun with, of "
-                f"{of_vae['vae']!r}; bring those back, or choose another --out"
+                f"its weights are not those that {out} was begun with, of {of_vae['vae']!r}",
+                argument="vae",
+                value=settings["vae"],
+                remedy="bring those back, or choose another --out",
             )
     begin_or_continue(path, settings | of_vae, "out", absent={"mixed_precision": "no"})
     return of_vae
@@ -223,7 +234,7 @@ def encode_shard(
 
     Raises :class:`InputError` if a moment is not finite in float16, or an extra is not as declared.
     """
-    side = options.image_size // downsampling(vae)
+    side = not_none(options.image_size) // downsampling(vae)
     empty = torch.empty(0, 2 * vae.config.latent_channels, side, side)
     moments, flipped, labels, skipped, tagged = [empty], [empty], [], [], 0
     made = [no_extras(extras.declared)]
@@ -263,7 +274,7 @@ def half(moments: list[Tensor]) -> Tensor:
     """One float16 tensor of batches of moments. Raises :class:`InputError` if a value is not finite in float16."""
     stored = torch.cat(moments).half()
     if not stored.isfinite().all():
-        raise InputError("vae: it gives latents that are not finite in float16; check its weights")
+        raise InputError("it gives latents that are not finite in float16", argument="vae", remedy="check its weights")
     return stored
 
 

@@ -69,10 +69,14 @@ def to_json(declared: Mapping[str, Extra]) -> dict[str, Any] | None:
     for name, extra in declared.items():
         if not name.isidentifier() or name in TAKEN:
             raise InputError(
-                f"extras={name!r}: wanted the name of an argument of the model, none of {', '.join(TAKEN)}"
+                argument="extras",
+                value=name,
+                wanted=f"the name of an argument of the model, none of {', '.join(TAKEN)}",
             )
         if extra.dtype not in STORABLE:
-            raise InputError(f"extras={name!r}: {extra.dtype} is not stored; wanted one of {', '.join(DTYPES)}")
+            raise InputError(
+                f"{extra.dtype} is not stored", argument="extras", value=name, wanted=f"one of {', '.join(DTYPES)}"
+            )
     described = {
         name: {
             "dtype": str(extra.dtype).removeprefix("torch."),
@@ -107,12 +111,14 @@ def check_extras(declared: Mapping[str, Extra], tensors: Mapping[str, Tensor], c
     for name in {**declared, **tensors}:
         if name not in tensors or name not in declared:
             problem = "is declared and not given" if name in declared else "is given and not declared"
-            raise InputError(f"extras={name!r}: it {problem}")
+            raise InputError(f"it {problem}", argument="extras", value=name)
         extra, tensor = declared[name], tensors[name]
         if (tensor.dtype, tuple(tensor.shape)) != (extra.dtype, wanted := (count, *extra.shape)):
             raise InputError(
-                f"extras={name!r}: it is {tensor.dtype} {tuple(tensor.shape)} for {count} images, wanted {extra.dtype} "
-                f"{wanted} as declared"
+                f"it is {tensor.dtype} {tuple(tensor.shape)} for {count} images",
+                argument="extras",
+                value=name,
+                wanted=f"{extra.dtype} {wanted} as declared",
             )
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise InputError(f"extras={name!r}: it is not finite in {extra.dtype}")
+            raise InputError(f"it is not finite in {extra.dtype}", argument="extras", value=name)

@@ -64,13 +64,18 @@ class ImageFolder(ImageDataset):
         InputError: If the root has no class folders, a class folder has no images, or a folder cannot be read.
     """
 
-    def __init__(self, root: str | os.PathLike, image_size: int, exif_orientation: bool = False) -> None:
+    def __init__(self, root: str | os.PathLike[str], image_size: int, exif_orientation: bool = False) -> None:
         if image_size < 1:
-            raise InputError(f"image_size={image_size}: wanted a positive number of pixels")
+            raise InputError(argument="image_size", value=image_size, wanted="a positive number of pixels")
         entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
         classes = sorted(entry.name for entry in entries if entry.is_dir())
         if not classes:
-            raise InputError(f"source={str(root)!r}: no class folders in it; put the images into {root}/CLASS/")
+            raise InputError(
+                "no class folders in it",
+                argument="source",
+                value=str(root),
+                remedy=f"put the images into {root}/CLASS/",
+            )
         super().__init__(classes, image_size)
         self.exif_orientation = exif_orientation
         self.paths: list[str] = []
@@ -82,8 +87,10 @@ class ImageFolder(ImageDataset):
             files, others = find_images(folder)
             if not files:
                 raise InputError(
-                    f"source={str(root)!r}: class folder {folder} has no images ({' '.join(SUFFIXES)}); "
-                    "remove it, fill it, or give the folder whose sub-folders are the classes"
+                    f"class folder {folder} has no images ({' '.join(SUFFIXES)})",
+                    argument="source",
+                    value=str(root),
+                    remedy="remove it, fill it, or give the folder whose sub-folders are the classes",
                 )
             is_flat = is_flat or os.path.dirname(files[0]) == folder
             self.paths += files
@@ -107,9 +114,9 @@ class ImageFolder(ImageDataset):
     def load_tagged(self, index: int) -> tuple[Tensor, int, bool]:
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                image.load()  # which turns a TIFF by itself, and takes its tag away
-                tag, image = _orientation(image), to_rgb(image)
+            with Image.open(path) as file:
+                file.load()  # which turns a TIFF by itself, and takes its tag away
+                tag, image = _orientation(file), to_rgb(file)
                 if tag is not None and self.exif_orientation:
                     image = image.transpose(_UPRIGHT[tag])
                 square = centre_crop(image, self.image_size)
@@ -147,7 +154,9 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
     """Every folder under one, itself among them, with the names of its files."""
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); see to its permissions") from error
+        raise InputError(
+            f"{error.filename}: cannot be read ({error.strerror})", remedy="see to its permissions"
+        ) from error
 
     for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         here = os.path.realpath(root)
@@ -171,7 +180,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image, dtype=np.float64)
         is_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
         top = 65535 if is_16_bits else _range_of(values, image.mode)
-        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is zero, which Pillow sees to in 8 bits alone
+        if (
+            image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == 0
+        ):  # white is zero, which Pillow sees to in 8 bits alone
             values = top - values
         image = Image.fromarray((values / (top / 255)).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

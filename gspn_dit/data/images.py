@@ -72,7 +72,9 @@ class ImageDataset(Dataset):
                 if error.path not in self.unreadable:
                     self.unreadable.add(error.path)
                     warnings.warn(f"unreadable image {len(self.unreadable)}, skipped: {error}", stacklevel=2)
-        raise InputError(f"none of the {len(self)} images can be read, among them {min(self.unreadable)}: restore them")
+        raise InputError(
+            f"none of the {len(self)} images can be read, among them {min(self.unreadable)}", remedy="restore them"
+        )
 
     def sample(self, index: int, flip: bool = False) -> dict[str, Tensor]:
         """`image` uint8 (3, image_size, image_size), mirrored if asked, and `class_labels` () long."""
@@ -83,4 +85,4 @@ class ImageDataset(Dataset):
 def check_split(split: str) -> None:
     """Raise :class:`InputError` unless the split is `train` or `test`."""
     if split not in SPLITS:
-        raise InputError(f"split={split!r}: wanted one of {', '.join(SPLITS)}")
+        raise InputError(argument="split", value=split, wanted=f"one of {', '.join(SPLITS)}")

@@ -125,7 +125,10 @@ class LatentStore(Dataset):
         """
         if flip and not self.flipped:
             raise InputError(
-                f"horizontal_flip=True: {self.folder} has no mirrored latents; encode with --horizontal-flip true"
+                f"{self.folder} has no mirrored latents",
+                argument="horizontal_flip",
+                value=True,
+                remedy="encode with --horizontal-flip true",
             )
         shard, row = self._find(index)
         return shard["moments_flipped" if flip else "moments"][row].float()
@@ -152,15 +155,16 @@ class LatentStore(Dataset):
             with safe_open(path, "pt") as file:
                 shard = {name: file.get_tensor(name) for name in names}  # views of the mapped file: nothing is read yet
         except (OSError, SafetensorError) as error:
-            raise InputError(f"shard {path} is damaged ({error}): {REMEDY}") from error
+            raise InputError(f"shard {path} is damaged ({error})", remedy=REMEDY) from error
         shape = (entry["count"], 2 * self.latent_channels, *self.latent_size)
         if any(shard[name].shape != shape for name in moments) or shard["labels"].shape != shape[:1]:
-            raise InputError(f"shard {path} does not hold {shape} latents as the manifest says: {REMEDY}")
+            raise InputError(f"shard {path} does not hold {shape} latents as the manifest says", remedy=REMEDY)
         for name, extra in self.extras.items():
             found = shard[_key(name)]
             if (found.dtype, found.shape) != (extra.dtype, (entry["count"], *extra.shape)):
                 raise InputError(
-                    f"shard {path} does not hold {name} of {extra.dtype} {extra.shape} as the manifest says: {REMEDY}"
+                    f"shard {path} does not hold {name} of {extra.dtype} {extra.shape} as the manifest says",
+                    remedy=REMEDY,
                 )
         check_labels(path, shard["labels"], len(self.class_names))
         return shard
@@ -205,7 +209,9 @@ def begun_with(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): restore it, or encode anew in another folder") from error
+        raise InputError(
+            f"{path} is damaged ({error})", remedy="restore it, or encode anew in another folder"
+        ) from error
 
 
 def verify(folder: str | os.PathLike) -> int:
@@ -222,15 +228,12 @@ def verify(folder: str | os.PathLike) -> int:
         if manifest.get(key) != value
     ]
     for shard in progress(manifest["shards"], desc="verify", unit="shard"):
-        try:
-            check_size(folder, shard)
-        except InputError as error:
-            faults.append(str(error).partition(":")[0])
-            continue
-        if sha256(folder / shard["file"]) != shard["sha256"]:
+        if (fault := size_fault(folder, shard)) is not None:
+            faults.append(fault)
+        elif sha256(folder / shard["file"]) != shard["sha256"]:
             faults.append(f"shard {folder / shard['file']} has changed since it was written")
     if faults:
-        raise InputError(f"{'; '.join(faults)}: {REMEDY}")
+        raise InputError("; ".join(faults), remedy=REMEDY)
     return manifest["num_images"]
 
 
@@ -296,8 +299,10 @@ def write_manifest(
     filled = [shard for shard in shards if shard["count"]]
     if not filled:
         raise InputError(
-            f"data={settings['data']!r}: none of its {len(skipped)} images can be read, among them {skipped[0]}; "
-            f"mend them, delete {folder} and encode again"
+            f"none of its {len(skipped)} images can be read, among them {skipped[0]}",
+            argument="data",
+            value=settings["data"],
+            remedy=f"mend them, delete {folder} and encode again",
         )
     channels, *latent_size = filled[0]["shape"]
     manifest = {
@@ -339,10 +344,12 @@ def describe_shard(
             tagged = int(file.get_tensor("exif_tagged")) if "exif_tagged" in file.keys() else 0  # noqa: SIM118
             found = {name: file.get_slice(_key(name)).get_shape() for name in extras}
     except (OSError, SafetensorError) as error:
-        raise InputError(f"shard {path} is damaged ({error}): {REMEDY}") from error
+        raise InputError(f"shard {path} is damaged ({error})", remedy=REMEDY) from error
     for name, extra in extras.items():
         if found[name] != [count, *extra.shape]:
-            raise InputError(f"shard {path} holds {name} of shape {found[name]}, not {[count, *extra.shape]}: {REMEDY}")
+            raise InputError(
+                f"shard {path} holds {name} of shape {found[name]}, not {[count, *extra.shape]}", remedy=REMEDY
+            )
     check_labels(path, labels, num_classes)
     return {
         "file": path.name,
@@ -367,7 +374,7 @@ def some_moments(folder: Path, files: list[str], most: int) -> Iterator[Tensor]:
             with safe_open(folder / name, "pt") as file:
                 moments = file.get_tensor("moments")
         except (OSError, SafetensorError) as error:
-            raise InputError(f"shard {folder / name} is damaged ({error}): {REMEDY}") from error
+            raise InputError(f"shard {folder / name} is damaged ({error})", remedy=REMEDY) from error
         if len(moments):
             yield moments[torch.linspace(0, len(moments) - 1, min(each, len(moments))).round().long()].float()
 
@@ -379,25 +386,37 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(
-            f"source={str(folder)!r}: no finished latent store there (no manifest.json); {how_to_encode(folder)}"
+            "no finished latent store there (no manifest.json)",
+            argument="source",
+            value=str(folder),
+            remedy=how_to_encode(folder),
         ) from None
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): run the same encode command again to rewrite it") from error
+        raise InputError(
+            f"{path} is damaged ({error})", remedy="run the same encode command again to rewrite it"
+        ) from error
     if manifest.get("format") not in READABLE:
         formats = " and ".join(map(str, READABLE))
-        raise InputError(f"{path} has format {manifest.get('format')!r}, this version reads {formats}: encode anew")
+        raise InputError(
+            f"{path} has format {manifest.get('format')!r}, this version reads {formats}", remedy="encode anew"
+        )
     return manifest
 
 
 def check_size(folder: Path, shard: dict[str, Any]) -> None:
     """Raise :class:`InputError` if a shard of the manifest is missing or has another size."""
+    if (fault := size_fault(folder, shard)) is not None:
+        raise InputError(fault, remedy=REMEDY)
+
+
+def size_fault(folder: Path, shard: dict[str, Any]) -> str | None:
+    """What is wrong with a shard's file: that it is missing, or its size; None if nothing is."""
     path = folder / shard["file"]
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise InputError(f"shard {path} is missing: {REMEDY}") from None
-    if size != shard["bytes"]:
-        raise InputError(f"shard {path} has {size} bytes instead of {shard['bytes']}: {REMEDY}")
+        return f"shard {path} is missing"
+    return None if size == shard["bytes"] else f"shard {path} has {size} bytes instead of {shard['bytes']}"
 
 
 def check_labels(path: Path, labels: Tensor, num_classes: int) -> None:
@@ -406,5 +425,6 @@ def check_labels(path: Path, labels: Tensor, num_classes: int) -> None:
         first = int(wrong[0])
         raise InputError(
             f"shard {path} holds labels outside 0 … {num_classes - 1} "
-            f"({len(wrong)} of {len(labels)}, first {int(labels[first])} at its image {first}): {REMEDY}"
+            f"({len(wrong)} of {len(labels)}, first {int(labels[first])} at its image {first})",
+            remedy=REMEDY,
         )

@@ -68,17 +68,27 @@ def open_images(
     Raises:
         InputError: If the source, its split or the size cannot be had.
     """
-    if source in SOURCES:
+    if isinstance(source, str) and source in SOURCES:
         return SOURCES.load(source)(split=split, image_size=image_size, seed=seed)
     from gspn_dit.data.image_folder import ImageFolder
     from gspn_dit.data.latent_store import how_to_encode, is_unfinished_store
 
     if split != "train":
-        raise InputError(f"split={split!r}: a folder is one split; leave split out and give that split's own folder")
+        raise InputError(
+            "a folder is one split",
+            argument="split",
+            value=split,
+            remedy="leave split out and give that split's own folder",
+        )
     if not os.path.isdir(source):
         raise InputError(
-            f"source={str(source)!r}: no such folder; give {quoted(SOURCES)} or a folder of class/*.jpg that exists"
+            "no such folder",
+            argument="source",
+            value=str(source),
+            remedy=f"give {quoted(SOURCES)} or a folder of class/*.jpg that exists",
         )
     if is_unfinished_store(source):
-        raise InputError(f"source={str(source)!r}: holds an unfinished latent store; {how_to_encode(source)}")
+        raise InputError(
+            "holds an unfinished latent store", argument="source", value=str(source), remedy=f"{how_to_encode(source)}"
+        )
     return ImageFolder(source, image_size, exif_orientation)

@@ -5,22 +5,30 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from gspn_dit.errors import InputError
 
 
-def load(dataset: Dataset, batches: Any, num_workers: int, **options: Any) -> Iterator[Any]:
+def load(
+    dataset: Dataset,
+    batches: Any,
+    num_workers: int,
+    collate_fn: Callable[[list[Any]], Any] = default_collate,
+    **options: Any,
+) -> Iterator[Any]:
     """The batches of a dataset, in order, read by that many processes; 0 reads in this one.
 
     Args:
         dataset: What is read.
         batches: The indices of each batch.
         num_workers: Processes.
+        collate_fn: Makes a batch of samples.
         options: Others of torch's DataLoader.
 
     Raises:
@@ -29,20 +37,45 @@ def load(dataset: Dataset, batches: Any, num_workers: int, **options: Any) -> It
             wherever the main thread is then.
     """
     loader = DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=heed_only_the_parent, **options
+        _WithErrors(dataset),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        worker_init_fn=heed_only_the_parent,
+        collate_fn=partial(_collated, collate_fn),
+        **options,
     )
     with unheard_signals():
         loaded = iter(loader)
-    return _with_errors_of_workers(loaded)
+    return _raising(loaded)
 
 
-def _with_errors_of_workers(loaded: Iterator[Any]) -> Iterator[Any]:
-    """What is loaded; of a worker's error torch makes one whose message is the worker's traceback."""
+class _WithErrors(Dataset):
+    """A dataset whose batch is an :class:`InputError`, where reading it raises one.
+
+    torch would make one of the text of a worker's traceback, without what the error holds.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, indices: Sequence[Any]) -> list[Any] | InputError:
+        try:
+            return [self.dataset[index] for index in indices]
+        except InputError as error:
+            return error
+
+
+def _collated(collate_fn: Callable[[list[Any]], Any], samples: list[Any] | InputError) -> Any:
+    return samples if isinstance(samples, InputError) else collate_fn(samples)
+
+
+def _raising(loaded: Iterator[Any]) -> Iterator[Any]:
+    """What is loaded; an error among it is raised."""
     try:
-        yield from loaded
-    except InputError as error:
-        _, _, message = str(error).rpartition(f"\n{InputError.__module__}.{InputError.__name__}: ")
-        raise InputError(message.strip()) from error
+        for batch in loaded:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
     except (OSError, EOFError) as error:  # a queue that ends, or an error that a worker had and tells of
         if "worker process" in str(error):
             raise

@@ -10,7 +10,8 @@ from gspn_dit.commands import ClassifierOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("classifier", prog="python -m gspn_dit.demo.classifier"))
+    run("classifier", prog="python -m gspn_dit.demo.classifier")
+    raise SystemExit
 
 import math
 import os
@@ -53,11 +54,16 @@ class Classifier(nn.Module):
     only_size: int | None = None
     epochs: int
 
-    def __init__(self, stages: list[nn.Module], width: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        stages, width = self.make_stages()
         self.stages = nn.Sequential(*stages, nn.Flatten())
         self.project = nn.Sequential(nn.Dropout(0.3), nn.Linear(width, self.num_features), nn.ReLU())
         self.classify = nn.Linear(self.num_features, len(self.class_names))
+
+    def make_stages(self) -> tuple[list[nn.Sequential], int]:
+        """The convolutions, and how many values an image has after them."""
+        raise NotImplementedError
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 RGB images (B, 3, H, W) as the network takes them: float (B, c, image_size, image_size) in [0, 1]."""
@@ -85,14 +91,16 @@ class Classifier(nn.Module):
         try:
             weights = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"weights={path}: not a readable safetensors file ({error})") from error
+            raise InputError(f"not a readable safetensors file ({error})", argument="weights", value=path) from error
         model = cls()
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise InputError(
-                f"weights={path}: not the {cls.data} classifier's weights; "
-                f"`gspn-dit classifier --data {cls.data} --out FILE` makes them"
+                f"not the {cls.data} classifier's weights",
+                argument="weights",
+                value=path,
+                remedy=f"`gspn-dit classifier --data {cls.data} --out FILE` makes them",
             ) from error
         return model.eval().requires_grad_(False)
 
@@ -103,7 +111,7 @@ class DigitsClassifier(Classifier):
     data, class_names, image_size, epochs = "digits", tuple("0123456789"), 32, 36
     only_size = image_size
 
-    def __init__(self) -> None:
+    def make_stages(self) -> tuple[list[nn.Sequential], int]:
         stages = [
             _convolution(1, 32, 5, stride=2),  # 16×16
             _convolution(32, 32, 3),
@@ -111,7 +119,7 @@ class DigitsClassifier(Classifier):
             _convolution(64, 64, 3),
             _convolution(64, 96, 3, stride=2),  # 4×4
         ]
-        super().__init__(stages, 96 * 4 * 4)
+        return stages, 96 * 4 * 4
 
     def prepare(self, images: Tensor) -> Tensor:
         return images.float().mean(dim=1, keepdim=True) / 255
@@ -141,7 +149,7 @@ class PhotosClassifier(Classifier):
 
     data, class_names, image_size, epochs = "photos", tuple(PHOTOGRAPHS), 64, 4
 
-    def __init__(self) -> None:
+    def make_stages(self) -> tuple[list[nn.Sequential], int]:
         stages = [
             _convolution(3, 32, 5, stride=2),  # 32×32
             _convolution(32, 48, 3, stride=2),  # 16×16
@@ -149,7 +157,7 @@ class PhotosClassifier(Classifier):
             _convolution(64, 64, 3),
             _convolution(64, 80, 3, stride=2),  # 4×4
         ]
-        super().__init__(stages, 80 * 4 * 4)
+        return stages, 80 * 4 * 4
 
     def prepare(self, images: Tensor) -> Tensor:
         pixels, size = images.float() / 255, (self.image_size, self.image_size)
@@ -172,9 +180,9 @@ def soften(pixels: Tensor, generator: torch.Generator, *, contrast: tuple[float,
         return low + (high - low) * torch.rand(len(pixels), generator=generator)
 
     blurred = F.avg_pool2d(pixels, 3, stride=1, padding=1)
-    blur, scale, noise = (uniform(*bounds).view(-1, 1, 1, 1) for bounds in ((-0.5, 1), contrast, (0, noise)))
+    blur, scale, grain = (uniform(*bounds).view(-1, 1, 1, 1) for bounds in ((-0.5, 1), contrast, (0, noise)))
     softened = pixels.lerp(blurred, blur.clamp(min=0))
-    return (scale * softened + noise * torch.randn(pixels.shape, generator=generator)).clamp(0, 1)
+    return (scale * softened + grain * torch.randn(pixels.shape, generator=generator)).clamp(0, 1)
 
 
 def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:

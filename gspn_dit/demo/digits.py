@@ -39,7 +39,12 @@ class Digits(ImageDataset):
     def __init__(self, split: str = "train", image_size: int = IMAGE_SIZE, seed: int = 0) -> None:
         check_split(split)
         if image_size != IMAGE_SIZE:
-            raise InputError(f"image_size={image_size}: the digits are {IMAGE_SIZE} pixels a side; give {IMAGE_SIZE}")
+            raise InputError(
+                f"the digits are {IMAGE_SIZE} pixels a side",
+                argument="image_size",
+                value=image_size,
+                remedy=f"give {IMAGE_SIZE}",
+            )
         images, labels = _read()
         chosen = _held_out(labels) if split == "test" else np.setdiff1d(np.arange(len(labels)), _held_out(labels))
         super().__init__([str(digit) for digit in range(10)], image_size)

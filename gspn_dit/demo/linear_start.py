@@ -10,6 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from gspn_dit.errors import not_none
+
 # Lightness and two opponent colours, of about equal spread over photographs; rows by (red, green, blue) in [-1, 1].
 COLOURS = torch.tensor([[0.7, 0.7, 0.7], [3.0, 0.0, -3.0], [-2.0, 4.0, -2.0]])
 BOX = (
@@ -60,7 +62,7 @@ def _row(
 ) -> None:
     """Make output channel k the sum of input channels by their factors, each under the kernel; None is 1×1."""
     convolution.weight[k] = 0
-    convolution.bias[k] = bias
+    not_none(convolution.bias)[k] = bias
     for channel, factor in taps.items():
         convolution.weight[k, channel] = factor * (torch.ones(1, 1) if kernel is None else kernel)
 

@@ -57,7 +57,7 @@ class Photos(ImageDataset):
     def __init__(self, split: str = "train", image_size: int = 256, seed: int = 0) -> None:
         check_split(split)
         if not 1 <= image_size <= MAX_IMAGE_SIZE:
-            raise InputError(f"image_size={image_size}: photos come at 1 to {MAX_IMAGE_SIZE} pixels")
+            raise InputError(f"photos come at 1 to {MAX_IMAGE_SIZE} pixels", argument="image_size", value=image_size)
         super().__init__(list(PHOTOGRAPHS), image_size)
         self.split = split
         self.seed = seed
@@ -87,4 +87,6 @@ def _read(name: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except OSError as error:
-        raise InputError(f"source='photos': scikit-image {skimage.__version__} has no {path}: reinstall it") from error
+        raise InputError(
+            f"scikit-image {skimage.__version__} has no {path}: reinstall it", argument="source", value="photos"
+        ) from error

@@ -10,7 +10,8 @@ from gspn_dit.commands import SmallVAEOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("small-vae", prog="python -m gspn_dit.demo.small_vae"))
+    run("small-vae", prog="python -m gspn_dit.demo.small_vae")
+    raise SystemExit
 
 import math
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from gspn_dit.data.image_folder import SUFFIXES, centre_crop, find_images, say_l
 from gspn_dit.demo.digits import IMAGE_SIZE, Digits
 from gspn_dit.demo.linear_start import start_linear
 from gspn_dit.demo.photos import Photos
-from gspn_dit.errors import InputError, warn
+from gspn_dit.errors import InputError, not_none, warn
 from gspn_dit.options import require
 from gspn_dit.precision import Precision, autocast, choose_precision
 from gspn_dit.progress import figure, progress
@@ -123,8 +124,10 @@ class FolderCrops(PhotoCrops):
         self._held_out, self._paths = ([paths[i] for i in some] for some in (order[:count], order[count:]))
         if not len(self.images) or not len(next(self.held_out())[1]):
             raise InputError(
-                f"data={folder!r}: wanted a folder of two images or more that can be read, at any depth; it has "
-                f"{len(paths)} ending in {' '.join(SUFFIXES)}"
+                argument="data",
+                value=folder,
+                wanted="a folder of two images or more that can be read, at any depth",
+                remedy=f"it has {len(paths)} ending in {' '.join(SUFFIXES)}",
             )
 
     @cached_property
@@ -178,7 +181,7 @@ def open_crops(data: str, image_size: int | None) -> DigitShifts | PhotoCrops:
         return DigitShifts() if data == "digits" else PhotoCrops()
     require(Path(data).is_dir(), "data", data, "digits, photos or a folder of images that exists")
     require(image_size is not None, "image_size", None, "a multiple of 4 pixels from 16; a folder of images needs it")
-    return FolderCrops(data, image_size)
+    return FolderCrops(data, not_none(image_size))
 
 
 def _stacked(images: Photos, count: int) -> Tensor:
@@ -200,7 +203,7 @@ def main(options: Options) -> None:
     torch.manual_seed(options.seed)
     source = open_crops(options.data, options.image_size)
     vae = new_vae(source)
-    precision = choose_precision(options.mixed_precision, vae.device)
+    precision = choose_precision(not_none(options.mixed_precision), vae.device)
     precision.say()
     train(vae, source, options, precision)
     vae.eval().requires_grad_(False)
@@ -232,14 +235,15 @@ def new_vae(source: DigitShifts | PhotoCrops) -> AutoencoderKL:
 
 def train(vae: AutoencoderKL, source: DigitShifts | PhotoCrops, options: Options, precision: Precision) -> None:
     """Fit the VAE to batches of the source."""
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+    steps, batch_size = not_none(options.steps), not_none(options.batch_size)  # which the recipe has filled in
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=not_none(options.learning_rate), weight_decay=0.0)
+    schedule: torch.optim.lr_scheduler.LRScheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     if options.warmup_steps:
         rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / options.warmup_steps, total_iters=options.warmup_steps)
         schedule = torch.optim.lr_scheduler.ChainedScheduler([rise, schedule])
-    bar = progress(range(options.steps), desc=f"{options.data} VAE", unit="step")
+    bar = progress(range(steps), desc=f"{options.data} VAE", unit="step")
     for _ in bar:
-        pixels = source.batch(options.batch_size) / 127.5 - 1
+        pixels = source.batch(batch_size) / 127.5 - 1
         with autocast(vae.device, precision.name):
             posterior = vae.encode(pixels).latent_dist
             latents = posterior.mean + posterior.std * torch.randn_like(posterior.std)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from gspn_dit.diffusion.ddpm import DDPM
 from gspn_dit.diffusion.flow import Flow
 from gspn_dit.diffusion.objective import Batch, Objective
@@ -23,7 +25,7 @@ __all__ = [
 ]
 
 
-def create_objective(name: str, *, time_sampling: str = "uniform") -> DDPM | Flow:
+def create_objective(name: str, *, time_sampling: Literal["uniform", "logit-normal"] = "uniform") -> DDPM | Flow:
     """The training objective `ddpm` (:class:`DDPM`) or `flow` (:class:`Flow`).
 
     Everything random comes to it as arguments, so that a run can be resumed exactly.
@@ -37,7 +39,12 @@ def create_objective(name: str, *, time_sampling: str = "uniform") -> DDPM | Flo
     if name == "flow":
         return Flow(time_sampling)
     if name != "ddpm":
-        raise InputError(f"objective={name!r}: wanted 'ddpm' or 'flow'")
+        raise InputError(argument="objective", value=name, wanted="'ddpm' or 'flow'")
     if time_sampling != "uniform":
-        raise InputError(f"time_sampling={time_sampling!r}: the ddpm objective takes 'uniform'; others need 'flow'")
+        raise InputError(
+            "the ddpm objective takes 'uniform'",
+            argument="time_sampling",
+            value=time_sampling,
+            remedy="others need 'flow'",
+        )
     return DDPM()

@@ -25,7 +25,7 @@ class Flow:
 
     def __init__(self, time_sampling: Literal["uniform", "logit-normal"] = "uniform") -> None:
         if time_sampling not in ("uniform", "logit-normal"):
-            raise InputError(f"time_sampling={time_sampling!r}: wanted 'uniform' or 'logit-normal'")
+            raise InputError(argument="time_sampling", value=time_sampling, wanted="'uniform' or 'logit-normal'")
         self.time_sampling = time_sampling
 
     def out_channels(self, latent_channels: int) -> int:

@@ -24,7 +24,7 @@ def image_generator(seed: int, i: int) -> torch.Generator:
     Raises :class:`InputError` for a negative seed.
     """
     if seed < 0:
-        raise InputError(f"seed={seed}: wanted 0 or more")
+        raise InputError(argument="seed", value=seed, wanted="0 or more")
     # A torch CPU generator keeps 32 bits of its seed. Counting up from a hashed start uses all of them once, whereas
     # hashing (seed, i) would give the same noise to some pair among a hundred thousand images.
     start = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -112,12 +112,14 @@ def _with_null(
     """The rows of a condition and below them those of the null condition. Raises :class:`InputError`."""
     if null_condition is None:
         raise InputError(
-            f"guidance_scale={guidance_scale!r}: null_condition is None; give the condition that guidance leads away "
-            "from, or guidance_scale 1"
+            "null_condition is None",
+            argument="guidance_scale",
+            value=guidance_scale,
+            remedy="give the condition that guidance leads away from, or guidance_scale 1",
         )
     given, null = ({name: tuple(t.shape) for name, t in each.items()} for each in (condition, null_condition))
     if given != null:
-        raise InputError(f"null_condition of shapes {null}: wanted those of condition, {given}")
+        raise InputError(f"shapes {null}", argument="null_condition", wanted=f"those of condition, {given}")
     return {name: torch.cat([tensor, null_condition[name]]) for name, tensor in condition.items()}
 
 
@@ -141,7 +143,9 @@ def check_steps(scheduler: SchedulerMixin, n: int) -> None:
     if isinstance(scheduler, DDIMScheduler) and total % n > 0.01 * total:
         near = min((m for m in range(1, total + 1) if total % m == 0), key=lambda m: abs(m - n))
         raise InputError(
-            f"num_inference_steps={n}: {type(scheduler).__name__} needs about a divisor of {total}, for example {near}"
+            f"{type(scheduler).__name__} needs about a divisor of {total}, for example {near}",
+            argument="num_inference_steps",
+            value=n,
         )
 
 
@@ -166,8 +170,13 @@ def _check_objective(scheduler: SchedulerMixin, output: Tensor, latents: Tensor)
             "prediction_type='flow_prediction', use_flow_sigmas=True",
         }
         raise InputError(
-            f"scheduler={type(scheduler).__name__}: it is for a {objective} model, and this model returns "
-            f"{output.shape[1]} channels for {latents.shape[1]}; {remedy[objective]}"
+            (
+                f"it is for a {objective} model, and this model returns {output.shape[1]} channels for "
+                f"{latents.shape[1]}"
+            ),
+            argument="scheduler",
+            value=type(scheduler).__name__,
+            remedy=remedy[objective],
         )
 
 

@@ -35,11 +35,13 @@ def create_scheduler(objective: str, sampler: str | None = None) -> SchedulerMix
     Raises :class:`InputError` for an unknown objective, or a sampler that is not the objective's.
     """
     if objective not in SAMPLERS:
-        raise InputError(f"objective={objective!r}: wanted one of {', '.join(SAMPLERS)}")
+        raise InputError(argument="objective", value=objective, wanted=f"one of {', '.join(SAMPLERS)}")
     sampler = sampler or SAMPLERS[objective][0]
     if sampler not in SAMPLERS[objective]:
         raise InputError(
-            f"sampler={sampler!r}: the {objective} objective is sampled with {', '.join(SAMPLERS[objective])}"
+            f"the {objective} objective is sampled with {', '.join(SAMPLERS[objective])}",
+            argument="sampler",
+            value=sampler,
         )
     # The ddpm samplers are made from one config, which diffusers keeps whole in each of them: what one scheduler has no
     # use for (no clipping, the learned variance) is there again when a pipeline's scheduler is swapped for another.
@@ -78,15 +80,22 @@ def shifted(scheduler: SchedulerMixin, shift: float) -> SchedulerMixin:
     Raises :class:`InputError` for a shift that is not positive, or a scheduler of the ddpm objective or without shift.
     """
     if not is_finite(shift) or shift <= 0:
-        raise InputError(f"shift={shift!r}: wanted a positive number, or auto")
+        raise InputError(argument="shift", value=shift, wanted="a positive number, or auto")
     kind, option = type(scheduler), _shift_option(scheduler)
     if objective_of(scheduler) != "flow":
         raise InputError(
-            f"shift={shift!r}: {kind.__name__} samples the ddpm objective, whose noise levels are fixed by its chain; "
-            "only flow models have a shift, leave it out"
+            f"{kind.__name__} samples the ddpm objective, whose noise levels are fixed by its chain",
+            argument="shift",
+            value=shift,
+            remedy="only flow models have a shift, leave it out",
         )
     if option is None:
-        raise InputError(f"shift={shift!r}: {kind.__name__} has no shift; {' and '.join(SAMPLERS['flow'])} do")
+        raise InputError(
+            f"{kind.__name__} has no shift",
+            argument="shift",
+            value=shift,
+            remedy=f"{' and '.join(SAMPLERS['flow'])} do",
+        )
     still = {"use_dynamic_shifting": False} if "use_dynamic_shifting" in scheduler.config else {}
     copy = kind.from_config(scheduler.config, **{option: float(shift)}, **still)
     if option == "shift":  # whose least level diffusers shifts when it makes the scheduler, and again with the others

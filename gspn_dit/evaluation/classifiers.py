@@ -1,14 +1,20 @@
 """Features to score images by, by their names: Inception's, or those of a small classifier of one data set.
 
-A classifier is a class with `load(path)`, `features(images)` and `classify(features)`, and with `data`, `class_names`,
-`num_features` and `only_size` as :class:`gspn_dit.demo.classifier.Classifier` has them. It gets its name by a line of
-the table below, by `CLASSIFIERS.register`, or by an entry point of the group `gspn_dit.classifiers`.
+A classifier is a class as :class:`Classifier` describes it. It gets its name by a line of the table below, by
+`CLASSIFIERS.register`, or by an entry point of the group `gspn_dit.classifiers`.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, Self
+
 from gspn_dit.options import require
 from gspn_dit.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INCEPTION = "inception"
 CLASSIFIERS = Registry(
@@ -18,6 +24,35 @@ CLASSIFIERS = Registry(
         "photos": "gspn_dit.demo.classifier:PhotosClassifier",
     },
 )
+
+
+class Classifier(Protocol):
+    """A small network that gives features of images, and logits of its classes from the features.
+
+    Attributes:
+        data: The data set.
+        class_names: Its classes, by the logits' order.
+        num_features: How many features there are.
+        only_size: The only side of images it takes, in pixels, or None for any.
+    """
+
+    data: str
+    class_names: Sequence[str]
+    num_features: int
+    only_size: int | None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """The classifier of a file of weights, in eval mode."""
+        ...
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, num_features) of uint8 RGB images (B, 3, H, W)."""
+        ...
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (B, classes) of features."""
+        ...
 
 
 def check_features(key: str, name: str) -> None:

@@ -6,7 +6,8 @@ from gspn_dit.commands import EvaluateOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("evaluate", prog="python -m gspn_dit.evaluation.evaluate"))
+    run("evaluate", prog="python -m gspn_dit.evaluation.evaluate")
+    raise SystemExit
 
 import json
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspn_dit.errors import InputError, warn
+from gspn_dit.errors import InputError, not_none, warn
 from gspn_dit.evaluation.extractors import Extractor, create_extractor
 from gspn_dit.evaluation.features import Accumulator, layer_widths, observe
 from gspn_dit.evaluation.image_sets import ImageSet, ReferenceStatistics, open_reference, open_samples
@@ -104,7 +105,7 @@ def evaluate(
             few images, or a label is no class of its.
     """
     given = reference if isinstance(reference, ReferenceStatistics) else None
-    reference_images = given.images if given else reference
+    reference_images = reference.images if isinstance(reference, ReferenceStatistics) else reference
     recognisable = same_classes(samples, reference, extractor)
     _check_samples(samples, extractor, recognisable)
     check_reference(reference, samples.image_size, extractor)
@@ -127,7 +128,9 @@ def evaluate(
         accumulators = [*found.items(), *((extractor.logits, score) for score in scores)]
         accumulators += [(extractor.features, points)] if points else []
         observe(images, extractor, accumulators, processes)
-        return _Observed({layer: each.statistics() for layer, each in found.items()}, points and points.features)
+        return _Observed(
+            {layer: each.statistics() for layer, each in found.items()}, points.features if points else None
+        )
 
     splits = {extractor.score_key: adm_splits, f"{extractor.score_key}_torch_fidelity": torch_fidelity_splits}
     scores = {
@@ -136,19 +139,21 @@ def evaluate(
     }
     accuracy = ClassAccuracy(torch.tensor(samples.labels)) if recognisable else None
     of_samples = observed(samples, wanted, [*scores.values(), *([accuracy] if accuracy else [])])
-    if given is None:
+    if not isinstance(reference, ReferenceStatistics):
         of_reference = observed(reference, wanted)
     else:
-        points = observed(given.images, []).points if has_neighbours else None
-        of_reference = _Observed({extractor.features: given.pool, extractor.spatial: given.spatial}, points)
+        points = observed(not_none(reference.images), []).points if has_neighbours else None
+        of_reference = _Observed({extractor.features: reference.pool}, points)
+        if extractor.spatial and reference.spatial is not None:
+            of_reference.statistics[extractor.spatial] = reference.spatial
 
     return {
         **_frechet_figures(of_samples, of_reference, extractor),
         **_score_figures(scores, len(samples), extractor.score_key),
-        **(_neighbour_figures(of_samples.points, of_reference.points, processes) if has_neighbours else {}),
+        **_neighbour_figures(of_samples.points, of_reference.points, processes),
         **({"class_accuracy": accuracy.score()} if accuracy else {}),
         "num_samples": len(samples),
-        "num_reference": None if given else len(reference),
+        "num_reference": None if isinstance(reference, ReferenceStatistics) else len(reference),
         "samples": samples.source,
         "reference": reference.source,
         "reference_statistics": "mu and sigma of the file" if given else "of its images",
@@ -166,10 +171,12 @@ def statistics_of(
     layers = [extractor.features, *([extractor.spatial] if extractor.spatial and not quick else [])]
     moments = {layer: Moments(widths[layer], extractor.device) for layer in layers}
     observe(images, extractor, list(moments.items()), processes)
+    pool, *spatial = (each.statistics() for each in moments.values())
     return ReferenceStatistics(
         images.source,
         extractor.name,
-        *(each.statistics() for each in moments.values()),
+        pool,
+        spatial[0] if spatial else None,
         weights_sha256=extractor.weights_sha256,
         class_names=images.class_names,
     )
@@ -179,12 +186,12 @@ def statistics_of(
 class _Observed:
     """Of one set: statistics of each layer that has any, and the features (n, d) among which neighbours are sought."""
 
-    statistics: dict[str | None, Statistics | None]
+    statistics: dict[str, Statistics]
     points: Tensor | None
 
 
 def _frechet_figures(samples: _Observed, reference: _Observed, extractor: Extractor) -> dict[str, float]:
-    keys = {extractor.features: extractor.frechet_key, extractor.spatial: "sfid"}
+    keys: dict[str | None, str] = {extractor.features: extractor.frechet_key, extractor.spatial: "sfid"}
     return {
         keys[layer]: frechet_distance(found, reference.statistics[layer]) for layer, found in samples.statistics.items()
     }
@@ -203,7 +210,9 @@ def _score_figures(scores: dict[str, InceptionScore], count: int, key: str) -> d
     return figures
 
 
-def _neighbour_figures(samples: Tensor, reference: Tensor, processes: Processes) -> dict[str, Any]:
+def _neighbour_figures(samples: Tensor | None, reference: Tensor | None, processes: Processes) -> dict[str, Any]:
+    if samples is None or reference is None:
+        return {}
     precision, recall = precision_recall(samples, reference, processes)
     return {
         "precision": precision,
@@ -273,11 +282,11 @@ def _warn_of_missing(
     extractor: Extractor,
 ) -> None:
     """Warn of figures that cannot be had."""
-    given = isinstance(reference, ReferenceStatistics)
+    given = reference if isinstance(reference, ReferenceStatistics) else None
     missing = []
-    if given and extractor.spatial and reference.spatial is None:
+    if given and extractor.spatial and given.spatial is None:
         missing.append("no mu_s and sigma_s in it, so no sfid")
-    if given and reference.images is None:
+    if given and given.images is None:
         missing.append("no arr_0 in it, so no precision and recall")
     elif not has_neighbours:
         missing.append(f"no precision and recall, which take more than {NEIGHBOURS} images, here and in the samples")
@@ -293,12 +302,13 @@ def _warn_of_missing(
 
 def _check_samples(samples: ImageSet, extractor: Extractor, recognisable: bool) -> None:
     check_images("samples", samples, extractor)
-    if not recognisable:
+    if not recognisable or samples.labels is None or extractor.class_names is None:
         return
     if unknown := sorted({label for label in samples.labels if not 0 <= label < len(extractor.class_names)}):
         raise InputError(
-            f"samples={samples.source}: label={unknown[0]}: features={extractor.name} knows classes "
-            f"0 to {len(extractor.class_names) - 1}"
+            f"label={unknown[0]}: features={extractor.name} knows classes 0 to {len(extractor.class_names) - 1}",
+            argument="samples",
+            value=samples.source,
         )
 
 
@@ -306,40 +316,54 @@ def check_reference(
     reference: ImageSet | ReferenceStatistics, image_size: tuple[int, int], extractor: Extractor
 ) -> None:
     """Raise :class:`InputError` if samples of that (height, width) cannot be compared with the reference."""
-    given = isinstance(reference, ReferenceStatistics)
-    if given and extractor.name != reference.features:
+    if isinstance(reference, ReferenceStatistics) and extractor.name != reference.features:
         raise InputError(
-            f"reference={reference.source}: its mu and sigma are of features={reference.features}, not of "
-            f"features={extractor.name}; wanted images, or the statistics of "
-            f"`fid/reference.py --features {extractor.name}`"
+            f"its mu and sigma are of features={reference.features}, not of features={extractor.name}",
+            argument="reference",
+            value=reference.source,
+            wanted=f"images, or the statistics of `gspn-dit reference --features {extractor.name}`",
         )
-    if given and reference.weights_sha256 not in (None, extractor.weights_sha256):
+    if (
+        isinstance(reference, ReferenceStatistics)
+        and reference.weights_sha256 is not None
+        and reference.weights_sha256 != extractor.weights_sha256
+    ):
         raise InputError(
-            f"reference={reference.source}: its mu and sigma are by weights of SHA-256 "
-            f"{reference.weights_sha256[:12]}…, not by {extractor.weights} ({extractor.weights_sha256[:12]}…); "
-            "give both commands the same --weights"
+            (
+                f"its mu and sigma are by weights of SHA-256 {reference.weights_sha256[:12]}…, not by "
+                f"{extractor.weights} ({extractor.weights_sha256[:12]}…)"
+            ),
+            argument="reference",
+            value=reference.source,
+            remedy="give both commands the same --weights",
         )
-    images = reference.images if given else reference
+    images = reference.images if isinstance(reference, ReferenceStatistics) else reference
     if images is None:
         return
-    if not given:
+    if not isinstance(reference, ReferenceStatistics):
         check_images("reference", images, extractor)
     if images.image_size != image_size:
         (height, width), (sample_height, sample_width) = images.image_size, image_size
         raise InputError(
-            f"reference={reference.source}: its images are {height}x{width}, the samples "
-            f"{sample_height}x{sample_width}; wanted one size"
+            f"its images are {height}x{width}, the samples {sample_height}x{sample_width}",
+            argument="reference",
+            value=reference.source,
+            wanted="one size",
         )
 
 
 def check_images(argument: str, images: ImageSet, extractor: Extractor) -> None:
     """Raise :class:`InputError` if there is one image alone, or they are of a size that the extractor does not take."""
     if len(images) < 2:
-        raise InputError(f"{argument}={images.source}: holds 1 image; a Fréchet distance needs 2 or more")
+        raise InputError(
+            "holds 1 image", argument=argument, value=images.source, remedy="a Fréchet distance needs 2 or more"
+        )
     height, width = images.image_size
     side = extractor.image_size
     if side is not None and (height, width) != (side, side):
         raise InputError(
-            f"{argument}={images.source}: its images are {height}x{width}; "
-            f"features={extractor.name} takes {side}x{side}"
+            f"its images are {height}x{width}",
+            argument=argument,
+            value=images.source,
+            remedy=f"features={extractor.name} takes {side}x{side}",
         )

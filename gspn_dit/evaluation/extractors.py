@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gspn_dit.errors import InputError
 from gspn_dit.evaluation.classifiers import CLASSIFIERS, check_features
 from gspn_dit.extras import require_extras
 from gspn_dit.storage.files import sha256
 from gspn_dit.storage.packaged import PACKAGED_CLASSIFIERS
+
+if TYPE_CHECKING:
+    from torch_fidelity import FeatureExtractorBase
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Extractor:
     """
 
     name: str
-    network: nn.Module
+    network: FeatureExtractorBase
     weights: Path
     frechet_key: str
     score_key: str
@@ -84,11 +88,13 @@ def create_extractor(name: str, weights: str | None = None, *, device: torch.dev
     from gspn_dit.evaluation.networks import InceptionFeatures, create_network, published_inception_weights
 
     if weights is not None and not Path(weights).is_file():
-        raise InputError(f"weights={weights}: no such file")
+        raise InputError("no such file", argument="weights", value=weights)
     if name in CLASSIFIERS:
         file = Path(weights) if weights else PACKAGED_CLASSIFIERS.get(name)
         if file is None:
-            raise InputError(f"weights=None: {name} has no packaged weights; name its file with --weights")
+            raise InputError(
+                f"{name} has no packaged weights", argument="weights", value=None, remedy="name its file with --weights"
+            )
         kind, network = CLASSIFIERS.load(name), create_network(name, file, device)
         only = {"image_size": kind.only_size, "class_names": kind.class_names}
         return Extractor(name, network, file, "fd", "classifier_score", *network.features_list, **only)

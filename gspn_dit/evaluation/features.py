@@ -71,7 +71,7 @@ def _extract(
         def next_features() -> tuple[Tensor, dict[str, Tensor]]:
             indices, batch = ahead.popleft()
             layers = extractor(batch.result().to(extractor.device))
-            bar.update(min(len(indices) * processes.count, bar.total - bar.n))
+            bar.update(min(len(indices) * processes.count, len(images) - bar.n))
             return indices, layers
 
         for indices in processes.share(batches):
@@ -80,4 +80,4 @@ def _extract(
                 yield next_features()
         while ahead:
             yield next_features()
-        bar.update(bar.total - bar.n)
+        bar.update(len(images) - bar.n)

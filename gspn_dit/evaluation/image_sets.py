@@ -24,7 +24,7 @@ from gspn_dit.evaluation.npz import members, read_images, read_notes, read_stati
 from gspn_dit.progress import progress
 
 LABELS_FILE = "labels.csv"
-WITH_SAMPLES = (LABELS_FILE, "settings.json")  # what sample.py writes beside its images
+WITH_SAMPLES = (LABELS_FILE, "settings.json")  # what sampling writes beside its images
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,13 @@ def open_samples(source: str, argument: str = "samples") -> ImageSet:
     if path.is_dir():
         return _open_folder(path, argument)
     if not path.exists():
-        raise InputError(f"{argument}={source}: no such folder or npz file")
+        raise InputError("no such folder or npz file", argument=argument, value=source)
     if path.suffix != ".npz":
-        raise InputError(f"{argument}={source}: wanted a folder of images or an .npz file")
+        raise InputError(argument=argument, value=source, wanted="a folder of images or an .npz file")
     if {"mu", "sigma"} & members(path, argument):
-        raise InputError(f"{argument}={path}: a reference's statistics (mu, sigma); wanted images, arr_0 alone")
+        raise InputError(
+            "a reference's statistics (mu, sigma)", argument=argument, value=path, wanted="images, arr_0 alone"
+        )
     return _open_npz(path, argument)
 
 
@@ -121,14 +123,18 @@ def open_reference(source: str, image_size: tuple[int, int]) -> ImageSet | Refer
         return _open_statistics(Path(source)) or open_samples(source, "reference")
     if image_size[0] != image_size[1]:
         raise InputError(
-            f"reference={source}: its images are square, the samples are {_size(image_size)}; "
-            "wanted square samples, or a folder of references"
+            f"its images are square, the samples are {_size(image_size)}",
+            argument="reference",
+            value=source,
+            wanted="square samples, or a folder of references",
         )
     name, split = named
     try:
         dataset = open_images(name, image_size[0], split=split)
     except InputError as error:
-        raise InputError(f"reference={source}: not at the samples' size {_size(image_size)} ({error})") from error
+        raise InputError(
+            f"not at the samples' size {_size(image_size)} ({error})", argument="reference", value=source
+        ) from error
     return of_dataset(source, dataset)
 
 
@@ -143,13 +149,17 @@ def _open_folder(folder: Path, argument: str) -> ImageSet:
     files = sorted(map(Path, images))
     say_left_out(folder, [path for path in others if os.path.basename(path) not in WITH_SAMPLES])
     if not files:
-        raise InputError(f"{argument}={folder}: no images in it; wanted files ending in {' '.join(SUFFIXES)}")
+        raise InputError(
+            "no images in it", argument=argument, value=folder, wanted=f"files ending in {' '.join(SUFFIXES)}"
+        )
     first = _header_size(files[0])
     for file in progress(files, desc=f"checking {argument}", unit="image", leave=False):
         if (size := _header_size(file)) != first:
             raise InputError(
-                f"{argument}={folder}: images differ in size, {files[0].name} is {_size(first)} and "
-                f"{file.name} {_size(size)}; wanted one size"
+                f"images differ in size, {files[0].name} is {_size(first)} and {file.name} {_size(size)}",
+                argument=argument,
+                value=folder,
+                wanted="one size",
             )
     labels, names = _read_labels(folder, files)
     return ImageSet(
@@ -181,7 +191,9 @@ def _read_file(file: Path) -> Tensor:
 
 
 def _unreadable(file: Path, error: Exception) -> InputError:
-    return InputError(f"{file}: not a readable image ({' '.join(str(error).split())}); remove it or make it again")
+    return InputError(
+        f"{file}: not a readable image ({' '.join(str(error).split())})", remedy="remove it or make it again"
+    )
 
 
 def _read_labels(folder: Path, files: list[Path]) -> tuple[list[int] | None, dict[int, str] | None]:
@@ -192,7 +204,7 @@ def _read_labels(folder: Path, files: list[Path]) -> tuple[list[int] | None, dic
     with path.open(newline="") as lines:
         rows = csv.DictReader(lines)
         if not {"file", "label"} <= set(rows.fieldnames or ()):
-            raise InputError(f"{path}: wanted the header file,label; got {','.join(rows.fieldnames or ())!r}")
+            raise InputError(f"{path}: its header is {','.join(rows.fieldnames or ())!r}", wanted="file,label")
         label_of, name_of = {}, {}
         for row in rows:
             label_of[row["file"]] = row["label"]
@@ -203,7 +215,7 @@ def _read_labels(folder: Path, files: list[Path]) -> tuple[list[int] | None, dic
     if missing := sorted(label_of.keys() - set(names)):
         raise InputError(f"{path}: {missing[0]} has a label but is not in the folder ({len(missing)} such)")
     if wrong := [name for name in names if not (label_of[name] or "").isdecimal()]:
-        raise InputError(f"{path}: label={label_of[wrong[0]]!r} of {wrong[0]}: wanted a class number")
+        raise InputError(f"{path}: label={label_of[wrong[0]]!r} of {wrong[0]}", wanted="a class number")
     named = {int(label): name for label, name in name_of.items() if name}
     return [int(label_of[name]) for name in names], named or None
 

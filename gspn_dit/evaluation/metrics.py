@@ -44,11 +44,11 @@ class InceptionScore:
     """
 
     def __init__(self, split_of: Tensor, classes: int, device: torch.device | str = "cpu") -> None:
-        options = {"dtype": torch.float64, "device": float64_device(torch.device(device))}
-        self.split_of = split_of.to(options["device"])
+        there = float64_device(torch.device(device))
+        self.split_of = split_of.to(there)
         self.counts = self.split_of.bincount().double()
-        self.probabilities = torch.zeros(len(self.counts), classes, **options)
-        self.negentropies = torch.zeros(len(self.counts), **options)
+        self.probabilities = torch.zeros(len(self.counts), classes, dtype=torch.float64, device=there)
+        self.negentropies = torch.zeros(len(self.counts), dtype=torch.float64, device=there)
 
     def update(self, indices: Tensor, logits: Tensor) -> None:
         """Take in the logits (n, classes) of images `indices`."""

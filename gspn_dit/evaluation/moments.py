@@ -33,10 +33,10 @@ class Moments:
     """
 
     def __init__(self, dimensions: int, device: torch.device | str = "cpu") -> None:
-        options = {"dtype": torch.float64, "device": float64_device(torch.device(device))}
+        there = float64_device(torch.device(device))
         self.count = 0
-        self.mean = torch.zeros(dimensions, **options)
-        self.scatter = torch.zeros(dimensions, dimensions, **options)
+        self.mean = torch.zeros(dimensions, dtype=torch.float64, device=there)
+        self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=there)
 
     def update(self, indices: Tensor, features: Tensor) -> None:
         """Take in a batch (n, d); which images it is of does not matter."""

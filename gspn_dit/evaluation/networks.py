@@ -22,7 +22,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as published
 from torch_fidelity.utils import create_feature_extractor
 
 from gspn_dit.errors import InputError
-from gspn_dit.evaluation.classifiers import CLASSIFIERS, INCEPTION
+from gspn_dit.evaluation.classifiers import CLASSIFIERS, INCEPTION, Classifier
 
 SILENCE = 10  # seconds without a word from a server, after which it is not waited for
 
@@ -54,8 +54,10 @@ class InceptionFeatures(FeatureExtractorInceptionV3):
             super().__init__(name, published_layers, feature_extractor_weights_path=checked, **options)
         except RuntimeError as error:  # load_state_dict's, of one line a key
             raise InputError(
-                f"weights={feature_extractor_weights_path}: not torch-fidelity's InceptionV3 "
-                f"({' '.join(str(error).split())[:200]} …); wanted {_published_name()}"
+                f"not torch-fidelity's InceptionV3 ({' '.join(str(error).split())[:200]} …)",
+                argument="weights",
+                value=feature_extractor_weights_path,
+                wanted=_published_name(),
             ) from error
         self.layers = tuple(features_list)
         self.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -84,7 +86,7 @@ class ClassifierFeatures(FeatureExtractorBase):
         kind: The classifier's class.
     """
 
-    kind: type[nn.Module]
+    kind: type[Classifier]
 
     def __init__(self, name: str, features_list: Sequence[str], feature_extractor_weights_path: str, **_) -> None:
         super().__init__(name, features_list)
@@ -107,6 +109,7 @@ class ClassifierFeatures(FeatureExtractorBase):
 @cache
 def registered(name: str) -> type[FeatureExtractorBase]:
     """The extractor of the features called so, which torch-fidelity knows as `gspn-dit-NAME` from then on."""
+    extractor: type[FeatureExtractorBase]
     if name == INCEPTION:
         extractor = InceptionFeatures
     else:
@@ -146,8 +149,10 @@ def published_inception_weights() -> Path:
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: another hash than the name's
         what = f"{urlsplit(url).hostname} cannot be reached" if _no_answer(error) else "could not be downloaded"
         raise InputError(
-            f"weights=None: the Inception weights are not here, and {what} ({getattr(error, 'reason', error)}); "
-            f"name your copy with --weights, or fetch {url} and put it at {file}"
+            f"the Inception weights are not here, and {what} ({getattr(error, 'reason', error)})",
+            argument="weights",
+            value=None,
+            remedy=f"name your copy with --weights, or fetch {url} and put it at {file}",
         ) from error
     finally:
         socket.setdefaulttimeout(patience)
@@ -168,7 +173,9 @@ def _plain_tensors(file: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged or hostile pickle raises is anyone's guess
-        raise InputError(f"weights={file}: not a file of plain tensors; wanted {_published_name()}") from error
+        raise InputError(
+            "not a file of plain tensors", argument="weights", value=file, wanted=f"{_published_name()}"
+        ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise InputError(f"weights={file}: not a dictionary of tensors; wanted {_published_name()}")
+        raise InputError("not a dictionary of tensors", argument="weights", value=file, wanted=_published_name())
     return weights

@@ -51,18 +51,26 @@ def read_images(path: Path, argument: str) -> tuple[np.ndarray, list[int] | None
     """
     with _opened(path, argument) as arrays:
         if "arr_0" not in arrays:
-            raise InputError(f"{argument}={path}: no arr_0 in it (it holds {', '.join(arrays) or 'nothing'})")
+            raise InputError(
+                f"no arr_0 in it (it holds {', '.join(arrays) or 'nothing'})", argument=argument, value=path
+            )
         mapped = _mapped(path, "arr_0.npy")
         images = arrays["arr_0"] if mapped is None else mapped
         labels_key = "arr_1" if "labels" not in arrays and "arr_1" in arrays else "labels"
         labels = arrays.get(labels_key)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise InputError(
-            f"{argument}={path}: arr_0 is {images.dtype} {images.shape}; wanted uint8 (N, H, W, 3) with N ≥ 1"
+            f"arr_0 is {images.dtype} {images.shape}",
+            argument=argument,
+            value=path,
+            wanted="uint8 (N, H, W, 3) with N ≥ 1",
         )
     if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
         raise InputError(
-            f"{argument}={path}: {labels_key} is {labels.dtype} {labels.shape}; wanted {len(images)} class numbers"
+            f"{labels_key} is {labels.dtype} {labels.shape}",
+            argument=argument,
+            value=path,
+            wanted=f"{len(images)} class numbers",
         )
     return images, None if labels is None else labels.tolist()
 
@@ -82,10 +90,20 @@ def read_notes(path: Path, argument: str) -> Notes:
                 continue
             found[name] = arrays[name]
             if found[name].dtype.kind != "U" or found[name].ndim != dimensions:
-                raise InputError(f"{argument}={path}: {name} is {found[name].dtype} {found[name].shape}; wanted text")
+                raise InputError(
+                    f"{name} is {found[name].dtype} {found[name].shape}",
+                    argument=argument,
+                    value=path,
+                    wanted="text",
+                )
     known = (INCEPTION, *CLASSIFIERS)
     if "features" in found and found["features"].item() not in known:
-        raise InputError(f"{argument}={path}: of features={found['features']!s}; known are {', '.join(known)}")
+        raise InputError(
+            f"of features={found['features']!s}",
+            argument=argument,
+            value=path,
+            remedy=f"known are {', '.join(known)}",
+        )
     texts = {name: array.tolist() for name, array in found.items()}
     return Notes(texts.get("features"), texts.get("weights_sha256"), texts.get("class_names"))
 
@@ -109,14 +127,21 @@ def read_statistics(path: Path, argument: str, features: str) -> dict[str, Stati
             here = [name for name in names if name in arrays]
             if len(here) == 1:
                 (missing,) = set(names) - set(here)
-                raise InputError(f"{argument}={path}: {here[0]} without {missing}; wanted both, or images alone")
+                raise InputError(
+                    f"{here[0]} without {missing}", argument=argument, value=path, wanted="both, or images alone"
+                )
             if here:
                 mean, covariance = (arrays[name] for name in names)
                 _check(path, argument, names[0], mean, (width,))
                 _check(path, argument, names[1], covariance, (width, width))
                 found[names[0]] = Statistics(mean.astype(np.float64), covariance.astype(np.float64))
     if "mu_s" in found and "mu" not in found:
-        raise InputError(f"{argument}={path}: mu_s and sigma_s without mu and sigma; wanted all four, or the latter")
+        raise InputError(
+            "mu_s and sigma_s without mu and sigma",
+            argument=argument,
+            value=path,
+            wanted="all four, or the latter",
+        )
     return found
 
 
@@ -149,14 +174,14 @@ def write_reference(
 def _opened(path: Path, argument: str) -> Iterator[Mapping[str, np.ndarray]]:
     """The arrays of an npz file, each read when it is asked for. Raises :class:`InputError`."""
     if not zipfile.is_zipfile(path):
-        raise InputError(f"{argument}={path}: not a readable npz file")
+        raise InputError("not a readable npz file", argument=argument, value=path)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             yield arrays
     except InputError:
         raise
     except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{argument}={path}: not an npz file of plain arrays ({error})") from error
+        raise InputError(f"not an npz file of plain arrays ({error})", argument=argument, value=path) from error
 
 
 def _mapped(path: Path, member: str) -> np.ndarray | None:
@@ -183,4 +208,9 @@ def _mapped(path: Path, member: str) -> np.ndarray | None:
 
 def _check(path: Path, argument: str, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     if array.shape != shape or not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
-        raise InputError(f"{argument}={path}: {name} is {array.dtype} {array.shape}; wanted finite floats {shape}")
+        raise InputError(
+            f"{name} is {array.dtype} {array.shape}",
+            argument=argument,
+            value=path,
+            wanted=f"finite floats {shape}",
+        )

@@ -6,7 +6,8 @@ from gspn_dit.commands import ReferenceOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("reference", prog="python -m gspn_dit.evaluation.reference"))
+    run("reference", prog="python -m gspn_dit.evaluation.reference")
+    raise SystemExit
 
 import math
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,8 @@ def main(options: Options) -> None:
         found = statistics_of(images, extractor, processes)
         if not processes.is_main:
             return
-        names = images.class_names and [images.class_names[i] for i in range(len(images.class_names))]
+        called = images.class_names
+        names = [called[i] for i in range(len(called))] if called else None
         notes = Notes(extractor.name, extractor.weights_sha256, names)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_reference(out, read_chosen(images, chosen), shape, found.pool, found.spatial, notes)
@@ -72,13 +74,20 @@ def open_data(options: Options, device: torch.device) -> ImageSet:
     """
     store = is_latent_store(options.data)
     if options.vae is not None and not store:
-        raise InputError(f"vae={options.vae!r}: {options.data} is no latent store; leave vae out")
+        raise InputError(
+            f"{options.data} is no latent store", argument="vae", value=options.vae, remedy="leave vae out"
+        )
     if store:
         images = open_store(options, device)
     elif (named := split_name(options.data)) is not None:
         images = _open_named(options, *named)
     elif is_unfinished_store(options.data):
-        raise InputError(f"data={options.data}: holds an unfinished latent store; {how_to_encode(options.data)}")
+        raise InputError(
+            "holds an unfinished latent store",
+            argument="data",
+            value=options.data,
+            remedy=how_to_encode(options.data),
+        )
     elif options.image_size is not None:
         with renamed(source="data"):
             dataset = open_images(options.data, options.image_size, exif_orientation=options.exif_orientation)
@@ -96,19 +105,28 @@ def open_store(options: Options, device: torch.device) -> ImageSet:
     """
     store = LatentStore(options.data)
     if options.image_size not in (None, store.image_size):
-        raise InputError(f"image_size={options.image_size}: {options.data} is of {store.image_size} pixels")
+        raise InputError(
+            f"{options.data} is of {store.image_size} pixels", argument="image_size", value=options.image_size
+        )
     name = options.vae or store.vae
     vae = load_vae(name).to(device)
     if store.vae_sha256 is not None and vae_sha256(vae)["encoder"] != store.vae_sha256["encoder"]:
         raise InputError(
-            f"vae={name!r}: its weights are not those that {options.data} was encoded with, of {store.vae!r}; name "
-            "that VAE, wherever it lies"
+            f"its weights are not those that {options.data} was encoded with, of {store.vae!r}",
+            argument="vae",
+            value=name,
+            remedy="name that VAE, wherever it lies",
         )
     expected = (vae.config.latent_channels, *[store.image_size // downsampling(vae)] * 2)
     if expected != (store.latent_channels, *store.latent_size):
         raise InputError(
-            f"vae={name!r}: its latents of {store.image_size} pixels are {expected}, those of "
-            f"{options.data} {(store.latent_channels, *store.latent_size)}; wanted the VAE that made them"
+            (
+                f"its latents of {store.image_size} pixels are {expected}, those of {options.data} "
+                f"{(store.latent_channels, *store.latent_size)}"
+            ),
+            argument="vae",
+            value=name,
+            wanted="the VAE that made them",
         )
 
     def read_together(indices: Sequence[int]) -> Tensor:
@@ -130,7 +148,7 @@ def choose(count: int, wanted: int | None, seed: int) -> list[int]:
         InputError: If there are not as many.
     """
     if wanted is not None and wanted > count:
-        raise InputError(f"num_images={wanted}: there are {count} images; give that or fewer")
+        raise InputError(f"there are {count} images", argument="num_images", value=wanted, remedy="give that or fewer")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[: wanted or ADM_IMAGES].sort().values.tolist()
 

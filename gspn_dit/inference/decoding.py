@@ -32,5 +32,5 @@ def decode_images(vae: AutoencoderKL, latents: Tensor, output_type: str) -> Any:
         return images
     if output_type == "pt":
         return images.float().div_(255)
-    images = images.permute(0, 2, 3, 1).cpu().numpy()
-    return images / np.float32(255) if output_type == "np" else [Image.fromarray(image) for image in images]
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    return arrays / np.float32(255) if output_type == "np" else [Image.fromarray(array) for array in arrays]

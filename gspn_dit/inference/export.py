@@ -10,7 +10,8 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports that take seconds
     from gspn_dit.commands import run
 
-    raise SystemExit(run("export", prog="python -m gspn_dit.inference.export"))
+    run("export", prog="python -m gspn_dit.inference.export")
+    raise SystemExit
 
 import json
 import shutil
@@ -49,8 +50,7 @@ def main(options: ExportOptions) -> None:
 
 def save_samples(pipe: GSPNDiTPipeline, checkpoint: Checkpoint | None, path: Path) -> None:
     """The grid that training drew at a checkpoint, or one that is drawn now."""
-    run = checkpoint.run if checkpoint else None
-    if run and (drawn := run.samples(checkpoint.step)).is_file():
+    if checkpoint and (run := checkpoint.run) and (drawn := run.samples(checkpoint.step)).is_file():
         shutil.copyfile(drawn, path)
         return
     pipe.set_progress_bar_config(desc=path.name, disable=None)

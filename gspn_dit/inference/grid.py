@@ -24,7 +24,7 @@ def draw_grid(pipe: GSPNDiTPipeline, path: Path, *, count: int, seed: int, **opt
     classes = pipe.transformer.config.num_classes
     labels = [i * classes // count if count < classes else i % classes for i in range(count)]
     generators = [image_generator(seed, i) for i in range(count)]
-    images = pipe(labels, generator=generators, output_type="uint8", **options).images
+    (images,) = pipe(labels, generator=generators, output_type="uint8", return_dict=False, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_grid(images, path, captions(pipe, labels))
 

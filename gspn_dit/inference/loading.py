@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from gspn_dit.autoencoder import load_vae
 from gspn_dit.autoencoder.vae import NOT_HEEDED, adopt_normalisation, normalisation, vae_record, vae_sha256
 from gspn_dit.diffusion import create_scheduler
-from gspn_dit.errors import InputError, machine_fault, warn
+from gspn_dit.errors import InputError, machine_fault, not_none, warn
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.inference.run_description import RunDescription
 from gspn_dit.models.latent_model import LatentModel
@@ -75,7 +75,7 @@ def find_checkpoint(path: str | os.PathLike) -> Checkpoint | None:
     try:
         return None if _is_exported(folder) else Checkpoint(_newest_checkpoint(folder).path.resolve())
     except InputError as error:
-        raise InputError(f"model={str(path)!r}: {error}") from error
+        raise InputError(str(error), argument="model", value=str(path)) from error
 
 
 def pipeline_of(
@@ -108,21 +108,24 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"model={str(path)!r}: {error}") from error
+        raise InputError(str(error), argument="model", value=str(path)) from error
     except (OSError, ValueError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:  # damaged files
         if machine_fault(error) is not None:
             raise
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
-        raise InputError(f"model={str(path)!r}: its files cannot be read ({reason}); make them again") from error
+        raise InputError(
+            f"its files cannot be read ({reason})", argument="model", value=str(path), remedy="make them again"
+        ) from error
 
 
 def _newest_checkpoint(folder: Path) -> Checkpoint:
     """The folder itself if it is a checkpoint, else the newest checkpoint of the run it is."""
     if folder.is_file():
-        raise InputError("is a file; wanted the folder of a run, a checkpoint or an exported pipeline")
+        raise InputError("is a file", wanted="the folder of a run, a checkpoint or an exported pipeline")
     if not folder.is_dir():
         raise InputError(
-            f"no such folder; wanted a run, a checkpoint, an exported pipeline or {' or '.join(PACKAGED_MODELS)}"
+            "no such folder",
+            wanted=f"a run, a checkpoint, an exported pipeline or {' or '.join(PACKAGED_MODELS)}",
         )
     checkpoint, run = Checkpoint(folder), RunFolder(folder)
     if checkpoint.ema.is_dir():
@@ -133,7 +136,7 @@ def _newest_checkpoint(folder: Path) -> Checkpoint:
             f"exported pipeline ({_INDEX})"
         )
     if (newest := run.newest_checkpoint()) is None:
-        raise InputError("the run has no checkpoint yet; it writes one every training.checkpoint_every steps")
+        raise InputError("the run has no checkpoint yet", remedy="it writes one every training.checkpoint_every steps")
     return newest
 
 
@@ -141,7 +144,7 @@ def _load_exported(folder: Path, given: AutoencoderKL | None, name: str | None, 
     replaced = {}
     if given is not None:
         own = load_vae(folder / "vae")
-        replaced["vae"] = _fitted(given, name, vae_record(path, own.config, own))
+        replaced["vae"] = _fitted(given, not_none(name), vae_record(path, own.config, own))
     pipe = GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **replaced)
     if "class_dropout" not in json.loads((folder / _INDEX).read_text()):  # of before
         adopt_normalisation(pipe.vae, normalisation(pipe.vae.config) | NOT_HEEDED, "this model")
@@ -157,10 +160,12 @@ def _load_checkpoint(checkpoint: Checkpoint, given: AutoencoderKL | None, name: 
         try:
             given = load_vae(name)
         except InputError as error:
-            raise InputError(f"the run's {error}; where it lies elsewhere now, name that with --vae") from error
+            raise InputError(
+                f"the run's {error}", remedy="where it lies elsewhere now, name that with --vae"
+            ) from error
     if record is None:  # a run of before
-        record = vae_record(name, given.config, None) | NOT_HEEDED
-    return pipeline_of(run, transformer, _fitted(given, name, record), _class_names(checkpoint))
+        record = vae_record(not_none(name), given.config, None) | NOT_HEEDED
+    return pipeline_of(run, transformer, _fitted(given, not_none(name), record), _class_names(checkpoint))
 
 
 def _load_transformer(folder: Path) -> LatentModel:

@@ -35,6 +35,9 @@ def check_memory(
     needed, memory = _LEAST_MAPS * tokens * transformer.config.width * value, memory_of(device)
     if needed > memory:
         raise InputError(
-            f"height={height * factor}, width={width * factor}: {batch} at a time take over {in_bytes(needed)}, "
-            f"and the memory of {device} is {in_bytes(memory)}; draw fewer at a time, or smaller ones"
+            f"with width={width * factor}, {batch} at a time take over {in_bytes(needed)}, and the memory of {device} "
+            f"is {in_bytes(memory)}",
+            argument="height",
+            value=height * factor,
+            remedy="draw fewer at a time, or smaller ones",
         )

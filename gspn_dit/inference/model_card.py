@@ -64,7 +64,8 @@ def checkpoint_metrics(checkpoint: Checkpoint) -> dict[str, float | str]:
     From metrics.csv and evaluation.csv the lines of its step; from metrics.json, as an evaluation writes it, all
     numbers and what they are of, but only for the newest checkpoint, and not if the file is older than that.
     """
-    run, metrics = checkpoint.run, {}
+    run = checkpoint.run
+    metrics: dict[str, Any] = {}  # what the files say, of which figures are picked below
     if run is None:  # a copy of one, by itself
         return {}
     for table in (run.metrics, run.evaluation):
@@ -76,7 +77,7 @@ def checkpoint_metrics(checkpoint: Checkpoint) -> dict[str, float | str]:
         try:
             metrics |= dict(json.loads(evaluated.read_text()))
         except (ValueError, TypeError) as error:
-            raise InputError(f"{evaluated} is damaged ({error}): evaluate again, or remove it") from error
+            raise InputError(f"{evaluated} is damaged ({error})", remedy="evaluate again, or remove it") from error
     speed = ("step", "learning_rate", "grad_norm", "images_per_second")
     figures = {key: value for key, value in metrics.items() if key not in speed and _is_figure(value)}
     return figures | {key: _plain(metrics[key]) for key in OF_THE_SCORES if isinstance(metrics.get(key), str)}

@@ -74,10 +74,13 @@ class GSPNDiTPipeline(DiffusionPipeline):
         check_vae(vae, "the pipeline's")
         channels, wanted = vae.config.latent_channels, transformer.config.in_channels
         if channels != wanted:
-            raise InputError(f"vae: its latents have {channels} channels, and the transformer takes {wanted}")
+            raise InputError(
+                f"its latents have {channels} channels, and the transformer takes {wanted}", argument="vae"
+            )
         if class_names is not None and len(class_names) != transformer.config.num_classes:
             raise InputError(
-                f"class_names: {len(class_names)} names for a transformer of {transformer.config.num_classes} classes"
+                f"{len(class_names)} names for a transformer of {transformer.config.num_classes} classes",
+                argument="class_names",
             )
 
     def register_to_config(self, **config: Any) -> None:
@@ -131,9 +134,9 @@ class GSPNDiTPipeline(DiffusionPipeline):
         Raises :class:`InputError` for a class, size or option that cannot be, before any forward.
         """
         if output_type not in _OUTPUT_TYPES:
-            raise InputError(f"output_type={output_type!r}: wanted one of {', '.join(_OUTPUT_TYPES)}")
+            raise InputError(argument="output_type", value=output_type, wanted=f"one of {', '.join(_OUTPUT_TYPES)}")
         if mixed_precision not in (names := get_args(MixedPrecision)):
-            raise InputError(f"mixed_precision={mixed_precision!r}: wanted one of {', '.join(names)}")
+            raise InputError(argument="mixed_precision", value=mixed_precision, wanted=f"one of {', '.join(names)}")
         condition = self.conditioning.read(class_labels)
         count = len(condition["class_labels"])
         null_condition = self.conditioning.null(count)
@@ -141,9 +144,13 @@ class GSPNDiTPipeline(DiffusionPipeline):
             condition = null_condition
         generators = generator if isinstance(generator, list) else [generator]
         if not all(each is None or isinstance(each, torch.Generator) for each in generators):
-            raise InputError(f"generator={generator!r}: wanted a torch.Generator, or a list of one an image")
+            raise InputError(
+                argument="generator", value=generator, wanted="a torch.Generator, or a list of one an image"
+            )
         if isinstance(generator, list) and len(generator) != count:
-            raise InputError(f"generator: a list of {len(generator)} for {count} class_labels; wanted one each")
+            raise InputError(
+                f"a list of {len(generator)} for {count} class_labels", argument="generator", wanted="one each"
+            )
         guidance_scale, guidance_interval = self.guidance(guidance_scale, guidance_interval)
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
@@ -201,7 +208,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
         interval = self.config.guidance_interval if interval is None else interval
         check_guidance(scale, interval)
         if scale > 1 and (dropout := self.config.class_dropout) in (0, 1):
-            raise InputError(f"guidance_scale={scale!r}: {unguided(dropout)}; give 1")
+            raise InputError(unguided(dropout), argument="guidance_scale", value=scale, remedy="give 1")
         return scale, tuple(interval)
 
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
@@ -217,8 +224,12 @@ class GSPNDiTPipeline(DiffusionPipeline):
             whole = isinstance(pixels, Integral) and pixels >= 1
             if pixels is not None and not (whole and pixels % (factor * patch) == 0):
                 raise InputError(
-                    f"{name}={pixels!r}: wanted a positive multiple of {factor * patch} pixels "
-                    f"(the VAE's factor {factor} × the patch {patch})"
+                    argument=name,
+                    value=pixels,
+                    wanted=(
+                        f"a positive multiple of {factor * patch} pixels (the VAE's factor {factor} × the patch "
+                        f"{patch})"
+                    ),
                 )
             size.append(default if pixels is None else pixels // factor)
         return size[0], size[1]
@@ -248,7 +259,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
             shifted(self.scheduler, shift)
         if chunk_scale is not None:
             if not is_finite(chunk_scale) or chunk_scale <= 0:
-                raise InputError(f"chunk_scale={chunk_scale!r}: wanted a positive number, or auto")
+                raise InputError(argument="chunk_scale", value=chunk_scale, wanted="a positive number, or auto")
             self.transformer.check_chunk_scale(chunk_scale)
         return shift, chunk_scale
 

@@ -54,16 +54,16 @@ class RunDescription:
         check_guidance(self.guidance_scale, self.guidance_interval, "sampling.")
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
         if not is_finite(self.class_dropout) or not 0 <= self.class_dropout <= 1:
-            raise InputError(f"diffusion.class_dropout={self.class_dropout!r}: wanted a share from 0 to 1")
+            raise InputError(argument="diffusion.class_dropout", value=self.class_dropout, wanted="a share from 0 to 1")
         if not isinstance(self.vae, str):
-            raise InputError(f"data.vae={self.vae!r}: wanted a name or a folder")
+            raise InputError(argument="data.vae", value=self.vae, wanted="a name or a folder")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> RunDescription:
         """That of a run's configuration, nested as in config.yaml."""
         sections = {name: config.get(name) or {} for name, _ in _OPTIONS.values()}
         if odd := next((name for name, section in sections.items() if not isinstance(section, Mapping)), None):
-            raise InputError(f"{odd}={sections[odd]!r}: wanted a section of options")
+            raise InputError(argument=odd, value=sections[odd], wanted="a section of options")
         return cls(**{name: sections[at][key] for name, (at, key) in _OPTIONS.items() if key in sections[at]})
 
     @classmethod
@@ -81,7 +81,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             config = yaml.safe_load(file)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"is damaged ({' '.join(str(error).split())}); restore it") from error
+        raise InputError(f"is damaged ({' '.join(str(error).split())})", remedy="restore it") from error
     if not isinstance(config, dict):
-        raise InputError(f"holds {type(config).__name__}; wanted a run's options")
+        raise InputError(f"holds {type(config).__name__}", wanted="a run's options")
     return config

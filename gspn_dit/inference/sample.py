@@ -14,10 +14,11 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports that take seconds
     from gspn_dit.commands import run
 
-    raise SystemExit(run("sample", prog="python -m gspn_dit.inference.sample"))
+    run("sample", prog="python -m gspn_dit.inference.sample")
+    raise SystemExit
 
+import logging
 import math
-import sys
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from gspn_dit.autoencoder.vae import weights_sha256
 from gspn_dit.devices import memory_of
 from gspn_dit.diffusion import create_scheduler, objective_of
 from gspn_dit.diffusion.sampling import check_steps
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, not_none
 from gspn_dit.inference.grid import captions
 from gspn_dit.inference.loading import find_checkpoint, load_pipeline
 from gspn_dit.inference.memory import check_memory
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from gspn_dit.commands import SampleOptions
 
 BATCH_SIZE = 16
+logger = logging.getLogger(__name__)
 _LEAST_FILE = 4096  # bytes that an image takes on a disk: a block
 
 
@@ -81,7 +83,7 @@ def main(options: SampleOptions) -> None:
     with ExitStack() as stack:
         if processes.is_main_process:
             if pipe.config.class_dropout in (0, 1):
-                print(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", file=sys.stderr)
+                logger.info(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", extra={"stderr": True})
             settings = sampling_settings(pipe, options, call) | {"model": str(checkpoint or options.model)}
             prepare_folders(options, settings, stack)
             missing = begin_folder(options, settings, labels, pipe.config.class_names)
@@ -99,7 +101,8 @@ def main(options: SampleOptions) -> None:
         )
         if processes.is_main_process:
             assemble(options, labels, pipe)
-            print(f"{len(labels)} images: {', '.join(path for path in (options.out, options.npz) if path is not None)}")
+            written = [path for path in (options.out, options.npz_file) if path is not None]
+            print(f"{len(labels)} images: {', '.join(written)}")
     processes.destroy_process_group()
 
 
@@ -142,8 +145,10 @@ def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
         classes = pipe.class_ids([label.strip() for label in options.class_labels.split(",")])
     if options.class_labels is not None and options.labels == "balanced" and len(classes) > options.num_images:
         raise InputError(
-            f"num_images={options.num_images}: fewer than the {len(classes)} class_labels, so that some would have no "
-            f"image; give {len(classes)} or more, fewer labels, or --labels random"
+            f"fewer than the {len(classes)} class_labels, so that some would have no image",
+            argument="num_images",
+            value=options.num_images,
+            remedy=f"give {len(classes)} or more, fewer labels, or --labels random",
         )
     if options.labels == "balanced":
         return [classes[i % len(classes)] for i in range(options.num_images)]
@@ -182,7 +187,7 @@ def prepare_folders(options: SampleOptions, settings: dict[str, Any], stack: Exi
 
 def say_who(folder: Path, holder: str) -> None:
     """Tell the person whom this process waits for."""
-    print(f"{holder} is drawing into {folder}; waiting for its end", file=sys.stderr)
+    logger.info(f"{holder} is drawing into {folder}; waiting for its end", extra={"stderr": True})
 
 
 def begin_folder(
@@ -217,14 +222,14 @@ def clear(folder: Path) -> None:
 def assemble(options: SampleOptions, labels: list[int], pipe: GSPNDiTPipeline) -> None:
     """Put the grid or the npz together from the folder of images, and empty a folder that nobody asked for."""
     paths = [options.folder / image_file(i) for i in range(len(labels))]
-    if options.npz is not None:
+    if options.npz_file is not None:
         bar = progress(paths, desc="npz", unit="image", leave=False)
         ids = np.array(labels, dtype=np.int64)
         batches = (load_image(path)[None] for path in bar)
         arrays = {"arr_1": ids, "labels": ids}
         if pipe.config.class_names:
             arrays["class_names"] = np.array(pipe.config.class_names)
-        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz, **arrays)
+        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz_file, **arrays)
     if not options.single_files:
         if options.out is not None:
             images = np.stack([load_image(path) for path in paths])
@@ -237,8 +242,8 @@ def output_folders(options: SampleOptions) -> dict[str, Path]:
     folders = {}
     if options.out is not None and not is_stream(options.out):
         folders["out"] = options.folder if options.single_files else Path(options.out).parent
-    if options.npz is not None:
-        folders["npz"] = Path(options.npz).parent
+    if options.npz_file is not None:
+        folders["npz"] = Path(options.npz_file).parent
     return folders
 
 
@@ -250,21 +255,28 @@ def check_outputs(options: SampleOptions) -> None:
         check_place(getattr(options, key), key, folder=key == "out" and options.single_files, size=size)
     if options.single_files:
         ours = set(map(image_file, finished))
-        if stale := sorted(path.name for path in Path(options.out).glob("*.png") if path.name not in ours):
+        if stale := sorted(path.name for path in Path(not_none(options.out)).glob("*.png") if path.name not in ours):
             raise InputError(
-                f"out={options.out!r}: {len(stale)} PNGs of another run would stay there ({stale[0]}, …); "
-                "empty it or name another folder"
+                f"{len(stale)} PNGs of another run would stay there ({stale[0]}, …)",
+                argument="out",
+                value=options.out,
+                remedy="empty it or name another folder",
             )
 
 
 def check_room(options: SampleOptions, image_size: tuple[int, int]) -> None:
     """Raise :class:`InputError` if the npz has no room on its disk, or the grid none in memory."""
     size = options.num_images * math.prod(image_size) * 3
-    if options.npz is not None:
-        check_place(options.npz, "npz", size=size)
+    if options.npz_file is not None:
+        check_place(options.npz_file, "npz", size=size)
     memory = memory_of(torch.device("cpu"))
     if options.out is not None and not options.single_files and 2 * size > memory:  # the images, and the grid of them
         raise InputError(
-            f"out={options.out!r}: a grid of {options.num_images} images takes over {in_bytes(2 * size)}, and the "
-            f"memory is {in_bytes(memory)}; give a folder for single files, or fewer"
+            (
+                f"a grid of {options.num_images} images takes over {in_bytes(2 * size)}, and the memory "
+                f"is {in_bytes(memory)}"
+            ),
+            argument="out",
+            value=options.out,
+            remedy="give a folder for single files, or fewer",
         )

@@ -49,8 +49,10 @@ def begin(
     found = finished_images(folder)
     if found and not (folder / SETTINGS_FILE).exists():
         raise InputError(
-            f"out={str(folder)!r}: holds {len(found)} images without the {SETTINGS_FILE} that says what of; "
-            "empty it or name another folder"
+            f"holds {len(found)} images without the {SETTINGS_FILE} that says what of",
+            argument="out",
+            value=str(folder),
+            remedy="empty it or name another folder",
         )
     folder.mkdir(parents=True, exist_ok=True)
     begin_or_continue(folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)
@@ -106,13 +108,14 @@ def draw_missing(
     ) as bar:
         next_look = 0.0
         for batch in batches[processes.process_index :: processes.num_processes]:
-            images = pipe(
+            (images,) = pipe(
                 [labels[i] for i in batch],
                 generator=[image_generator(seed, i) for i in batch],
                 output_type="uint8",
+                return_dict=False,
                 **options,
-            ).images.cpu()
-            for i, image in zip(batch, images, strict=True):
+            )
+            for i, image in zip(batch, images.cpu(), strict=True):
                 save_image(image, folder / image_file(i))
             if shown and (now := time.monotonic()) >= next_look:
                 bar.update(len(finished_images(folder)) - bar.n)

@@ -21,16 +21,23 @@ def chunk_by_layer(chunk: int | None, global_layers: int | Sequence[int], depth:
         InputError: A chunk below 1, a count outside 0 … depth or an index outside the layers.
     """
     if chunk is not None and not (is_whole(chunk) and chunk >= 1):
-        raise InputError(f"chunk={chunk!r}: give a number of lines from 1, or None for global scans in every layer")
+        raise InputError(
+            "give a number of lines from 1, or None for global scans in every layer", argument="chunk", value=chunk
+        )
     if is_whole(global_layers):
         if not 0 <= global_layers <= depth:
-            raise InputError(f"global_layers={global_layers}: give a count from 0 to the {depth} layers there are")
+            raise InputError(
+                f"give a count from 0 to the {depth} layers there are", argument="global_layers", value=global_layers
+            )
         chosen = set(range(depth - global_layers, depth))
     else:
-        indices = isinstance(global_layers, Sequence)
-        if not indices or not all(is_whole(i) and -depth <= i < depth for i in global_layers):
+        if not isinstance(global_layers, Sequence) or not all(
+            is_whole(i) and -depth <= i < depth for i in global_layers
+        ):
             raise InputError(
-                f"global_layers={global_layers!r}: give a count, or a list of indices of the layers 0 to {depth - 1}"
+                f"give a count, or a list of indices of the layers 0 to {depth - 1}",
+                argument="global_layers",
+                value=global_layers,
             )
         chosen = {i % depth for i in global_layers}
     return [None if i in chosen else chunk for i in range(depth)]

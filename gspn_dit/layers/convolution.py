@@ -18,7 +18,9 @@ class DepthwiseConv(nn.Conv2d):
 
     def __init__(self, width: int, kernel_size: int, bias: bool = True) -> None:
         if not is_whole(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise InputError(f"conv_kernel={kernel_size!r}: give an odd number, so that the filter has a centre")
+            raise InputError(
+                "give an odd number, so that the filter has a centre", argument="conv_kernel", value=kernel_size
+            )
         super().__init__(width, width, kernel_size, padding=kernel_size // 2, groups=width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

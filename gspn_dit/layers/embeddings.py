@@ -8,7 +8,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, not_none
 
 
 class PatchEmbedding(nn.Module):
@@ -21,7 +21,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
-        nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(not_none(self.proj.bias))
 
     def forward(self, latents: Tensor) -> Tensor:
         # Turning the few latent channels here lets the convolution write its many channels last, without a copy.
@@ -39,8 +39,9 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.frequency_embedding_size, width), nn.SiLU(), nn.Linear(width, width))
-        for layer in (self.mlp[0], self.mlp[2]):
+        first, last = nn.Linear(self.frequency_embedding_size, width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
+        for layer in (first, last):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
@@ -67,13 +68,14 @@ class LabelEmbedding(nn.Module):
 
     def forward(self, class_labels: Tensor) -> Tensor:
         if class_labels.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"class_labels of {class_labels.dtype}: give class ids, torch.long")
+            raise InputError(f"dtype {class_labels.dtype}", argument="class_labels", wanted="class ids, torch.long")
         if class_labels.device.type == "cpu" and type(class_labels) is Tensor and not torch.compiler.is_compiling():
             wrong = class_labels[(class_labels < 0) | (class_labels > self.num_classes)]
             if len(wrong):
                 raise InputError(
-                    f"class_labels: {int(wrong[0])} is among them; give 0 to {self.num_classes - 1}, or "
-                    f"{self.num_classes} for no class"
+                    f"{int(wrong[0])} is among them",
+                    argument="class_labels",
+                    remedy=f"give 0 to {self.num_classes - 1}, or {self.num_classes} for no class",
                 )
         return self.embedding_table(class_labels)
 

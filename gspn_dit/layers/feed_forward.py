@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, not_none
 from gspn_dit.layers.linear import linear
 
 SLICE_TOKENS = 2**14
 
+Layer = TypeVar("Layer", bound=nn.Module)
 
-def in_slices(forward: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+
+def in_slices(forward: Callable[[Layer, Tensor], Tensor]) -> Callable[[Layer, Tensor], Tensor]:
     """The forward of a layer that treats every token alone, SLICE_TOKENS at a time on maps of more.
 
     A hidden layer of 4C channels then never exists whole. At inference only, and only where torch.compile does not
@@ -23,7 +26,7 @@ def in_slices(forward: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Mo
     """
 
     @functools.wraps(forward)
-    def sliced(self: nn.Module, x: Tensor) -> Tensor:
+    def sliced(self: Layer, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.shape[1] * x.shape[2] <= SLICE_TOKENS:
             return forward(self, x)
         tokens = x.reshape(-1, x.shape[-1])
@@ -32,7 +35,7 @@ def in_slices(forward: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Mo
             part = forward(self, tokens[start : start + SLICE_TOKENS])
             y = part.new_empty(len(tokens), part.shape[-1]) if y is None else y
             y[start : start + SLICE_TOKENS] = part
-        return y.unflatten(0, x.shape[:-1])
+        return not_none(y).unflatten(0, x.shape[:-1])
 
     return sliced
 
@@ -54,7 +57,9 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, mlp_ratio: float, activation: nn.Module | None = None) -> None:
         super().__init__()
         if not isinstance(mlp_ratio, int | float) or not 1 <= width * mlp_ratio < math.inf:
-            raise InputError(f"mlp_ratio={mlp_ratio!r}: give a positive number, hidden channels over width")
+            raise InputError(
+                "give a positive number, hidden channels over width", argument="mlp_ratio", value=mlp_ratio
+            )
         self.fc1 = linear(width, int(width * mlp_ratio))
         self.act = activation or nn.GELU(approximate="tanh")
         self.fc2 = linear(int(width * mlp_ratio), width)

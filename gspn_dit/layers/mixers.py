@@ -71,12 +71,16 @@ class Mixer(nn.Module):
         InputError: Groups that do not divide the width; at the call, a chunk for a mixer that has no lines.
     """
 
+    value: nn.Linear
+    conv: DepthwiseConv
+    direct: nn.Parameter
+    proj: nn.Linear
     scans: ClassVar[bool] = False  # whether it runs over lines, so that `mix` takes a chunk
 
     def __init__(self, width: int, num_groups: int, projections: Projections | None = None) -> None:
         super().__init__()
         if num_groups < 1 or width % num_groups:
-            raise InputError(f"num_groups={num_groups}: give a divisor of width={width}")
+            raise InputError(f"give a divisor of width={width}", argument="num_groups", value=num_groups)
         self.num_groups, self.projected = num_groups, projections is not None
         if projections is not None:
             self.value, self.conv = projections.before(width)
@@ -90,7 +94,9 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, chunk: int | None = None) -> Tensor:
         if chunk is not None and not self.scans:
-            raise InputError(f"chunk={chunk!r}: a {type(self).__name__} has no lines; leave it out")
+            raise InputError(
+                f"a {type(self).__name__} has no lines", argument="chunk", value=chunk, remedy="leave it out"
+            )
         options = (chunk,) if self.scans else ()
         if not self.projected:
             return self.mix(x, *options)
@@ -130,10 +136,11 @@ class GSPNMixer(Mixer):
     def __init__(self, width: int, num_groups: int, projections: Projections | None = None) -> None:
         super().__init__(width, num_groups, projections)
         rank = max(width // 16, 1)
-        self.head = nn.Sequential(linear(width, rank, bias=False), linear(rank, num_groups * NUM_DIRECTIONS * 4))
-        nn.init.normal_(self.head[1].weight, std=0.02)
+        narrow, wide = linear(width, rank, bias=False), linear(rank, num_groups * NUM_DIRECTIONS * 4)
+        self.head = nn.Sequential(narrow, wide)
+        nn.init.normal_(wide.weight, std=0.02)
         with torch.no_grad():
-            by_group = self.head[1].bias.view(num_groups, -1)
+            by_group = wide.bias.view(num_groups, -1)
             logits, input_gate = by_group.split([NUM_DIRECTIONS * 3, NUM_DIRECTIONS], -1)
             aside = torch.linspace(-3.0, -7.0, num_groups)
             logits.copy_((aside[:, None] * torch.tensor([1.0, 0.0, 1.0])).repeat(1, NUM_DIRECTIONS))

@@ -6,7 +6,8 @@ from gspn_dit.commands import ModelsOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("models", prog="python -m gspn_dit.models"))
+    run("models", prog="python -m gspn_dit.models")
+    raise SystemExit
 
 import torch
 

@@ -70,7 +70,7 @@ class DiT(LatentModel):
         require_count("num_heads", num_heads)
         require_count("num_classes", num_classes)
         if width % num_heads or width % 4:
-            raise InputError(f"width={width!r}: give a multiple of num_heads={num_heads} and of 4")
+            raise InputError(f"give a multiple of num_heads={num_heads} and of 4", argument="width", value=width)
         super().__init__(
             width=width,
             sample_size=sample_size,

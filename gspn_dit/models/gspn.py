@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from gspn_dit.errors import InputError, is_whole
+from gspn_dit.errors import InputError, is_whole, not_none
 from gspn_dit.layers.chunks import chunk_by_layer
 from gspn_dit.layers.convolution import DepthwiseConv
 from gspn_dit.layers.embeddings import LabelEmbedding, TimestepEmbedding
@@ -69,9 +69,11 @@ class GSPN(LatentModel):
         num_classes: int = 1000,
     ) -> None:
         if not is_whole(depth) or depth < 3 or depth % 2 == 0:
-            raise InputError(f"depth={depth!r}: give an odd number from 3, for n in-blocks, a middle and n out-blocks")
+            raise InputError(
+                "give an odd number from 3, for n in-blocks, a middle and n out-blocks", argument="depth", value=depth
+            )
         if not isinstance(stochastic_depth, int | float) or not 0 <= stochastic_depth < 1:
-            raise InputError(f"stochastic_depth={stochastic_depth!r}: give a chance in [0, 1)")
+            raise InputError("give a chance in [0, 1)", argument="stochastic_depth", value=stochastic_depth)
         require_count("num_classes", num_classes)
         super().__init__(
             width=width,
@@ -103,7 +105,8 @@ class GSPN(LatentModel):
         chunks = self.scaled_chunks(chunk_scale)
         x, condition = self.embed(latents, timesteps, class_labels)
         x = x + condition
-        half, kept = len(self.blocks) // 2, []
+        half = len(self.blocks) // 2
+        kept: list[Tensor] = []
         for i, (block, chunk) in enumerate(zip(self.blocks, chunks, strict=True)):
             x = self.run(block, x, kept.pop() if i > half else None, chunk)
             if i < half:
@@ -132,7 +135,7 @@ class GSPNBlock(nn.Module):
 
     def forward(self, x: Tensor, kept: Tensor | None = None, chunk: int | None = None) -> Tensor:
         if self.join is not None:
-            x = self.join(torch.cat([x, kept], dim=-1))
+            x = self.join(torch.cat([x, not_none(kept)], dim=-1))
         y = self.core(self.conv_in(self.proj_in(self.norm(x))), chunk)
         y = self.conv_out(self.proj_core(y))
         return x + self._drop(self.proj_out(y * F.relu(y)))

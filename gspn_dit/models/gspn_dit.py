@@ -82,7 +82,7 @@ class GSPNDiT(LatentModel):
         require_count("num_groups", num_groups)
         require_count("num_classes", num_classes)
         if mixer not in MIXERS:
-            raise InputError(f"mixer={mixer!r}: give one of {', '.join(MIXERS)}")
+            raise InputError(f"give one of {', '.join(MIXERS)}", argument="mixer", value=mixer)
         super().__init__(
             width=width,
             sample_size=sample_size,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -57,8 +57,20 @@ class LatentModel(ModelMixin, ConfigMixin):
         self.sample_height, self.sample_width = self._checked_sample_size(sample_size)
         self.x_embedder = PatchEmbedding(patch_size, in_channels, width)
 
+    @overload
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, *, output_loading_info: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self: ...
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """As diffusers', but a folder without some of the weights is refused, where diffusers would leave them out.
 
         Weights of another shape are refused too, unless `ignore_mismatched_sizes` asks for them to be left out.
@@ -75,12 +87,14 @@ class LatentModel(ModelMixin, ConfigMixin):
         if info["mismatched_keys"] and not may_mismatch:
             raise InputError(
                 f"{pretrained_model_name_or_path}: weights of another shape than the {cls.__name__}'s, "
-                f"such as {sorted(info['mismatched_keys'])[0][0]}; {remedy}"
+                f"such as {sorted(info['mismatched_keys'])[0][0]}",
+                remedy=remedy,
             )
         if missing := sorted(info["missing_keys"]):
             raise InputError(
                 f"{pretrained_model_name_or_path}: {len(missing)} of the {cls.__name__}'s weights are not in it, "
-                f"such as {missing[0]}; {remedy}"
+                f"such as {missing[0]}",
+                remedy=remedy,
             )
         return (model, info) if wants_info else model
 
@@ -94,11 +108,15 @@ class LatentModel(ModelMixin, ConfigMixin):
     def patchify(self, latents: Tensor) -> Tensor:
         """Latents (B, C_in, h, w) as tokens (B, H, W, C). Raises :class:`InputError` if they are misshapen."""
         if latents.ndim != 4 or latents.shape[1] != self.in_channels:
-            raise InputError(f"latents of shape {tuple(latents.shape)}: give (B, {self.in_channels}, height, width)")
+            raise InputError(
+                f"shape {tuple(latents.shape)}", argument="latents", wanted=f"(B, {self.in_channels}, height, width)"
+            )
         height, width = latents.shape[2:]
         if height % self.patch_size or width % self.patch_size:
             raise InputError(
-                f"latents of {height}×{width}: give a height and width divisible by the patch size, {self.patch_size}"
+                f"height and width {height}×{width}",
+                argument="latents",
+                wanted=f"both divisible by the patch size, {self.patch_size}",
             )
         return self.x_embedder(latents)
 
@@ -124,9 +142,14 @@ class LatentModel(ModelMixin, ConfigMixin):
             return
         is_number = isinstance(scale, Real) and not isinstance(scale, bool)
         if not is_number or not 0 < scale < math.inf:  # not math.isfinite, which torch.compile cannot trace
-            raise InputError(f"chunk_scale={scale!r}: wanted a positive number")
+            raise InputError(argument="chunk_scale", value=scale, wanted="a positive number")
         if not self.has_chunks:
-            raise InputError(f"chunk_scale={scale!r}: no layer of this {type(self).__name__} has a chunk; leave it out")
+            raise InputError(
+                f"no layer of this {type(self).__name__} has a chunk",
+                argument="chunk_scale",
+                value=scale,
+                remedy="leave it out",
+            )
 
     def scaled_chunks(self, scale: float) -> Sequence[int | None]:
         """Each block's chunk, `scale` times as long as in training. Raises as :meth:`check_chunk_scale`."""
@@ -147,7 +170,9 @@ class LatentModel(ModelMixin, ConfigMixin):
         size = tuple(sample_size) if isinstance(sample_size, Sequence) else (sample_size, sample_size)
         p = self.patch_size
         if len(size) != 2 or not all(is_whole(side) and side >= 1 and side % p == 0 for side in size):
-            raise InputError(f"sample_size={sample_size!r}: give a side or (height, width) divisible by patch_size={p}")
+            raise InputError(
+                f"give a side or (height, width) divisible by patch_size={p}", argument="sample_size", value=sample_size
+            )
         return size
 
 
@@ -156,12 +181,12 @@ def check_one_each(latents: Tensor, **vectors: Tensor) -> None:
     batch = len(latents)
     for name, value in vectors.items():
         if not isinstance(value, Tensor):
-            raise InputError(f"{name}={value!r}: give a tensor of one for each latent, ({batch},)")
+            raise InputError(f"give a tensor of one for each latent, ({batch},)", argument=name, value=value)
         if value.shape != (batch,):
-            raise InputError(f"{name} of shape {tuple(value.shape)}: give one for each latent, ({batch},)")
+            raise InputError(f"shape {tuple(value.shape)}", argument=name, wanted=f"one for each latent, ({batch},)")
 
 
 def require_count(name: str, value: object) -> None:
     """Raise :class:`InputError` unless the value is a whole number from 1."""
     if not is_whole(value) or value < 1:
-        raise InputError(f"{name}={value!r}: give a whole number from 1")
+        raise InputError("give a whole number from 1", argument=name, value=value)

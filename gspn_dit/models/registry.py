@@ -58,6 +58,10 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in _registered() if fnmatchcase(name, pattern)]
 
 
+class NoSuchOption(InputError):
+    """A model has no option of that name."""
+
+
 def create_model(name: str, **overrides: Any) -> LatentModel:
     """A new model by name, freshly initialised, in training mode on the default device.
 
@@ -72,7 +76,9 @@ def create_model(name: str, **overrides: Any) -> LatentModel:
     valid = [parameter for parameter in inspect.signature(preset.family.__init__).parameters if parameter != "self"]
     for key, value in overrides.items():
         if key not in valid:
-            raise InputError(f"{key}={value!r}: {name} has no such option; choose from {', '.join(valid)}")
+            raise NoSuchOption(
+                f"{name} has no such option", argument=key, value=value, remedy=f"choose from {', '.join(valid)}"
+            )
     return preset.family(**{**preset.numbers, **overrides})
 
 
@@ -82,7 +88,10 @@ def find_preset(name: str) -> Preset:
     if name not in presets:
         close = difflib.get_close_matches(name, presets, n=3, cutoff=0.5) or ["dit-xl-2", "gspn-xl-2", "gspn-dit-xl-2"]
         raise InputError(
-            f"name={name!r}: no such model; did you mean {', '.join(close)}? `gspn-dit models` lists them all"
+            "no such model",
+            argument="name",
+            value=name,
+            remedy=f"did you mean {', '.join(close)}? `gspn-dit models` lists them all",
         )
     return presets[name]
 

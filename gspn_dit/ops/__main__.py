@@ -6,7 +6,8 @@ from gspn_dit.commands import OpsOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("ops", prog="python -m gspn_dit.ops"))
+    run("ops", prog="python -m gspn_dit.ops")
+    raise SystemExit
 
 from gspn_dit.errors import InputError
 from gspn_dit.ops.registry import backends, find
@@ -18,4 +19,4 @@ def main(options: Options) -> None:
     for name, (available, detail) in states.items():
         print(f"{name:<12} {'available' if available else 'not available':<14} {detail}")
     if options.require and not states[options.require].available:
-        raise InputError(f"require={options.require!r}: not available here, see above")
+        raise InputError("not available here, see above", argument="require", value=options.require)

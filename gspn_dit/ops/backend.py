@@ -26,6 +26,11 @@ class Call(NamedTuple):
     chunk: int = 0
     directions: Sequence[int] = (0, 1, 2, 3)
 
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What of it has gradients, in the order of :data:`OPERANDS`."""
+        return self[:-2]  # all but OPTIONS
+
 
 OPTIONS = ("chunk", "directions")
 OPERANDS = Call._fields[: -len(OPTIONS)]  # these have gradients

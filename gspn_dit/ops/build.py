@@ -115,7 +115,8 @@ def check_toolkit() -> None:
     wanted = torch.version.cuda
     if wanted is None:
         raise RuntimeError("this torch is built without CUDA: install a CUDA build of torch to run the cuda kernel")
-    nvcc = cuda_home() / "bin" / "nvcc" if cuda_home() else None
+    home = cuda_home()
+    nvcc = home / "bin" / "nvcc" if home else None
     if nvcc is None or not nvcc.exists():
         raise RuntimeError(
             f"torch is built for CUDA {wanted}, and there is no nvcc: install the CUDA {wanted} toolkit, or set "

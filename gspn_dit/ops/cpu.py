@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,10 +40,15 @@ class NativeCpu(Compiled):
         """Gradients of the operands."""
         if call.x.dtype == torch.float16:
             grads = self.backward(grad.float(), _widened(call))
-            return tuple(g.to((call.x if like is None else like).dtype) for g, like in zip(grads, call, strict=False))
+            return tuple(
+                g.to((call.x if like is None else like).dtype) for g, like in zip(grads, call.operands, strict=True)
+            )
         return torch.ops.gspn_dit_cpu.propagate_backward.default(grad, *call)
 
 
 def _widened(call: Call) -> Call:
     """The call with float32 in place of float16."""
-    return Call(*(v.float() if isinstance(v, Tensor) and v.dtype == torch.float16 else v for v in call))
+    halves: dict[str, Any] = {
+        name: v.float() for name, v in call._asdict().items() if isinstance(v, Tensor) and v.dtype == torch.float16
+    }
+    return call._replace(**halves)

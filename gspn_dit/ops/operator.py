@@ -82,21 +82,26 @@ def propagate(
 def _check_options(chunk: int | None, directions: Sequence[str]) -> None:
     unknown = [d for d in directions if d not in DIRECTIONS]
     if isinstance(directions, str) or unknown or not directions or len(set(directions)) < len(directions):
-        raise InputError(f"directions={directions!r}: wanted one or more of {ALL_DIRECTIONS}, each at most once")
+        raise InputError(
+            argument="directions", value=directions, wanted=f"one or more of {ALL_DIRECTIONS}, each at most once"
+        )
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
-        raise InputError(f"chunk={chunk!r}: wanted None (global) or a whole number of lines, 1 or more")
+        raise InputError(argument="chunk", value=chunk, wanted="None (global) or a whole number of lines, 1 or more")
 
 
 def _check_operands(call: Call) -> None:
     x, input_gate = call.x, call.input_gate
     if x.dim() != 4 or 0 in x.shape:
-        raise InputError(f"x has shape {tuple(x.shape)}: wanted (B, H, W, C), none of them 0")
+        raise InputError(f"shape {tuple(x.shape)}", argument="x", wanted="(B, H, W, C), none of them 0")
     if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
-        raise InputError(f"x has dtype {x.dtype} on {x.device}: wanted one of {DTYPES}, or float64 on the CPU")
+        raise InputError(
+            f"dtype {x.dtype} on {x.device}", argument="x", wanted=f"one of {DTYPES}, or float64 on the CPU"
+        )
     if input_gate.dim() != 5 or input_gate.shape[-1] < 1 or x.shape[-1] % input_gate.shape[-1]:
         raise InputError(
-            f"input_gate has shape {tuple(input_gate.shape)}: wanted (B, H, W, K, G) with G dividing the "
-            f"{x.shape[-1]} channels of x"
+            f"shape {tuple(input_gate.shape)}",
+            argument="input_gate",
+            wanted=f"(B, H, W, K, G) with G dividing the {x.shape[-1]} channels of x",
         )
     tokens, k, groups = tuple(x.shape[:3]), len(call.directions), input_gate.shape[-1]
     of_a_channel = torch.promote_types(x.dtype, torch.float32)
@@ -108,17 +113,24 @@ def _check_operands(call: Call) -> None:
         "scale": (call.scale, (k, x.shape[-1]), of_a_channel),
     }
     for name, (tensor, shape, dtype) in wanted.items():
-        if tensor is None and name not in ("gates", "input_gate"):
+        if tensor is None:
+            if name in ("gates", "input_gate"):
+                raise TypeError(f"{name} is None: wanted a tensor")
             continue
         if tuple(tensor.shape) != shape:
             raise InputError(
-                f"{name} has shape {tuple(tensor.shape)}: wanted {shape} for x of shape {tuple(x.shape)}, "
-                f"{k} directions and {groups} groups"
+                f"shape {tuple(tensor.shape)}",
+                argument=name,
+                wanted=f"{shape} for x of shape {tuple(x.shape)}, {k} directions and {groups} groups",
             )
         if tensor.dtype != dtype:
-            raise InputError(f"{name} has dtype {tensor.dtype}: wanted {dtype} for x of {x.dtype}; cast it")
+            raise InputError(
+                f"dtype {tensor.dtype}", argument=name, wanted=f"{dtype} for x of {x.dtype}", remedy="cast it"
+            )
         if tensor.device != x.device:
-            raise InputError(f"{name} is on {tensor.device}: wanted x's device, {x.device}; move one of them")
+            raise InputError(
+                f"on {tensor.device}", argument=name, wanted=f"x's device, {x.device}", remedy="move one of them"
+            )
 
 
 # Below: the operator as torch.library sees it, with the fields of Call as its arguments and then `backend`. It is ""

@@ -75,7 +75,7 @@ class Reference:
 
     def backward(self, grad: Tensor, call: Call) -> tuple[Tensor, ...]:
         """Gradients of the operands: inside a custom op autograd does not record, torch.func does."""
-        present = {name: operand for name, operand in zip(OPERANDS, call, strict=False) if operand is not None}
+        present = {name: operand for name, operand in zip(OPERANDS, call.operands, strict=True) if operand is not None}
         (grads,) = torch.func.vjp(lambda operands: self.forward(call._replace(**operands)), present)[1](grad)
         return tuple(
             torch.empty_like(present[name]).copy_(grads[name]) if name in present else grad.new_empty(0)

@@ -43,8 +43,8 @@ def find(name: str, argument: str = "backend") -> Backend:
     if name in _REGISTERED:
         return _REGISTERED[name]
     if name in _SUCCESSORS:
-        raise InputError(f"{argument}={name!r}: this backend is now named {_SUCCESSORS[name]!r}")
-    raise InputError(f"{argument}={name!r}: wanted one of {tuple(_REGISTERED)}")
+        raise InputError(f"this backend is now named {_SUCCESSORS[name]!r}", argument=argument, value=name)
+    raise InputError(argument=argument, value=name, wanted=f"one of {tuple(_REGISTERED)}")
 
 
 def choose(call: Call, name: str = "") -> Backend:
@@ -80,12 +80,19 @@ def require_kernels(device: torch.device) -> None:
 def _named(name: str, call: Call) -> Backend:
     backend, device = find(name), call.x.device
     if backend.device_types is not None and device.type not in backend.device_types:
-        raise InputError(f"backend={name!r} with tensors on {device}: move them, or leave the backend out")
+        raise InputError(
+            f"the tensors are on {device}", argument="backend", value=name, remedy="move them, or leave the backend out"
+        )
     available, detail = backend.status(device)
     if not available:
-        raise InputError(f"backend={name!r} is not available: {detail}")
+        raise InputError(f"not available here: {detail}", argument="backend", value=name)
     if (reason := backend.supports(call)) is not None:
-        raise InputError(f"backend={name!r} cannot run this call: {reason}; leave the backend out, or change the call")
+        raise InputError(
+            f"cannot run this call: {reason}",
+            argument="backend",
+            value=name,
+            remedy="leave the backend out, or change the call",
+        )
     return backend
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from gspn_dit.errors import InputError, warn
+from gspn_dit.errors import InputError, shorten, warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,18 +103,25 @@ def check_place(path: str | os.PathLike, option: str = "out", *, folder: bool = 
     """
     if not folder and is_stream(path):
         return
-    named, real = f"{option}={str(path)!r}", Path(os.path.realpath(path))
+    real, another = Path(os.path.realpath(path)), "choose another path"
     if os.path.lexists(real) and real.is_dir() != folder:
-        raise InputError(f"{named}: is a {'file; wanted a folder' if folder else 'folder; wanted a file name'}")
+        found, wanted = ("file", "a folder") if folder else ("folder", "a file name")
+        raise InputError(f"is a {found}", argument=option, value=path, wanted=wanted)
     if os.path.islink(path) and not real.parent.is_dir():
-        raise InputError(f"{named}: is a link into {str(real.parent)!r}, which is not there; choose another path")
+        raise InputError(
+            f"is a link into {str(real.parent)!r}, which is not there", argument=option, value=path, remedy=another
+        )
     there = next(place for place in (real if folder else real.parent, *real.parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{named}: {str(there)!r} is no folder that can be written to; choose another path")
+        raise InputError(
+            f"{str(there)!r} is no folder that can be written to", argument=option, value=path, remedy=another
+        )
     if (free := shutil.disk_usage(there).free) < max(size, 1):
         raise InputError(
-            f"{named}: at least {in_bytes(size)} are to be written, and {str(there)!r} has room for {in_bytes(free)}; "
-            "make room, or choose another path"
+            f"at least {in_bytes(size)} are to be written, and {str(there)!r} has room for {in_bytes(free)}",
+            argument=option,
+            value=path,
+            remedy=f"make room, or {another}",
         )
     remove_leftovers(real.parent, f".{glob.escape(real.name)}")
     remove_leftovers(real)
@@ -214,7 +221,7 @@ def sha256(path: str | os.PathLike) -> str:
 def require_new(folder: Path, size: int = 0) -> None:
     """Raise :class:`InputError` if the folder that a command's `out` names is there, or cannot be made of that size."""
     if folder.exists():
-        raise InputError(f"out={str(folder)!r}: exists already; remove it or name another folder")
+        raise InputError("exists already", argument="out", value=str(folder), remedy="remove it or name another folder")
     check_place(folder, folder=True, size=size)
 
 
@@ -275,17 +282,13 @@ def check_begun(
     try:
         begun = json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): restore it, or choose another --{option}") from error
+        raise InputError(f"{path} is damaged ({error})", remedy=f"restore it, or choose another --{option}") from error
     for key, value in json.loads(json.dumps(settings)).items():
         before = absent.get(key) if begun.get(key) is None else begun[key]
         if key not in ignored and before != value:
             raise InputError(
-                f"{key}={_shorten(value)}: {path.parent} was begun with {key}={_shorten(before)}; "
-                f"run with the same, or choose another --{option}"
+                f"{path.parent} was begun with {key}={shorten(before)}",
+                argument=key,
+                value=value,
+                remedy=f"run with the same, or choose another --{option}",
             )
-
-
-def _shorten(value: object) -> str:
-    """A value as it fits into one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

@@ -230,16 +230,18 @@ class RunFolder:
         Raises:
             InputError: If another process has it, or it cannot be written to.
         """
-        named = f"{option}={str(self)!r}"
 
         def refuse(holder: str) -> None:
-            raise InputError(f"{named}: {holder} is training in it; wait for it, or name another folder")
+            remedy = "wait for it, or name another folder"
+            raise InputError(f"{holder} is training in it", argument=option, value=self.path, remedy=remedy)
 
         with ExitStack() as leaving:
             try:
                 leaving.enter_context(alone_in(self.path, refuse))
             except OSError as error:
-                raise InputError(f"{named}: cannot be written to ({error.strerror}); name another") from error
+                raise InputError(
+                    f"cannot be written to ({error.strerror})", argument=option, value=self.path, remedy="name another"
+                ) from error
             yield
 
 

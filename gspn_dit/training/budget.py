@@ -9,7 +9,8 @@ from gspn_dit.commands import BudgetOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("budget", prog="python -m gspn_dit.training.budget"))
+    run("budget", prog="python -m gspn_dit.training.budget")
+    raise SystemExit
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from gspn_dit.storage.files import save_tensors, sha256
 from gspn_dit.storage.run_folder import METADATA, Checkpoint, RunFolder
 from gspn_dit.training.ema import EMA
 from gspn_dit.training.sharding import copy_full, full_tensor, sharded_like
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointNotWritten(RuntimeError):
@@ -152,7 +156,7 @@ def save_checkpoint(
     writing.attempt(begin)
     for path, tensors in [*state.files(temporary), (temporary.optimizer, state.optimizer_tensors())]:
         pieces = collect(tensors, keep=accelerator.is_main_process)
-        writing.attempt(lambda path=path, pieces=pieces: save_tensors(pieces, path, {"format": "pt"}))
+        writing.attempt(partial(save_tensors, pieces, path, {"format": "pt"}))
         del pieces
     writing.attempt(finish)
     if writing.problem is not None:
@@ -169,8 +173,9 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Checkpoint, state: Sta
                 value = file.get_tensor(key)
                 if value.shape != tensor.shape:
                     raise InputError(
-                        f"{path}: {key} has shape {tuple(value.shape)}, the model's has "
-                        f"{tuple(tensor.shape)}: it is of another version; train anew"
+                        f"{path}: {key} has shape {tuple(value.shape)}, the model's has {tuple(tensor.shape)}: it is "
+                        "of another version",
+                        remedy="train anew",
                     )
                 copy_full(tensor, value)
     parameters = dict(state.model.named_parameters())
@@ -213,7 +218,10 @@ def checkpoint_to_resume(
         return None
     if config.resume == "no":
         raise InputError(
-            f"output_dir={config.output_dir!r}: holds a run already; --resume auto continues it, or name another folder"
+            "holds a run already",
+            argument="output_dir",
+            value=config.output_dir,
+            remedy="--resume auto continues it, or name another folder",
         )
     damaged: dict[Checkpoint, str] = {}
     for checkpoint in reversed(checkpoints):
@@ -222,8 +230,10 @@ def checkpoint_to_resume(
         damaged[checkpoint] = problem
     else:
         raise InputError(
-            f"output_dir={config.output_dir!r}: no checkpoint of its {len(checkpoints)} is whole "
-            f"({checkpoints[-1].name}: {damaged[checkpoints[-1]]}); restore one, or name another folder"
+            f"no checkpoint of its {len(checkpoints)} is whole ({checkpoints[-1].name}: {damaged[checkpoints[-1]]})",
+            argument="output_dir",
+            value=config.output_dir,
+            remedy="restore one, or name another folder",
         )
     check_resumable(checkpoint, config, source, vae_record)
     say_changes(checkpoint, config, precision)
@@ -231,7 +241,7 @@ def checkpoint_to_resume(
         aside = broken.path.with_name(f"damaged-{broken.name}")
         shutil.rmtree(aside, ignore_errors=True)
         broken.path.rename(aside)
-        print(f"{broken} is damaged ({problem}): set aside as {aside.name}, continuing from {checkpoint.name}")
+        logger.info(f"{broken} is damaged ({problem}): set aside as {aside.name}, continuing from {checkpoint.name}")
     return checkpoint
 
 
@@ -264,12 +274,18 @@ def check_resumable(checkpoint: Checkpoint, config: Config, source: Source, vae_
     ):
         before, now = _value(saved, key), _value(config, key)
         if before != now:
-            raise InputError(f"{key}={now!r}: the run in {config.output_dir} has {before!r}; set it back")
+            raise InputError(
+                f"the run in {config.output_dir} has {before!r}", argument=key, value=now, remedy="set it back"
+            )
     missing = [sigma for sigma in config.training.sigma_rels if sigma not in saved.training.sigma_rels]
     if missing:
         raise InputError(
-            f"training.posthoc_ema_sigma_rels: the run in {config.output_dir} has not averaged at {missing[0]:g} from "
-            f"its start, it has {saved.training.sigma_rels}; set them back (training.posthoc_ema_every=0 is none)"
+            (
+                f"the run in {config.output_dir} has not averaged at {missing[0]:g} from its start, it "
+                f"has {saved.training.sigma_rels}"
+            ),
+            argument="training.posthoc_ema_sigma_rels",
+            remedy="set them back (training.posthoc_ema_every=0 is none)",
         )
     metadata = checkpoint.read_metadata()
     of_before = {"name": saved.data.vae, "sha256": None, **NOT_HEEDED}
@@ -281,8 +297,13 @@ def check_resumable(checkpoint: Checkpoint, config: Config, source: Source, vae_
         others = (f" (class {i} was {before!r}, is {now!r})" for i, (before, now) in pairs if before != now)
         differ = next(others, "")
         raise InputError(
-            f"data.source={config.data.source!r}: it has {len(source)} images of {len(source.class_names)} classes, "
-            f"and the run in {config.output_dir} began with {num_images} of {len(class_names)}{differ}; restore it"
+            (
+                f"it has {len(source)} images of {len(source.class_names)} classes, and the run in "
+                f"{config.output_dir} began with {num_images} of {len(class_names)}{differ}"
+            ),
+            argument="data.source",
+            value=config.data.source,
+            remedy="restore it",
         )
 
 
@@ -301,14 +322,18 @@ def check_same_vae(before: dict[str, Any], now: dict[str, Any], config: Config) 
         same = is_same_place(before["name"], now["name"])
     if not same:
         raise InputError(
-            f"data.vae={config.data.vae!r}: the run in {config.output_dir} has {before['name']!r}, and this is not the "
-            "same; name that VAE, wherever it lies"
+            f"the run in {config.output_dir} has {before['name']!r}, and this is not the same",
+            argument="data.vae",
+            value=config.data.vae,
+            remedy="name that VAE, wherever it lies",
         )
     for key in NORMALISATION:
         if before.get(key, now[key]) != now[key]:
             raise InputError(
-                f"data.source={config.data.source!r}: the latents' {key} is {now[key]}, and the run in "
-                f"{config.output_dir} began with {before[key]}; set it back"
+                f"the latents' {key} is {now[key]}, and the run in {config.output_dir} began with {before[key]}",
+                argument="data.source",
+                value=config.data.source,
+                remedy="set it back",
             )
 
 
@@ -316,17 +341,17 @@ UNSAID = ("resume", "output_dir", "model.init_from")  # the last has no effect: 
 
 
 def say_changes(checkpoint: Checkpoint, config: Config, precision: Precision) -> None:
-    """Print which options differ from those that a checkpoint was made with, and whether the precision does."""
+    """Say which options differ from those that a checkpoint was made with, and whether the precision does."""
     before, now = (flat_options(dataclasses.asdict(c)) for c in (Config.load(checkpoint.config), config))
     changed = [key for key in now if key not in UNSAID and before.get(key) != now[key]]
     if changed:
         changes = ", ".join(f"{key} {before.get(key)!r} → {now[key]!r}" for key in changed)
-        print(f"changed since {checkpoint.name}: {changes}")
+        logger.info(f"changed since {checkpoint.name}: {changes}")
     metadata = checkpoint.read_metadata()
     computed_in = metadata.get("mixed_precision", before["training.mixed_precision"])
     if computed_in != precision.name:
         why = precision.reason if precision.asked == "auto" else "as asked"
-        print(f"changed since {checkpoint.name}: mixed_precision {computed_in} → {precision.name}: {why}")
+        logger.info(f"changed since {checkpoint.name}: mixed_precision {computed_in} → {precision.name}: {why}")
 
 
 def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:

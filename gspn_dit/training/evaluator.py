@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gspn_dit.config import Config
 from gspn_dit.diffusion import image_generator
-from gspn_dit.errors import InputError, renamed, warn
+from gspn_dit.errors import InputError, not_none, renamed, warn
 from gspn_dit.evaluation.evaluate import check_reference, evaluate, statistics_of
 from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.image_sets import ImageSet, ReferenceStatistics, open_reference
@@ -51,10 +51,12 @@ class Evaluator:
                 self.extractor = create_extractor(options.features, options.weights, device=accelerator.device)
                 if (side := self.extractor.image_size) not in (None, size):
                     raise InputError(
-                        f"evaluation.features={options.features!r}: takes {side}x{side}, "
-                        f"the samples are {size}x{size}; wanted features of that size"
+                        f"takes {side}x{side}, the samples are {size}x{size}",
+                        argument="evaluation.features",
+                        value=options.features,
+                        wanted="features of that size",
                     )
-                self.reference = open_reference(options.reference, (size, size))
+                self.reference = open_reference(not_none(options.reference), (size, size))
                 check_reference(self.reference, (size, size), self.extractor)
 
     @property
@@ -77,7 +79,7 @@ class Evaluator:
         problems = gather_object([problem])
         row = None
         if not any(problems):
-            images = self._together(images)
+            images = self._together(not_none(images))
             if self.accelerator.is_main_process:
                 row, problem = attempt(self._score, images, pipeline, step)
                 problems = [problem]
@@ -95,14 +97,15 @@ class Evaluator:
             if stop.requested:
                 raise InterruptedError("asked to stop")
             batch = mine[start : start + options.batch_size]
-            drawn = pipeline(
+            (drawn,) = pipeline(
                 [i % pipeline.transformer.config.num_classes for i in batch],
                 guidance_scale=options.guidance_scale,
                 generator=[image_generator(self.config.seed, i) for i in batch],
                 mixed_precision=self.accelerator.mixed_precision,
                 output_type="uint8",
+                return_dict=False,
             )
-            images.append(drawn.images.cpu())
+            images.append(drawn.cpu())
         return torch.cat(images)
 
     def _together(self, images: Tensor) -> Tensor:
@@ -117,7 +120,9 @@ class Evaluator:
         if not isinstance(self.reference, ReferenceStatistics):  # gone through once in a run: they stay the same
             self.reference = statistics_of(self.reference, self.extractor, quick=True)
         labels = [i % len(self.class_names) for i in range(len(images))]
-        size, names = tuple(images.shape[2:]), dict(enumerate(self.class_names))
-        samples = ImageSet(f"samples at step {step}", len(images), size, lambda i: images[i], labels, class_names=names)
+        (height, width), names = images.shape[2:], dict(enumerate(self.class_names))
+        samples = ImageSet(
+            f"samples at step {step}", len(images), (height, width), lambda i: images[i], labels, class_names=names
+        )
         figures = evaluate(samples, self.reference, self.extractor, quick=True)
         return {"step": step} | {name: float(figures.get(name, "nan")) for name in self.columns[1:]}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from gspn_dit.commands import run as run_command
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run_command("train", prog="python -m gspn_dit.training.loop"))
+    run_command("train", prog="python -m gspn_dit.training.loop")
+    raise SystemExit
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import time
@@ -31,7 +33,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data.workers import is_of_a_dead_worker, load
-from gspn_dit.errors import InputError, Stopped
+from gspn_dit.errors import InputError, Stopped, not_none
 from gspn_dit.inference.loading import pipeline_of
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.inference.run_description import RunDescription
@@ -57,6 +59,7 @@ from gspn_dit.training.step import NonFiniteLoss, take_step
 from gspn_dit.training.stop_request import CTRL_C, StoppedByCtrlC, StopRequest
 from gspn_dit.training.trackers import start_trackers, track_samples
 
+logger = logging.getLogger(__name__)
 MOST_OVERFLOWS = 100  # steps in a row that fp16 may skip: from 2^16 its scale has then come to nothing
 LONGEST_PAUSE = timedelta(hours=1)  # of processes that wait while one draws, saves or scores
 
@@ -132,7 +135,7 @@ def train(config: Config) -> None:
             stopped_by = take_steps(run, model, checkpoint, stop)
         elif accelerator.is_main_process:
             has = f"{folder} is at step {checkpoint.step} of training.max_steps={config.training.max_steps}"
-            print(f"{has} already: nothing to do; a larger training.max_steps goes on")
+            logger.info(f"{has} already: nothing to do; a larger training.max_steps goes on")
     accelerator.end_training()
     if stopped_by == CTRL_C:
         raise StoppedByCtrlC
@@ -147,8 +150,10 @@ def check_nothing_lost(folder: RunFolder) -> None:
     last = max(steps + [snapshot.step for snapshot in folder.list_snapshots()], default=0)
     if last > (Config.load(folder.config).training.checkpoint_every if folder.config.is_file() else 0):
         raise InputError(
-            f"output_dir={str(folder)!r}: holds metrics or averages up to step {last} and no checkpoint; bring its "
-            "checkpoints/ back, or name another folder"
+            f"holds metrics or averages up to step {last} and no checkpoint",
+            argument="output_dir",
+            value=str(folder),
+            remedy="bring its checkpoints/ back, or name another folder",
         )
 
 
@@ -157,7 +162,7 @@ def take_steps(run: Run, model: LatentModel, checkpoint: Checkpoint | None, stop
     config, accelerator, options = run.config, run.accelerator, run.config.training
     folder = RunFolder(Path(config.output_dir))
     state = prepare(run, model, is_new=checkpoint is None)
-    done = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
+    done: dict[str, Any] = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
     if checkpoint:
         done = load_checkpoint(accelerator, checkpoint, state)
     step, loss_sum, loss_count = done["step"], done["loss_sum"], done["loss_count"]
@@ -225,10 +230,10 @@ def take_steps(run: Run, model: LatentModel, checkpoint: Checkpoint | None, stop
             logged_time += time.perf_counter() - pause  # images/s is of training alone
     stopped_by = next(filter(None, gather_object([stop.by])), None)
     if record and stopping:
-        print(f"{stopped_by}: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
+        logger.info(f"{stopped_by}: stopped after step {step}, saved as {checkpoint}; --resume auto continues it")
     elif record:
-        print(f"loss curve  {folder.loss_picture}")
-        print(f"checkpoint  {checkpoint}")
+        logger.info(f"loss curve  {folder.loss_picture}")
+        logger.info(f"checkpoint  {checkpoint}")
     return stopped_by
 
 
@@ -238,10 +243,10 @@ def prepare(run: Run, model: LatentModel, is_new: bool) -> State:
     Raises :class:`InputError` if a new run cannot start from the weights it names.
     """
     config, accelerator, options = run.config, run.accelerator, run.config.training
-    if config.model.init_from and is_new:
-        said = on_every_process(lambda: start_from(model, config.model.init_from, run.source.class_names))
+    if (init_from := config.model.init_from) and is_new:
+        said = on_every_process(lambda: start_from(model, init_from, run.source.class_names))
         if said and accelerator.is_main_process:
-            print(said)
+            logger.info(said)
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if options.compile:
@@ -289,7 +294,7 @@ def open_records(
     drop_snapshots(folder, step)
     where = f"step {step}, {checkpoint}" if checkpoint else "step 0"
     weights = sum(p.numel() for p in state.model.parameters())
-    print(
+    logger.info(
         f"{config.model.name}: {weights / 1e6:.1f} M parameters; {len(run.source):,} images of "
         f"{len(class_names)} classes; {accelerator.num_processes} × {accelerator.device.type}; from {where}"
     )
@@ -325,8 +330,9 @@ def draw_and_score(
         if draw_samples(pipeline, config, accelerator, path):
             note(f"the trackers have no samples of step {step}", track_samples, accelerator, path, step)
     accelerator.wait_for_everyone()
-    if scored and (row := run.evaluator.score(pipeline, step, stop)):
-        note(f"{scores.path.name} has no step {step}", scores.append, row)
+    if scored and (row := not_none(run.evaluator).score(pipeline, step, stop)):
+        table = not_none(scores)  # of the main process, which alone has a row
+        note(f"{table.path.name} has no step {step}", table.append, row)
         named = {f"evaluation/{name}": row[name] for name in row if name != "step"}
         note(f"the trackers have no step {step}", accelerator.log, named, step)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,15 +35,17 @@ from gspn_dit.config import Config
 from gspn_dit.data.source import LatentSource, Source, is_of_latents
 from gspn_dit.diffusion import Objective, create_objective, create_scheduler
 from gspn_dit.diffusion.sampling import check_steps
-from gspn_dit.errors import InputError, renamed
+from gspn_dit.errors import InputError, not_none, renamed
 from gspn_dit.inference.loading import load_class_names, load_transformer
 from gspn_dit.inference.pipeline import unguided
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.models.registry import NoSuchOption
 from gspn_dit.training.evaluator import Evaluator
 from gspn_dit.training.latents import FromImages, FromMoments, LatentEncoder
 from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
 
+logger = logging.getLogger(__name__)
 OVERRIDES = "model.overrides."
 STORED_LOOKED_AT, ENCODED_LOOKED_AT = 64, 4  # images, before training
 LABELS = "y_embedder.embedding_table.weight"  # a row for each class and a last one for no class
@@ -106,11 +108,14 @@ def open_run(config: Config, accelerator: Accelerator) -> tuple[Run, LatentModel
         with renamed(OVERRIDES, name="model.name"):
             model = build().to(accelerator.device)
     except InputError as error:
-        problem = str(error).removeprefix(OVERRIDES)
-        if problem.startswith("sample_size="):
-            raise InputError(f"data.image_size={config.data.image_size}: of its latents, {problem}") from error
-        if "no such option" in problem:
-            raise InputError(f"{error}; --model.overrides '{{}}' takes none of a file's") from error
+        if error.argument == OVERRIDES + "sample_size":
+            raise InputError(
+                f"of its latents, {error.about('sample_size')}",
+                argument="data.image_size",
+                value=config.data.image_size,
+            ) from error
+        if isinstance(error, NoSuchOption):
+            error.remedy = f"{error.remedy}; --model.overrides '{{}}' takes none of a file's"
         raise
     conditioning = ClassLabels(len(source.class_names), source.class_names)
     stream = TrainingStream(
@@ -167,8 +172,10 @@ def start_from(model: LatentModel, path: str, class_names: list[str]) -> str | N
         found, wanted = (tuple(of[name].shape) if name in of else "not there" for of in (theirs, ours))
         if found != wanted and not (name == LABELS and found[1:] == wanted[1:]):
             raise InputError(
-                f"model.init_from={path!r}: its {name} is {found}, this model's {wanted}; wanted the same model.name, "
-                "model.overrides and diffusion.objective"
+                f"its {name} is {found}, this model's {wanted}",
+                argument="model.init_from",
+                value=path,
+                wanted="the same model.name, model.overrides and diffusion.objective",
             )
     their_table, our_table = theirs.pop(LABELS), ours.pop(LABELS)
     with torch.no_grad():
@@ -194,38 +201,69 @@ def check_options(config: Config) -> None:
     if (dropout := config.diffusion.class_dropout) in (0, 1):
         if config.evaluation.guidance_scale > 1:
             raise InputError(
-                f"evaluation.guidance_scale={config.evaluation.guidance_scale}: {unguided(dropout)}; give 1"
+                unguided(dropout),
+                argument="evaluation.guidance_scale",
+                value=config.evaluation.guidance_scale,
+                remedy="give 1",
             )
         if config.sampling.guidance_scale > 1 and PartialState().is_main_process:
-            print(f"samples are drawn at guidance_scale 1: {unguided(dropout)}", file=sys.stderr)
+            logger.info(f"samples are drawn at guidance_scale 1: {unguided(dropout)}", extra={"stderr": True})
     if taken := sorted({"sample_size", "in_channels", "out_channels", "num_classes"} & config.model.overrides.keys()):
-        raise InputError(f"model.overrides.{taken[0]}: the data and the objective set it; leave it out")
+        raise InputError("the data and the objective set it", argument=OVERRIDES + taken[0], remedy="leave it out")
     if config.training.mixed_precision == "fp16" and PartialState().device.type == "cpu":
-        raise InputError("training.mixed_precision='fp16': needs an accelerator; on the CPU use 'bf16' or 'no'")
+        raise InputError(
+            "needs an accelerator",
+            argument="training.mixed_precision",
+            value="fp16",
+            remedy="on the CPU use 'bf16' or 'no'",
+        )
     trackers = [tracker.value for tracker in get_available_trackers()]
     for name in config.training.trackers:
         if name not in trackers:
-            raise InputError(f"training.trackers: {name!r} is not installed here; there are {', '.join(trackers)}")
+            raise InputError(
+                f"{name!r} is not installed here",
+                argument="training.trackers",
+                remedy=f"there are {', '.join(trackers)}",
+            )
 
 
 def check_launch(accelerator: Accelerator) -> None:
     """Raise :class:`InputError` for a way of sharing training that checkpoints and averages do not know."""
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InputError(
-            f"distributed_type={accelerator.distributed_type.value!r}: wanted several processes as they are, or FSDP2"
+            argument="distributed_type",
+            value=accelerator.distributed_type.value,
+            wanted="several processes as they are, or FSDP2",
         )
     if accelerator.distributed_type is DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise InputError("fsdp_version=1: wanted 2; launch with --fsdp_version 2 or configs/accelerate/fsdp.yaml")
+        raise InputError(
+            argument="fsdp_version",
+            value=1,
+            wanted="2",
+            remedy="launch with --fsdp_version 2 or configs/accelerate/fsdp.yaml",
+        )
     if accelerator.is_fsdp2:
         plugin = accelerator.state.fsdp_plugin
         if plugin.activation_checkpointing:  # accelerate's renames weights and drops other blocks when it goes back
             raise InputError(
-                "fsdp_activation_checkpointing=true: wanted false, and --training.gradient-checkpointing true instead"
+                argument="fsdp_activation_checkpointing",
+                value=True,
+                wanted="false, and --training.gradient-checkpointing true instead",
             )
         if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-            raise InputError("fsdp_offload_params=true: wanted false; averages and samples are for the GPUs' memory")
+            raise InputError(
+                argument="fsdp_offload_params",
+                value=True,
+                wanted="false",
+                remedy="averages and samples are for the GPUs' memory",
+            )
     if accelerator.device.type == "mps":
-        raise InputError("device='mps': lacks the float64 that training needs; set ACCELERATE_USE_CPU=true")
+        raise InputError(
+            "lacks the float64 that training needs",
+            argument="device",
+            value="mps",
+            remedy="set ACCELERATE_USE_CPU=true",
+        )
 
 
 Opened = tuple[AutoencoderKL | None, LatentEncoder, tuple[int, int, int], dict[str, Any]]
@@ -255,7 +293,7 @@ def open_stored_latents(config: Config, source: LatentSource, device: torch.devi
     if (decibels := source.manifest.get("reconstruction_psnr")) is not None:
         warn_of_psnr(decibels)
     record = vae_record(config.data.vae, source, source.vae_sha256 if vae is None else vae)
-    return vae.to(device) if drawn else None, FromMoments(source), source.latent_shape, record
+    return not_none(vae).to(device) if drawn else None, FromMoments(source), source.latent_shape, record
 
 
 def open_encoded_images(config: Config, source: Source, device: torch.device) -> Opened:
@@ -263,7 +301,11 @@ def open_encoded_images(config: Config, source: Source, device: torch.device) ->
     vae = load_vae(config.data.vae).to(device)
     side, rest = divmod(config.data.image_size, downsampling(vae))
     if rest:
-        raise InputError(f"data.image_size={config.data.image_size}: this VAE wants a multiple of {downsampling(vae)}")
+        raise InputError(
+            f"this VAE wants a multiple of {downsampling(vae)}",
+            argument="data.image_size",
+            value=config.data.image_size,
+        )
     count = min(ENCODED_LOOKED_AT, len(source))
     images = [source.sample(k * len(source) // count)["image"][None] for k in range(count)]
     warn_of_latents(latent_statistics(vae.config, (encode_moments(vae, image) for image in images)), vae.config)
@@ -283,9 +325,13 @@ def open_vae_of(store: LatentSource, config: Config, drawn: bool) -> Autoencoder
     if store.vae_sha256 is None:
         if not same_place:
             raise InputError(
-                f"data.vae={config.data.vae!r}: {config.data.source} was encoded by {store.vae!r}, and was so before "
-                "stores noted what that is; if this is the same VAE in another place, write its name for `vae` into "
-                "the store's manifest.json and encode.json"
+                f"{config.data.source} was encoded by {store.vae!r}, and was so before stores noted what that is",
+                argument="data.vae",
+                value=config.data.vae,
+                remedy=(
+                    "if this is the same VAE in another place, write its name for `vae` into the store's "
+                    "manifest.json and encode.json"
+                ),
             )
         return load_vae(config.data.vae) if drawn else None
     if same_place and not drawn:
@@ -293,7 +339,9 @@ def open_vae_of(store: LatentSource, config: Config, drawn: bool) -> Autoencoder
     vae = load_vae(config.data.vae)
     if vae_sha256(vae)["encoder"] != store.vae_sha256["encoder"]:
         raise InputError(
-            f"data.vae={config.data.vae!r}: its weights are not those that {config.data.source} was encoded with, of "
-            f"{store.vae!r}; name that VAE, wherever it lies, or encode anew"
+            f"its weights are not those that {config.data.source} was encoded with, of {store.vae!r}",
+            argument="data.vae",
+            value=config.data.vae,
+            remedy="name that VAE, wherever it lies, or encode anew",
         )
     return vae

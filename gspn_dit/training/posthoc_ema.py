@@ -19,11 +19,13 @@ from gspn_dit.commands import PosthocEMAOptions as Options
 from gspn_dit.commands import run
 
 if __name__ == "__main__":  # before the imports that take seconds
-    raise SystemExit(run("posthoc-ema", prog="python -m gspn_dit.training.posthoc_ema"))
+    run("posthoc-ema", prog="python -m gspn_dit.training.posthoc_ema")
+    raise SystemExit
 
 import math
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,7 @@ def save_snapshot(accelerator: Accelerator, run: RunFolder, state: State, step: 
     for sigma_rel, average in state.power_emas.items():
         path = run.snapshot(step, sigma_rel).path
         tensors = collect(average.tensors, keep=accelerator.is_main_process)
-        writing.attempt(lambda path=path, tensors=tensors: _write(path, tensors))
+        writing.attempt(partial(_write, path, tensors))
     writing.settle(f"the post-hoc EMA's snapshot of step {step}", run.path)
 
 
@@ -126,16 +128,28 @@ def main(options: Options) -> None:
     there = run.list_snapshots()
     if not there:
         where = run.snapshots_config.parent.name
-        raise InputError(f"run={options.run!r}: has no snapshots in {where}/; train with --training.posthoc-ema-every")
+        raise InputError(
+            f"has no snapshots in {where}/",
+            argument="run",
+            value=options.run,
+            remedy="train with --training.posthoc-ema-every",
+        )
     step = there[-1].step if options.step is None else options.step
     snapshots = [snapshot for snapshot in there if snapshot.step <= step]
     if not snapshots or snapshots[-1].step != step:
         steps = sorted({snapshot.step for snapshot in there})
         near = min(steps, key=lambda each: abs(each - step))
-        raise InputError(f"step={step}: no snapshot of that step; the nearest is {near}, the newest {steps[-1]}")
+        raise InputError(
+            "no snapshot of that step",
+            argument="step",
+            value=step,
+            remedy=f"the nearest is {near}, the newest {steps[-1]}",
+        )
     for path in (run.config, run.class_names, run.snapshots_config):
         if not path.is_file():
-            raise InputError(f"run={options.run!r}: has no {path.relative_to(run.path)}; restore it")
+            raise InputError(
+                f"has no {path.relative_to(run.path)}", argument="run", value=options.run, remedy="restore it"
+            )
     weights, rest = coefficients(snapshots, options.sigma_rel, step)
     with new_folder(out) as folder:
         made = Checkpoint(folder)
@@ -143,7 +157,9 @@ def main(options: Options) -> None:
         try:
             tensors = reconstruct(snapshots, weights)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"run={options.run!r}: a snapshot cannot be read ({error}); remove it") from error
+            raise InputError(
+                f"a snapshot cannot be read ({error})", argument="run", value=options.run, remedy="remove it"
+            ) from error
         save_tensors(tensors, made.ema_weights, {"format": "pt"})
         shutil.copy(run.snapshots_config, made.ema_config)
         shutil.copy(run.config, made.config)

@@ -43,7 +43,7 @@ def take_step(
     """
     config, accelerator, model, options = run.config, run.accelerator, state.wrapped, run.config.training
     torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))  # for what a model draws itself
-    losses, finite = [], True
+    losses, finite = [], torch.ones((), dtype=torch.bool, device=accelerator.device)
     for micro in range(options.gradient_accumulation_steps):
         samples = send_to_device(next(batches), accelerator.device, non_blocking=True)
         batch = make_batch(samples, run.encoder, run.conditioning)

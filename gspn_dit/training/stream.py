@@ -33,22 +33,35 @@ def open_source(config: DataConfig, seed: int) -> Source:
     """
     if config.source not in SOURCES and not Path(config.source).is_dir():
         raise InputError(
-            f"data.source={config.source!r}: no such folder; give {quoted(SOURCES)}, a folder of class/*.jpg or "
-            f"a latent store; {how_to_encode(config.source)}"
+            "no such folder",
+            argument="data.source",
+            value=config.source,
+            remedy=(
+                f"give {quoted(SOURCES)}, a folder of class/*.jpg or a latent store; {how_to_encode(config.source)}"
+            ),
         )
     if not is_latent_store(config.source):
         return open_images(config.source, config.image_size, seed=seed, exif_orientation=config.exif_orientation)
     store = LatentStore(config.source)
     if store.image_size != config.image_size:
-        raise InputError(f"data.image_size={config.image_size}: {config.source} holds {store.image_size}-pixel images")
+        raise InputError(
+            f"{config.source} holds {store.image_size}-pixel images",
+            argument="data.image_size",
+            value=config.image_size,
+        )
     if config.horizontal_flip and not store.flipped:
         raise InputError(
-            f"data.horizontal_flip=True: {config.source} has no mirrored latents; "
-            "encode with --horizontal-flip true, or train with --data.horizontal-flip false"
+            f"{config.source} has no mirrored latents",
+            argument="data.horizontal_flip",
+            value=True,
+            remedy="encode with --horizontal-flip true, or train with --data.horizontal-flip false",
         )
     if config.exif_orientation and not store.manifest.get("exif_orientation"):
         raise InputError(
-            f"data.exif_orientation=True: {config.source} was encoded without; encode with --exif-orientation true"
+            f"{config.source} was encoded without",
+            argument="data.exif_orientation",
+            value=True,
+            remedy="encode with --exif-orientation true",
         )
     return store
 
@@ -84,8 +97,10 @@ class TrainingStream(Dataset):
         for name in condition_names:
             if name not in source.condition_names:
                 raise InputError(
-                    f"condition_names={condition_names!r}: the data holds {', '.join(source.condition_names)}; give "
-                    f"a latent store that was encoded with {name!r}"
+                    f"the data holds {', '.join(source.condition_names)}",
+                    argument="condition_names",
+                    value=condition_names,
+                    remedy=f"give a latent store that was encoded with {name!r}",
                 )
         self.source = source
         self.latent_shape = latent_shape
@@ -148,8 +163,12 @@ class StepSampler(Sampler):
         self.micro_batch, rest = divmod(batch_size, accumulation * processes)
         if rest:
             raise InputError(
-                f"training.batch_size={batch_size}: wanted a multiple of {accumulation * processes} "
-                f"({accumulation} accumulation steps × {processes} processes)"
+                argument="training.batch_size",
+                value=batch_size,
+                wanted=(
+                    f"a multiple of {accumulation * processes} ({accumulation} accumulation steps × "
+                    f"{processes} processes)"
+                ),
             )
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -110,6 +110,7 @@ def draw(run, out, *more):
     return np.load(out)["arr_0"]
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_a_run_goes_on_and_is_drawn_wherever_its_vae_lies(trained, noted, tmp_path, capsys):
     saved = yaml.safe_load((trained / "config.yaml").read_text())
     assert saved["data"]["vae"] == str(tmp_path / "vae")

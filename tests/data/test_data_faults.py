@@ -89,7 +89,7 @@ def mend(store, intact):
 def test_a_truncated_shard(store, intact, tmp_path):
     content = (store / SHARD).read_bytes()
     (store / SHARD).write_bytes(content[: len(content) // 2])
-    refused(store, tmp_path, rf"{SHARD} has \d+ bytes instead of \d+: delete it and run the same encode command")
+    refused(store, tmp_path, rf"{SHARD} has \d+ bytes instead of \d+; delete it and run the same encode command")
     with pytest.raises(InputError, match=SHARD):
         verify(store)
     mend(store, intact)
@@ -97,7 +97,7 @@ def test_a_truncated_shard(store, intact, tmp_path):
 
 def test_a_missing_shard(store, intact, tmp_path):
     (store / SHARD).unlink()
-    refused(store, tmp_path, rf"{SHARD} is missing: delete it and run the same encode command")
+    refused(store, tmp_path, rf"{SHARD} is missing; delete it and run the same encode command")
     with pytest.raises(InputError, match=f"{SHARD} is missing"):
         verify(store)
     mend(store, intact)
@@ -128,7 +128,7 @@ def test_a_shard_truncated_under_a_running_training(tmp_path):
     finally:
         process.kill()
     step = checkpoint_step(list_checkpoints(run)[-1])
-    with pytest.raises(InputError, match=r"shard-00000\.safetensors has 4096 bytes instead of \d+: delete it and run"):
+    with pytest.raises(InputError, match=r"shard-00000\.safetensors has 4096 bytes instead of \d+; delete it and run"):
         train(config(run, store, *given))
     shard.write_bytes(content)
     train(config(run, store, *given, "--training.max_steps", step + 2))
@@ -159,6 +159,7 @@ def torn_folder(tmp_path):
     return tmp_path / "images"
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_an_unreadable_image_when_encoding(torn_folder, tmp_path, capsys):
     encode(Options(str(torn_folder), "digits", 32, str(tmp_path / "store"), num_workers=0, device="cpu"))
     printed = capsys.readouterr()
@@ -180,6 +181,6 @@ def test_an_unreadable_image_when_training_on_the_folder(torn_folder, tmp_path):
 def test_a_folder_of_unreadable_images_is_one_line_whoever_reads_it(torn_folder, tmp_path, workers):
     for path in torn_folder.rglob("*.png"):
         path.write_bytes(b"no image")
-    message = rf"^none of the 6 images can be read, among them {torn_folder}/cat/1\.png: restore them$"
+    message = rf"^none of the 6 images can be read, among them {torn_folder}/cat/1\.png; restore them$"
     with pytest.raises(InputError, match=message), warnings.catch_warnings(action="ignore"):
         train(training(torn_folder, tmp_path / "run", workers))

@@ -155,7 +155,7 @@ def test_rows_stay_with_their_images_where_a_file_cannot_be_read(tmp_path):
     [
         ({}, "it is declared and not given"),
         ({"states": torch.zeros(2, 3), "mask": torch.zeros(2)}, "'mask': it is given and not declared"),
-        ({"states": torch.zeros(2, 4)}, r"it is torch.float32 \(2, 4\) for 2 images, wanted torch.float32 \(2, 3\)"),
+        ({"states": torch.zeros(2, 4)}, r"it is torch.float32 \(2, 4\) for 2 images; wanted torch.float32 \(2, 3\)"),
         ({"states": torch.zeros(1, 3)}, r"it is torch.float32 \(1, 3\) for 2 images"),
         ({"states": torch.zeros(2, 3).half()}, "it is torch.float16"),
         ({"states": torch.full((2, 3), float("nan"))}, "it is not finite in torch.float32"),

@@ -242,7 +242,7 @@ def test_opening_finds_missing_and_torn_shards(copied_store):
     path = copied_store / "shard-00001.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-100])
-    with pytest.raises(InputError, match=r"shard-00001\.safetensors has \d+ bytes instead of \d+: delete it"):
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors has \d+ bytes instead of \d+; delete it"):
         LatentStore(copied_store)
     path.unlink()
     with pytest.raises(InputError, match=r"shard-00001\.safetensors is missing"):

@@ -245,8 +245,8 @@ def test_a_condition_of_any_names_reaches_the_model_with_its_null_below():
     ("null", "says"),
     [
         (None, r"^guidance_scale=2\.0: null_condition is None; give"),
-        (no_class(3), r"^null_condition of shapes \{'class_labels': \(3,\)\}: wanted those of condition"),
-        ({"mask": torch.zeros(2)}, r"^null_condition of shapes \{'mask': \(2,\)\}: wanted .*class_labels"),
+        (no_class(3), r"^null_condition: shapes \{'class_labels': \(3,\)\}; wanted those of condition"),
+        ({"mask": torch.zeros(2)}, r"^null_condition: shapes \{'mask': \(2,\)\}; wanted .*class_labels"),
     ],
 )
 def test_guidance_without_what_it_leads_away_from_is_refused(null, says):

@@ -79,7 +79,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(tmp_path)
 
 def test_other_weights_are_refused(tmp_path):
     (tmp_path / "noise.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(InputError, match=r"noise.safetensors: not a readable safetensors file"):
+    with pytest.raises(InputError, match=r"noise.safetensors': not a readable safetensors file"):
         DigitsClassifier.load(tmp_path / "noise.safetensors")
     save_file({"classify.weight": torch.zeros(10, 64)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=r"other.safetensors: not the digits classifier"):

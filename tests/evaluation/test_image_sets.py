@@ -63,7 +63,7 @@ def test_named_references_are_the_splits():
     held_out = open_reference("digits:test", (32, 32))
     assert len(held_out) == 500
     assert held_out.read(0).shape == (3, 32, 32)
-    with pytest.raises(InputError, match=r"reference=digits.*64x64"):
+    with pytest.raises(InputError, match=r"reference='digits'.*64x64"):
         open_reference("digits", (64, 64))
     with pytest.raises(InputError, match=r"reference=photos.*32x64"):
         open_reference("photos", (32, 64))
@@ -156,7 +156,7 @@ def test_a_bad_npz_ends_the_command_in_one_line(tmp_path, capsys, arrays, named)
     [
         (
             {"mu": np.zeros(2048), "sigma": np.eye(2048)},
-            ["=inception", "fid/reference.py --features digits"],
+            ["=inception", "gspn-dit reference --features digits"],
         ),
         ({"mu": np.zeros(64), "sigma": np.eye(64)}, ["mu is float64 (64,)", "(2048,)"]),
         ({"mu": np.zeros(2048), "sigma": np.eye(64)}, ["sigma is float64 (64, 64)", "(2048, 2048)"]),
@@ -211,7 +211,7 @@ def test_files_that_are_no_npz_are_refused(tmp_path, capsys):
 
 def test_bad_options_end_the_command_in_one_line(tmp_path, capsys):
     write_images(tmp_path / "samples")
-    refused(tmp_path, capsys, tmp_path / "samples", ["reference=cifar", "no such folder"], reference="cifar")
+    refused(tmp_path, capsys, tmp_path / "samples", ["reference='cifar'", "no such folder"], reference="cifar")
     refused(tmp_path, capsys, tmp_path / "samples", ["features", "clip"], features="clip")
     refused(tmp_path, capsys, tmp_path / "samples", ["out=", "folder"], out=tmp_path)
     refused(tmp_path, capsys, tmp_path / "samples", ["device='abacus'"], device="abacus")

@@ -157,7 +157,7 @@ class Hostile:
 def test_code_in_a_weights_file_is_not_run(tmp_path):
     trace = tmp_path / "was-run"
     torch.save({"fc.weight": Hostile(trace)}, tmp_path / "hostile.pth")
-    with pytest.raises(InputError, match=r"hostile.pth: not a file of plain tensors"):
+    with pytest.raises(InputError, match=r"hostile.pth': not a file of plain tensors"):
         create_extractor("inception", str(tmp_path / "hostile.pth"))
     assert not trace.exists()
     torch.load(tmp_path / "hostile.pth", weights_only=False)  # what torch-fidelity would have done with it
@@ -191,7 +191,7 @@ def test_one_wrong_shape_among_the_right_ones_is_refused(inception, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"hello world", b"\x80\x02junk"])
 def test_files_that_hold_no_weights_are_refused(tmp_path, content):
     (tmp_path / "junk.pth").write_bytes(content)
-    with pytest.raises(InputError, match=r"junk.pth: not a file of plain tensors"):
+    with pytest.raises(InputError, match=r"junk.pth': not a file of plain tensors"):
         create_extractor("inception", str(tmp_path / "junk.pth"))
 
 

@@ -284,7 +284,7 @@ def test_what_does_not_suit_the_extractor_is_refused():
     named = dataclasses.replace(colours, class_names={0: "red", 1: "green"})
     with pytest.raises(InputError, match=r"label=7.*classes 0 to 1"):
         evaluate(colours, named, made_extractor(class_names=["red", "green"]))
-    with pytest.raises(InputError, match=r"samples=made.*4x6.*32x32"):
+    with pytest.raises(InputError, match=r"samples='made'.*4x6.*32x32"):
         evaluate(colours, colours, made_extractor(image_size=32))
     single = ImageSet("single", 1, (4, 6), colours.read)
     with pytest.raises(InputError, match=r"reference=single.*needs 2"):

@@ -239,7 +239,7 @@ def test_a_disk_without_room_is_seen_before_the_work(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"data": "nowhere"}, ["data=nowhere", "no such folder"]),
+        ({"data": "nowhere"}, ["data='nowhere'", "no such folder"]),
         ({"data": "nowhere", "image-size": 64}, ["data='nowhere'", "no such folder"]),
         ({"data": "digits", "image-size": 64}, ["image-size=64", "32"]),
         ({"data": "photos"}, ["--image-size: missing", "photos"]),
@@ -250,7 +250,7 @@ def test_a_disk_without_room_is_seen_before_the_work(tmp_path, monkeypatch):
         ({"data": "digits", "out": "reference.zip"}, ["out='reference.zip'", ".npz"]),
         ({"data": "digits", "weights": "nowhere.pth"}, ["weights='nowhere.pth'", "no such file"]),
         ({"data": "digits", "features": "clip"}, ["features='clip'", "inception, digits or photos"]),
-        ({"data": "photos:test", "image-size": 64, "features": "digits"}, ["data=photos:test", "64x64", "32x32"]),
+        ({"data": "photos:test", "image-size": 64, "features": "digits"}, ["data='photos:test'", "64x64", "32x32"]),
     ],
 )
 def test_bad_options_end_the_command_in_one_line(tmp_path, capsys, options, named):

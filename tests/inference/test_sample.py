@@ -233,7 +233,7 @@ def test_other_size_and_seed(run, tmp_path):
         ("--class-labels 0,1,2 --num-images 2", "--num-images=2: fewer than the 3 class_labels"),
         ("--num-images 99999999999", "out='samples.png': at least 409.6 TB are to be written, and '"),
         ("--num-images 99999999999 --out many/", "out='many/': at least 409.6 TB are to be written, and '"),
-        ("--height 4000000 --width 4000000", "--height=4000000, width=4000000: 1 at a time take over"),
+        ("--height 4000000 --width 4000000", "--height=4000000: with width=4000000, 1 at a time take over"),
         ("--batch-size 90000000 --num-images 90000000 --npz all.npz", " are to be written, and '"),
         ("--out samples-cfg-1.5", "a slash at its end makes it: samples-cfg-1.5/"),
         ("--guidance-interval [0.8,0.2]", "--guidance-interval="),
@@ -376,6 +376,7 @@ def test_a_model_without_guidance_draws_without_and_says_so(tmp_path, capsys, dr
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_training_says_at_its_start_what_it_will_not_guide(capsys):
     config = Config(diffusion=DiffusionConfig("flow", class_dropout=0.0), training=TrainingConfig(trackers=[]))
     check_options(config)

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 
 from gspn_dit.config import Config
 from gspn_dit.layers.embeddings import TimestepEmbedding
-from gspn_dit.options import parse
+from gspn_dit.options import parse, plain_messages
 from gspn_dit.training.loop import train
 
 initialise = AcceleratorState.__init__
@@ -47,5 +47,6 @@ torch.nn.Module.compile = lambda self, **options: compile_module(self, backend="
 PartialState.destroy_process_group = lambda self, group=None: None  # the next run talks over it too
 
 for argv in json.loads(Path(sys.argv[1]).read_text()):
-    train(parse(Config, argv))
+    with plain_messages():
+        train(parse(Config, argv))
     AcceleratorState._reset_state()

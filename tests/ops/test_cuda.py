@@ -233,7 +233,7 @@ def test_a_line_too_long_for_shared_memory_runs_elsewhere(emulates):
     try:
         assert choose(Call(*operands(1, 4, 4, 2, 1, 2)[:-1], directions=[0])) is kernel
         assert choose(call) is not kernel
-        with pytest.raises(InputError, match=r"^backend='emulated-cuda' cannot run this call: .*line"):
+        with pytest.raises(InputError, match=r"^backend='emulated-cuda': cannot run this call: .*line"):
             choose(call, "emulated-cuda")
     finally:
         unregister("emulated-cuda")

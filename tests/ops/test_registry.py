@@ -104,9 +104,9 @@ def test_a_named_backend_runs_the_call_or_says_why_not(added):
     with pytest.raises(InputError, match=r"^backend='only-float32'.*dtype torch.bfloat16, and it takes float32"):
         propagate(*operands(torch.bfloat16), backend="only-float32")
     third.available = False
-    with pytest.raises(InputError, match=r"^backend='only-float32' is not available: made for a test"):
+    with pytest.raises(InputError, match=r"^backend='only-float32': not available here: made for a test"):
         propagate(*operands(), backend="only-float32")
-    with pytest.raises(InputError, match=r"^backend='native-cuda' with tensors on cpu"):
+    with pytest.raises(InputError, match=r"^backend='native-cuda': the tensors are on cpu"):
         propagate(*operands(), backend="native-cuda")
 
 

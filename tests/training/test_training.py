@@ -278,7 +278,7 @@ def test_what_fsdp2_would_do_to_weights_behind_our_back_is_refused(fault):
     )
     check_launch(accelerator)
     setattr(plugin, fault, {"activation_checkpointing": True, "cpu_offload": CPUOffloadPolicy()}[fault])
-    with pytest.raises(InputError, match=r"^fsdp_(activation_checkpointing|offload_params)=true: wanted false"):
+    with pytest.raises(InputError, match=r"^fsdp_(activation_checkpointing|offload_params)=True: wanted false"):
         check_launch(accelerator)
 
 
@@ -380,6 +380,7 @@ def test_a_run_leaves_what_it_should(tmp_path, capsys):
     assert image.size == (32, 32)
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_what_has_changed_at_a_resume_is_said(tmp_path, store, capsys):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     train(config(run, store, "--training.max_steps", 4))
@@ -438,6 +439,7 @@ def test_weights_go_on_with_other_classes(tmp_path, name):
     assert all(torch.equal(model.get_parameter(key), theirs[key]) for key in others)
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_a_run_on_other_classes_says_so_and_learns(tmp_path, store, capsys):
     first = tmp_path / "first"
     train(config(first, store, "--training.max_steps", 2))

@@ -91,6 +91,7 @@ def test_disk_full_during_a_checkpoint(tmp_path, run, store, whole):
         ("ema/diffusion_pytorch_model.safetensors", "missing"),
     ],
 )
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, store, whole, capsys, name, how):
     newest = list_checkpoints(run)[-1]
     content = bytearray((newest / name).read_bytes())
@@ -279,6 +280,7 @@ def test_a_data_worker_that_is_killed(tmp_path, store):
     assert "Traceback" not in text(log)
 
 
+@pytest.mark.usefixtures("as_a_command_says_it")
 def test_a_run_that_is_where_it_was_to_go_says_so_and_stays_as_it_is(run, store, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for last in (8, 5):
