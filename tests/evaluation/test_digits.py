@@ -82,7 +82,7 @@ def test_other_weights_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"noise.safetensors': not a readable safetensors file"):
         DigitsClassifier.load(tmp_path / "noise.safetensors")
     save_file({"classify.weight": torch.zeros(10, 64)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match=r"other.safetensors: not the digits classifier"):
+    with pytest.raises(InputError, match=r"other.safetensors': not the digits classifier"):
         DigitsClassifier.load(tmp_path / "other.safetensors")
 
 

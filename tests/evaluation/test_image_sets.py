@@ -65,7 +65,7 @@ def test_named_references_are_the_splits():
     assert held_out.read(0).shape == (3, 32, 32)
     with pytest.raises(InputError, match=r"reference='digits'.*64x64"):
         open_reference("digits", (64, 64))
-    with pytest.raises(InputError, match=r"reference=photos.*32x64"):
+    with pytest.raises(InputError, match=r"reference='photos'.*32x64"):
         open_reference("photos", (32, 64))
 
 
