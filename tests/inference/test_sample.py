@@ -342,7 +342,15 @@ def test_the_same_command_several_times_at_once_ends_well(run, tmp_path):
     for out in ("pictures", "grid.png"):
         sample(*again, str(alone / out))
     outs = [together / out for out in ("pictures", "grid.png") for _ in range(3)]
-    processes = [warm.Process(target=sample, args=(*again, str(out))) for out in outs]
+    processes = [
+        # not `sample` itself: another process does not find a test's module
+        warm.Process(
+            target=command,
+            args=(main, SampleOptions),
+            kwargs={"prog": "sample.py", "argv": [*again, str(out), "--device", "cpu"], "continues": True},
+        )
+        for out in outs
+    ]
     for process in processes:
         process.start()
     for process in processes:
