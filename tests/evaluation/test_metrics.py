@@ -290,5 +290,5 @@ def test_what_does_not_suit_the_extractor_is_refused():
     with pytest.raises(InputError, match=r"reference='single'.*needs 2"):
         evaluate(colours, single, made_extractor())
     larger = ImageSet("larger", 128, (8, 12), lambda i: torch.zeros(3, 8, 12, dtype=torch.uint8))
-    with pytest.raises(InputError, match=r"reference=larger: its images are 8x12, the samples 4x6"):
+    with pytest.raises(InputError, match=r"reference='larger': its images are 8x12, the samples 4x6"):
         evaluate(colours, larger, made_extractor())
