@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 
 import torch
@@ -71,7 +71,7 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def sample(self, index: int, flip: bool = False) -> dict[str, Tensor]:
+    def sample(self, index: int, flip: bool = False, names: Collection[str] | None = None) -> dict[str, Tensor]:
         values, label = self.pairs[index]
         return {"image": values.flip(-1) if flip else values, "class_labels": torch.tensor(label)}
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
+
+from gspn_dit.errors import InputError, warn
 
 
 class Registry:
@@ -38,17 +40,40 @@ class Registry:
         yield from (name for name in self._declared if name not in self._table)
 
     def load(self, name: str) -> Any:
-        """The object of a name. Raises KeyError for a name that is not there, and what its import raises."""
-        module, _, attribute = self._place(name).partition(":")
-        return getattr(import_module(module), attribute)
+        """The object of a name.
+
+        Raises KeyError for a name that is not there, what the import of one of this package or a registered one raises,
+        and :class:`InputError` for one that an installed package declares and that cannot be loaded.
+        """
+        if name in self._table:
+            module, _, attribute = self._table[name].partition(":")
+            return getattr(import_module(module), attribute)
+        entry = self._declared[name]
+        try:
+            return entry.load()
+        except (ImportError, AttributeError) as error:
+            package = entry.dist.name if entry.dist else "an installed package"
+            raise InputError(
+                f"{package} declares it as {entry.value}, which cannot be loaded ({error})",
+                argument=self.group,
+                value=name,
+                remedy=f"mend or remove {package}",
+            ) from error
 
     def _place(self, name: str) -> str:
-        return self._table[name] if name in self._table else self._declared[name]
+        return self._table[name] if name in self._table else self._declared[name].value
 
     @cached_property
-    def _declared(self) -> dict[str, str]:
-        """The names that installed packages declare."""
-        return {entry.name: entry.value for entry in entry_points(group=self.group)}
+    def _declared(self) -> dict[str, EntryPoint]:
+        """What installed packages declare, by name; one that is taken stays with the first, and a warning says so."""
+        declared: dict[str, EntryPoint] = {}
+        for entry in entry_points(group=self.group):
+            taken = self._table.get(entry.name) or (declared[entry.name].value if entry.name in declared else None)
+            if taken is None:
+                declared[entry.name] = entry
+            elif taken != entry.value:
+                warn(f"{self.group}: {entry.value} is declared as {entry.name!r}, which names {taken}; it is left out")
+        return declared
 
 
 def quoted(names: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from made.training import config, losses
 from PIL import Image
 
 from gspn_dit import precision
-from gspn_dit.commands import SampleOptions
+from gspn_dit.commands import EncodeOptions, SampleOptions
 from gspn_dit.config import Config
 from gspn_dit.data import encode
 from gspn_dit.errors import InputError
@@ -258,7 +258,7 @@ def test_a_store_holds_one_precision_and_one_from_before_goes_on(tmp_path, capsy
             str(out),
             *more,
         ]
-        encode.main(parse(encode.Options, argv, exit_on_error=False))
+        encode.main(parse(EncodeOptions, argv, exit_on_error=False))
         return json.loads((out / "manifest.json").read_text())["mixed_precision"]
 
     assert make() == "no"

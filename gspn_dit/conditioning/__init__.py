@@ -1,7 +1,7 @@
 """What an image is made from: reading it, its null value, and dropping it for classifier-free guidance.
 
-Each kind of condition is one file here, which follows the protocol :class:`Conditioning`. All other rooms pass the
-tensors on by name, as arguments of the model, and do not look into them.
+Each kind of condition is one file here, which follows the protocol :class:`Conditioning`. Objectives, the sampler, the
+training step and the counters pass the tensors on by name, as arguments of the model, and do not look into them.
 """
 
 from gspn_dit.exports import on_demand

@@ -6,10 +6,9 @@ still missing matters to a run, so one that was killed goes on with any number o
 
 from __future__ import annotations
 
-from gspn_dit.commands import EncodeOptions as Options
-from gspn_dit.commands import run
-
 if __name__ == "__main__":  # before the imports that take seconds
+    from gspn_dit.commands import run
+
     run("encode", prog="python -m gspn_dit.data.encode")
     raise SystemExit
 
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -48,6 +47,9 @@ from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import Bar, Lines, progress
 from gspn_dit.storage.files import begin_or_continue, check_place, write_json
 from gspn_dit.storage.packaged import PACKAGED_VAES, absolute
+
+if TYPE_CHECKING:
+    from gspn_dit.commands import EncodeOptions as Options
 
 logger = logging.getLogger(__name__)
 MEASURED_LATENTS, MEASURED_IMAGES = 4096, 8  # for the manifest
@@ -249,7 +251,8 @@ def encode_shard(
                 flipped.append(encode_moments(vae, pixels.flip(-1)).cpu())
             labels += batch_labels
             tagged += batch_tagged
-            made.append({name: tensor.cpu() for name, tensor in extras(indices).items()})
+            with torch.no_grad():
+                made.append({name: tensor.cpu() for name, tensor in extras(indices).items()})
             check_extras(extras.declared, made[-1], len(indices))
         bar.update(len(batch_labels) + len(faults))
     mirrored = half(flipped) if options.horizontal_flip else None

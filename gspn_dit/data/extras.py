@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,19 @@ STORABLE = (
 )
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORABLE}  # by the name that a manifest gives them
 # What samples, shards and models call something else.
-TAKEN = ("class_labels", "drop", "image", "labels", "latents", "moments", "noise", "posterior_noise", "timesteps", "u")
+TAKEN = (
+    "chunk_scale",
+    "class_labels",
+    "drop",
+    "image",
+    "labels",
+    "latents",
+    "moments",
+    "noise",
+    "posterior_noise",
+    "timesteps",
+    "u",
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class Extras(Protocol):
     def __call__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The tensors (n, …) of the images of these indices of the data set, by name, in the order of the indices.
 
-        It is to be the same in every process. It is called in the encoding's mixed precision.
+        It is to be the same in every process. It is called in the encoding's mixed precision, without gradients.
         """
         ...
 
@@ -67,7 +80,7 @@ def to_json(declared: Mapping[str, Extra]) -> dict[str, Any] | None:
     stored.
     """
     for name, extra in declared.items():
-        if not name.isidentifier() or name in TAKEN:
+        if not name.isidentifier() or keyword.iskeyword(name) or name in ("self", *TAKEN):
             raise InputError(
                 argument="extras",
                 value=name,
@@ -89,11 +102,19 @@ def to_json(declared: Mapping[str, Extra]) -> dict[str, Any] | None:
 
 
 def from_json(described: Mapping[str, Any] | None) -> dict[str, Extra]:
-    """What :func:`to_json` described."""
-    return {
-        name: Extra(DTYPES[each["dtype"]], tuple(each["shape"]), each["made_by"])
-        for name, each in (described or {}).items()
-    }
+    """What :func:`to_json` described. Raises :class:`InputError` for what it could not have written."""
+    try:
+        return {
+            name: Extra(DTYPES[each["dtype"]], tuple(each["shape"]), each["made_by"])
+            for name, each in (described or {}).items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"this version cannot read what they are like ({error!r})",
+            argument="extras",
+            value=described,
+            remedy="restore the store's manifest.json, or read it with the version that wrote it",
+        ) from error
 
 
 def bytes_per_image(declared: Mapping[str, Extra]) -> int:

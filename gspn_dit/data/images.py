@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class ImageDataset(Dataset):
             f"none of the {len(self)} images can be read, among them {min(self.unreadable)}", remedy="restore them"
         )
 
-    def sample(self, index: int, flip: bool = False) -> dict[str, Tensor]:
+    def sample(self, index: int, flip: bool = False, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """`image` uint8 (3, image_size, image_size), mirrored if asked, and `class_labels` () long."""
         image, label = self[index]
         return {"image": image.flip(-1) if flip else image, "class_labels": torch.tensor(label)}

@@ -108,13 +108,15 @@ class LatentStore(Dataset):
         """What a sample holds beside the latents."""
         return ("class_labels", *self.extras)
 
-    def sample(self, index: int, flip: bool = False) -> dict[str, Tensor]:
-        """`moments` (2C, h, w) float32, of the mirror image if asked, `class_labels` () long, and each of the extras.
+    def sample(self, index: int, flip: bool = False, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """`moments` (2C, h, w) float32, of the mirror image if asked, `class_labels` () long, and the extras.
 
-        The extras are as they were stored, and the same for the mirror image.
+        The extras are as they were stored, and the same for the mirror image. Only those of `names` are read; None is
+        all of them.
         """
         shard, row = self._find(index)
-        extras = {name: shard[_key(name)][row].clone() for name in self.extras}
+        wanted = self.extras if names is None else [name for name in self.extras if name in names]
+        extras = {name: shard[_key(name)][row].clone() for name in wanted}
         return {"moments": self.moments(index, flip), "class_labels": torch.tensor(self.label(index)), **extras}
 
     def moments(self, index: int, flip: bool = False) -> Tensor:
@@ -178,7 +180,10 @@ def _key(name: str) -> str:
     return f"extra.{name}"
 
 
-REMEDY = "delete it and run the same encode command again, which makes what is missing"
+REMEDY = (
+    "delete it and run the same encode command again, or for a store with extras the same call of `encode`, "
+    "which makes what is missing"
+)
 
 
 def is_latent_store(folder: str | os.PathLike) -> bool:
@@ -194,6 +199,9 @@ def is_unfinished_store(folder: str | os.PathLike) -> bool:
 def how_to_encode(folder: str | os.PathLike) -> str:
     """What to run to make a latent store in a folder, or to finish the one begun there, for an error message."""
     verb, begun = ("finish", begun_with(Path(folder))) if is_unfinished_store(folder) else ("make", {})
+    if begun.get("extras"):
+        names = ", ".join(begun["extras"])
+        return f"to finish the latent store there, call gspn_dit.data.encode.encode as before, with what makes {names}"
     data, vae, size = (begun.get(key, "…") for key in ("data", "vae", "image_size"))
     switches = " --horizontal-flip true" if begun.get("flipped") else ""
     switches += " --exif-orientation true" if begun.get("exif_orientation") else ""

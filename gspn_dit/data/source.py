@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor
@@ -26,11 +27,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def sample(self, index: int, flip: bool = False) -> dict[str, Tensor]:
-        """Sample `index`, or its mirror image.
+    def sample(self, index: int, flip: bool = False, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Sample `index`, or its mirror image, with those tensors of `condition_names` that are in `names`, or all.
 
         `image` uint8 (3, H, W), or of latents `moments` (2C, h, w) float32; `class_labels` () long; and any other
-        tensor of `condition_names`, without an axis of the batch.
+        tensor of these names, without an axis of the batch.
         """
         ...
 

@@ -6,10 +6,9 @@ packaged one.
 
 from __future__ import annotations
 
-from gspn_dit.commands import ClassifierOptions as Options
-from gspn_dit.commands import run
-
 if __name__ == "__main__":  # before the imports that take seconds
+    from gspn_dit.commands import run
+
     run("classifier", prog="python -m gspn_dit.demo.classifier")
     raise SystemExit
 
@@ -17,7 +16,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,9 @@ from gspn_dit.errors import InputError
 from gspn_dit.evaluation.classifiers import CLASSIFIERS
 from gspn_dit.progress import figure, progress
 from gspn_dit.storage.files import check_place, replacing, save_tensors
+
+if TYPE_CHECKING:
+    from gspn_dit.commands import ClassifierOptions as Options
 
 BATCH_SIZE = 64
 

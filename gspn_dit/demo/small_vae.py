@@ -6,10 +6,9 @@ images of any size. `--data digits` and `--data photos` make the packaged ones.
 
 from __future__ import annotations
 
-from gspn_dit.commands import SmallVAEOptions as Options
-from gspn_dit.commands import run
-
 if __name__ == "__main__":  # before the imports that take seconds
+    from gspn_dit.commands import run
+
     run("small-vae", prog="python -m gspn_dit.demo.small_vae")
     raise SystemExit
 
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ from gspn_dit.options import require
 from gspn_dit.precision import Precision, autocast, choose_precision
 from gspn_dit.progress import figure, progress
 from gspn_dit.storage.files import new_folder, require_new
+
+if TYPE_CHECKING:
+    from gspn_dit.commands import SmallVAEOptions as Options
 
 BATCH_SIZE = 100
 

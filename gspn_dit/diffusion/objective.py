@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 from torch import Tensor, nn
 
@@ -14,14 +14,16 @@ class Batch(TypedDict):
         latents: (B, C, h, w), normalised, without noise.
         noise: (B, C, h, w), standard normal, in the latents' type or float32.
         u: (B,) float32, uniform in [0, 1): what a time is made from.
-        condition: What is known of each image, by name, (B, …). A diffusion objective hands it to the model as it is;
-            another may compare the model's answer with it.
+        condition: What the model is told of each image, by the names of its arguments, (B, …); null
+            where it is dropped.
+        known: The same with nothing dropped, for an objective that compares the model's answer with it.
     """
 
     latents: Tensor
     noise: Tensor
     u: Tensor
     condition: dict[str, Tensor]
+    known: NotRequired[dict[str, Tensor]]
 
 
 class Objective(Protocol):

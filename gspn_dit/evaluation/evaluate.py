@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from gspn_dit.commands import EvaluateOptions as Options
-from gspn_dit.commands import run
-
 if __name__ == "__main__":  # before the imports that take seconds
+    from gspn_dit.commands import run
+
     run("evaluate", prog="python -m gspn_dit.evaluation.evaluate")
     raise SystemExit
 
@@ -13,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +34,9 @@ from gspn_dit.evaluation.moments import Moments, Statistics
 from gspn_dit.evaluation.precision_recall import NEIGHBOURS, Points, precision_recall
 from gspn_dit.processes import ALONE, Processes, launched
 from gspn_dit.storage.files import check_place, is_stdout, replacing
+
+if TYPE_CHECKING:
+    from gspn_dit.commands import EvaluateOptions as Options
 
 COSTLY_ORDER = 1.05  # times that the order of samples may lower a score without a word
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from gspn_dit.commands import ReferenceOptions as Options
-from gspn_dit.commands import run
-
 if __name__ == "__main__":  # before the imports that take seconds
+    from gspn_dit.commands import run
+
     run("reference", prog="python -m gspn_dit.evaluation.reference")
     raise SystemExit
 
@@ -13,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from gspn_dit.options import require
 from gspn_dit.processes import launched
 from gspn_dit.progress import progress
 from gspn_dit.storage.files import check_place
+
+if TYPE_CHECKING:
+    from gspn_dit.commands import ReferenceOptions as Options
 
 ADM_IMAGES = 10_000
 DECODED_TOGETHER = 8

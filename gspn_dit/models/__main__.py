@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from gspn_dit.commands import ModelsOptions as Options
-from gspn_dit.commands import run
-
 if __name__ == "__main__":  # before the imports that take seconds
+    from gspn_dit.commands import run
+
     run("models", prog="python -m gspn_dit.models")
     raise SystemExit
+
+from typing import TYPE_CHECKING
 
 import torch
 
 from gspn_dit.errors import renamed
 from gspn_dit.models.macs import count_macs
 from gspn_dit.models.registry import create_model, find_preset, list_models
+
+if TYPE_CHECKING:
+    from gspn_dit.commands import ModelsOptions as Options
 
 
 def main(options: Options) -> None:

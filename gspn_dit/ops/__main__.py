@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from gspn_dit.commands import OpsOptions as Options
-from gspn_dit.commands import run
-
 if __name__ == "__main__":  # before the imports that take seconds
+    from gspn_dit.commands import run
+
     run("ops", prog="python -m gspn_dit.ops")
     raise SystemExit
 
+from typing import TYPE_CHECKING
+
 from gspn_dit.errors import InputError
 from gspn_dit.ops.registry import backends, find
+
+if TYPE_CHECKING:
+    from gspn_dit.commands import OpsOptions as Options
 
 
 def main(options: Options) -> None:

@@ -5,15 +5,15 @@ Nothing here is measured. The tables of docs/cluster.md are this command's outpu
 
 from __future__ import annotations
 
-from gspn_dit.commands import BudgetOptions as Options
-from gspn_dit.commands import run
-
 if __name__ == "__main__":  # before the imports that take seconds
+    from gspn_dit.commands import run
+
     run("budget", prog="python -m gspn_dit.training.budget")
     raise SystemExit
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.macs import count_macs
 from gspn_dit.models.registry import find_preset
+
+if TYPE_CHECKING:
+    from gspn_dit.commands import BudgetOptions as Options
 
 # Bytes a parameter: float32 weights, their gradients, AdamW's two moments, the averaged weights.
 STATE_BYTES = 4 + 4 + 8 + 4

@@ -15,10 +15,9 @@ A profile is p_γ,t(τ) = (γ+1) τ^γ / t^(γ+1) on 0 ≤ τ ≤ t (equation 1)
 
 from __future__ import annotations
 
-from gspn_dit.commands import PosthocEMAOptions as Options
-from gspn_dit.commands import run
-
 if __name__ == "__main__":  # before the imports that take seconds
+    from gspn_dit.commands import run
+
     run("posthoc-ema", prog="python -m gspn_dit.training.posthoc_ema")
     raise SystemExit
 
@@ -27,7 +26,7 @@ import shutil
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +37,9 @@ from gspn_dit.errors import InputError
 from gspn_dit.storage.files import new_folder, replacing, require_new, save_tensors, write_json
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder, Snapshot
 from gspn_dit.training.checkpoints import DiskWork, State, collect
+
+if TYPE_CHECKING:
+    from gspn_dit.commands import PosthocEMAOptions as Options
 
 
 def gamma_of(sigma_rel: float) -> float:

@@ -81,6 +81,7 @@ def make_batch(samples: dict[str, Any], encoder: LatentEncoder, conditioning: Co
         noise=samples["noise"],
         u=samples["u"],
         condition=conditioning.drop(samples["condition"], samples["drop"]),
+        known=samples["condition"],
     )
 
 

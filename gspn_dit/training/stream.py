@@ -118,8 +118,8 @@ class TrainingStream(Dataset):
         drop = rng.random() < self.dropout
         u = rng.random(dtype=np.float32)
         posterior_noise, noise = rng.standard_normal((2, *self.latent_shape), dtype=np.float32)
-        sample = self.source.sample(index, flip)
-        known = {name: sample.pop(name) for name in self.source.condition_names}
+        sample = self.source.sample(index, flip, self.condition_names)
+        known = {name: sample.pop(name) for name in self.source.condition_names if name in sample}
         return sample | {
             "posterior_noise": torch.from_numpy(posterior_noise),
             "noise": torch.from_numpy(noise),

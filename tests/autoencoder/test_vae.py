@@ -14,6 +14,7 @@ from PIL import Image
 
 from gspn_dit.autoencoder import decode, downsampling, encode_moments, load_vae, sample_posterior
 from gspn_dit.autoencoder.quality import latent_statistics, psnr, reconstruction_error
+from gspn_dit.commands import SmallVAEOptions
 from gspn_dit.data import open_images
 from gspn_dit.demo import small_vae
 from gspn_dit.errors import InputError
@@ -207,7 +208,7 @@ def test_posterior_is_sampled_anew_with_its_mean_and_deviation(vae):
 def test_the_training_command_prints_the_error_of_what_it_saves_and_repeats_itself(tmp_path, held_out, capsys):
     for name in ("first", "again"):
         arguments = ["--data", "digits", "--out", str(tmp_path / name), "--steps", "4", "--batch-size", "8"]
-        command(small_vae.main, small_vae.Options, prog="small_vae", argv=arguments)
+        command(small_vae.main, SmallVAEOptions, prog="small_vae", argv=arguments)
     said, *lines = capsys.readouterr().out.splitlines()
     assert said == lines.pop(2) == "computing in float32 (mixed_precision no)"
     weights = [(tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes() for name in ("first", "again")]
@@ -227,7 +228,7 @@ def test_the_training_command_prints_the_error_of_what_it_saves_and_repeats_itse
 def test_the_training_command_never_writes_over_a_folder(tmp_path, capsys):
     (tmp_path / "precious").write_text("")
     with pytest.raises(SystemExit) as stopped:
-        command(small_vae.main, small_vae.Options, prog="small_vae", argv=["--data", "digits", "--out", str(tmp_path)])
+        command(small_vae.main, SmallVAEOptions, prog="small_vae", argv=["--data", "digits", "--out", str(tmp_path)])
     assert stopped.value.code == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -252,7 +253,7 @@ def test_a_vae_is_trained_on_any_folder_of_images(tmp_path, capsys):
         "--batch-size",
         "2",
     ]
-    command(small_vae.main, small_vae.Options, prog="small_vae", argv=arguments)
+    command(small_vae.main, SmallVAEOptions, prog="small_vae", argv=arguments)
     printed = capsys.readouterr()
     assert "held-out images at 96 px, pixels in [0, 1]: mean squared error" in printed.out
     assert printed.err.count("unreadable image, left out: ") <= 1
@@ -294,7 +295,7 @@ def test_a_crop_of_a_folders_image_is_a_part_of_it_at_about_its_scale(tmp_path):
 def test_a_folder_to_train_a_vae_on_is_looked_at_first(tmp_path, monkeypatch, capsys, options, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        command(small_vae.main, small_vae.Options, prog="small_vae", argv=[*options, "--out", str(tmp_path / "vae")])
+        command(small_vae.main, SmallVAEOptions, prog="small_vae", argv=[*options, "--out", str(tmp_path / "vae")])
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "vae").exists()

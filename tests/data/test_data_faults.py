@@ -14,9 +14,9 @@ from made.training import config, options, wait_for
 from PIL import Image
 from safetensors.torch import load_file
 
+from gspn_dit.commands import EncodeOptions as Options
 from gspn_dit.config import Config
 from gspn_dit.data import LatentStore
-from gspn_dit.data.encode import Options
 from gspn_dit.data.encode import main as encode
 from gspn_dit.data.latent_store import verify, write_shard
 from gspn_dit.errors import InputError

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from gspn_dit.commands import EncodeOptions as Options
 from gspn_dit.data import LatentStore
-from gspn_dit.data.encode import Options, encode
+from gspn_dit.data.encode import encode
 from gspn_dit.data.extras import Extra, check_extras, to_json
 from gspn_dit.data.latent_store import verify
 from gspn_dit.errors import InputError
@@ -176,3 +177,36 @@ def test_names_and_types_that_cannot_be_stop_before_any_work(tmp_path):
     with pytest.raises(InputError, match=r"torch\.complex64 is not stored; wanted one of float16, bfloat16"):
         encode_digits(tmp_path / "store", words)
     assert not (tmp_path / "store").exists()
+
+
+def test_only_the_extras_that_are_asked_for_are_read(worded):
+    assert set(LatentStore(worded).sample(3, names=("class_labels",))) == {"moments", "class_labels"}
+    assert set(LatentStore(worded).sample(3, names=("length",))) == {"moments", "class_labels", "length"}
+
+
+@pytest.mark.parametrize("name", ["chunk_scale", "self", "class", "moments", "two words"])
+def test_a_name_that_no_model_can_take_is_refused(name):
+    with pytest.raises(InputError, match=r"^extras="):
+        to_json({name: Extra(torch.float16, (1,))})
+
+
+def test_gradients_are_off_while_extras_are_made(tmp_path):
+    words, seen = Words(), []
+
+    class Watched:
+        declared = words.declared
+
+        def __call__(self, indices):
+            seen.append(torch.is_grad_enabled())
+            return words(indices)
+
+    encode_digits(tmp_path / "store", Watched())
+    assert seen and not any(seen)
+
+
+def test_a_manifest_of_a_type_that_is_not_known_here_is_refused(copied):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["extras"]["length"]["dtype"] = "float8_e4m3fn"
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"float8_e4m3fn.*manifest\.json"):
+        LatentStore(copied)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from gspn_dit.autoencoder import encode_moments, load_vae, sample_posterior
 from gspn_dit.autoencoder.vae import vae_sha256
+from gspn_dit.commands import EncodeOptions
 from gspn_dit.data import LatentStore, is_latent_store, open_images
 from gspn_dit.data import encode as encode_command
 from gspn_dit.data.latent_store import verify, write_manifest, write_shard
@@ -42,7 +43,7 @@ def as_arguments(options):
 def encode(out, **options):
     """Run the command in this process, on the held-out digits unless told otherwise."""
     arguments = as_arguments({**DIGITS, "out": out, **options})
-    command(encode_command.main, encode_command.Options, prog="encode", argv=arguments)
+    command(encode_command.main, EncodeOptions, prog="encode", argv=arguments)
 
 
 def refused(capsys, out, **options):
@@ -205,7 +206,7 @@ def test_an_encoding_is_not_continued_with_other_settings(digits_store, tmp_path
 
 def test_verify_names_the_shard_with_a_flipped_byte_and_the_missing_one(copied_store, capsys):
     check = ["--verify", str(copied_store)]
-    command(encode_command.main, encode_command.Options, prog="encode", argv=check)
+    command(encode_command.main, EncodeOptions, prog="encode", argv=check)
     assert "all 500 images" in capsys.readouterr().out
 
     path = copied_store / "shard-00001.safetensors"
@@ -215,7 +216,7 @@ def test_verify_names_the_shard_with_a_flipped_byte_and_the_missing_one(copied_s
     LatentStore(copied_store)  # opening does not read the latents
     (copied_store / "shard-00002.safetensors").unlink()
     with pytest.raises(SystemExit) as stopped:
-        command(encode_command.main, encode_command.Options, prog="encode", argv=check)
+        command(encode_command.main, EncodeOptions, prog="encode", argv=check)
     assert stopped.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "shard-00001.safetensors has changed" in line

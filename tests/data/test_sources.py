@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,7 @@ print(len(open_images("dots", 8)), open_images("dots", 8, split="test")[1][0].fl
 def test_nothing_is_imported_for_the_names_alone():
     script = """
 import sys
+from importlib.metadata import EntryPoint
 from gspn_dit.data.sources import SOURCES, split_name
 from gspn_dit.evaluation.classifiers import CLASSIFIERS
 assert list(SOURCES) == list(CLASSIFIERS) == ["digits", "photos"] and split_name("photos:test") and "x" not in SOURCES
@@ -135,3 +137,26 @@ def test_features_of_no_name_are_refused_with_the_names():
     check_features("features", "inception")
     with pytest.raises(InputError, match=r"^features='clip': wanted inception, digits or photos$"):
         check_features("features", "clip")
+
+
+def declared(monkeypatch, **places):
+    entries = [EntryPoint(name, place, "made.up") for name, place in places.items()]
+    monkeypatch.setattr("gspn_dit.registry.entry_points", lambda group: entries)
+    return Registry("made.up", {"taken": "json:loads"})
+
+
+def test_an_entry_point_that_cannot_be_loaded_is_one_line_about_it(monkeypatch):
+    registry = declared(
+        monkeypatch, broken="nowhere_at_all:X", absent="json:no_such_thing", deep="json:JSONDecoder.decode"
+    )
+    for name in ("broken", "absent"):
+        with pytest.raises(InputError, match=rf"^made\.up='{name}': .* cannot be loaded"):
+            registry.load(name)
+    assert registry.load("deep").__name__ == "decode"
+
+
+def test_a_declared_name_that_is_taken_is_left_out_with_a_warning(monkeypatch):
+    registry = declared(monkeypatch, taken="json:dumps")
+    with pytest.warns(UserWarning, match="json:dumps is declared as 'taken'"):
+        assert list(registry) == ["taken"]
+    assert registry.load("taken").__name__ == "loads"

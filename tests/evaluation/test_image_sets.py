@@ -9,8 +9,9 @@ import torch
 from made.images import write_images
 from PIL import Image
 
+from gspn_dit.commands import EvaluateOptions as Options
 from gspn_dit.errors import InputError
-from gspn_dit.evaluation.evaluate import Options, evaluate, main
+from gspn_dit.evaluation.evaluate import evaluate, main
 from gspn_dit.evaluation.image_sets import open_reference, open_samples
 from gspn_dit.options import command
 

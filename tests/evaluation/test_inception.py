@@ -14,9 +14,10 @@ import torch_fidelity
 from made.inception import random_inception, write_noise
 from torch_fidelity import feature_extractor_inceptionv3
 
+from gspn_dit.commands import EvaluateOptions as Options
 from gspn_dit.errors import InputError
 from gspn_dit.evaluation import networks
-from gspn_dit.evaluation.evaluate import Options, evaluate, main
+from gspn_dit.evaluation.evaluate import evaluate, main
 from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.image_sets import open_reference, open_samples
 from gspn_dit.options import command
@@ -110,7 +111,7 @@ def test_the_figures_are_those_of_torch_fidelity(inception, tmp_path):
         save_cpu_ram=True,
         verbose=False,
     )
-    # Its FID of 2048 features takes half a minute; evaluation/test_digits.py compares that of 64.
+    # Its FID of 2048 features takes half a minute; demo/test_digits.py compares that of 64.
     expected = torch_fidelity.calculate_metrics(isc=True, prc=True, **common)
     assert metrics["inception_score_torch_fidelity"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
     assert metrics["inception_score_torch_fidelity_std"] == pytest.approx(expected["inception_score_std"], rel=1e-6)

@@ -14,16 +14,18 @@ from made.inception import random_inception, write_noise
 from made.launched import finish, launch
 
 from gspn_dit.autoencoder import decode, load_vae, sample_posterior
+from gspn_dit.commands import EncodeOptions
+from gspn_dit.commands import EvaluateOptions as ScoreOptions
+from gspn_dit.commands import ReferenceOptions as Options
 from gspn_dit.data import LatentStore, encode, open_images
 from gspn_dit.errors import InputError
-from gspn_dit.evaluation.evaluate import Options as ScoreOptions
 from gspn_dit.evaluation.evaluate import evaluate
 from gspn_dit.evaluation.evaluate import main as score
 from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.image_sets import open_reference, open_samples
 from gspn_dit.evaluation.moments import Statistics
 from gspn_dit.evaluation.npz import Notes, read_images, read_notes, write_reference
-from gspn_dit.evaluation.reference import Options, choose, main, open_data
+from gspn_dit.evaluation.reference import choose, main, open_data
 from gspn_dit.options import command
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(rank-deficient|so no sfid|no precision)")
@@ -164,7 +166,7 @@ def test_two_processes_make_the_reference_and_the_figures_of_one(tmp_path):
 def test_a_stores_images_are_its_vaes_pictures(tmp_path):
     pixels = write_noise(tmp_path / "data" / "class", 0, 256, seed=4, count=10)
     encode.main(
-        encode.Options(
+        EncodeOptions(
             data=str(tmp_path / "data"), vae="digits", image_size=64, out=str(tmp_path / "store"), num_workers=0
         )
     )

@@ -5,10 +5,12 @@ import sys
 
 from accelerate.state import PartialState
 
+from gspn_dit.commands import EvaluateOptions, ReferenceOptions
 from gspn_dit.evaluation import evaluate, reference
 from gspn_dit.options import command
 
 PartialState.destroy_process_group = lambda self, group=None: None  # the second command talks over it too
 
-for module, argv in zip((reference, evaluate), json.loads(sys.argv[1]), strict=True):
-    command(module.main, module.Options, prog=module.__name__, argv=argv)
+kinds = (reference, ReferenceOptions), (evaluate, EvaluateOptions)
+for (module, options), argv in zip(kinds, json.loads(sys.argv[1]), strict=True):
+    command(module.main, options, prog=module.__name__, argv=argv)

@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gspn_dit
+from gspn_dit.commands import ModelsOptions
 from gspn_dit.errors import InputError
 from gspn_dit.layers.embeddings import TimestepEmbedding, sincos_positions
 from gspn_dit.layers.feed_forward import SquaredReLU
@@ -591,11 +592,11 @@ def test_the_table_gives_each_row_before_it_makes_the_next_model(capsys, monkeyp
         return create_model(name, **SMALL["dit-ti-2"])
 
     monkeypatch.setattr(table, "create_model", create)
-    table.main(table.Options(["dit-ti-2", "dit-ti-4"]))
+    table.main(ModelsOptions(["dit-ti-2", "dit-ti-4"]))
     assert rows_before == [1, 1]  # the heading, then the first row
 
 
 def test_the_table_refuses_an_unknown_name_before_any_row(capsys):
     with pytest.raises(InputError, match="names='dit-xx-2': no such model"):
-        table.main(table.Options(["dit-ti-2", "dit-xx-2"]))
+        table.main(ModelsOptions(["dit-ti-2", "dit-xx-2"]))
     assert capsys.readouterr().out == ""

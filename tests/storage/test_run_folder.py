@@ -11,7 +11,7 @@ PACKAGE = Path(gspn_dit.__file__).parent
 NAMES = {
     "class_names.json",
     "config.yaml",
-    "ema/diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
     "evaluation.csv",
     "loss.png",
     "metadata.json",

@@ -4,9 +4,10 @@ import pytest
 import torch
 from made.training import ROOT
 
+from gspn_dit.commands import BudgetOptions as Options
 from gspn_dit.errors import InputError
 from gspn_dit.models import create_model
-from gspn_dit.training.budget import Options, activation_bytes, main
+from gspn_dit.training.budget import activation_bytes, main
 
 
 def test_activations_are_those_of_a_real_forward():

@@ -12,6 +12,7 @@ from made.store import make_store
 from made.training import config
 from safetensors.torch import load_file
 
+from gspn_dit.commands import PosthocEMAOptions as Options
 from gspn_dit.commands import SampleOptions
 from gspn_dit.errors import InputError
 from gspn_dit.inference.loading import load_pipeline
@@ -20,7 +21,6 @@ from gspn_dit.storage.run_folder import RunFolder, Snapshot
 from gspn_dit.training.ema import EMA, power_function
 from gspn_dit.training.loop import train
 from gspn_dit.training.posthoc_ema import (
-    Options,
     coefficients,
     gamma_of,
     inner_products,

@@ -10,13 +10,14 @@ import torch_fidelity
 from PIL import Image
 from safetensors.torch import save_file
 
+from gspn_dit.commands import ClassifierOptions as TrainingOptions
+from gspn_dit.commands import EvaluateOptions as Options
 from gspn_dit.data import open_images
 from gspn_dit.demo.classifier import DigitsClassifier, accuracy, train
-from gspn_dit.demo.classifier import Options as TrainingOptions
 from gspn_dit.demo.classifier import main as train_classifier
 from gspn_dit.errors import InputError
 from gspn_dit.evaluation.classifiers import CLASSIFIERS
-from gspn_dit.evaluation.evaluate import Options, evaluate, main
+from gspn_dit.evaluation.evaluate import evaluate, main
 from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.image_sets import open_samples
 from gspn_dit.options import command
