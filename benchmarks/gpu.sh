@@ -35,6 +35,10 @@ done
 [ -n "$out" ] || wrong "OUT is missing"
 [[ $seconds =~ ^([1-9][0-9]*)?$ ]] || wrong "--seconds $seconds: wanted a whole number"
 for part in "${parts[@]}"; do
+  case $part in
+    kernels) wrong "kernels is now: tests operator sanitizer" ;;
+    models) wrong "models is now: resolution quality" ;;
+  esac
   [[ " ${all[*]} " == *" $part "* ]] || wrong "$part: no such part"
 done
 [ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")

@@ -8,6 +8,7 @@ from gspn_dit.errors import InputError
 
 # Modules that the code of an extra cannot do without; pyproject.toml has the packages that bring them.
 EXTRAS = {
+    "cli": ("docstring_parser", "jsonargparse"),
     "train": ("accelerate", "docstring_parser", "jsonargparse", "matplotlib"),
     "eval": ("accelerate", "docstring_parser", "jsonargparse", "scipy", "torch_fidelity"),
     "demo": ("mlxtend", "skimage"),

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 
 _SUCCESSORS = {
+    "gspn_dit.data.decode": "gspn_dit.autoencoder.decode",
+    "gspn_dit.data.downsampling": "gspn_dit.autoencoder.downsampling",
+    "gspn_dit.data.encode_moments": "gspn_dit.autoencoder.encode_moments",
+    "gspn_dit.data.load_vae": "gspn_dit.autoencoder.load_vae",
+    "gspn_dit.data.sample_posterior": "gspn_dit.autoencoder.sample_posterior",
     "gspn_dit.data.digits": "gspn_dit.demo.digits",
     "gspn_dit.data.imagefolder": "gspn_dit.data.image_folder",
     "gspn_dit.data.latents": "gspn_dit.data.latent_store",
@@ -47,7 +52,8 @@ class Successors:
     def find_spec(name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         """Raise ModuleNotFoundError with the successor's name for a module that there was; None for any other."""
         if name in _SUCCESSORS:
-            raise ModuleNotFoundError(f"{name} is now {_SUCCESSORS[name]}", name=name)
+            # without `name`, for which `from gspn_dit import export` would leave the reason out
+            raise ModuleNotFoundError(f"{name} is now {_SUCCESSORS[name]}")
         return None
 
 

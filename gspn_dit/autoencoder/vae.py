@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.utils import is_accelerate_available
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -54,7 +55,7 @@ def load_vae(name_or_folder: str | os.PathLike) -> AutoencoderKL:
         f"give {quoted(PACKAGED_VAES)}, a folder with an AutoencoderKL's config.json and weights, or a hub name that "
         "can be reached"
     )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"low_cpu_mem_usage": is_accelerate_available()}  # which asks for accelerate, loudly
     if source.is_dir():
         _check_folder(source, remedy)
     else:

@@ -64,13 +64,22 @@ class Verb:
 GROUPS = {
     "Before a training": {
         "ops": Verb(
-            "gspn_dit.ops.__main__:main", OpsOptions, "Say which kernels of the operator run here, or why not."
+            "gspn_dit.ops.__main__:main",
+            OpsOptions,
+            "Say which kernels of the operator run here, or why not.",
+            extras=("cli",),
         ),
         "models": Verb(
-            "gspn_dit.models.__main__:main", ModelsOptions, "List models: parameters, GMACs at 256 and 512 px."
+            "gspn_dit.models.__main__:main",
+            ModelsOptions,
+            "List models: parameters, GMACs at 256 and 512 px.",
+            extras=("cli",),
         ),
         "budget": Verb(
-            "gspn_dit.training.budget:main", BudgetOptions, "Estimate a training: memory, steps per second, hours."
+            "gspn_dit.training.budget:main",
+            BudgetOptions,
+            "Estimate a training: memory, steps per second, hours.",
+            extras=("cli",),
         ),
         "encode": Verb(
             "gspn_dit.data.encode:main",

@@ -58,7 +58,7 @@ def denoise(
         null_condition: The condition that says nothing, of the same names and shapes. Only guidance needs it.
         model_options: Further arguments of the model, the same at every step.
         guidance_scale: w of ε = ε(∅) + w·(ε(c) - ε(∅)) on all latent channels (Ho & Salimans, arXiv 2207.12598); the
-            learned variance stays the conditional one. 1 is no guidance and costs one forward a step, not two.
+            learned variance stays the conditional one. 1 is no guidance and costs one forward per step, not two.
         guidance_interval: Share of the noise levels t/1000 at which guidance acts, 0 clean and 1 pure noise
             (Kynkäänniemi et al., arXiv 2404.07724); outside it a step costs one forward.
         num_inference_steps: Steps of the scheduler.

@@ -30,7 +30,7 @@ def create_scheduler(objective: str, sampler: str | None = None) -> SchedulerMix
     """The diffusers scheduler for an objective (`ddpm` or `flow`) and one of its :data:`SAMPLERS`.
 
     `ddpm` is the ancestral chain with the learned variance over DiT's spacing, `ddim` the deterministic one, `dpm++`
-    second-order multistep DPM-Solver++; `euler` and `heun` integrate the flow, `heun` with two forwards a step.
+    second-order multistep DPM-Solver++; `euler` and `heun` integrate the flow, `heun` with two forwards per step.
 
     Raises :class:`InputError` for an unknown objective, or a sampler that is not the objective's.
     """

@@ -111,12 +111,12 @@ class GSPNDiTPipeline(DiffusionPipeline):
         """One image for each class label.
 
         Args:
-            class_labels: Class ids or names, one an image.
+            class_labels: Class ids or names, one per image.
             guidance_scale: Classifier-free guidance, 1 for none; None takes the pipeline's own, as do the others.
             num_inference_steps: Denoising steps.
             height: Pixels, a multiple of the VAE's factor times the patch; None takes the trained size.
             width: As height.
-            generator: One for all, or a list of one an image
+            generator: One for all, or a list of one per image
                 (`[image_generator(seed, i) for i in …]`, on the CPU, makes an image independent of its batch).
             guidance_interval: Share of the noise levels at which guidance acts, 0 clean and 1 pure noise.
             shift: Of a flow model's noise levels σ, which become s·σ / (1 + (s - 1)·σ); `auto` multiplies the
@@ -145,7 +145,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
         generators = generator if isinstance(generator, list) else [generator]
         if not all(each is None or isinstance(each, torch.Generator) for each in generators):
             raise InputError(
-                argument="generator", value=generator, wanted="a torch.Generator, or a list of one an image"
+                argument="generator", value=generator, wanted="a torch.Generator, or a list of one per image"
             )
         if isinstance(generator, list) and len(generator) != count:
             raise InputError(

@@ -9,8 +9,10 @@ from numbers import Real
 from os import PathLike
 from typing import Any, Literal, Self, overload
 
+import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import is_accelerate_available
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -78,6 +80,7 @@ class LatentModel(ModelMixin, ConfigMixin):
         Raises:
             InputError: The folder lacks weights that the model has, or has them in another shape.
         """
+        kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # which asks for accelerate, loudly
         wants_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
@@ -96,6 +99,8 @@ class LatentModel(ModelMixin, ConfigMixin):
                 f"such as {missing[0]}",
                 remedy=remedy,
             )
+        dtype = kwargs.get("torch_dtype")  # some weights are smaller in the file
+        model = model.to(dtype if isinstance(dtype, torch.dtype) else torch.float32)
         return (model, info) if wants_info else model
 
     def example_condition(self, batch: int) -> dict[str, Tensor]:

@@ -72,10 +72,11 @@ class Backend(Protocol):
         """
         ...
 
-    def supports(self, call: Call) -> str | None:
-        """Why it cannot run this call forward and backward, in words, or None if it can.
+    def supports(self, call: Call, backward: bool = False) -> str | None:
+        """Why it cannot run the forward pass of this call, or its backward pass, in words; None if it can.
 
-        Asked at every call, where the status is available. The answer depends on the call alone.
+        Asked before each pass, where the status is available. The answer depends on these arguments alone. Another
+        backend may run the other pass: the gradients are computed from the operands.
         """
         ...
 

@@ -26,7 +26,7 @@ class NativeCpu(Compiled):
             torch.ops.load_library(library)
         return f"C++, {torch.get_num_threads()} threads, {library}"
 
-    def supports(self, call: Call) -> str | None:
+    def supports(self, call: Call, backward: bool = False) -> str | None:
         """None: it runs every call."""
         return None
 

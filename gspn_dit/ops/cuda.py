@@ -44,9 +44,9 @@ class NativeCuda(Compiled):
             self._on_device[index] = Status(False, reason) if reason else loaded
         return self._on_device[index]
 
-    def supports(self, call: Call) -> str | None:
-        """Why the kernels cannot run a call: a line of many thousand tokens does not fit into shared memory."""
-        return torch.ops.gspn_dit_cuda.refusal.default(*call) or None
+    def supports(self, call: Call, backward: bool = False) -> str | None:
+        """Why the kernels cannot run a pass: a line of many thousand tokens does not fit into shared memory."""
+        return torch.ops.gspn_dit_cuda.refusal.default(*call, backward) or None
 
     def forward(self, call: Call) -> Tensor:
         """y."""

@@ -158,7 +158,7 @@ def _(x, *others):
 def _propagate_backward(grad, *call_and_backend) -> tuple[Tensor, ...]:
     """Gradients of the operands; empty where one is None."""
     call = Call._make(call_and_backend[:-1])
-    return choose(call, call_and_backend[-1]).backward(grad, call)
+    return choose(call, call_and_backend[-1], backward=True).backward(grad, call)
 
 
 @_propagate_backward.register_fake

@@ -65,7 +65,7 @@ class Reference:
         """Available everywhere."""
         return Status(True, "plain PyTorch, any device")
 
-    def supports(self, call: Call) -> str | None:
+    def supports(self, call: Call, backward: bool = False) -> str | None:
         """None: it runs every call."""
         return None
 

@@ -47,8 +47,10 @@ def find(name: str, argument: str = "backend") -> Backend:
     raise InputError(argument=argument, value=name, wanted=f"one of {tuple(_REGISTERED)}")
 
 
-def choose(call: Call, name: str = "") -> Backend:
-    """The backend that runs a call: the one of that name, or for "" the first by priority that can.
+def choose(call: Call, name: str = "", backward: bool = False) -> Backend:
+    """The backend that runs the forward or the backward pass of a call.
+
+    That is the one of the name, or for "" the first by priority that can.
 
     If only the reference can, one warning says why.
 
@@ -56,11 +58,11 @@ def choose(call: Call, name: str = "") -> Backend:
         InputError: the backend of that name cannot run the call, and why.
     """
     if name:
-        return _named(name, call)
+        return _named(name, call, backward)
     device, reasons = call.x.device, []
     for backend in _compiled_for(device.type):
         available, detail = backend.status(device)
-        reason = backend.supports(call) if available else detail
+        reason = backend.supports(call, backward) if available else detail
         if reason is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")
@@ -77,7 +79,7 @@ def require_kernels(device: torch.device) -> None:
         raise InputError(f"no kernel runs on {device}: {causes or 'there is none for such devices'}")
 
 
-def _named(name: str, call: Call) -> Backend:
+def _named(name: str, call: Call, backward: bool) -> Backend:
     backend, device = find(name), call.x.device
     if backend.device_types is not None and device.type not in backend.device_types:
         raise InputError(
@@ -86,7 +88,7 @@ def _named(name: str, call: Call) -> Backend:
     available, detail = backend.status(device)
     if not available:
         raise InputError(f"not available here: {detail}", argument="backend", value=name)
-    if (reason := backend.supports(call)) is not None:
+    if (reason := backend.supports(call, backward)) is not None:
         raise InputError(
             f"cannot run this call: {reason}",
             argument="backend",

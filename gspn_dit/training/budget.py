@@ -82,12 +82,12 @@ def main(options: Options) -> None:
     print(
         f"Computed, not measured: {options.image_size} pixels per side, {options.batch_size} images per step, "
         f"GPUs of {options.memory_gb:g} GB,\n{options.utilisation:.0%} of {options.peak_tflops:g} TFLOP/s reached; "
-        f"{options.node_gpus} GPUs a machine, each sending {options.node_gb_s:g} GB/s in it and "
+        f"{options.node_gpus} GPUs per machine, each sending {options.node_gb_s:g} GB/s in it and "
         f"{options.network_gb_s:g} GB/s out of it.\n"
     )
     print(
-        "| model | parameters | GMACs an image | state GB | over 8 GPUs (FSDP) | over 64 | "
-        "GB an image | with checkpointing |"
+        "| model | parameters | GMACs per image | state GB | over 8 GPUs (FSDP) | over 64 | "
+        "GB per image | with checkpointing |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name, cost in costs.items():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gspn_dit.commands import run as run_command
-
 if __name__ == "__main__":  # before the imports that take seconds
+    from gspn_dit.commands import run as run_command
+
     run_command("train", prog="python -m gspn_dit.training.loop")
     raise SystemExit
 

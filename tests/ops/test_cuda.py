@@ -226,15 +226,25 @@ def test_logits_of_any_size_stay_finite(kernel):
 
 
 def test_a_line_too_long_for_shared_memory_runs_elsewhere(emulates):
-    call = Call(*operands(1, 2, 1400, 2, 1, 2)[:-1], directions=[0])
-    assert EmulatedCuda(SHARED_MEMORY).supports(call) is None
+    """30 KB have room for a line of 1400 tokens in the forward pass, not in the backward pass, and none for 4000."""
+    long, longer = (Call(*operands(1, 2, width, 2, 1, 2)[:-1], directions=[0]) for width in (1400, 4000))
+    assert EmulatedCuda(SHARED_MEMORY).supports(long, backward=True) is None
     kernel = EmulatedCuda(LITTLE_MEMORY)
     register(kernel)
     try:
-        assert choose(Call(*operands(1, 4, 4, 2, 1, 2)[:-1], directions=[0])) is kernel
-        assert choose(call) is not kernel
+        assert choose(long) is kernel
+        assert choose(long, backward=True) is not kernel
+        assert choose(longer) is not kernel
         with pytest.raises(InputError, match=r"^backend='emulated-cuda': cannot run this call: .*line"):
-            choose(call, "emulated-cuda")
+            choose(longer, "emulated-cuda")
+        x, *others = (tensor for tensor in long[:6])
+        results = []
+        for backend in (None, "reference"):
+            leaf = x.clone().requires_grad_()
+            y = propagate(leaf, *others[:3], decay=others[3], scale=others[4], directions=["down"], backend=backend)
+            results.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     finally:
         unregister("emulated-cuda")
 
@@ -259,8 +269,8 @@ def test_what_does_not_fit_is_refused_before_it_runs(kernel):
     ):
         *tensors, grad = operands(1, 2, width, 1, 1, 1)
         call = Call(*tensors, directions=[0])
-        assert kernel.supports(call) == (backward or None)
-        assert torch.ops.gspn_dit_cuda.refusal(*call, backward=False) == forward
+        assert kernel.supports(call) == (forward or None)
+        assert kernel.supports(call, backward=True) == (backward or None)
         passes = (forward, kernel.forward, (call,)), (backward, kernel.backward, (grad, call))
         for reason, run, arguments in passes:
             if reason:

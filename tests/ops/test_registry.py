@@ -26,7 +26,7 @@ class OnlyFloat32:
     def status(self, device=None):
         return Status(self.available, "made for a test")
 
-    def supports(self, call):
+    def supports(self, call, backward=False):
         return None if call.x.dtype == torch.float32 else f"x has dtype {call.x.dtype}, and it takes float32"
 
     def forward(self, call):
