@@ -111,6 +111,7 @@ def share_with_others():
     state.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_an_error_of_another_process_keeps_its_fields_and_one_process_speaks():
     printed = finish(launch(2, __file__))
     assert "process 0 raises it too" in printed and "process 1 raises it too" in printed

@@ -58,6 +58,7 @@ def imported(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@pytest.mark.slow
 def test_the_core_works_without_the_extras():
     """Also the pipeline, from a saved folder to an image."""
     done = run_without(
@@ -81,6 +82,7 @@ def test_no_module_outside_the_demo_room_imports_it():
         assert not [name for name in imported(path) if f"{name}.".startswith("gspn_dit.demo.")], path
 
 
+@pytest.mark.slow
 def test_every_other_module_is_imported_where_there_is_no_demo_room():
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in CORE]
     script = f"""
@@ -136,6 +138,7 @@ for name in VERBS:
     assert not list(answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "words"),
     [
@@ -153,6 +156,7 @@ def test_a_source_without_its_extra_says_what_to_install_before_the_work(module,
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_a_training_needs_no_extra_for_the_scores_it_does_not_ask_for(tmp_path):
     script = """
 from gspn_dit.config import EvaluationConfig

@@ -205,6 +205,7 @@ def test_posterior_is_sampled_anew_with_its_mean_and_deviation(vae):
     assert ((latents.std(0) - deviation).abs() < 5 * standard_error).all()
 
 
+@pytest.mark.slow
 def test_the_training_command_prints_the_error_of_what_it_saves_and_repeats_itself(tmp_path, held_out, capsys):
     for name in ("first", "again"):
         arguments = ["--data", "digits", "--out", str(tmp_path / name), "--steps", "4", "--batch-size", "8"]

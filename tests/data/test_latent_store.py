@@ -482,6 +482,7 @@ def sd_vae(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_stable_diffusions_vae_encodes_an_image_folder(sd_vae, tmp_path, capsys, monkeypatch):
     root = tmp_path / "images"
     draw = np.random.default_rng(0)

@@ -56,6 +56,7 @@ def run(folder, script):
     return subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_another_packages_source_is_one_like_ours_without_a_line_of_ours(another_package):
     """It is encoded, and scored against its test split; a folder of its name beside it is not taken for it."""
     (another_package / "dots").mkdir()

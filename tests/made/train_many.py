@@ -50,3 +50,6 @@ for argv in json.loads(Path(sys.argv[1]).read_text()):
     with plain_messages():
         train(parse(Config, argv))
     AcceleratorState._reset_state()
+
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # its threads do not end well with the interpreter

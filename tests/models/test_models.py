@@ -350,6 +350,7 @@ def test_compiles_as_one_graph(name):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gspn-ti-2", "gspn-dit-ti-2"])
 @pytest.mark.parametrize("blockwise", [False, True])
 def test_chunk_scale_is_heeded_by_a_compiled_model(name, blockwise):

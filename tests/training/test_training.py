@@ -49,6 +49,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gspn-dit", "gspn"])
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path, store, model):
     changes = [

@@ -36,6 +36,7 @@ def test_activations_are_those_of_a_real_forward():
     assert activation_bytes(build, 16) == pytest.approx(sizes[1] - sizes[0], rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_the_command_prints(capsys):
     main(Options(names=["gspn-dit-b-2"]))
     page = (ROOT / "docs" / "cluster.md").read_text()

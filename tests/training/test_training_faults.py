@@ -225,6 +225,7 @@ def test_two_runs_in_one_folder(tmp_path, store):
     assert before > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "workers", "says", "status"),
     [
@@ -272,6 +273,7 @@ def test_ctrl_c_before_the_first_step_or_again_ends_at_once(tmp_path, store, nam
     assert (tmp_path / "runs").exists() == (presses == 2), "a failed start leaves nothing"
 
 
+@pytest.mark.slow
 def test_a_data_worker_that_is_killed(tmp_path, store):
     run, log = tmp_path / "run", tmp_path / "log"
     assert finished(start(options(run, store, "--data.num_workers", 2), log, worker_killed, 6)) == 1, text(log)
