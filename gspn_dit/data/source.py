@@ -14,7 +14,7 @@ class Source(Protocol):
     Attributes:
         class_names: Name of each class.
         latent_shape: (C, h, w) where the samples are latents already; None where they are images.
-        condition_names: Which tensors of a sample say what the image is of, `class_labels` among them.
+        condition_names: Which tensors of a sample say what the image is of; `class_labels` for today's models.
     """
 
     class_names: list[str]
