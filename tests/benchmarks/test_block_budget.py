@@ -43,6 +43,7 @@ def test_flops_are_those_of_the_model_table():
     assert 0 <= scans < 0.05 * block
 
 
+@pytest.mark.slow
 def test_every_operation_of_a_training_step_has_its_time():
     options = Options(name="gspn-dit-ti-2", step="training", pixels=64, batch=1)
     call, costs = costs_of(name=options.name, step=options.step)

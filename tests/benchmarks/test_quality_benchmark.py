@@ -168,6 +168,7 @@ def test_what_needs_no_vae_is_its_own_latents(tmp_path):
     assert torch.equal(ReachTask(32).clean(far_ends(2), torch.randn(2, 3, 32, 32)), far_ends(2))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_model_whose_loss_is_not_finite_is_left_and_the_others_are_trained(tmp_path, monkeypatch, capsys):
     def take_step(run, state, batches, step, stop, may_skip):

@@ -30,6 +30,7 @@ def extractor():
     return create_extractor("photos")
 
 
+@pytest.mark.slow
 def test_it_recognises_crops_it_never_saw_mirrored_and_at_other_sizes(held_out):
     images, labels = held_out
     model = PhotosClassifier.load(WEIGHTS)
@@ -40,6 +41,7 @@ def test_it_recognises_crops_it_never_saw_mirrored_and_at_other_sizes(held_out):
     assert accuracy(model, torch.stack([larger[i][0] for i in range(96)]), labels[:96]) > 0.95
 
 
+@pytest.mark.slow
 def test_its_distance_grows_with_blur_and_with_noise(held_out, extractor):
     images, _ = held_out
 

@@ -90,6 +90,7 @@ def test_bf16_autocast_is_close_to_float32_and_trains(mixer):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 @other_mixers
 def test_compiles_as_one_graph(mixer):
     torch._dynamo.reset()

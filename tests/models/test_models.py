@@ -335,6 +335,7 @@ def cuda_autocast():
         torch.clear_autocast_cache()
 
 
+@pytest.mark.slow
 @families
 def test_compiles_as_one_graph(name):
     torch._dynamo.reset()
@@ -572,6 +573,7 @@ def test_the_package_is_light_to_import_and_finds_its_names():
         _ = gspn_dit.nothing
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_the_table_counts_the_models_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["models", "--names", "[dit-xl-2,gspn-s-2]"])

@@ -275,6 +275,7 @@ def test_extreme_logits_stay_finite(backend, value):
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(y.sum(), inputs))
 
 
+@pytest.mark.slow
 def test_opcheck():
     forward, options = torch.ops.gspn_dit.propagate.default, (2, [0, 1, 2, 3])
     for name in AVAILABLE:
@@ -394,6 +395,7 @@ def run(code, **environment):
     )
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_reference_runs_and_one_warning_says_so(tmp_path):
     code = (
         "import torch; from gspn_dit.ops import propagate\n"

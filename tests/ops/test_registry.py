@@ -153,6 +153,7 @@ def test_no_backend_is_named_as_a_device_is():
             torch.device(backend.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", ["cpu", "cuda"])
 def test_a_name_of_before_is_refused_with_its_successor(old):
     with pytest.raises(InputError, match=rf"^backend='{old}'.*'native-{old}'"):

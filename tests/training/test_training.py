@@ -178,6 +178,7 @@ def test_accumulation_does_not_change_the_losses(tmp_path, store):
     torch.testing.assert_close(torch.tensor(four), torch.tensor(one), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dit", "gspn", "gspn-dit"])
 def test_every_family_learns_the_data(tmp_path, store, name):
     # The made latents are constant over the map, so their velocity is soon found where noise is low.

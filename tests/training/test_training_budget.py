@@ -10,6 +10,7 @@ from gspn_dit.models import create_model
 from gspn_dit.training.budget import activation_bytes, main
 
 
+@pytest.mark.slow
 def test_activations_are_those_of_a_real_forward():
     def build():
         torch.manual_seed(0)

@@ -87,6 +87,7 @@ def test_the_grid_and_the_evaluation_draw_what_their_options_say(tmp_path, monke
     assert scores(tmp_path / "run")[0]["num_samples"] == "12.0"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_a_command_says_it")
 def test_a_failing_evaluation_or_grid_warns_and_training_goes_on(tmp_path, monkeypatch, capsys):
     def once(*arguments, **options):
