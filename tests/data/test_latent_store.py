@@ -74,6 +74,7 @@ def copied_store(digits_store, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_store_holds_the_moments_of_every_image_and_of_its_mirror_image(digits_store):
     store, images, vae = LatentStore(digits_store), open_images("digits", 32, split="test"), load_vae("digits")
     assert is_latent_store(digits_store)

@@ -53,6 +53,7 @@ def bytes_of(checkpoint):
     return {path.name: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 3, "removal"])
 def test_sigkill_during_a_checkpoint_write(tmp_path, run, store, whole, call):
     before = {path: bytes_of(path) for path in list_checkpoints(run)}
