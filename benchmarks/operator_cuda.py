@@ -63,8 +63,8 @@ class Case:
     @property
     def floor_bytes(self) -> int:
         """x, gates and λ read once, y written once."""
-        sites = self.batch * self.side**2
-        return self.dtype.itemsize * sites * (2 * self.channels + 4 * len(self.directions) * self.groups)
+        tokens = self.batch * self.side**2
+        return self.dtype.itemsize * tokens * (2 * self.channels + 4 * len(self.directions) * self.groups)
 
     def operands(self) -> list[Tensor]:
         """What a training step differentiates with respect to, random, laid out as the models have it.
@@ -250,8 +250,8 @@ class PerLine:
         scan = getattr(self.library, f"scan_{str(case.dtype).removeprefix('torch.')}")
 
         def make() -> list[Tensor]:
-            x, lam, h, *weights = (torch.rand(shape, dtype=case.dtype, device=DEVICE) for _ in range(6))
-            return [x, *(weight.div_(3) for weight in weights), lam, h]
+            x, input_gate, h, *weights = (torch.rand(shape, dtype=case.dtype, device=DEVICE) for _ in range(6))
+            return [x, *(weight.div_(3) for weight in weights), input_gate, h]
 
         def run(tensors: list[Tensor]) -> None:
             pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]

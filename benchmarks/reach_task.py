@@ -5,7 +5,7 @@ from a normal distribution, the same at both ends. Nothing else tells the colour
 another row. So a network that carries nothing across the map can do no better than judge each end by its own noisy
 pixels, and paints ends that have nothing to do with each other; one that does can judge by twice as many.
 
-What it asks of a mixer, all alike: to find the same row at the other edge, side - 7 sites away or more. A scan along
+What it asks of a mixer, all alike: to find the same row at the other edge, side - 7 tokens away or more. A scan along
 rows goes there if its gates keep to the row. Softmax attention has to know rows from each other, by positions or by
 what the padding tells. Linear attention has as many channels as it has to hold the rows in. Convolutions, and scans in
 chunks alone, do not get there at all. (Earlier versions had one column at each end, of a colour a row or of four bands:

@@ -125,7 +125,7 @@ def test_chunk_of_the_map_is_global_and_chunk_of_one_is_pointwise(backend):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_line_is_forgotten_by_its_channels_factor(backend, direction):
-    # λ is 1 and so is one site of x; weights sum to 1: the line that is n lines on sums to s fⁿ.
+    # λ is 1 and so is one token of x; weights sum to 1: the line that is n lines on sums to s fⁿ.
     h = w = 9
     x = torch.zeros(1, h, w, 2, dtype=torch.float64)
     x[:, 4, 4] = 1
@@ -146,7 +146,7 @@ def test_a_logit_that_is_not_a_number_shows(backend):
     y = propagate(x, gates, input_gate, output_gate, directions=["down"], backend=backend)
     want = propagate_reference(Call(x, gates, input_gate, output_gate, directions=[0]))
     assert torch.equal(y.isnan(), want.isnan())
-    assert y.isnan().sum() == 1 + 3 + 5  # the site, and what lies in its reach below
+    assert y.isnan().sum() == 1 + 3 + 5  # the token, and what lies in its reach below
 
 
 SHAPES = [
@@ -225,7 +225,7 @@ def test_memory_that_held_nan_leaves_no_trace(backend, groups, chunk):
 
 @pytest.mark.parametrize(
     ("height", "width", "dtype", "within"),
-    [(4, 5, torch.float64, 1e-12), (16, 40, torch.float32, 1e-4)],  # sites in eights: gates are read in vectors
+    [(4, 5, torch.float64, 1e-12), (16, 40, torch.float32, 1e-4)],  # tokens in eights: gates are read in vectors
 )
 def test_strides_are_the_callers(backend, height, width, dtype, within):
     x, gates, input_gate, output_gate, decay, scale = operands(1, height, width, 6, 4, 3, dtype=dtype)
