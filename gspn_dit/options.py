@@ -6,19 +6,14 @@ types and impossible values stop at start with the key's name and exit status 2,
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import importlib
 import json
-import logging
 import math
-import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import UnionType
 from typing import (
@@ -37,7 +32,8 @@ from typing import (
 import yaml
 
 from gspn_dit.errors import InputError, Stopped, machine_fault
-from gspn_dit.storage.files import is_stdout
+from gspn_dit.help_page import explain, flag
+from gspn_dit.messages import is_first_process, plain_messages, words_beside
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -135,7 +131,7 @@ def command(
     given: list[_Given] = []
     try:
         parsed, given = _parsed(options, argv, prog, description, positional)
-        with plain_messages(), _words_beside(getattr(parsed, "out", None)):
+        with plain_messages(), words_beside(getattr(parsed, "out", None)):
             if isinstance(main, str):
                 module, _, function = main.partition(":")
                 getattr(importlib.import_module(module), function)(parsed)
@@ -144,7 +140,7 @@ def command(
     except InputError as error:
         fail(_as_given(error, given, options), prog)
     except KeyboardInterrupt:
-        if _is_first():
+        if is_first_process():
             print(f"{prog}: interrupted{'; the same command goes on here' if continues else ''}", file=sys.stderr)
         raise SystemExit(130) from None
     except Stopped as error:
@@ -160,14 +156,9 @@ def command(
 
 def fail(error: InputError, prog: str) -> NoReturn:
     """Print the error as one line, of a machine's processes the first alone, and exit with status 2."""
-    if _is_first():
+    if is_first_process():
         print(f"{prog}: error: {error}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _is_first() -> bool:
-    """Whether this is the first of a machine's processes."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _require_finite(options: DataclassInstance, prefix: str = "") -> None:
@@ -178,75 +169,6 @@ def _require_finite(options: DataclassInstance, prefix: str = "") -> None:
         numbers = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
         finite = all(not isinstance(number, float) or math.isfinite(number) for number in numbers)
         require(finite, key, value, "a finite number")
-
-
-@contextmanager
-def plain_messages() -> Iterator[None]:
-    """In the block what this library says is plain lines, a warning is one, and other libraries say only errors."""
-    for library in ("DIFFUSERS", "TRANSFORMERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "critical")  # their errors are raised, too
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if logging.lastResort:  # what prints a record that nobody has asked for
-        logging.lastResort.setLevel(logging.ERROR)
-
-    def show(message: Warning | str, *_: object, **__: object) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)  # above a bar
-
-    with warnings.catch_warnings(), _said_as_lines():
-        if not sys.warnoptions:
-            for kind in (DeprecationWarning, FutureWarning):  # of one library to another
-                warnings.simplefilter("ignore", kind)
-        warnings.showwarning = show
-        yield
-
-
-class _AsLines(logging.Handler):
-    """Records of the library as a command prints them, on its main process alone.
-
-    Info is a plain line on stdout, or on stderr where the record's `extra` is `{"stderr": True}`. A warning is a line
-    `warning: …` on stderr.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        state = sys.modules.get("accelerate.state")  # not imported for this
-        if state is not None and state.PartialState._shared_state:
-            return state.PartialState().is_main_process
-        return _is_first()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        line, is_warning = record.getMessage(), record.levelno >= logging.WARNING
-        if is_warning:
-            line = f"warning: {' '.join(line.split())}"
-        beside = is_warning or getattr(record, "stderr", False)
-        tqdm.write(line, file=sys.stderr if beside else sys.stdout)  # above a bar
-
-
-@contextmanager
-def _said_as_lines() -> Iterator[None]:
-    """In the block, what the library's loggers say is printed; it is what a caller's own handlers get elsewhere."""
-    logger = logging.getLogger("gspn_dit")
-    if any(isinstance(handler, _AsLines) for handler in logger.handlers):  # of a command that runs another
-        yield
-        return
-    handler, level, propagate = _AsLines(), logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
-
-
-def _words_beside(out: object) -> AbstractContextManager[object]:
-    """In the block, where a file goes to /dev/stdout, what is printed goes to stderr, and not into the file."""
-    return redirect_stdout(sys.stderr) if isinstance(out, str) and is_stdout(out) else nullcontext()
 
 
 class _Given(NamedTuple):
@@ -267,7 +189,7 @@ def _parsed(
     """The options, and what was typed of them. Raises :class:`InputError`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
-        _explain(options, prog, description, positional)
+        explain(options, prog, description, positional)
     kinds = _kinds(options)
     given = _given(argv, kinds, positional)
     try:
@@ -275,7 +197,7 @@ def _parsed(
             require(value != "", key, "", "a value, or leave it out")  # a path of no name is the current folder
         if missing := _required(options) - {key for key, *_ in given}:
             raise InputError(
-                "missing", argument=" and ".join(map(_flag, sorted(missing))), remedy="--help explains all options"
+                "missing", argument=" and ".join(map(flag, sorted(missing))), remedy="--help explains all options"
             )
         return _built(options, given, kinds), given
     except InputError as error:
@@ -315,7 +237,7 @@ def _as_given(error: InputError, given: list[_Given], options: type) -> InputErr
     files = [in_file for key, _, in_file in given if f"{error.argument}.".startswith(f"{key}.")]
     if files and files[-1]:
         return error
-    typed = error.about(_flag(error.argument))
+    typed = error.about(flag(error.argument))
     if error.value is None and files:
         typed.value = _NULL
     elif error.value is None:  # of an option that nobody gave
@@ -331,64 +253,6 @@ class _Null:
 
 
 _NULL = _Null()
-
-
-def _flag(key: str) -> str:
-    """An option as the command line has it."""
-    return "--" + key.replace("_", "-")
-
-
-def _explain(options: type, prog: str | None, description: str | None, positional: Sequence[str]) -> NoReturn:
-    """Print what a command does and what each option is, and end with status 0."""
-    bare = "".join(f"{word.upper()} " for word in positional)
-    page = argparse.ArgumentParser(prog=prog, usage=f"%(prog)s {bare}[--option value …]", description=description)
-    page.add_argument("--config", metavar="FILE", help="a YAML file of the options below; later ones win")
-    _explain_group(page, options, "")
-    page.parse_args(["--help"])
-    raise SystemExit(0)
-
-
-def _explain_group(page: argparse.ArgumentParser, options: type, prefix: str) -> None:
-    """Add a dataclass's options to a page, those of the dataclasses in it after its own."""
-    import docstring_parser
-
-    said = docstring_parser.parse(options.__doc__ or "")
-    explained = {param.arg_name: " ".join((param.description or "").split()) for param in said.params}
-    group, inner = page.add_argument_group((said.short_description or "options").rstrip(".")), []
-    hints = get_type_hints(options)
-    for field in dataclasses.fields(options):
-        key, kind = prefix + field.name, hints[field.name]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            inner.append((kind, f"{key}."))
-            continue
-        factory = field.default_factory
-        default = field.default if factory is dataclasses.MISSING else factory()
-        known = "" if default is None else f" (default: {_shown(default)})"
-        known = " (required)" if default is dataclasses.MISSING else known
-        text = (explained.get(field.name, "") + known).replace("%", "%%")
-        group.add_argument(_flag(key), metavar=_placeholder(kind), help=text)
-    for kind, prefix in inner:
-        _explain_group(page, kind, prefix)
-
-
-def _placeholder(kind: Any) -> str:
-    """What stands for an option's value in its explanation."""
-    words = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
-    if get_origin(kind) in (list, tuple):
-        ends = "…" if get_origin(kind) is list else _placeholder(get_args(kind)[-1])
-        return f"{_placeholder(get_args(kind)[0])},{ends}"
-    if get_origin(kind) is dict:
-        return "{NAME: VALUE}"
-    return words.get(kind) or "|".join(_placeholder(each) for each in get_args(kind) if each is not type(None))
-
-
-def _shown(value: object) -> str:
-    """A default as it would be typed."""
-    if isinstance(value, list | tuple):
-        return ",".join(map(_shown, value)) or "[]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _kinds(options: type, prefix: str = "") -> dict[str, Any]:
@@ -417,13 +281,13 @@ def _given(argv: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]
                 raise InputError(f"{word!r}: options have two hyphens", wanted=f"--{word}")
             if word.endswith((".yaml", ".yml")):
                 raise InputError(argument=repr(word), wanted=f"--config {word}")
-            after = f" after {_flag(given[-1].key)} {given[-1].value}" if given else ""
+            after = f" after {flag(given[-1].key)} {given[-1].value}" if given else ""
             wanted = "`--option value`, several values with commas between them"
             raise InputError(argument=f"{word!r}{after}", wanted=wanted)
         typed, equals, value = word.partition("=")
         key = _key(typed)
         if key != "config":
-            _check_key(key, typed, kinds, _flag)
+            _check_key(key, typed, kinds, flag)
         if not equals:
             if words and not words[0].startswith("--"):
                 value = words.pop(0)

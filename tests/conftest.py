@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from made.store import make_store
 
-from gspn_dit.options import plain_messages
+from gspn_dit.messages import plain_messages
 
 
 @pytest.fixture(autouse=True)

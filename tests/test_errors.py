@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 from gspn_dit.data.workers import load
 from gspn_dit.errors import InputError, renamed
+from gspn_dit.messages import plain_messages
 from gspn_dit.models.registry import NoSuchOption
-from gspn_dit.options import command, parse, plain_messages
+from gspn_dit.options import command, parse
 from gspn_dit.precision import Precision
 from gspn_dit.processes import SharedInputError, on_every_process, on_main_process
 

@@ -16,7 +16,8 @@ from accelerate.utils import DistributedType
 
 from gspn_dit.config import Config
 from gspn_dit.layers.embeddings import TimestepEmbedding
-from gspn_dit.options import parse, plain_messages
+from gspn_dit.messages import plain_messages
+from gspn_dit.options import parse
 from gspn_dit.training.loop import train
 
 initialise = AcceleratorState.__init__
