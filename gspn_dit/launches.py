@@ -93,14 +93,15 @@ class Work:
         return self.blocks * (LAUNCH_STEP_SECONDS if self.training else LAUNCH_FORWARD_SECONDS)
 
     @property
-    def graph_seconds(self) -> float:
-        """What a training step takes as a CUDA graph: its work, or that many small kernels."""
-        return max(self.compute_seconds, self.blocks * STEP_OPERATIONS * KERNEL_SECONDS)
-
-    @property
     def is_launch_bound(self) -> bool:
         """Whether a GPU would wait most of the time. The host's share is known from above only: twice, to be sure."""
         return self.launch_seconds > 2 * self.compute_seconds
+
+    def step_seconds(self, graphed: bool) -> float:
+        """What it takes as a whole: as a CUDA graph at least as many small kernels, else launches where they bind."""
+        if graphed:
+            return max(self.compute_seconds, self.blocks * STEP_OPERATIONS * KERNEL_SECONDS)
+        return self.launch_seconds if self.is_launch_bound else self.compute_seconds
 
 
 def work_of(model: LatentModel, latents: Sequence[int], training: bool = False) -> Work:
@@ -119,8 +120,7 @@ def compile_pays(work: Work, steps: int, graphed: bool, passes: int = 1) -> tupl
         graphed: Whether a step is a CUDA graph, so that the host's launches cost nothing any more.
         passes: Forward and backward passes in a step.
     """
-    step = passes * (work.graph_seconds if graphed else max(work.compute_seconds, work.launch_seconds))
-    saved = (1 - COMPILED_SHARE) * step * steps
+    saved = (1 - COMPILED_SHARE) * passes * work.step_seconds(graphed) * steps
     pays = saved > COMPILE_SECONDS
     found = f"{steps:,} steps save about {in_time(saved)}, compiling takes about {in_time(COMPILE_SECONDS)}"
     return pays, found
