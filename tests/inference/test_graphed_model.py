@@ -127,7 +127,7 @@ def test_auto_leaves_a_model_that_works_long_as_it_is(monkeypatch):
     for _ in range(3):
         call(graphs, inputs())
     assert recorder.recordings == 0
-    graphs._calls.update({key: 10**6 for key in graphs._calls})
+    graphs._calls.update(dict.fromkeys(graphs._calls, 10**6))
     call(graphs, inputs())
     assert recorder.recordings == 0
 
@@ -199,9 +199,11 @@ def test_calls_of_a_pipeline_share_recordings_until_they_are_let_go():
 @pytest.mark.usefixtures("fake_gpu")
 def test_another_transformer_is_drawn_with():
     pipe = pipeline()
-    draw = lambda cuda_graph: pipe(  # noqa: E731
-        [0], generator=image_generator(0, 0), num_inference_steps=2, cuda_graph=cuda_graph, output_type="latent"
-    ).images
+    draw = lambda cuda_graph: (
+        pipe(  # noqa: E731
+            [0], generator=image_generator(0, 0), num_inference_steps=2, cuda_graph=cuda_graph, output_type="latent"
+        ).images
+    )
     first = draw(True)
     other = tiny_model("gspn-dit-ti-2", "flow")
     with torch.no_grad():

@@ -182,7 +182,9 @@ def test_replays_find_the_loss_and_the_gradients_of_each_batch():
     find = finder(model)
     for seed in range(4):
         loss = graph.gradients(batch_of(seed), find, seed)
-        for found, wanted in zip([loss, *(p.grad for p in parameters)], usual(other, batch_of(seed), seed), strict=True):
+        for found, wanted in zip(
+            [loss, *(p.grad for p in parameters)], usual(other, batch_of(seed), seed), strict=True
+        ):
             assert torch.equal(found, wanted)
         with torch.no_grad():  # the weights are trained, and the gradients clipped, in place
             for each in (*parameters, *other.parameters()):
@@ -209,7 +211,9 @@ def test_a_graph_that_fails_is_warned_of_once_and_training_goes_on(recwarn, faul
     graph = StepGraph(FakeRecorder(parameters=parameters, **fault), parameters)
     for seed in range(3):
         loss = graph.gradients(batch_of(seed), finder(model), seed)
-        for found, wanted in zip([loss, *(p.grad for p in parameters)], usual(other, batch_of(seed), seed), strict=True):
+        for found, wanted in zip(
+            [loss, *(p.grad for p in parameters)], usual(other, batch_of(seed), seed), strict=True
+        ):
             assert torch.equal(found, wanted)
     (warning,) = recwarn.list
     said = str(warning.message)
