@@ -59,13 +59,23 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.device)
         recording = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        # The outer block brings this stream back if the recording fails in its end.
-        with torch.cuda.device(self.device), torch.cuda.stream(current), recording:
-            result = work()
+        problem: Exception | None = None
+        try:
+            # The block around it brings this stream back, which a recording that fails in its end would not.
+            with torch.cuda.device(self.device), torch.cuda.stream(current), recording:
+                try:
+                    result = work()
+                except Exception as error:
+                    problem = error
+                    raise
+        except Exception as error:  # the end of a recording fails too, and says nothing of why
+            raise RuntimeError(reason_of(problem or error)) from error
         return result, graph.replay
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a recording failed, in one line."""
+    """What an error says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0][:200] if isinstance(error, RuntimeError) else f"{type(error).__name__}: {lines[0][:200]}"

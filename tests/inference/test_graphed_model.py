@@ -148,7 +148,7 @@ def test_a_recording_that_fails_is_warned_of_once_and_sampling_goes_on(recwarn, 
         assert torch.equal(call(graphs, given), call(model, given))
     (warning,) = recwarn.list
     said = str(warning.message)
-    assert why in said and said.startswith("cuda_graph=True: RuntimeError: ") and "\n" not in said
+    assert why in said and said.startswith("cuda_graph=True: ") and "\n" not in said
     assert said.endswith("; sampling goes on without") and graphs.recordings == 0
 
 
@@ -199,11 +199,11 @@ def test_calls_of_a_pipeline_share_recordings_until_they_are_let_go():
 @pytest.mark.usefixtures("fake_gpu")
 def test_another_transformer_is_drawn_with():
     pipe = pipeline()
-    draw = lambda cuda_graph: (
-        pipe(  # noqa: E731
-            [0], generator=image_generator(0, 0), num_inference_steps=2, cuda_graph=cuda_graph, output_type="latent"
-        ).images
-    )
+
+    def draw(cuda_graph):
+        options = {"num_inference_steps": 2, "output_type": "latent", "cuda_graph": cuda_graph}
+        return pipe([0], generator=image_generator(0, 0), **options).images
+
     first = draw(True)
     other = tiny_model("gspn-dit-ti-2", "flow")
     with torch.no_grad():
