@@ -78,7 +78,8 @@ def main(options: SampleOptions) -> None:
     batch_size = min(options.num_images, options.batch_size or default_batch_size(pipe, call))
     shape = (batch_size, pipe.transformer.config.in_channels, *pipe.latent_size(call["height"], call["width"]))
     check_memory(pipe, shape, call["guidance_scale"], call["mixed_precision"], device)
-    graph = graph_choice(pipe.transformer, options.cuda_graph, device, shape)
+    together = batch_size * (2 if call["guidance_scale"] > 1 else 1)
+    graph = graph_choice(pipe.transformer, options.cuda_graph, device, (together, *shape[1:]))
     check_room(options, (call["height"], call["width"]))
     labels = choose_labels(pipe, options)
     missing: list[int] = []
