@@ -7,6 +7,7 @@ written over by the next replay.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -41,7 +42,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = stream_of(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def rehearse(self, work: Callable[[], T]) -> T:
@@ -71,6 +72,12 @@ class CudaRecorder:
         except Exception as error:  # the end of a recording fails too, and says nothing of why
             raise RuntimeError(reason_of(problem or error)) from error
         return result, graph.replay
+
+
+@functools.cache
+def stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a GPU's recordings: libraries keep working memory for every stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 def reason_of(error: BaseException) -> str:

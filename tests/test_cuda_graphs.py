@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from gspn_dit.cuda_graphs import CudaRecorder, reason_of
+from gspn_dit.cuda_graphs import CudaRecorder, reason_of, stream_of
 
 CUDA = torch.device("cuda", 0)
 
@@ -64,7 +64,9 @@ def driver(monkeypatch):
         "synchronize": lambda device=None: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    return made
+    stream_of.cache_clear()
+    yield made
+    stream_of.cache_clear()
 
 
 def test_rehearsals_are_on_the_recordings_stream_and_waited_for(driver):
@@ -72,6 +74,10 @@ def test_rehearsals_are_on_the_recordings_stream_and_waited_for(driver):
     assert recorder.rehearse(lambda: driver.current) is recorder.stream
     assert driver.current is usual
     assert recorder.stream.waited == [usual] and usual.waited == [recorder.stream]
+
+
+def test_all_recordings_of_a_gpu_are_on_one_stream(driver):
+    assert CudaRecorder(CUDA).stream is CudaRecorder(CUDA).stream is not CudaRecorder(torch.device("cuda", 1)).stream
 
 
 def test_recordings_share_memory_and_hold_only_their_own_thread(driver):
