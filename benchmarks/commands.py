@@ -75,6 +75,26 @@ class BlockBudgetOptions:
 
 
 @dataclass
+class LaunchesOptions:
+    """What to count.
+
+    Args:
+        device: cpu or cuda.
+        precision: As `training.mixed_precision`.
+        threads: Threads of the CPU.
+        out: Also write the table to this Markdown file.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["no", "bf16"] = "bf16"
+    threads: int = 2
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.threads >= 1, "threads", self.threads, "1 or more")
+
+
+@dataclass
 class DepthwiseOptions:
     """What to time.
 
@@ -328,6 +348,7 @@ BENCHMARKS = {
         OperatorOptions, "How fast is `propagate` beside its reference, attention and memory's floor?"
     ),
     "block_budget": Benchmark(BlockBudgetOptions, "Where does the time of one block go?"),
+    "launches": Benchmark(LaunchesOptions, "What does a step of a small model launch, and how many does a graph save?"),
     "depthwise": Benchmark(DepthwiseOptions, "Which way to a block's depthwise convolution is fastest?"),
     "resolution": Benchmark(ResolutionOptions, "How do time and memory of whole models grow with the image?"),
     "higher": Benchmark(HigherOptions, "How good are images larger than the models were trained for, at what cost?"),

@@ -11,6 +11,15 @@ from gspn_dit.errors import InputError, is_finite
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 """What a network computes in: see :mod:`gspn_dit.precision`."""
 
+Switch = bool | Literal["auto"]
+"""Whether to do what only changes speed; `auto` leaves it to a rule (:mod:`gspn_dit.launches`)."""
+
+
+def check_switch(argument: str, value: object) -> None:
+    """Raise :class:`InputError` for what is no :data:`Switch`."""
+    if not (isinstance(value, bool) or value == "auto"):
+        raise InputError(argument=argument, value=value, wanted="True, False or 'auto'")
+
 
 def check_guidance(scale: float, interval: Sequence[float], group: str = "") -> None:
     """Raise :class:`InputError` for a guidance_scale or a guidance_interval, options of `group`, that cannot be."""

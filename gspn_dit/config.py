@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps
+from gspn_dit.arguments import MixedPrecision, Switch, check_guidance, check_num_inference_steps
 from gspn_dit.data.sources import SOURCES, split_name
 from gspn_dit.evaluation.classifiers import check_features
 from gspn_dit.options import parse, require
@@ -105,7 +105,10 @@ class TrainingConfig:
         mixed_precision: `auto` is bf16 where the device has instructions for it and float32 elsewhere; `no` is
             float32; or `bf16`, or `fp16`.
         gradient_checkpointing: Recompute blocks in the backward pass to save memory.
-        compile: Run the model through torch.compile.
+        compile: Run the model's blocks through torch.compile; `auto` does so on CUDA in runs that are long enough to
+            pay for it.
+        cuda_graph: Replay a step's forward and backward pass as a CUDA graph; `auto` does so where a small model waits
+            for its launches.
         log_every: Steps between lines in metrics.csv and the trackers.
         sample_every: Steps between sample grids; 0 for none.
         checkpoint_every: Steps between checkpoints.
@@ -128,7 +131,8 @@ class TrainingConfig:
     posthoc_ema_sigma_rels: list[float] = field(default_factory=lambda: [0.05, 0.10])
     mixed_precision: MixedPrecision = "auto"
     gradient_checkpointing: bool = False
-    compile: bool = False
+    compile: Switch = "auto"
+    cuda_graph: Switch = "auto"
     log_every: int = 100
     sample_every: int = 10_000
     checkpoint_every: int = 10_000

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps
+from gspn_dit.arguments import MixedPrecision, Switch, check_guidance, check_num_inference_steps
 from gspn_dit.errors import not_none
 from gspn_dit.options import require
 from gspn_dit.storage.files import is_stream
@@ -36,6 +36,8 @@ class SampleOptions:
         chunk_scale: Length of the chunks of local scans relative to training; `auto` takes √(pixels / trained pixels).
         mixed_precision: Number format of the transformer: `auto` is bf16 where the device has instructions for it and
             float32 elsewhere; `no` is float32; or `bf16`, or `fp16`.
+        cuda_graph: Replay the transformer's forward as a CUDA graph: the same images, sooner with a small model; `auto`
+            does so once enough steps have shown that it pays.
         seed: Image i depends on (seed, i) alone, not on the batch size or the number of processes.
         batch_size: Images per forward pass in each process; if not given, 16, or fewer where images are larger than
             trained.
@@ -60,6 +62,7 @@ class SampleOptions:
     shift: float | Literal["auto"] | None = None
     chunk_scale: float | Literal["auto"] | None = None
     mixed_precision: MixedPrecision = "auto"
+    cuda_graph: Switch = "auto"
     seed: int = 0
     batch_size: int | None = None
     height: int | None = None

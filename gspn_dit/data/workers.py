@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from gspn_dit.errors import InputError
+
+T = TypeVar("T")
 
 
 def load(
@@ -47,6 +49,37 @@ def load(
     with unheard_signals():
         loaded = iter(loader)
     return _raising(loaded)
+
+
+class Ahead(Iterator[T]):
+    """An iterator whose next item can be fetched before it is asked for, while something else is awaited.
+
+    An error that fetching meets is raised when the item is asked for.
+
+    Args:
+        items: What is iterated over.
+    """
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self._items = items
+        self._fetched: list[Callable[[], T]] = []
+
+    def fetch(self) -> None:
+        """Fetch the next item, unless it is there."""
+        if not self._fetched:
+            try:
+                item = next(self._items)
+                self._fetched.append(lambda: item)
+            except Exception as error:  # StopIteration too
+                self._fetched.append(partial(_raise, error))
+
+    def __next__(self) -> T:
+        self.fetch()
+        return self._fetched.pop()()
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 class _WithErrors(Dataset):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from gspn_dit.arguments import check_guidance, check_num_inference_steps
 from gspn_dit.diffusion.schedulers import SAMPLERS, objective_of
@@ -33,7 +33,7 @@ def image_generator(seed: int, i: int) -> torch.Generator:
 
 @torch.no_grad()
 def denoise(
-    model: nn.Module,
+    model: Callable[..., Tensor],
     scheduler: SchedulerMixin,
     noise: Tensor,
     condition: Mapping[str, Tensor],
@@ -75,17 +75,18 @@ def denoise(
     options = model_options or {}
     low, high = guidance_interval
     scheduler = _taking_our_variance(scheduler)
-    _set_timesteps(scheduler, num_inference_steps, noise.device)
+    _set_timesteps(scheduler, num_inference_steps)
     step_options = {"generator": generator} if _accepts(scheduler.step, "generator") else {}
     dtype = getattr(model, "dtype", torch.float32)
 
     latents = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
-    levels = (scheduler.timesteps.cpu().double() / 1000).clamp(max=1).tolist()  # a shifted one may be rounded up from 1
+    levels = (scheduler.timesteps.double() / 1000).clamp(max=1).tolist()  # a shifted one may be rounded up from 1
+    told = scheduler.timesteps.float().to(noise.device)
     for step, (timestep, level) in enumerate(zip(progress(scheduler.timesteps), levels, strict=True)):
         inputs = latents
         if hasattr(scheduler, "scale_model_input"):
             inputs = scheduler.scale_model_input(latents, timestep)
-        inputs, timesteps = inputs.to(dtype), timestep.float().expand(len(latents))
+        inputs, timesteps = inputs.to(dtype), told[step].expand(len(latents))
         guided = guidance_scale != 1 and low <= level <= high
         if guided:
             twice = model(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), **both, **options)
@@ -123,14 +124,17 @@ def _with_null(
     return {name: torch.cat([tensor, null_condition[name]]) for name, tensor in condition.items()}
 
 
-def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> None:
-    """Set the scheduler's steps; for the flow, when it takes noise levels, even ones from 1 down to 1/n."""
+def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Set the scheduler's steps; for the flow, when it takes noise levels, even ones from 1 down to 1/n.
+
+    They stay on the CPU: samplers look up their tables by them, and compare them, which on a GPU would wait for it.
+    """
     check_steps(scheduler, num_inference_steps)
     levels = {}
     if objective_of(scheduler) == "flow" and _accepts(scheduler.set_timesteps, "sigmas"):
         # Left alone, diffusers' last step goes from 0.001 to 0: a forward for nothing.
         levels = {"sigmas": np.linspace(1, 1 / num_inference_steps, num_inference_steps)}
-    scheduler.set_timesteps(num_inference_steps, device=device, **levels)
+    scheduler.set_timesteps(num_inference_steps, device="cpu", **levels)
 
 
 def check_steps(scheduler: SchedulerMixin, n: int) -> None:

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, Mod
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from gspn_dit.arguments import MixedPrecision, check_guidance
+from gspn_dit.arguments import MixedPrecision, Switch, check_guidance, check_switch
 from gspn_dit.autoencoder import downsampling
 from gspn_dit.autoencoder.vae import check_vae
 from gspn_dit.conditioning import ClassLabels
@@ -21,6 +21,7 @@ from gspn_dit.diffusion.sampling import Generators
 from gspn_dit.diffusion.schedulers import own_shift, shifted
 from gspn_dit.errors import InputError, is_finite
 from gspn_dit.inference.decoding import decode_images
+from gspn_dit.inference.graphed_model import GraphedModel, graphed
 from gspn_dit.inference.memory import check_memory
 from gspn_dit.precision import autocast, choose_precision
 
@@ -62,6 +63,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
         class_dropout: float | None = None,
     ) -> None:
         super().__init__()
+        self._graphed: GraphedModel | None = None
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(
             class_names=class_names,
@@ -104,6 +106,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
         shift: float | Literal["auto"] | None = None,
         chunk_scale: float | Literal["auto"] | None = None,
         mixed_precision: MixedPrecision = "no",
+        cuda_graph: Switch = "auto",
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict] | None = None,
@@ -125,6 +128,9 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 :meth:`side_ratio`; None leaves them.
             mixed_precision: What the transformer is autocast to; the sampler and the VAE stay as they are. `no` is
                 the weights' own float32, on every machine; `auto` is bf16 where the device has instructions for it.
+            cuda_graph: Replay the transformer's forward as a CUDA graph: the same images, sooner where launches bind
+                a small model. `auto` does so once enough calls have shown that it pays; `True` at the first. Graphs
+                keep memory, which `pipe.free_graphs()` gives back.
             output_type: `pil`; `np` float (B, H, W, 3) or `pt` float (B, 3, H, W), in [0, 1]; `uint8` (B, 3, H, W),
                 the bytes of the others; `latent`.
             return_dict: Give an `ImagePipelineOutput`; else a tuple.
@@ -137,6 +143,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
             raise InputError(argument="output_type", value=output_type, wanted=f"one of {', '.join(_OUTPUT_TYPES)}")
         if mixed_precision not in (names := get_args(MixedPrecision)):
             raise InputError(argument="mixed_precision", value=mixed_precision, wanted=f"one of {', '.join(names)}")
+        check_switch("cuda_graph", cuda_graph)
         condition = self.conditioning.read(class_labels)
         count = len(condition["class_labels"])
         null_condition = self.conditioning.null(count)
@@ -159,6 +166,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
         device = self._execution_device
         precision = choose_precision(mixed_precision, device).name
         check_memory(self, shape, guidance_scale, precision, device)
+        self._graphed = graphed(self.transformer, cuda_graph, device, before=self._graphed)
 
         def callback(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
             if callback_on_step_end is None:
@@ -167,7 +175,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
 
         with autocast(device, precision):
             latents = denoise(
-                self.transformer,
+                self._graphed or self.transformer,
                 self.scheduler if shift is None else shifted(self.scheduler, shift),
                 randn_tensor(shape, generator=generator, device=device, dtype=torch.float32),
                 {name: tensor.to(device) for name, tensor in condition.items()},
@@ -183,6 +191,10 @@ class GSPNDiTPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else decode_images(self.vae, latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def free_graphs(self) -> None:
+        """Let go of what was recorded as CUDA graphs, and of its memory; later calls record anew."""
+        self._graphed = None
 
     @property
     def conditioning(self) -> ClassLabels:

@@ -35,6 +35,7 @@ from gspn_dit.devices import memory_of
 from gspn_dit.diffusion import create_scheduler, objective_of
 from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.errors import InputError, not_none
+from gspn_dit.inference.graphed_model import graph_choice
 from gspn_dit.inference.grid import captions
 from gspn_dit.inference.loading import find_checkpoint, load_pipeline
 from gspn_dit.inference.memory import check_memory
@@ -77,6 +78,8 @@ def main(options: SampleOptions) -> None:
     batch_size = min(options.num_images, options.batch_size or default_batch_size(pipe, call))
     shape = (batch_size, pipe.transformer.config.in_channels, *pipe.latent_size(call["height"], call["width"]))
     check_memory(pipe, shape, call["guidance_scale"], call["mixed_precision"], device)
+    together = batch_size * (2 if call["guidance_scale"] > 1 else 1)
+    graph = graph_choice(pipe.transformer, options.cuda_graph, device, (together, *shape[1:]))
     check_room(options, (call["height"], call["width"]))
     labels = choose_labels(pipe, options)
     missing: list[int] = []
@@ -88,6 +91,8 @@ def main(options: SampleOptions) -> None:
             prepare_folders(options, settings, stack)
             missing = begin_folder(options, settings, labels, pipe.config.class_names)
             precision.say()
+            if device.type == "cuda":
+                graph.say()
         (missing,) = broadcast_object_list([missing])
         draw_missing(
             pipe.to(device),
@@ -97,6 +102,7 @@ def main(options: SampleOptions) -> None:
             processes,
             seed=options.seed,
             batch_size=batch_size,
+            cuda_graph=options.cuda_graph,
             **call,
         )
         if processes.is_main_process:

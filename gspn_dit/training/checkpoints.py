@@ -1,7 +1,8 @@
 """Checkpoints of a run: written whole or not at all, checked before they are used, the newest few kept.
 
 :mod:`gspn_dit.storage.run_folder` says which files a checkpoint has. Its metadata are the step, the number of images in
-the data, the loss since the last log line, the mixed precision that was used, and every file's size and SHA-256.
+the data, the loss since the last log line, the mixed precision that was used, whether blocks were compiled, and every
+file's size and SHA-256.
 
 Every tensor is whole, however many processes trained and whether or not FSDP split the model over them, so that a run
 continues on any number of processes, with or without FSDP. No random state is kept: all there is to draw is a function
@@ -32,12 +33,14 @@ from gspn_dit.autoencoder.vae import NORMALISATION, NOT_HEEDED, is_same_place
 from gspn_dit.config import Config
 from gspn_dit.data import Source
 from gspn_dit.errors import InputError
+from gspn_dit.launches import Choice
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.precision import Precision
 from gspn_dit.storage.files import save_tensors, sha256
 from gspn_dit.storage.run_folder import METADATA, Checkpoint, RunFolder
 from gspn_dit.training.ema import EMA
 from gspn_dit.training.sharding import copy_full, full_tensor, sharded_like
+from gspn_dit.training.step_graph import StepGraph
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +90,7 @@ class State:
         ema: The average that sampling uses.
         power_emas: The post-hoc EMA's averages, by relative width σ_rel.
         model_config: The model's config.json, from before FSDP gave it a class of its own.
+        graph: The forward and backward pass as a CUDA graph, where that is how steps are done.
     """
 
     model: LatentModel
@@ -95,6 +99,7 @@ class State:
     ema: EMA
     power_emas: dict[float, EMA]
     model_config: str
+    graph: StepGraph | None = None
 
     def files(self, checkpoint: Checkpoint) -> Iterator[tuple[Path, dict[str, Tensor]]]:
         """What each file of a checkpoint holds, the optimiser's apart."""
@@ -352,6 +357,15 @@ def say_changes(checkpoint: Checkpoint, config: Config, precision: Precision) ->
     if computed_in != precision.name:
         why = precision.reason if precision.asked == "auto" else "as asked"
         logger.info(f"changed since {checkpoint.name}: mixed_precision {computed_in} → {precision.name}: {why}")
+
+
+def say_compile(checkpoint: Checkpoint, config: Config, choice: Choice) -> None:
+    """Say if blocks are compiled now and were not when a checkpoint was made, or the other way round."""
+    saved = checkpoint.read_metadata().get("compile", Config.load(checkpoint.config).training.compile is True)
+    if saved != choice.on:
+        words = {True: "on", False: "off"}
+        why = choice.reason if choice.asked == "auto" else "as asked"
+        logger.info(f"changed since {checkpoint.name}: compile {words[saved]} → {words[choice.on]}: {why}")
 
 
 def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:

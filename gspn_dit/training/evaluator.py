@@ -27,7 +27,12 @@ def draw_samples(pipeline: GSPNDiTPipeline, config: Config, accelerator: Acceler
 
     Training goes on after any failure, which is warned of. Whether it went well.
     """
-    options = {"count": config.sampling.num_images, "seed": config.seed, "mixed_precision": accelerator.mixed_precision}
+    options = {
+        "count": config.sampling.num_images,
+        "seed": config.seed,
+        "mixed_precision": accelerator.mixed_precision,
+        "cuda_graph": config.training.cuda_graph,
+    }
     return note(f"no {path}", lambda: draw_grid(pipeline, path, **options))
 
 
@@ -102,6 +107,7 @@ class Evaluator:
                 guidance_scale=options.guidance_scale,
                 generator=[image_generator(self.config.seed, i) for i in batch],
                 mixed_precision=self.accelerator.mixed_precision,
+                cuda_graph=self.config.training.cuda_graph,
                 output_type="uint8",
                 return_dict=False,
             )

@@ -15,7 +15,6 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -32,11 +31,13 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gspn_dit.config import Config, TrainingConfig
-from gspn_dit.data.workers import is_of_a_dead_worker, load
+from gspn_dit.cuda_graphs import CudaRecorder
+from gspn_dit.data.workers import Ahead, is_of_a_dead_worker, load
 from gspn_dit.errors import InputError, Stopped, not_none
 from gspn_dit.inference.loading import pipeline_of
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.inference.run_description import RunDescription
+from gspn_dit.launches import Choice, work_of
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.processes import SharedInputError, agreed_precision, on_every_process, on_main_process
 from gspn_dit.progress import figure, progress
@@ -48,7 +49,9 @@ from gspn_dit.training.checkpoints import (
     last_good,
     load_checkpoint,
     save_checkpoint,
+    say_compile,
 )
+from gspn_dit.training.compilation import choose_compile
 from gspn_dit.training.ema import EMA, exponential, power_function
 from gspn_dit.training.evaluator import draw_samples
 from gspn_dit.training.parts import Run, check_launch, check_options, open_run, start_from, steps_from
@@ -56,6 +59,7 @@ from gspn_dit.training.posthoc_ema import drop_snapshots, gamma_of, save_snapsho
 from gspn_dit.training.record import Record, note, read_metrics, redrawn_at_an_error
 from gspn_dit.training.sharding import full_tensor
 from gspn_dit.training.step import NonFiniteLoss, take_step
+from gspn_dit.training.step_graph import StepGraph, choose_graph
 from gspn_dit.training.stop_request import CTRL_C, StoppedByCtrlC, StopRequest
 from gspn_dit.training.trackers import start_trackers, track_samples
 
@@ -161,7 +165,8 @@ def take_steps(run: Run, model: LatentModel, checkpoint: Checkpoint | None, stop
     """Train from a checkpoint, or None for the first step, to the last step or a request to stop; what made it."""
     config, accelerator, options = run.config, run.accelerator, run.config.training
     folder = RunFolder(Path(config.output_dir))
-    state = prepare(run, model, is_new=checkpoint is None)
+    compiling, graph = choose_speed(run, model, checkpoint)
+    state = prepare(run, model, is_new=checkpoint is None, compiled=compiling.on, graphed=graph.on)
     done: dict[str, Any] = {"step": 0, "loss_sum": 0.0, "loss_count": 0}
     if checkpoint:
         done = load_checkpoint(accelerator, checkpoint, state)
@@ -220,6 +225,7 @@ def take_steps(run: Run, model: LatentModel, checkpoint: Checkpoint | None, stop
                     "loss_count": loss_count,
                     "num_images": len(run.source),
                     "mixed_precision": accelerator.mixed_precision,
+                    "compile": compiling.on,
                     "vae": run.vae_record,
                 }
                 checkpoint = save_checkpoint(accelerator, config, state, run.source.class_names, metadata)
@@ -237,8 +243,38 @@ def take_steps(run: Run, model: LatentModel, checkpoint: Checkpoint | None, stop
     return stopped_by
 
 
-def prepare(run: Run, model: LatentModel, is_new: bool) -> State:
+def choose_speed(run: Run, model: LatentModel, checkpoint: Checkpoint | None) -> tuple[Choice, Choice]:
+    """Whether blocks are compiled and whether a step is a CUDA graph, which is said; every process calls this.
+
+    Raises :class:`InputError` for what is asked for and cannot be.
+    """
+    config, accelerator, options = run.config, run.accelerator, run.config.training
+    passes = options.gradient_accumulation_steps
+    images = options.batch_size // (accelerator.num_processes * passes)
+    work = work_of(model, (images, *run.stream.latent_shape), training=True)
+    graph = on_every_process(lambda: choose_graph(options.cuda_graph, accelerator, options, work))
+    steps = options.max_steps - (checkpoint.step if checkpoint else 0)
+    compiling = on_every_process(
+        lambda: choose_compile(options.compile, accelerator.device, work, steps, graph.on, passes)
+    )
+    if accelerator.is_main_process:
+        if checkpoint:
+            say_compile(checkpoint, config, compiling)
+        compiling.say()
+        if accelerator.device.type == "cuda":
+            graph.say()
+    return compiling, graph
+
+
+def prepare(run: Run, model: LatentModel, is_new: bool, compiled: bool | None = None, graphed: bool = False) -> State:
     """What steps change, before the first of them or before it is loaded.
+
+    Args:
+        run: What is trained, and how.
+        model: Its network, on the device.
+        is_new: Whether the run begins, with the weights that `model.init_from` names.
+        compiled: Whether blocks are compiled; None takes `training.compile` where that is no `auto`.
+        graphed: Whether steps are a CUDA graph.
 
     Raises :class:`InputError` if a new run cannot start from the weights it names.
     """
@@ -249,8 +285,8 @@ def prepare(run: Run, model: LatentModel, is_new: bool) -> State:
             logger.info(said)
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    if options.compile:
-        model.compile(dynamic=False)  # a run's batches are of one shape
+    if options.compile is True if compiled is None else compiled:
+        model.compile_repeated_blocks(dynamic=False)  # a run's batches are of one shape
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=options.learning_rate,
@@ -272,6 +308,7 @@ def prepare(run: Run, model: LatentModel, is_new: bool) -> State:
         EMA(model, exponential(options.ema_decay)),
         {sigma: EMA(model, power_function(gamma_of(sigma))) for sigma in options.sigma_rels},
         model_config,
+        StepGraph(CudaRecorder(accelerator.device), list(model.parameters())) if graphed else None,
     )
 
 
@@ -301,15 +338,16 @@ def open_records(
     return record, scores
 
 
-def load_batches(run: Run, step: int) -> Iterator[dict[str, Any]]:
+def load_batches(run: Run, step: int) -> Ahead[dict[str, Any]]:
     """This process's micro-batches of the steps after `step`, in order."""
-    return load(
+    batches = load(
         run.stream,
         steps_from(step, run.config, run.accelerator),
         run.config.data.num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
         generator=torch.Generator(),  # its own: a loader draws a seed, which the model's random state must not feel
     )
+    return Ahead(batches)
 
 
 def draw_and_score(

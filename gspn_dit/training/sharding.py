@@ -8,9 +8,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This process's part, sharing its memory."""
-    detached = tensor.detach()
-    return detached.to_local() if isinstance(detached, DTensor) else detached
+    """This process's part, sharing its memory; for a block without gradients."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from torch import Tensor, nn
 
 from gspn_dit.conditioning import Conditioning
 from gspn_dit.config import Config
+from gspn_dit.data.workers import Ahead
 from gspn_dit.diffusion import Batch
 from gspn_dit.training.checkpoints import State, last_good
 from gspn_dit.training.latents import LatentEncoder
@@ -26,14 +29,15 @@ class NonFiniteLoss(RuntimeError):
 
 
 def take_step(
-    run: Run, state: State, batches: Iterator[dict[str, Any]], step: int, stop: StopRequest, may_skip: bool
+    run: Run, state: State, batches: Ahead[dict[str, Any]], step: int, stop: StopRequest, may_skip: bool
 ) -> tuple[float, float, bool]:
     """One optimiser step: its loss, the gradient's norm before clipping, and whether any process is asked to stop.
 
     Args:
         run: What is trained, and how.
         state: What the step changes.
-        batches: This process's micro-batches of the stream; as many are taken as a step accumulates.
+        batches: This process's micro-batches of the stream; as many are taken as a step accumulates, and the next is
+            fetched while the device computes.
         step: Its number: 1, 2, …
         stop: Whether this process is asked to stop.
         may_skip: Whether a gradient that is not finite only leaves the step out, as fp16's loss scaling does.
@@ -42,31 +46,52 @@ def take_step(
         NonFiniteLoss: On every process, before the weights, the optimiser or the averages have changed.
     """
     config, accelerator, model, options = run.config, run.accelerator, state.wrapped, run.config.training
-    torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))  # for what a model draws itself
-    losses, finite = [], torch.ones((), dtype=torch.bool, device=accelerator.device)
-    for micro in range(options.gradient_accumulation_steps):
+    passes, seed = options.gradient_accumulation_steps, step_seed(config.seed, step, accelerator.process_index)
+    torch.manual_seed(seed)  # for what a model draws itself
+
+    def find_gradients(batch: Batch) -> Tensor:
+        with accelerator.autocast():
+            loss = run.objective.loss(model, batch).mean()
+        accelerator.backward(loss / passes)
+        return loss.detach()
+
+    losses, finite = [], []
+    for micro in range(passes):
         samples = send_to_device(next(batches), accelerator.device, non_blocking=True)
         batch = make_batch(samples, run.encoder, run.conditioning)
-        last = micro + 1 == options.gradient_accumulation_steps
+        finite.append(batch["latents"].isfinite().all())
+        if state.graph is not None:
+            losses.append(state.graph.gradients(batch, find_gradients, seed))
+            continue
+        last = micro + 1 == passes
         with nullcontext() if last else accelerator.no_sync(model):  # gradients meet once a step
-            with accelerator.autocast():
-                loss = run.objective.loss(model, batch).mean()
-            accelerator.backward(loss / options.gradient_accumulation_steps)
-        losses.append(loss.detach())
-        finite = batch["latents"].isfinite().all() & finite
+            losses.append(find_gradients(batch))
     # One exchange a step: the loss, whether its data were numbers, and whether any process is asked to stop.
-    stop_requested = loss.new_full((), stop.requested)
-    told = accelerator.reduce(torch.stack([torch.stack(losses).mean(), finite.float(), stop_requested]), "mean")
-    # Whole: with FSDP2, torch 2.8 returns each process's part of the norm. Only tolist() waits for the device.
-    grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf))
+    stop_requested = losses[0].new_full((), stop.requested)
+    mean, is_finite = torch.stack(losses).mean(), torch.stack(finite).all().to(losses[0].dtype)
+    told = accelerator.reduce(torch.stack([mean, is_finite, stop_requested]), "mean")
+    grad_norm = clip_gradients(accelerator, model.parameters(), options.max_grad_norm)
+    batches.fetch()  # before the one wait for the device, which is tolist()
     loss, finite, stopping, grad_norm = torch.cat([told, grad_norm.reshape(1)]).tolist()
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_skip):
         raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
     state.optimizer.step()
-    state.optimizer.zero_grad()
+    if state.graph is None:
+        state.optimizer.zero_grad()
     for average in (state.ema, *state.power_emas.values()):
         average.update(state.model, step)
     return loss, grad_norm, stopping > 0
+
+
+def clip_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+    """The norm of all gradients together, which are scaled down to `most` where it is more; 0 leaves them as they are.
+
+    It is whole: with FSDP2, torch 2.8 returns each process's part.
+    """
+    if most:
+        return full_tensor(accelerator.clip_grad_norm_(parameters, most))
+    accelerator.unscale_gradients()
+    return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
