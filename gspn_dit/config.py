@@ -108,7 +108,7 @@ class TrainingConfig:
         compile: Run the model's blocks through torch.compile; `auto` does so on CUDA in runs that are long enough to
             pay for it.
         cuda_graph: Replay a step's forward and backward pass as a CUDA graph; `auto` does so where a small model waits
-            for its launches.
+            for its launches. Off by default: it has not run on a GPU yet.
         log_every: Steps between lines in metrics.csv and the trackers.
         sample_every: Steps between sample grids; 0 for none.
         checkpoint_every: Steps between checkpoints.
@@ -132,7 +132,7 @@ class TrainingConfig:
     mixed_precision: MixedPrecision = "auto"
     gradient_checkpointing: bool = False
     compile: Switch = "auto"
-    cuda_graph: Switch = "auto"
+    cuda_graph: Switch = False
     log_every: int = 100
     sample_every: int = 10_000
     checkpoint_every: int = 10_000

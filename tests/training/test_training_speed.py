@@ -124,9 +124,9 @@ def test_a_large_model_has_no_graph_unless_it_is_asked_for():
     assert choose_graph(True, launched(), options, XL).on
 
 
-@pytest.mark.parametrize("option", ["compile", "cuda_graph"])
-def test_the_options(tmp_path, option):
-    assert getattr(parse(Config, []).training, option) == "auto"
+@pytest.mark.parametrize(("option", "default"), [("compile", "auto"), ("cuda_graph", False)])
+def test_the_options(tmp_path, option, default):
+    assert getattr(parse(Config, []).training, option) == default
     for given, value in (("true", True), ("false", False), ("auto", "auto")):
         loaded = parse(Config, [f"--training.{option}", given])
         loaded.save(tmp_path / "config.yaml")
@@ -378,7 +378,7 @@ def test_compiled_blocks_in_a_graph_train_as_launches_do(tmp_path, store, recwar
 @pytest.mark.gpu
 @pytest.mark.usefixtures("as_a_command_says_it")
 def test_auto_says_what_it_does_on_a_gpu(tmp_path, store, capsys):
-    train(config(tmp_path / "run", store))
+    train(config(tmp_path / "run", store, "--training.cuda_graph", "auto"))
     said = capsys.readouterr().out
     assert "training steps are replayed as a CUDA graph (cuda_graph auto: launches bind it)" in said
     assert "blocks are not compiled (compile auto: 8 steps save about" in said
