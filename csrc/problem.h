@@ -86,4 +86,15 @@ struct Backward {
   Accumulator<T>*grad_decay, *grad_scale;
 };
 
+// The tail of a call, backward: what comes before the scans' backward pass, and what comes after it.
+template <typename T>
+struct TailBackward {
+  Problem problem;
+  Strided<const T> x, y, grad_y;
+  const float *direct, *inverse_rms;  // as in Forward
+  Strided<T> grad_scanned;            // (B, H, W, C): written before, the gradient of the sum of the scans
+  Strided<T> grad_x;                  // has the scans' part after their pass; the direct path's is added
+  float* grad_direct;                 // (rows, C): sums over parts of the tokens, written with grad_x
+};
+
 }  // namespace gspn
