@@ -41,14 +41,14 @@ def direct_conv(model: GSPNDiT) -> None:
 
 
 def add_direct_conv(mixer: Mixer, width: int) -> None:
-    """norm(mixed) + conv(v) for norm(mixed) + direct ⊙ v."""
+    """norm(mix(v)) + conv(v) for norm(mix(v)) + direct ⊙ v."""
     del mixer.direct
     mixer.direct_conv = DepthwiseConv(width, 7)
     with torch.no_grad():
         mixer.direct_conv.weight.mul_(0.5)[:, :, 3, 3] += 1
 
-    def join(mixed: Tensor, value: Tensor) -> Tensor:
-        return mixer.norm(mixed).to(value.dtype) + mixer.direct_conv(value)
+    def join(value: Tensor, *options: int | None) -> Tensor:
+        return mixer.norm(mixer.mix(value, *options)).to(value.dtype) + mixer.direct_conv(value)
 
     mixer.join = join
 

@@ -19,6 +19,15 @@ constexpr const char* kPropagateBackward =
     "propagate_backward(Tensor grad, Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay,"
     " Tensor? scale, int chunk, int[] directions) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 
+// The same with the tail; forward also gives inverse_rms, backward the gradient of direct.
+constexpr const char* kPropagateWithTail =
+    "propagate_with_tail(Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay, Tensor? scale,"
+    " int chunk, int[] directions, Tensor direct) -> (Tensor, Tensor)";
+constexpr const char* kPropagateBackwardWithTail =
+    "propagate_backward_with_tail(Tensor grad, Tensor y, Tensor inverse_rms, Tensor x, Tensor gates, Tensor input_gate,"
+    " Tensor? output_gate, Tensor? decay, Tensor? scale, int chunk, int[] directions, Tensor direct)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+
 template <typename T>
 constexpr at::ScalarType kDtype = at::kFloat;
 template <>
@@ -115,6 +124,24 @@ struct Operands {
     return call;
   }
 };
+
+// inverse_rms of a call with a tail, before it is computed.
+inline at::Tensor new_inverse_rms(const Operands& of) {
+  const at::Tensor& x = of.x;
+  return x.new_empty({x.size(0), x.size(1), x.size(2), of.input_gate.size(4)}, x.options().dtype(at::kFloat));
+}
+
+// The tail of a call, backward, without the gradients that it writes. `direct` is contiguous.
+template <typename T>
+TailBackward<T> tail_backward(const Operands& of, const at::Tensor& grad, const at::Tensor& y,
+                              const at::Tensor& inverse_rms, const at::Tensor& direct) {
+  TailBackward<T> tail{};
+  tail.problem = of.call<Forward<T>>().problem;
+  tail.x = strided<const T>(of.x), tail.y = strided<const T>(y), tail.grad_y = strided<const T>(grad);
+  tail.direct = static_cast<const float*>(direct.const_data_ptr());
+  tail.inverse_rms = static_cast<const float*>(inverse_rms.const_data_ptr());
+  return tail;
+}
 
 // The gradients of a call's operands, in the layouts of these. fresh(like) allocates one.
 struct Gradients {

@@ -54,6 +54,9 @@ struct Float16 {
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Added to the mean square of a group's channels under the root of inverse_rms; gspn_dit/ops/tail.py has the same.
+constexpr float kTailEpsilon = 1e-6f;
+
 template <typename T>
 struct Forward {
   using Element = T;
@@ -66,6 +69,8 @@ struct Forward {
   const Accumulator<T>* decay;   // (K, C), contiguous: f, or null for 1
   const Accumulator<T>* scale;   // as decay: s
   Strided<T> y;                  // (B, H, W, C)
+  const Accumulator<T>* direct;  // (C,), contiguous, or null: y is the sum of the scans
+  float* inverse_rms;  // (B, H, W, G), contiguous, where direct is given
 };
 
 template <typename T>
@@ -79,6 +84,17 @@ struct Backward {
   Strided<T> grad_output_gate;  // null data where output_gate has none
   // (rows, K, C): sums over parts of the tokens, whose rows the binding adds up; the kernels say how many rows.
   Accumulator<T>*grad_decay, *grad_scale;
+};
+
+// The tail of a call, backward: what comes before the scans' backward pass, and what comes after it.
+template <typename T>
+struct TailBackward {
+  Problem problem;
+  Strided<const T> x, y, grad_y;
+  const float *direct, *inverse_rms;  // as in Forward
+  Strided<T> grad_scanned;            // (B, H, W, C): written before, the gradient of the sum of the scans
+  Strided<T> grad_x;                  // has the scans' part after their pass; the direct path's is added
+  float* grad_direct;                 // (rows, C): sums over parts of the tokens, written with grad_x
 };
 
 }  // namespace gspn

@@ -2,6 +2,8 @@
 // scratch, and launches the kernels on the current stream of the tensors' device.
 #include "binding.h"
 
+#include <array>
+
 #include <torch/library.h>
 
 #if defined(GSPN_EMULATED_CUDA)
@@ -55,30 +57,44 @@ Tensor scratch(const Tensor& x, int64_t elements) {
 
 void check(const char* error) { TORCH_CHECK(error == nullptr, "gspn_dit's CUDA kernel: ", error); }
 
-Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& input_gate, const OptionalTensor& output_gate,
-                 const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions) {
+// y, and inverse_rms with `direct`: without, it is undefined.
+std::pair<Tensor, Tensor> forward(const gspn::Operands& operands, const ChannelFactors& factors,
+                                  const OptionalTensor& direct) {
+  const Tensor& x = operands.x;
   const Device device(x);
-  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
-  const ChannelFactors factors(decay, scale);
-  Tensor y = fresh(x);
+  Tensor y = fresh(x), inverse_rms;
+  const Tensor per_channel = direct ? direct->contiguous() : Tensor();
+  if (direct) inverse_rms = gspn::new_inverse_rms(operands);
   kElementTypes.with_element(x, [&](auto element) {
     using T = decltype(element);
     auto call = operands.call<gspn::Forward<T>>();
     call.y = gspn::strided<T>(y);
     factors.give_to(call);
+    if (direct) {
+      call.direct = static_cast<const float*>(per_channel.const_data_ptr());
+      call.inverse_rms = static_cast<float*>(inverse_rms.data_ptr());
+    }
     const Tensor memory = scratch(x, gspn::forward_scratch(call, device.memory));
     check(gspn::run_forward(call, device.memory, static_cast<float*>(memory.data_ptr()), device.stream));
   });
-  return y;
+  return {y, inverse_rms};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& gates, const Tensor& input_gate,
-    const OptionalTensor& output_gate, const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk,
-    at::IntArrayRef directions) {
+Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& input_gate, const OptionalTensor& output_gate,
+                 const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions) {
+  return forward({x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}, {}).first;
+}
+
+std::tuple<Tensor, Tensor> propagate_with_tail(const Tensor& x, const Tensor& gates, const Tensor& input_gate,
+                                               const OptionalTensor& output_gate, const OptionalTensor& decay,
+                                               const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions,
+                                               const Tensor& direct) {
+  return forward({x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}, direct);
+}
+
+std::array<Tensor, 6> backward(const Tensor& grad, const gspn::Operands& operands, ChannelFactors factors) {
+  const Tensor& x = operands.x;
   const Device device(x);
-  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
-  ChannelFactors factors(decay, scale);
   const gspn::Gradients grads(operands, fresh);
   kElementTypes.with_element(x, [&](auto element) {
     using T = decltype(element);
@@ -91,6 +107,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward(
     check(gspn::run_backward(call, device.memory, static_cast<float*>(memory.data_ptr()), device.stream));
   });
   return {grads.x, grads.gates, grads.input_gate, grads.output_gate, factors.grad_decay(x), factors.grad_scale(x)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& gates, const Tensor& input_gate,
+    const OptionalTensor& output_gate, const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk,
+    at::IntArrayRef directions) {
+  return std::tuple_cat(
+      backward(grad, {x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}));
+}
+
+// The gradients of propagate_backward, and that of direct.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward_with_tail(
+    const Tensor& grad, const Tensor& y, const Tensor& inverse_rms, const Tensor& x, const Tensor& gates,
+    const Tensor& input_gate, const OptionalTensor& output_gate, const OptionalTensor& decay,
+    const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions, const Tensor& direct) {
+  const Device device(x);
+  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
+  const Tensor per_channel = direct.contiguous(), grad_scanned = fresh(x);
+  std::array<Tensor, 6> grads;
+  Tensor grad_direct;
+  kElementTypes.with_element(x, [&](auto element) {
+    using T = decltype(element);
+    auto tail = gspn::tail_backward<T>(operands, grad, y, inverse_rms, per_channel);
+    tail.grad_scanned = gspn::strided<T>(grad_scanned);
+    check(gspn::run_tail_backward(tail, device.stream));
+    grads = backward(grad_scanned, operands, {decay, scale});
+    const Tensor sums = scratch(x, gspn::direct_rows(tail.problem) * x.size(3)).view({-1, x.size(3)});
+    tail.grad_x = gspn::strided<T>(grads[0]);
+    tail.grad_direct = static_cast<float*>(sums.data_ptr());
+    check(gspn::run_direct_backward(tail, device.stream));
+    grad_direct = at::empty_like(direct);
+    at::sum_out(grad_direct, sums, {0});
+  });
+  return std::tuple_cat(grads, std::make_tuple(grad_direct));
 }
 
 // Why the kernels cannot run a call, or nothing: forward, and unless `backward` is false also backward. Launches
@@ -113,6 +163,8 @@ std::string refusal(const Tensor& x, const Tensor& gates, const Tensor& input_ga
 TORCH_LIBRARY(gspn_dit_cuda, m) {
   m.def(gspn::kPropagate, propagate);
   m.def(gspn::kPropagateBackward, propagate_backward);
+  m.def(gspn::kPropagateWithTail, propagate_with_tail);
+  m.def(gspn::kPropagateBackwardWithTail, propagate_backward_with_tail);
   m.def(
       "refusal(Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay, Tensor? scale, int chunk,"
       " int[] directions, bool backward=True) -> str",

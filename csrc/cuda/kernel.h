@@ -24,9 +24,17 @@ int64_t backward_scratch(const Backward<T>& call, const SharedMemory& memory);
 template <typename T>
 int64_t backward_rows(const Backward<T>& call, const SharedMemory& memory);
 
+// Rows of grad_direct.
+int64_t direct_rows(const Problem& problem);
+
 // Null, or what went wrong: a refusal, or an error of CUDA.
+// With `direct`: y = sum / rms + direct x of each group's channels, 1 / rms = 1 / sqrt(mean square + kTailEpsilon).
 template <typename T>
 const char* run_forward(const Forward<T>& call, const SharedMemory& memory, float* scratch, void* stream);
+template <typename T>
+const char* run_tail_backward(const TailBackward<T>& call, void* stream);
+template <typename T>
+const char* run_direct_backward(const TailBackward<T>& call, void* stream);
 template <typename T>
 const char* run_backward(const Backward<T>& call, const SharedMemory& memory, float* scratch, void* stream);
 

@@ -10,6 +10,7 @@
 #include "cuda/edges.h"
 #include "cuda/kernel.h"
 #include "cuda/map_backward.h"
+#include "cuda/tail.h"
 #include "cuda/walk.h"
 #include "scan.h"
 
@@ -293,6 +294,34 @@ float* sum_in_place(T*, float* scratch) {
 }
 float* sum_in_place(float* result, float*) { return result; }
 
+// Calls `run` with the channels of an access, 4 or 1, and with the type that counts a map's elements.
+template <typename Run>
+const char* with_channels(const Problem& p, bool vector, Run run) {
+  if (vector && elements(p) < (int64_t(1) << 31)) return run(std::integral_constant<int, 4>(), uint32_t());
+  return run(std::integral_constant<int, 1>(), uint64_t());
+}
+bool aligned(const float* per_channel) { return reinterpret_cast<uintptr_t>(per_channel) % (4 * sizeof(float)) == 0; }
+
+// Launches a kernel of (call, lanes) in which `lanes` threads share a token's group, n channels at a time.
+template <typename Kernel, typename Call>
+const char* launch_by_group(Kernel kernel, const Call& call, int n, cudaStream_t stream) {
+  const Problem& p = call.problem;
+  int lanes = 1;
+  while (lanes < kWarp && lanes * n < p.channels / p.groups) lanes *= 2;
+  const int64_t groups = p.batch * p.height * p.width * p.groups;
+  return describe(launch(kernel, divide_up(groups, kTailThreads / lanes), kTailThreads, 0, stream, call, lanes));
+}
+
+template <typename T>
+const char* launch_tail(const Forward<T>& call, cudaStream_t stream) {
+  const Problem& p = call.problem;
+  const bool vector = p.channels / p.groups % 4 == 0 && vectorises(p, call.x, 3, 4) && vectorises(p, call.y, 3, 4) &&
+                      aligned(call.direct);
+  return with_channels(p, vector, [&](auto n, auto index) {
+    return launch_by_group(tail_forward<T, n, decltype(index)>, call, n, stream);
+  });
+}
+
 }  // namespace
 
 // Any call can run on walk kernels, unless its lines are too long. A map kernel's lines never are: those have up to 512
@@ -316,8 +345,7 @@ int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
 }
 
 template <typename T>
-const char* run_forward(const Forward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
-  const auto stream = static_cast<cudaStream_t>(stream_);
+static const char* run_scans(const Forward<T>& call, const SharedMemory& memory, float* scratch, cudaStream_t stream) {
   const Problem& p = call.problem;
   if (const MapChoice map = choose_map(call, memory)) {
     Edges edges{};
@@ -346,6 +374,38 @@ const char* run_forward(const Forward<T>& call, const SharedMemory& memory, floa
     if (const char* error = launch_walk_forward(call, k, memory, sum, nullptr, stream)) return error;
   }
   return nullptr;
+}
+
+template <typename T>
+const char* run_forward(const Forward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  if (const char* error = run_scans(call, memory, scratch, stream)) return error;
+  return call.direct ? launch_tail(call, stream) : nullptr;
+}
+
+template <typename T>
+const char* run_tail_backward(const TailBackward<T>& call, void* stream) {
+  const Problem& p = call.problem;
+  const bool vector = p.channels / p.groups % 4 == 0 && vectorises(p, call.x, 3, 4) && vectorises(p, call.y, 3, 4) &&
+                      vectorises(p, call.grad_y, 3, 4) && vectorises(p, call.grad_scanned, 3, 4) &&
+                      aligned(call.direct);
+  return with_channels(p, vector, [&](auto n, auto index) {
+    return launch_by_group(tail_backward<T, n, decltype(index)>, call, n, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int64_t direct_rows(const Problem& p) { return divide_up(p.batch * p.height * p.width, kTokensOfARow); }
+
+template <typename T>
+const char* run_direct_backward(const TailBackward<T>& call, void* stream) {
+  const Problem& p = call.problem;
+  const bool vector = p.channels % 4 == 0 && vectorises(p, call.x, 3, 4) && vectorises(p, call.grad_y, 3, 4) &&
+                      vectorises(p, call.grad_x, 3, 4) && aligned(call.direct);
+  return with_channels(p, vector, [&](auto n, auto index) {
+    const int64_t blocks = divide_up(direct_rows(p) * (p.channels / n), kTailThreads);
+    return describe(launch(direct_backward<T, n, decltype(index)>, blocks, kTailThreads, 0,
+                           static_cast<cudaStream_t>(stream), call));
+  });
 }
 
 template <typename T>
@@ -411,6 +471,8 @@ const char* unusable() {
   template const char* refusal<T>(const Forward<T>&, const SharedMemory&, bool);                          \
   template int64_t forward_scratch<T>(const Forward<T>&, const SharedMemory&);                           \
   template const char* run_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);            \
+  template const char* run_tail_backward<T>(const TailBackward<T>&, void*);                              \
+  template const char* run_direct_backward<T>(const TailBackward<T>&, void*);                            \
   template int64_t backward_scratch<T>(const Backward<T>&, const SharedMemory&);                         \
   template int64_t backward_rows<T>(const Backward<T>&, const SharedMemory&);                            \
   template const char* run_backward<T>(const Backward<T>&, const SharedMemory&, float*, void*);

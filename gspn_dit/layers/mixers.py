@@ -101,10 +101,11 @@ class Mixer(nn.Module):
         if not self.projected:
             return self.mix(x, *options)
         value = self.conv(self.value(x))
-        return self.proj(self.join(self.mix(value, *options), value))
+        return self.proj(self.join(value, *options))
 
-    def join(self, mixed: Tensor, value: Tensor) -> Tensor:
-        """norm(mixed) + direct ⊙ v, in v's dtype."""
+    def join(self, value: Tensor, *options: int | None) -> Tensor:
+        """norm(mix(v)) + direct ⊙ v, in v's dtype; the options are those of :meth:`mix`."""
+        mixed = self.mix(value, *options)
         return torch.addcmul(self.norm(mixed).to(value.dtype), self.direct.to(value.dtype), value)
 
     def norm(self, y: Tensor) -> Tensor:
@@ -129,6 +130,8 @@ class GSPNMixer(Mixer):
     starts with half-lives of 2 to 64 lines in each group: the rows of W sum to 1, so without f a scan would add up all
     the lines before, and distant lines would drown near ones. s starts at random, of either sign: with four equal sums
     the scans would all be one blur (docs/ablations.md, section 8). The norm that follows takes the size of s out.
+
+    In a block, norm and skip are the operator's tail: nothing of the map's size is kept for the norm's backward pass.
     """
 
     scans: ClassVar[bool] = True
@@ -153,9 +156,18 @@ class GSPNMixer(Mixer):
             self.direct, self.proj = projections.after(width)
 
     def mix(self, value: Tensor, chunk: int | None = None) -> Tensor:
+        return self.scan(value, chunk)
+
+    def join(self, value: Tensor, *options: int | None) -> Tensor:
+        return self.scan(value, *options, direct=self.direct)
+
+    def scan(self, value: Tensor, chunk: int | None = None, *, direct: Tensor | None = None) -> Tensor:
+        """The sum of the scans, or with `direct` norm(that) + direct ⊙ v."""
         gates, input_gate = self.token_gates(value)
-        decay, scale = self.channel_factors(torch.promote_types(value.dtype, torch.float32))
-        return propagate(value, gates, input_gate, decay=decay, scale=scale, chunk=chunk)
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        decay, scale = self.channel_factors(dtype)
+        direct = None if direct is None else direct.to(dtype)
+        return propagate(value, gates, input_gate, decay=decay, scale=scale, direct=direct, chunk=chunk)
 
     def channel_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Decay f and scale s, (4, C). A half-life of many lines is an f close to 1: float32 at least."""

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gspn_dit.ops.tail import EPSILON
+
 
 class LayerNorm(nn.LayerNorm):
     """DiT's norm over channels, without weights of its own, in its input's dtype.
@@ -27,7 +29,7 @@ def group_rms_norm(x: Tensor, num_groups: int) -> Tensor:
     """Each group of channels over its root mean square (arXiv 1910.07467), without weights, in x's dtype."""
     groups = x.unflatten(-1, (num_groups, -1))
     with without_autocast(x.device):
-        return F.rms_norm(groups, groups.shape[-1:], eps=1e-6).flatten(-2)
+        return F.rms_norm(groups, groups.shape[-1:], eps=EPSILON).flatten(-2)
 
 
 def without_autocast(device: torch.device) -> torch.autocast | nullcontext:

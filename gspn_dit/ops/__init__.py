@@ -9,6 +9,7 @@ from gspn_dit.exports import on_demand
 _EXPORTS = {
     "Backend": "gspn_dit.ops.backend",
     "Call": "gspn_dit.ops.backend",
+    "FusesTail": "gspn_dit.ops.backend",
     "Status": "gspn_dit.ops.backend",
     "propagate": "gspn_dit.ops.operator",
     "register": "gspn_dit.ops.registry",

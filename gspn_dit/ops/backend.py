@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
 class Call(NamedTuple):
-    """One call of the operator: its operands, then its options.
+    """The scans of one call of the operator: their operands, then their options.
 
     :func:`gspn_dit.ops.propagate` says what they are and has checked them. Here `chunk` 0 is the whole map, and
     `directions` are indices into :data:`gspn_dit.ops.reference.DIRECTIONS`. The operator's schema is read from these
@@ -89,5 +89,33 @@ class Backend(Protocol):
 
         Each has the dtype and strides of `torch.empty_like(operand)`; of an operand that is None, it is an empty tensor
         of x's dtype.
+        """
+        ...
+
+
+@runtime_checkable
+class FusesTail(Protocol):
+    """What a :class:`Backend` may offer besides: the scans together with the tail, as :mod:`gspn_dit.ops.tail` has it.
+
+    Where a backend lacks these methods, or says no, the plain tail runs before or after its scans.
+    """
+
+    def supports_tail(self, call: Call, backward: bool = False) -> bool:
+        """Whether it runs the forward pass, or the backward pass, of a call that it supports with a tail.
+
+        As for `supports`, the answer depends on these arguments alone, and another backend may run the other pass.
+        """
+        ...
+
+    def forward_with_tail(self, call: Call, direct: Tensor) -> tuple[Tensor, Tensor]:
+        """y, as `forward` has it, and 1 / rms of each token and group, (B, H, W, G), contiguous, in direct's dtype."""
+        ...
+
+    def backward_with_tail(
+        self, grad: Tensor, y: Tensor, inverse_rms: Tensor, call: Call, direct: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Gradients of the operands, as `backward` has them, and then of direct, for the gradient of y.
+
+        y and inverse_rms are what the forward pass returned.
         """
         ...

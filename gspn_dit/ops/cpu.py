@@ -45,6 +45,21 @@ class NativeCpu(Compiled):
             )
         return torch.ops.gspn_dit_cpu.propagate_backward.default(grad, *call)
 
+    def supports_tail(self, call: Call, backward: bool = False) -> bool:
+        """Whether the type is one of those in use: others take the plain tail."""
+        return call.x.dtype in (torch.float32, torch.bfloat16)
+
+    def forward_with_tail(self, call: Call, direct: Tensor) -> tuple[Tensor, Tensor]:
+        """y and 1 / rms."""
+        return torch.ops.gspn_dit_cpu.propagate_with_tail.default(*call, direct)
+
+    def backward_with_tail(
+        self, grad: Tensor, y: Tensor, inverse_rms: Tensor, call: Call, direct: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Gradients of the operands and of direct."""
+        backward = torch.ops.gspn_dit_cpu.propagate_backward_with_tail.default
+        return backward(grad, y, inverse_rms, *call, direct)
+
 
 def _widened(call: Call) -> Call:
     """The call with float32 in place of float16."""

@@ -56,6 +56,21 @@ class NativeCuda(Compiled):
         """Gradients of the operands."""
         return torch.ops.gspn_dit_cuda.propagate_backward.default(grad, *call)
 
+    def supports_tail(self, call: Call, backward: bool = False) -> bool:
+        """True: where the scans' kernel has no tail, it is a pass of its own."""
+        return True
+
+    def forward_with_tail(self, call: Call, direct: Tensor) -> tuple[Tensor, Tensor]:
+        """y and 1 / rms."""
+        return torch.ops.gspn_dit_cuda.propagate_with_tail.default(*call, direct)
+
+    def backward_with_tail(
+        self, grad: Tensor, y: Tensor, inverse_rms: Tensor, call: Call, direct: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Gradients of the operands and of direct."""
+        backward = torch.ops.gspn_dit_cuda.propagate_backward_with_tail.default
+        return backward(grad, y, inverse_rms, *call, direct)
+
     def _unusable(self, index: int) -> str:
         """Why the library does not run on cuda:index, and the remedy; empty if it does."""
         reason = torch.ops.gspn_dit_cuda.unusable.default(torch.empty(0, device=f"cuda:{index}"))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gspn_dit.errors import InputError
-from gspn_dit.ops.backend import OPERANDS, OPTIONS, Call
+from gspn_dit.ops.backend import OPERANDS, OPTIONS, Call, FusesTail
 from gspn_dit.ops.reference import DIRECTIONS
 from gspn_dit.ops.registry import choose, find
+from gspn_dit.ops.tail import apply_tail, tail_backward
 
 ALL_DIRECTIONS = tuple(DIRECTIONS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,6 +26,7 @@ def propagate(
     *,
     decay: Tensor | None = None,
     scale: Tensor | None = None,
+    direct: Tensor | None = None,
     chunk: int | None = None,
     directions: Sequence[str] = ALL_DIRECTIONS,
     backend: str | None = None,
@@ -45,6 +47,15 @@ def propagate(
     - f: the decay, and s: the scale, a number per channel and direction, the same for all tokens.
     - k: the direction; y: the result.
 
+    With `direct`, the sum is normalised and the values are added:
+
+        y = norm(Σ_k s_k u_k h_k) + d x
+
+    - norm: divides the channels of a group by their root mean square, 1 / √(mean square + 1e-6) (arXiv 1910.07467).
+    - d: the direct path, a number per channel.
+
+    The norm reads the sum in x's dtype; y is rounded once.
+
     The C channels are G groups of C // G; the channels of a group share w, λ and u. All operands are indexed by row and
     column of the map, whatever the direction. Scans are stable for |f| ≤ 1. docs/operator.md shows a scan and explains
     the terms.
@@ -57,6 +68,7 @@ def propagate(
         decay: (K, C) f, the part of a line that reaches the next line, or None for 1. float32 whatever x's dtype, since
             f is close to 1 (float64 where x is).
         scale: (K, C) s, of the dtype of decay, or None for 1.
+        direct: (C,) d, of the dtype of decay, or None for the sum alone.
         chunk: None scans the whole map; n makes lines [0, n), [n, 2n), ... of the map independent of each other.
         directions: Which scans, each at most once, in the order of the K axis.
         backend: A name that `gspn-dit ops` lists, such as "reference", "native-cpu" or "native-cuda"; None takes the
@@ -73,10 +85,10 @@ def propagate(
     _check_options(chunk, directions)
     codes = [ALL_DIRECTIONS.index(direction) for direction in directions]
     call = Call(x, gates, input_gate, output_gate, decay, scale, chunk or 0, codes)
-    _check_operands(call)
+    _check_operands(call, direct)
     if backend is not None:
         find(backend)
-    return _propagate(*call, backend or "")
+    return _propagate(*call, direct, backend or "")[0]
 
 
 def _check_options(chunk: int | None, directions: Sequence[str]) -> None:
@@ -89,7 +101,7 @@ def _check_options(chunk: int | None, directions: Sequence[str]) -> None:
         raise InputError(argument="chunk", value=chunk, wanted="None (global) or a whole number of lines, 1 or more")
 
 
-def _check_operands(call: Call) -> None:
+def _check_operands(call: Call, direct: Tensor | None) -> None:
     x, input_gate = call.x, call.input_gate
     if x.dim() != 4 or 0 in x.shape:
         raise InputError(f"shape {tuple(x.shape)}", argument="x", wanted="(B, H, W, C), none of them 0")
@@ -111,6 +123,7 @@ def _check_operands(call: Call) -> None:
         "output_gate": (call.output_gate, (*tokens, k, groups), x.dtype),
         "decay": (call.decay, (k, x.shape[-1]), of_a_channel),
         "scale": (call.scale, (k, x.shape[-1]), of_a_channel),
+        "direct": (direct, (x.shape[-1],), of_a_channel),
     }
     for name, (tensor, shape, dtype) in wanted.items():
         if tensor is None:
@@ -133,50 +146,85 @@ def _check_operands(call: Call) -> None:
             )
 
 
-# Below: the operator as torch.library sees it, with the fields of Call as its arguments and then `backend`. It is ""
-# where the backend is chosen, and built if need be, when the operator runs.
+# Below: the operator as torch.library sees it, with the fields of Call as its arguments, then `direct` and `backend`.
+# That is "" where the backend is chosen, and built if need be, when the operator runs. It returns y and r = 1 / rms,
+# (B, H, W, G), which the tail's backward pass needs; r is empty where there is no tail.
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", Sequence[int]: "SymInt[]"}
 _CALL = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items())
-_GRADS = ", ".join("Tensor" for _ in OPERANDS)
+_ARGUMENTS = f"{_CALL}, Tensor? direct, str backend"
+_GRADS = ", ".join("Tensor" for _ in (*OPERANDS, "direct"))
 
 
-@torch.library.custom_op("gspn_dit::propagate", mutates_args=(), schema=f"({_CALL}, str backend) -> Tensor")
-def _propagate(*call_and_backend) -> Tensor:
-    call = Call._make(call_and_backend[:-1])
-    return choose(call, call_and_backend[-1]).forward(call)
+def _new_inverse_rms(call: Call, direct: Tensor | None) -> Tensor:
+    """r before it is computed."""
+    of_groups = (*call.x.shape[:3], call.input_gate.shape[-1])
+    dtype = torch.promote_types(call.x.dtype, torch.float32)
+    return call.x.new_empty((0,) if direct is None else of_groups, dtype=dtype)
+
+
+@torch.library.custom_op("gspn_dit::propagate", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+def _propagate(*arguments) -> tuple[Tensor, Tensor]:
+    *fields, direct, name = arguments
+    call = Call._make(fields)
+    backend = choose(call, name)
+    if direct is None:
+        return backend.forward(call), _new_inverse_rms(call, direct)
+    if isinstance(backend, FusesTail) and backend.supports_tail(call):
+        return backend.forward_with_tail(call, direct)
+    return apply_tail(backend.forward(call), call.x, direct, call.input_gate.shape[-1])
 
 
 @_propagate.register_fake
-def _(x, *others):
-    return torch.empty_like(x)
+def _(*arguments):
+    *fields, direct, _ = arguments
+    call = Call._make(fields)
+    return torch.empty_like(call.x), _new_inverse_rms(call, direct)
 
 
 @torch.library.custom_op(
-    "gspn_dit::propagate_backward", mutates_args=(), schema=f"(Tensor grad, {_CALL}, str backend) -> ({_GRADS})"
+    "gspn_dit::propagate_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor? y, Tensor inverse_rms, {_ARGUMENTS}) -> ({_GRADS})",
 )
-def _propagate_backward(grad, *call_and_backend) -> tuple[Tensor, ...]:
-    """Gradients of the operands; empty where one is None."""
-    call = Call._make(call_and_backend[:-1])
-    return choose(call, call_and_backend[-1], backward=True).backward(grad, call)
+def _propagate_backward(grad, y, inverse_rms, *arguments) -> tuple[Tensor, ...]:
+    """Gradients of the operands and of direct; empty where one is None. y is None where there is no tail."""
+    *fields, direct, name = arguments
+    call = Call._make(fields)
+    backend = choose(call, name, backward=True)
+    if direct is None:
+        return *backend.backward(grad, call), call.x.new_empty(0)
+    if isinstance(backend, FusesTail) and backend.supports_tail(call, backward=True):
+        return backend.backward_with_tail(grad, y, inverse_rms, call, direct)
+    grad_scanned, grad_direct = tail_backward(grad, y, inverse_rms, call.x, direct)
+    grad_x, *others = backend.backward(grad_scanned, call)
+    return grad_x.addcmul_(direct, grad), *others, grad_direct
 
 
 @_propagate_backward.register_fake
-def _(grad, *call_and_backend):
-    operands = call_and_backend[: len(OPERANDS)]
-    return tuple(operands[0].new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in operands)
+def _(grad, y, inverse_rms, *arguments):
+    *fields, direct, _ = arguments
+    x, *others = Call._make(fields).operands
+    return tuple(x.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in (x, *others, direct))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[: len(OPERANDS)])
-    ctx.options_and_backend = inputs[len(OPERANDS) :]
+    *fields, direct, ctx.backend = inputs
+    call = Call._make(fields)
+    y, inverse_rms = output
+    ctx.mark_non_differentiable(inverse_rms)
+    ctx.set_materialize_grads(False)  # no zeros for inverse_rms
+    ctx.options = call[len(OPERANDS) :]
+    ctx.save_for_backward(*call.operands, direct, None if direct is None else y, inverse_rms)
 
 
-def _backward(ctx, grad: Tensor):
-    operands = ctx.saved_tensors
-    grads = _propagate_backward(grad, *operands, *ctx.options_and_backend)
+def _backward(ctx, grad: Tensor | None, _):
+    if grad is None:  # of a result that takes no part
+        return (None,) * (len(OPERANDS) + len(OPTIONS) + 2)
+    *operands, direct, y, inverse_rms = ctx.saved_tensors
+    *grads, grad_direct = _propagate_backward(grad, y, inverse_rms, *operands, *ctx.options, direct, ctx.backend)
     present = [None if operand is None else g for operand, g in zip(operands, grads, strict=True)]
-    return *present, *(None for _ in OPTIONS), None
+    return *present, *(None for _ in OPTIONS), None if direct is None else grad_direct, None
 
 
 _propagate.register_autograd(_backward, setup_context=_save_for_backward)

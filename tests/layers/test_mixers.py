@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gspn_dit.errors import InputError
-from gspn_dit.layers.mixers import MIXERS, GSPNMixer, LinearAttentionMixer
+from gspn_dit.layers.mixers import MIXERS, GSPNMixer, LinearAttentionMixer, Mixer, Projections
 from gspn_dit.models import GSPNDiT, create_model
 from gspn_dit.models.macs import count_macs
 
 SIZE = {"width": 32, "depth": 3, "num_groups": 2, "sample_size": 8, "num_classes": 10}
+AROUND = {"value.weight", "value.bias", "conv.weight", "conv.bias", "direct", "proj.weight", "proj.bias"}
 mixers = pytest.mark.parametrize("mixer", MIXERS)
 other_mixers = pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer != "gspn"])  # test_models.py has it
 
@@ -111,14 +112,58 @@ def test_a_mixer_projects_its_normed_groups_and_the_direct_path(mixer):
     torch.testing.assert_close(layer(x), layer.proj(joined), atol=1e-3, rtol=1e-3)
 
 
+def joined_by_steps(layer: GSPNMixer, value: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
+    """What other mixers do: norm and skip as operations of their own."""
+    return Mixer.join(layer, value, chunk)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scans_with_their_norm_and_skip_are_these_one_after_the_other(autocast):
+    layer = small("gspn").blocks[0].mixer
+    torch.manual_seed(2)
+    value, grad = torch.randn(2, 9, 7, 32), torch.randn(2, 9, 7, 32)
+    wanted = [p for name, p in layer.named_parameters() if name not in AROUND or name == "direct"]
+    results = []
+    for join in (layer.join, lambda *inputs: joined_by_steps(layer, *inputs)):
+        leaf = value.to(torch.bfloat16 if autocast else torch.float32).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = join(leaf, 4)
+        results.append((y, *torch.autograd.grad(y, [leaf, *wanted], grad.to(y.dtype))))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours.float() - theirs.float()).norm() <= (0.015 if autocast else 1e-5) * theirs.float().norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_training_step_keeps_a_map_less_than_with_norm_and_skip_apart(autocast):
+    torch.manual_seed(0)
+    layer, x = GSPNMixer(32, 2, Projections()), torch.randn(2, 16, 16, 32)
+
+    def kept() -> int:
+        memory = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            memory[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), mixed:
+            y = layer(x)  # holds what is kept until it is counted
+        assert y.requires_grad
+        return sum(memory.values())
+
+    ours = kept()
+    layer.join = lambda *inputs: joined_by_steps(layer, *inputs)
+    assert ours <= kept() - (2 if autocast else 4) * x.numel()
+
+
 @mixers
 def test_a_mixer_alone_is_the_mixing_of_the_layer_in_the_block(mixer):
     """Without value projection, filter, norm, skip and output projection, on any map of values."""
     layer, alone = small(mixer).blocks[0].mixer, MIXERS[mixer](32, 2)
-    around = {"value.weight", "value.bias", "conv.weight", "conv.bias", "direct", "proj.weight", "proj.bias"}
     weights = layer.state_dict()
-    alone.load_state_dict({name: value for name, value in weights.items() if name not in around})
-    assert not around & set(alone.state_dict()) and around < set(weights)
+    alone.load_state_dict({name: value for name, value in weights.items() if name not in AROUND})
+    assert not AROUND & set(alone.state_dict()) and set(weights) > AROUND
     value = torch.randn(2, 5, 7, 32)
     assert torch.equal(alone(value), layer.mix(value))
     if alone.scans:

@@ -13,11 +13,12 @@ from made.emulated_cuda import SHARED_MEMORY, emulated_kernels
 
 from gspn_dit.errors import InputError
 from gspn_dit.ops import propagate
-from gspn_dit.ops.backend import OPERANDS, Call, Status
+from gspn_dit.ops.backend import OPERANDS, Call, FusesTail, Status
 from gspn_dit.ops.build import CSRC, architectures, check_toolkit, cuda_home
 from gspn_dit.ops.cuda import NativeCuda
 from gspn_dit.ops.reference import DIRECTIONS, Reference
 from gspn_dit.ops.registry import choose, find, register, unregister
+from gspn_dit.ops.tail import EPSILON, apply_tail, tail_backward
 
 LITTLE_MEMORY = 30 * 1024  # bytes of shared memory
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # ‖got - float64‖ / ‖float64‖
@@ -247,6 +248,66 @@ def test_a_line_too_long_for_shared_memory_runs_elsewhere(emulates):
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     finally:
         unregister("emulated-cuda")
+
+
+WITH_TAIL = [
+    # B, H, W, C, K, G, chunk
+    (1, 16, 16, 64, 4, 1, 0),
+    (1, 9, 6, 80, 4, 2, 4),  # 40 channels a group: ten lanes of sixteen have some
+    (2, 5, 7, 45, 4, 3, 3),  # odd channels
+    (1, 5, 4, 12, 2, 6, 0),  # a group is one lane's
+    (1, 3, 2, 520, 2, 1, 0),  # a group is wider than a warp's access
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", WITH_TAIL, ids=str)
+def test_norm_and_direct_path_agree_with_the_plain_ones(kernel, shape, dtype):
+    *sizes, chunk = shape
+    *tensors, grad = operands(*sizes, dtype=dtype, device=device_of(kernel))
+    direct = torch.linspace(-2, 2, sizes[3], device=device_of(kernel))
+    check_tail(kernel, Call(*tensors, chunk, range(sizes[4])), direct, grad)
+
+
+def test_norm_and_direct_path_take_any_strides(kernel):
+    x, *tensors, grad = operands(1, 6, 5, 16, 4, 2, dtype=torch.bfloat16, device=device_of(kernel))
+    direct = torch.rand(32, device=device_of(kernel))
+    for view in (x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), torch.cat([x[..., :1], x], -1)[..., 1:]):
+        check_tail(kernel, Call(view, *tensors), direct[::2], grad)
+        check_tail(kernel, Call(view, *tensors), direct[1:17], grad.mean().expand_as(grad))
+
+
+def check_tail(kernel, call, direct, grad):
+    """y, 1 / rms and gradients against the plain tail in float64, around scans that are tested alone."""
+    tolerance = TOLERANCE[call.x.dtype]
+    assert isinstance(kernel, FusesTail) and kernel.supports_tail(call) and kernel.supports_tail(call, backward=True)
+    y, inverse_rms = kernel.forward_with_tail(call, direct)
+    assert y.dtype == call.x.dtype and y.stride() == torch.empty_like(call.x).stride()
+    scanned, exact = kernel.forward(call).double(), [None if t is None else t.double() for t in call.operands]
+    want, want_rms = apply_tail(scanned, exact[0], direct.double(), call.input_gate.shape[-1])
+    assert distance(y, want) < tolerance
+    assert inverse_rms.dtype == torch.float32 and inverse_rms.is_contiguous()
+    assert distance(inverse_rms, want_rms) < tolerance
+
+    gots, again = (kernel.backward_with_tail(grad, y, inverse_rms, call, direct) for _ in range(2))
+    saved = [t.double() for t in (grad, y, inverse_rms)]
+    grad_scanned, grad_direct = tail_backward(*saved, exact[0], direct.double())
+    grad_scanned = grad_scanned.to(call.x.dtype).double()  # as the scans' backward pass reads it
+    wants = [*Reference().backward(grad_scanned, Call(*exact, call.chunk, call.directions)), grad_direct]
+    wants[0] = wants[0] + direct.double() * saved[0]
+    for name, got, other, wanted in zip((*OPERANDS, "direct"), gots, again, wants, strict=True):
+        assert torch.equal(got, other), name
+        assert distance(got, wanted) < 2 * tolerance, name
+    assert gots[0].dtype == call.x.dtype and gots[0].stride() == torch.empty_like(call.x).stride()
+    assert gots[-1].dtype == torch.float32 and gots[-1].shape == direct.shape
+
+
+@pytest.mark.parametrize("kernel", ["emulated"], indirect=True)
+def test_a_group_of_zeros_has_the_inverse_root_of_epsilon(kernel):
+    x, *tensors, _ = operands(1, 3, 4, 8, 4, 2)
+    y, inverse_rms = kernel.forward_with_tail(Call(torch.zeros_like(x), *tensors), torch.ones(8))
+    assert not y.any()
+    torch.testing.assert_close(inverse_rms, torch.full((1, 3, 4, 2), EPSILON**-0.5))
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 40, 36, 24, 4, 2)], ids=str)

@@ -282,17 +282,18 @@ def test_opcheck():
         inputs = operands(1, 4, 3, 4, 4, 2, dtype=torch.float32, requires_grad=True)
         for missing in ((), (3, 4, 5), (5,)):
             tensors = [None if i in missing else tensor for i, tensor in enumerate(inputs)]
-            torch.library.opcheck(forward, (*tensors, *options, name), atol=1e-5, rtol=1e-5)
+            torch.library.opcheck(forward, (*tensors, *options, None, name), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_absent_arguments_have_empty_gradients_of_the_dtype_that_is_promised(backend, dtype):
     x, gates, input_gate, *_ = operands(1, 4, 3, 4, 4, 2, dtype=dtype)
-    grads = torch.ops.gspn_dit.propagate_backward(x, x, gates, input_gate, None, None, None, 2, [0, 1, 2, 3], backend)
-    meta = [t.to("meta") for t in (x, x, gates, input_gate)]
-    promised = torch.ops.gspn_dit.propagate_backward(*meta, None, None, None, 2, [0, 1, 2, 3], backend)
+    others, no_rms = (None, None, None, 2, [0, 1, 2, 3], None, backend), torch.empty(0)
+    grads = torch.ops.gspn_dit.propagate_backward(x, None, no_rms, x, gates, input_gate, *others)
+    on_meta, rms_on_meta, *meta = (t.to("meta") for t in (x, no_rms, x, gates, input_gate))
+    promised = torch.ops.gspn_dit.propagate_backward(on_meta, None, rms_on_meta, *meta, *others)
     assert [(g.shape, g.dtype) for g in grads] == [(g.shape, g.dtype) for g in promised]
-    assert [g.numel() for g in grads[3:]] == [0, 0, 0]
+    assert [g.numel() for g in grads[3:]] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -371,6 +372,10 @@ def bad_calls():
     yield "decay", dict(decay=decay.double())
     yield "scale", dict(scale=scale.bfloat16())
     yield "scale", dict(scale=scale[:, :3])
+    yield "direct", dict(direct=scale)
+    yield "direct", dict(direct=scale[0, :3])
+    yield "direct", dict(direct=scale[0].bfloat16())
+    yield "direct", dict(direct=scale[0].to("meta"))
     yield "chunk", dict(chunk=0)
     yield "chunk", dict(chunk=2.0)
     yield "directions", dict(directions=("down", "up", "right", "diagonal"))
