@@ -7,6 +7,7 @@ attention. With :class:`Projections` it is the layer of gspn-dit's blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -249,26 +250,25 @@ class WindowAttentionMixer(AttentionMixer):
         query, key = self.query_key(value).chunk(2, dim=-1)
         down, across = (WindowAxis(length, self.shifted) for length in value.shape[1:3])
         parts = [self.windows(part, down, across) for part in (query, key, value)]
-        y = None
-        for rows, columns in (  # windows that need no mask, most of a large map; then those that the map cuts
-            (down.uncut, across.uncut),
-            (down.uncut, across.cut),
-            (down.cut, slice(None)),
-        ):
+        mixed: list[tuple[slice, slice, Tensor]] = []
+        for rows, columns in (down.uncut, across.uncut), (down.uncut, across.cut), (down.cut, slice(None)):
             some = [part[:, rows, columns] for part in parts]
-            if some[0].numel() == 0:
-                continue
-            mask = None
-            if (rows, columns) != (down.uncut, across.uncut):
-                mask = visible(down.pieces(value.device)[rows], across.pieces(value.device)[columns])
-                mask = mask.expand(len(value), -1, -1, -1, -1).flatten(0, 2).unsqueeze(1)  # (windows, 1, N, N)
-            heads = (part.flatten(0, 2).flatten(2, 3) for part in some)  # (windows, heads, N, D)
-            mixed = F.scaled_dot_product_attention(*heads, attn_mask=mask)
-            if y is None:
-                y = mixed.new_empty(len(value), down.padded, across.padded, value.shape[-1])
-            split = mixed.unflatten(2, (WINDOW, WINDOW)).unflatten(0, some[0].shape[:3])
-            self.split(y, down, across)[:, rows, columns] = split
+            if some[0].numel():  # most windows of a large map are uncut, and need no mask
+                uncut = (rows, columns) == (down.uncut, across.uncut)
+                mask = None if uncut else visible(down.pieces(value.device)[rows], across.pieces(value.device)[columns])
+                mixed.append((rows, columns, self.attend_windows(some, mask)))
+        y = mixed[0][-1].new_empty(len(value), down.padded, across.padded, value.shape[-1])
+        for rows, columns, part in mixed:
+            self.split(y, down, across)[:, rows, columns] = part
         return across.back(down.back(y, 1), 2)
+
+    def attend_windows(self, windows: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """Attention in some windows, (B, rows, columns, heads, WINDOW, WINDOW, D), with a mask (rows, columns, N, N)."""
+        query, key, value = (part.flatten(0, 2).flatten(2, 3) for part in windows)  # (windows, heads, N, D)
+        if mask is not None:
+            mask = mask.expand(len(windows[0]), -1, -1, -1, -1).flatten(0, 2).unsqueeze(1)  # (windows, 1, N, N)
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return y.unflatten(2, (WINDOW, WINDOW)).unflatten(0, windows[0].shape[:3])
 
     def windows(self, x: Tensor, down: WindowAxis, across: WindowAxis) -> Tensor:
         """A map (B, H, W, C) as windows of heads, (B, rows, columns, heads, WINDOW, WINDOW, D)."""
