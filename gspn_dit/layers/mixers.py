@@ -263,7 +263,7 @@ class WindowAttentionMixer(AttentionMixer):
         return across.back(down.back(y, 1), 2)
 
     def attend_windows(self, windows: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        """Attention in some windows, (B, rows, columns, heads, WINDOW, WINDOW, D), with a mask (rows, columns, N, N)."""
+        """Attention in windows (B, rows, columns, heads, WINDOW, WINDOW, D) by a mask (rows, columns, N, N) or none."""
         query, key, value = (part.flatten(0, 2).flatten(2, 3) for part in windows)  # (windows, heads, N, D)
         if mask is not None:
             mask = mask.expand(len(windows[0]), -1, -1, -1, -1).flatten(0, 2).unsqueeze(1)  # (windows, 1, N, N)
