@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import operator_cuda
+from benchmarks import operator_cuda, scan_cases
 from benchmarks.kernels import short_name
-from benchmarks.operator_cuda import Case, PerLine, measure, measure_peers, run_cases
+from benchmarks.operator_cuda import PerLine, measure, measure_peers, run_cases
+from benchmarks.scan_cases import Case
 from benchmarks.timing import Timing
 from gspn_dit.ops import propagate
 
@@ -112,9 +113,10 @@ def without_a_gpu(monkeypatch):
     def run(*arguments, backend, **options):
         return propagate(*arguments, **options, backend="reference")
 
-    monkeypatch.setattr(operator_cuda, "DEVICE", "cpu")
+    for module in (operator_cuda, scan_cases):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(operator_cuda, "timed", timed)
-    monkeypatch.setattr(operator_cuda, "propagate", run)
+    monkeypatch.setattr(scan_cases, "propagate", run)
     monkeypatch.setattr(operator_cuda, "input_sets", lambda make: [make(), make()])
     monkeypatch.setattr(operator_cuda, "peak_bytes", lambda device, call: 10**9)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -138,7 +140,7 @@ def test_a_row_has_its_share_of_the_floor_and_its_peers(case):
 
 
 def test_cases_have_names_of_their_own_and_what_has_a_target_comes_first():
-    keys = [case.key for case in operator_cuda.cases()]
+    keys = [case.key for case in scan_cases.cases()]
     assert len(set(keys)) == len(keys)
     assert keys[:7] == [
         "256 px, global",
