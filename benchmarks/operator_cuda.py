@@ -30,6 +30,7 @@ from benchmarks.revision import is_commit, revision
 from benchmarks.scan_cases import DEVICE, Case, cases
 from benchmarks.tables import header, row
 from benchmarks.timing import device_ms, timed
+from gspn_dit.layers.norm import group_rms_norm
 from gspn_dit.ops import Call
 from gspn_dit.ops.build import architectures, cuda_home
 from gspn_dit.ops.reference import DIRECTIONS, propagate_reference
@@ -64,7 +65,7 @@ def errors(case: Case) -> dict[str, float]:
     Ours runs on the whole batch; the reference, in float64, on that image.
     """
     operands = [tensor.requires_grad_() for tensor in case.operands()]
-    factors = 2 if case.factors else 0  # they come last, and have no batch
+    factors = 2 * case.factors + case.tail  # they come last, and have no batch
     grad = torch.zeros_like(operands[0])
     grad[:1] = torch.randn_like(grad[:1])
     y = case.run(operands, "native-cuda")
@@ -72,11 +73,19 @@ def errors(case: Case) -> dict[str, float]:
     of_an_image = len(operands) - factors
     exact = [tensor.detach()[: 1 if i < of_an_image else None].double() for i, tensor in enumerate(operands)]
     exact = [tensor.requires_grad_() for tensor in exact]
-    *gated, decay, scale = case.arguments(exact)
+    *gated, decay, scale, direct = case.arguments(exact)
     directions = [list(DIRECTIONS).index(direction) for direction in case.directions]
     y = propagate_reference(Call(*gated, None, decay, scale, case.chunk or 0, directions))
+    if direct is not None:
+        y = group_rms_norm(y, case.groups) + direct * exact[0]
     wants = [y.detach(), *(torch.autograd.grad(y, exact, grad[:1].double()) if case.trains else ())]
-    names = ["y", "x", *(["gates and λ"] if case.groups < case.channels else ["gates", "λ"]), "f", "s"]
+    names = [
+        "y",
+        "x",
+        *(["gates and λ"] if case.groups < case.channels else ["gates", "λ"]),
+        *("f", "s") * case.factors,
+        "d",
+    ]
     return {
         name: ((got[: len(want)].double() - want).norm() / want.norm()).item()
         for name, got, want in zip(names, gots, wants, strict=False)

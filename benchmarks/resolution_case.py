@@ -79,7 +79,7 @@ def measure(case: Case) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(case.threads)
     if case.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, for what linear attention does in float32
+        torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
     with torch.device(case.device), contextlib.ExitStack() as stack:
         model = model_of(case)
         about = {}  # what else was chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class Case:
     sites_innermost: bool = False
     factors: bool = True  # f and s a channel and direction, as in gspn-dit
     trains: bool = True
+    tail: bool = False  # whether the norm and the direct path of the mixer are the operator's
 
     @property
     def key(self) -> str:
@@ -45,7 +47,7 @@ class Case:
         """What a training step differentiates with respect to, random, laid out as the models have it.
 
         x; with G < C one map (B, H, W, G, 4K) of a group's 3K gates and K λ side by side, else gates and λ, channels
-        innermost; f and s if the case has them.
+        innermost; f and s, then d, if the case has them.
         """
         b, n, c, g, k = self.batch, self.side, self.channels, self.groups, len(self.directions)
 
@@ -63,22 +65,24 @@ class Case:
             tensors += [make(torch.randn, b, n, n, k, 3, g), make(torch.rand, b, n, n, k, g)]
         if self.factors:
             tensors += [torch.rand(k, c, device=DEVICE), torch.randn(k, c, device=DEVICE)]
-        return tensors
+        return [*tensors, torch.randn(c, device=DEVICE)] if self.tail else tensors
 
-    def arguments(self, operands: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """x, gates, λ, f and s; of a map of gates and λ they are views, as GSPNMixer makes them."""
+    def arguments(self, operands: list[Tensor]) -> tuple[Tensor | None, ...]:
+        """x, gates, λ, f, s and d; of a map of gates and λ they are views, as GSPNMixer makes them."""
         k, (x, *tensors) = len(self.directions), operands
+        direct = tensors.pop() if self.tail else None
         decay, scale = (tensors.pop(-2), tensors.pop(-1)) if self.factors else (None, None)
         if self.groups < self.channels:
             gates, input_gate = tensors[0].split((3 * k, k), dim=-1)
             tensors = [gates.unflatten(-1, (k, 3)).permute(0, 1, 2, 4, 5, 3), input_gate.permute(0, 1, 2, 4, 3)]
-        return x, *tensors, decay, scale
+        return x, *tensors, decay, scale, direct
 
     def run(self, operands: list[Tensor], backend: str) -> Tensor:
         """The operator on a set of operands."""
-        *gated, decay, scale = self.arguments(operands)
+        *gated, decay, scale, direct = self.arguments(operands)
+        options = {"direct": direct} if self.tail else {}
         return propagate(
-            *gated, decay=decay, scale=scale, chunk=self.chunk, directions=self.directions, backend=backend
+            *gated, decay=decay, scale=scale, **options, chunk=self.chunk, directions=self.directions, backend=backend
         )
 
     def train(self, operands: list[Tensor], grad: Tensor, backend: str) -> tuple[Tensor, ...]:
@@ -96,6 +100,9 @@ def cases() -> Iterator[Case]:
     yield Case(
         "GSPN-2: 1024², 8 ch", 16, 1024, 8, 8, None, ("down",), torch.float32, sites_innermost=True, factors=False
     )
+    if "direct" in inspect.signature(propagate).parameters:
+        for pixels in (256, 512, 1024):
+            yield Case(f"{pixels} px, norm and direct path", maps[pixels], pixels // 16, 1152, 18, None, tail=True)
     for pixels in (1024, 2048):  # longer than the chunk that the models' local layers have
         yield Case(f"{pixels} px", maps[pixels], pixels // 16, 1152, 18, 32)
     yield Case("256 px, without f and s", 64, 16, 1152, 18, None, factors=False)

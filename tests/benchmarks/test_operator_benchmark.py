@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -120,6 +121,15 @@ def without_a_gpu(monkeypatch):
     monkeypatch.setattr(operator_cuda, "input_sets", lambda make: [make(), make()])
     monkeypatch.setattr(operator_cuda, "peak_bytes", lambda device, call: 10**9)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+@pytest.mark.skipif("direct" not in inspect.signature(propagate).parameters, reason="the operator has no direct path")
+@pytest.mark.parametrize("case", [replace(SMALL, tail=True), replace(SMALL, tail=True, factors=False)])
+def test_norm_and_direct_path_are_compared_with_their_reference(case):
+    figures = measure(case, bandwidth=1e12, repeats=1)
+    assert set(figures["errors"]) == {"y", "x", "gates and λ", "d", *("f", "s") * case.factors}
+    assert all(error < 1e-5 for error in figures["errors"].values())
 
 
 @pytest.mark.usefixtures("without_a_gpu")
