@@ -168,6 +168,34 @@ class HigherOptions:
 
 
 @dataclass
+class KernelProfileOptions:
+    """What to profile, on a GPU.
+
+    Args:
+        what: `operator`, `models` or `counters`; `calls` is what Nsight Compute runs for the counters.
+        cases: Calls of the operator by their names in its table.
+        models: Whole models, at 256 pixels and batch 64.
+        time_budget: Seconds after which Nsight Compute is given no other case and the one under way is given up.
+        out: The folder of results.
+    """
+
+    what: Literal["operator", "models", "counters", "calls"] = "operator"
+    cases: list[str] = field(
+        default_factory=lambda: [
+            "256 px, global",
+            "512 px, global",
+            "1024 px, global",
+            "16K px, chunk 32",
+            "2048 px, global",
+            "GSPN-2: 1024², 8 ch, global",
+        ]
+    )
+    models: list[str] = field(default_factory=lambda: ["gspn-dit-xl-2", "dit-xl-2"])
+    time_budget: float | None = None
+    out: str = "runs/profile"
+
+
+@dataclass
 class OperatorOptions:
     """How to time the operator.
 
@@ -251,13 +279,70 @@ class QualityOptions:
 
 
 @dataclass
+class QualityCurvesOptions:
+    """What to train, for how long, and where it goes on next time.
+
+    Args:
+        out: The folder of results.
+        state: The folder of checkpoints, from which the next run goes on; `state` in the folder of results if not
+            given.
+        seconds: Time of this run, of which every model has its share.
+        data: `photos` or another data set of `benchmarks.quality`, or a folder with Fashion-MNIST's files.
+        models: Families, each with options after a plus, if any.
+        seed: Of the weights and the training stream.
+        preset: Sizes for a CPU (width 128) or a GPU (the S size); the options that are null take theirs from it.
+        width: Channels of a token, in every model.
+        depth: Blocks, in every model.
+        steps: Steps at which a model is left, however much time there is; null for none.
+        look_every: Steps between looks at the held-out loss.
+        held_out: Held-out images of it, each at ten times.
+        batch_size: Images a step.
+        learning_rate: AdamW's, after a warm-up over 200 steps.
+        num_workers: Processes that read data.
+        mixed_precision: `auto` is bf16 where the device has instructions for it and `no`, float32, elsewhere.
+        compile: Run the models through torch.compile.
+        device: `auto`, or a torch device.
+    """
+
+    out: str = "runs/curves"
+    state: str | None = None
+    seconds: float = 180.0
+    data: str = "photos"
+    models: list[str] = field(default_factory=lambda: ["dit", "gspn-dit", "gspn-dit+mixer=conv"])
+    seed: int = 0
+    preset: Literal["cpu", "gpu"] = "gpu"
+    width: int | None = None
+    depth: int | None = None
+    steps: int | None = None
+    look_every: int = 100
+    held_out: int = 128
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    num_workers: int | None = None
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    compile: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        self.state = self.state or f"{self.out}/state"
+        for key in ("width", "depth", "batch_size", "learning_rate", "num_workers"):
+            if getattr(self, key) is None:
+                setattr(self, key, PRESETS[self.preset][key])
+        for key in ("seconds", "look_every", "held_out", "batch_size"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
+        known = self.data in DATA or Path(self.data).is_dir()
+        require(known, "data", self.data, f"one of {', '.join(DATA)}, or a folder with Fashion-MNIST's files")
+
+
+@dataclass
 class ResolutionOptions:
     """What to measure, and where the results go.
 
     Args:
         device: cpu or cuda.
         size: Size of the models: s, b, l or xl; by default s on the CPU and xl on a GPU.
-        pixels: Sides of the images, multiples of 64, in the order in which they are measured.
+        pixels: Sides of the images, multiples of 64, in the order of measuring; what has a target comes first.
         dtypes: float32, bfloat16 or both, out of which every model gets its faster one; by default both on a CPU that
             multiplies in bfloat16, float32 on another, bfloat16 on a GPU.
         threads: Threads of the CPU.
@@ -314,6 +399,19 @@ class StoreOptions:
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
 
 
+@dataclass
+class TargetsOptions:
+    """Whose figures to compare.
+
+    Args:
+        results: The folder that benchmarks/gpu.sh was given.
+        out: Also write the table to this Markdown file.
+    """
+
+    results: str
+    out: str | None = None
+
+
 def fast_dtype(device: str) -> str:
     """bfloat16 where the device has instructions for it, else float32."""
     import torch
@@ -349,10 +447,15 @@ BENCHMARKS = {
     ),
     "block_budget": Benchmark(BlockBudgetOptions, "Where does the time of one block go?"),
     "launches": Benchmark(LaunchesOptions, "What does a step of a small model launch, and how many does a graph save?"),
+    "kernel_profile": Benchmark(
+        KernelProfileOptions, "Which kernels take a GPU's time, and what limits those of the operator?"
+    ),
     "depthwise": Benchmark(DepthwiseOptions, "Which way to a block's depthwise convolution is fastest?"),
     "resolution": Benchmark(ResolutionOptions, "How do time and memory of whole models grow with the image?"),
     "higher": Benchmark(HigherOptions, "How good are images larger than the models were trained for, at what cost?"),
     "quality": Benchmark(QualityOptions, "Which network learns most in the same number of steps?"),
+    "targets": Benchmark(TargetsOptions, "What is reached of what a GPU's figures are to be?"),
+    "quality_curves": Benchmark(QualityCurvesOptions, "Which network learns most in the same minutes?"),
     "store": Benchmark(StoreOptions, "What does the latent store cost and gain at ImageNet's size?"),
 }
 

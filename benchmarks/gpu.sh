@@ -1,48 +1,59 @@
 #!/usr/bin/env bash
-# benchmarks/gpu.sh OUT [--seconds N] [PART...]: everything that needs a GPU, on a machine with a CUDA torch and nvcc.
+# benchmarks/gpu.sh OUT [--seconds N] [--state FOLDER] [PART...]: everything that needs a GPU, on a machine with a CUDA
+# torch and nvcc.
 #
-#   tests       the GPU tests of the kernels
-#   operator    speed of the operator beside attention, the reference and the byte floor
-#   budget      where the time of one block goes, gspn-dit-xl-2 and dit-xl-2, forward and training; ways to its
-#               depthwise convolution
-#   resolution  time and memory of whole models by image size
-#   quality     a short comparison of dit, gspn-dit and gspn-dit with convolutions, trained on photographs
-#   sanitizer   compute-sanitizer's memcheck and racecheck on small maps
+#   tests      the GPU tests of the kernels
+#   operator   speed of the operator beside the byte floor, attention and slower peers
+#   budget     where the time of one block goes, gspn-dit-xl-2 and dit-xl-2, forward and training; ways to its
+#              depthwise convolution
+#   models     time and memory of whole models by image size
+#   profile    which kernels take the time, of the operator and of whole models; what Nsight Compute counts in them
+#   sanitizer  compute-sanitizer's memcheck and racecheck on small maps
+#   train      three minutes of training dit, gspn-dit and gspn-dit with convolutions, more each time it is run
 #
-# Without a PART it runs them all, in this order. Each begins by building the kernels where that is yet to be done.
-# With --seconds N (or TOTAL=N) each PART ends within N seconds. The same command goes on where it stopped: what OUT holds
-# of a clean commit is not measured again. OUT gets PART.log, tables and pictures. The last lines are a table of what
-# became of every step; the exit status is 1 if any failed, was not finished or was not run.
+# Without a PART it runs them all, in this order. Each ends within N seconds, four minutes if not told otherwise, the
+# building of the kernels included where that is yet to be done; --seconds 0 is no limit. What matters most comes first
+# in each, and is written as soon as it is measured. The same command goes on where it stopped: what OUT holds of a
+# clean commit is not measured again, so give another commit another OUT. OUT gets PART.log, tables and pictures. The
+# last lines are what is reached of the targets and a table of what became of every step; the exit status is 1 if any
+# failed, was not finished or was not run.
 #
-# PYTHON names the interpreter (python3). It needs torch and what this package needs; pytest for the part tests. In a copy
-# without git, GSPN_DIT_REVISION=HASH says which commit this is.
+# PYTHON names the interpreter (python3). It needs torch and what this package needs; what it lacks is said at once, and
+# the parts that need it are left out. --state keeps the checkpoints of train elsewhere than in OUT/train/state, DATA
+# names other data for it: photos, or a folder with Fashion-MNIST's files. In a copy without git,
+# GSPN_DIT_REVISION=HASH says which commit this is.
+# shellcheck disable=SC2329 # parts are called by their names
 set -uo pipefail
-all=(tests operator budget resolution quality sanitizer)
+all=(tests operator budget models profile sanitizer train)
 wrong() { # wrong WORDS...: refuse the command line
-  echo "benchmarks/gpu.sh: $*; usage: benchmarks/gpu.sh OUT [--seconds N] [PART...], PART out of ${all[*]}" >&2
+  echo "benchmarks/gpu.sh: $*; usage: benchmarks/gpu.sh OUT [--seconds N] [--state FOLDER] [PART...], PART out of ${all[*]}" >&2
   exit 2
 }
-seconds=${TOTAL:-} out='' parts=()
+seconds=240 out='' state='' parts=()
 while [ $# -gt 0 ]; do
   case $1 in
     --seconds) seconds=${2:-none} && shift ;;
     --seconds=*) seconds=${1#*=} ;;
+    --state)
+      [ -n "${2:-}" ] || wrong "--state: wanted a folder"
+      state=$2 && shift
+      ;;
+    --state=*) state=${1#*=} ;;
     -*) wrong "$1: no such option" ;;
     *) if [ -z "$out" ]; then out=$1; else parts+=("$1"); fi ;;
   esac
   shift
 done
 [ -n "$out" ] || wrong "OUT is missing"
-[[ $seconds =~ ^([1-9][0-9]*)?$ ]] || wrong "--seconds $seconds: wanted a whole number"
+[[ $seconds =~ ^[0-9]+$ ]] || wrong "--seconds $seconds: wanted a whole number"
+[ "$seconds" -gt 0 ] || seconds=''
 for part in "${parts[@]}"; do
-  case $part in
-    kernels) wrong "kernels is now: tests operator sanitizer" ;;
-    models) wrong "models is now: resolution quality" ;;
-  esac
   [[ " ${all[*]} " == *" $part "* ]] || wrong "$part: no such part"
 done
 [ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
-mkdir -p "$out" && out=$(realpath "$out") && cd "$(dirname "$0")/.." || exit 1
+mkdir -p "$out" && out=$(realpath "$out") || exit 1
+state=$(realpath -m "${state:-$out/train/state}")
+cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin"
 revision=$("$python" -c 'from benchmarks.revision import revision; print(revision())') || exit 1
@@ -57,7 +68,7 @@ left() { # left: the seconds that this part still has; 0 is no limit
 note() { # note STEP RESULT SECONDS: a line of the table
   table+=("$(printf '%-11s %-30s %7s  %s' "$part" "$1" "$3" "$2")")
   echo "== $1: $2" | tee -a "$log"
-  case $2 in ok | "done before") ;; *) failed=1 ;; esac
+  case $2 in ok | "done before" | "left out"*) ;; *) failed=1 ;; esac
 }
 
 step() { # step NAME COMMAND...: its output to the log and, the end of it, here
@@ -88,7 +99,7 @@ step() { # step NAME COMMAND...: its output to the log and, the end of it, here
     note "$name" "UNFINISHED: run it again" $((SECONDS - start))
   else
     note "$name" ok $((SECONDS - start))
-    [ "$name" = build ] || echo "$kept" >"$out/.done-$name"
+    case $name in build | curves) ;; *) echo "$kept" >"$out/.done-$name" ;; esac
     return 0
   fi
   return 1
@@ -101,7 +112,9 @@ stop() { # at Ctrl-C or SIGTERM: what runs is told to end, and the table printed
   report
 }
 
-report() { # the table, and the end
+report() { # what is reached, the table, and the end
+  echo
+  "$python" -m benchmarks.targets --results "$out" --out "$out/targets.md"
   printf '\n%-11s %-30s %7s  %s\n' part step seconds result
   printf '%s\n' "${table[@]}"
   exit $failed
@@ -132,14 +145,26 @@ budget() {
   step depthwise "$python" -m benchmarks.depthwise --device cuda --out "$out/depthwise.md"
 }
 
-resolution() { # a case takes half a minute and more, most of it to compile; four sizes come first
-  step resolution "$python" -m benchmarks.resolution --device cuda --time-budget "$(within 20)" \
-    --pixels '[256,1024,4096,16384,512,2048,8192]' --out "$out/resolution-cuda"
+models() { # a case takes half a minute and more, most of it to compile
+  step models "$python" -m benchmarks.resolution --device cuda --time-budget "$(within 15)" --out "$out/resolution-cuda"
 }
 
-quality() { # 75 s for the evaluation that is under way when the time is up
-  step quality "$python" -m benchmarks.quality --preset gpu --data '[photos]' --seeds 1 --steps 1000 --samples 1000 \
-    --held-out 250 --models '[dit,gspn-dit,gspn-dit+mixer=conv]' --time-budget "$(within 75)" --out "$out/quality-cuda"
+profile() { # the operator first: whole models take as long to compile as two cases of it take to count
+  local program=("$python" -m benchmarks.kernel_profile --out "$out")
+  step kernels-operator "${program[@]}" --what operator
+  if command -v ncu >/dev/null; then
+    step counters "${program[@]}" --what counters --time-budget "$(within 110)"
+  else
+    note counters "left out: no ncu, of Nsight Compute, on the PATH" 0
+  fi
+  step kernels-models "${program[@]}" --what models
+}
+
+train() { # 40 s to start, and for the step, the look and the checkpoints that are under way when the time is up
+  local share
+  share=$(within 40)
+  step curves "$python" -m benchmarks.quality_curves --preset gpu --data "${DATA:-photos}" --state "$state" \
+    --seconds "$([ -n "$seconds" ] && echo "$share" || echo 180)" --out "$out/train"
 }
 
 sanitizer() {
@@ -155,9 +180,18 @@ sanitizer() {
 
 trap stop INT TERM
 echo "benchmarks/gpu.sh: ${parts[*]} of $revision"
+declare -A lacking
+while read -r part packages; do
+  lacking[$part]=$packages
+  echo "benchmarks/gpu.sh: $part lacks $packages"
+done < <("$python" -m benchmarks.needed "${parts[@]}")
 for part in "${parts[@]}"; do
   begun=$SECONDS log=$out/$part.log
   echo "== $part of $revision, $(date -u +%FT%TZ)" >>"$log"
+  if [ -n "${lacking[$part]:-}" ]; then
+    note "$part" "NOT RUN: it lacks ${lacking[$part]}" 0
+    continue
+  fi
   if [ $built -eq 0 ]; then
     if step build "$python" -m gspn_dit.ops --require native-cuda; then
       built=1

@@ -1,16 +1,18 @@
 """The CUDA rows of benchmarks/operator.py: ours against the byte floor and its peers, all in one run on one device.
 
-Every case is first compared with the reference, then timed as replays of CUDA graphs (benchmarks/timing.py).
+Every case is first compared with the reference, then timed as replays of CUDA graphs (benchmarks/timing.py). What
+benchmarks/targets.yaml asks for comes first; what each case costs on slow peers comes when all cases have been timed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,110 +22,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.kernels import kernels_of, short_name
 from benchmarks.machine import machine
 from benchmarks.memory import peak_bytes
 from benchmarks.result_files import origin, write_rows, write_text
-from benchmarks.revision import revision
+from benchmarks.revision import is_commit, revision
+from benchmarks.scan_cases import DEVICE, Case, cases
 from benchmarks.tables import header, row
 from benchmarks.timing import device_ms, timed
-from gspn_dit.ops import Call, propagate
+from gspn_dit.layers.norm import group_rms_norm
+from gspn_dit.ops import Call
 from gspn_dit.ops.build import architectures, cuda_home
 from gspn_dit.ops.reference import DIRECTIONS, propagate_reference
 
-DEVICE = "cuda"
-FOUR = ("down", "up", "right", "left")
 HEAD = 64  # channels a head of the attention on the same tokens
 ATTENTIONS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 LONGEST_ATTENTION = 128 * 128  # tokens; beyond it a call takes seconds
 LONGEST_REFERENCE = 128  # lines; beyond it the reference's lists of lines take more memory than there is
 LARGEST_CHECKED = 10**8  # elements of all scans of an image, which the reference keeps in float64 many times over
 MOST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # rounding makes 4e-7 to 3e-6 and 2e-3
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row: a shape, its gates and scans.
-
-    `predicted` is the fraction of the copy bandwidth expected before anything was measured; docs/kernels.md says why.
-    """
-
-    name: str
-    batch: int
-    side: int
-    channels: int
-    groups: int
-    chunk: int | None
-    predicted: float
-    directions: tuple[str, ...] = FOUR
-    dtype: torch.dtype = torch.bfloat16
-    sites_innermost: bool = False
-    factors: bool = True  # f and s a channel and direction, as in gspn-dit
-    trains: bool = True
-
-    @property
-    def floor_bytes(self) -> int:
-        """x, gates and λ read once, y written once."""
-        tokens = self.batch * self.side**2
-        return self.dtype.itemsize * tokens * (2 * self.channels + 4 * len(self.directions) * self.groups)
-
-    def operands(self) -> list[Tensor]:
-        """What a training step differentiates with respect to, random, laid out as the models have it.
-
-        x; with G < C one map (B, H, W, G, 4K) of a group's 3K gates and K λ side by side, else gates and λ, channels
-        innermost; f and s if the case has them.
-        """
-        b, n, c, g, k = self.batch, self.side, self.channels, self.groups, len(self.directions)
-
-        def make(fill: Callable[..., Tensor], *shape: int) -> Tensor:
-            if not self.sites_innermost:
-                return fill(shape, dtype=self.dtype, device=DEVICE)
-            every_axis_outside = (b, *shape[3:], n, n)
-            return fill(every_axis_outside, dtype=self.dtype, device=DEVICE).movedim((-2, -1), (1, 2))
-
-        tensors = [make(torch.randn, b, n, n, c)]
-        if g < c:
-            tensors.append(make(torch.randn, b, n, n, g, 4 * k))
-            tensors[-1][..., 3 * k :].uniform_()
-        else:
-            tensors += [make(torch.randn, b, n, n, k, 3, g), make(torch.rand, b, n, n, k, g)]
-        if self.factors:
-            tensors += [torch.rand(k, c, device=DEVICE), torch.randn(k, c, device=DEVICE)]
-        return tensors
-
-    def arguments(self, operands: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """x, gates, λ, f and s; of a map of gates and λ they are views, as GSPNMixer makes them."""
-        k, (x, *tensors) = len(self.directions), operands
-        decay, scale = (tensors.pop(-2), tensors.pop(-1)) if self.factors else (None, None)
-        if self.groups < self.channels:
-            gates, input_gate = tensors[0].split((3 * k, k), dim=-1)
-            tensors = [gates.unflatten(-1, (k, 3)).permute(0, 1, 2, 4, 5, 3), input_gate.permute(0, 1, 2, 4, 3)]
-        return x, *tensors, decay, scale
-
-    def run(self, operands: list[Tensor], backend: str) -> Tensor:
-        """The operator on a set of operands."""
-        *gated, decay, scale = self.arguments(operands)
-        return propagate(
-            *gated, decay=decay, scale=scale, chunk=self.chunk, directions=self.directions, backend=backend
-        )
-
-    def train(self, operands: list[Tensor], grad: Tensor, backend: str) -> tuple[Tensor, ...]:
-        """Forward and backward: the gradients of a set of operands."""
-        return torch.autograd.grad(self.run(operands, backend), operands, grad)
-
-
-def cases() -> Iterator[Case]:
-    """GSPN-2's configuration, then DiT-XL's maps from 256 pixels to 16K, and the gates of the `gspn` family."""
-    yield Case(
-        "GSPN-2: 1024², 8 ch", 16, 1024, 8, 8, None, 0.75, ("down",), torch.float32, sites_innermost=True, factors=False
-    )
-    for pixels, batch, predicted in ((256, 64, 0.5), (512, 32, 0.25), (1024, 8, 0.25), (2048, 2, 0.25)):
-        for chunk in (2, None):
-            yield Case(f"{pixels} px", batch, pixels // 16, 1152, 18, chunk, predicted)
-    yield Case("256 px, without f and s", 64, 16, 1152, 18, None, 0.6, factors=False)
-    yield Case("256 px, 16 channels a group", 64, 16, 1152, 72, None, 0.45)
-    yield Case("256 px, a gate a channel", 64, 16, 1152, 1152, 2, 0.6, factors=False)
-    for chunk in (16, None):
-        yield Case("16K px", 1, 1024, 1152, 18, chunk, 0.12, trains=False)
 
 
 def copy_bandwidth(repeats: int) -> float:
@@ -148,7 +65,7 @@ def errors(case: Case) -> dict[str, float]:
     Ours runs on the whole batch; the reference, in float64, on that image.
     """
     operands = [tensor.requires_grad_() for tensor in case.operands()]
-    factors = 2 if case.factors else 0  # they come last, and have no batch
+    factors = 2 * case.factors + case.tail  # they come last, and have no batch
     grad = torch.zeros_like(operands[0])
     grad[:1] = torch.randn_like(grad[:1])
     y = case.run(operands, "native-cuda")
@@ -156,11 +73,19 @@ def errors(case: Case) -> dict[str, float]:
     of_an_image = len(operands) - factors
     exact = [tensor.detach()[: 1 if i < of_an_image else None].double() for i, tensor in enumerate(operands)]
     exact = [tensor.requires_grad_() for tensor in exact]
-    *gated, decay, scale = case.arguments(exact)
+    *gated, decay, scale, direct = case.arguments(exact)
     directions = [list(DIRECTIONS).index(direction) for direction in case.directions]
     y = propagate_reference(Call(*gated, None, decay, scale, case.chunk or 0, directions))
+    if direct is not None:
+        y = group_rms_norm(y, case.groups) + direct * exact[0]
     wants = [y.detach(), *(torch.autograd.grad(y, exact, grad[:1].double()) if case.trains else ())]
-    names = ["y", "x", *(["gates and λ"] if case.groups < case.channels else ["gates", "λ"]), "f", "s"]
+    names = [
+        "y",
+        "x",
+        *(["gates and λ"] if case.groups < case.channels else ["gates", "λ"]),
+        *("f", "s") * case.factors,
+        "d",
+    ]
     return {
         name: ((got[: len(want)].double() - want).norm() / want.norm()).item()
         for name, got, want in zip(names, gots, wants, strict=False)
@@ -197,25 +122,35 @@ def time_ours(case: Case, backend: str, repeats: int, trains: bool) -> dict[str,
 
 
 def time_attention(case: Case, repeats: int) -> dict[str, Any]:
-    """Attention in bf16 on the same tokens, heads of 64 channels, by every backend; none where it would take long."""
+    """Attention in bf16 on the same tokens, heads of 64 channels, by every backend; none where it would take long.
+
+    Queries, keys and values lie as DiT's product makes them, (B, N, 3, heads, D), and so do their gradients.
+    """
     tokens = case.side**2
     if tokens > LONGEST_ATTENTION or case.channels % HEAD:
         return {}
-    shape = case.batch, case.channels // HEAD, tokens, HEAD
+    shape = case.batch, tokens, 3, case.channels // HEAD, HEAD
 
     def make() -> list[Tensor]:
-        return [torch.randn(shape, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for _ in range(3)]
+        return [torch.randn(shape, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)]
 
-    def train(qkv: list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(F.scaled_dot_product_attention(*qkv), qkv, grad)
+    def forward(packed: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in packed.unbind(2)))
 
-    sets, grad = input_sets(make), torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
+    def train(packed: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(packed), packed, grad)
+
+    sets = [packed for (packed,) in input_sets(make)]
+    grad = torch.randn_like(sets[0][:, :, 0]).transpose(1, 2)
 
     def time(backend: SDPBackend) -> dict[str, Any]:
         with sdpa_kernel(backend):
             with torch.no_grad():
-                forward = timed([partial(F.scaled_dot_product_attention, *qkv) for qkv in sets], repeats)
-            return {"forward": asdict(forward), "both": asdict(timed([partial(train, qkv) for qkv in sets], repeats))}
+                alone = timed([partial(forward, packed) for packed in sets], repeats)
+            return {
+                "forward": asdict(alone),
+                "both": asdict(timed([partial(train, packed) for packed in sets], repeats)),
+            }
 
     return {name: attempt(partial(time, backend)) for name, backend in ATTENTIONS.items()}
 
@@ -264,8 +199,8 @@ class PerLine:
         return asdict(timed([partial(run, tensors) for tensors in input_sets(make)], max(3, repeats // 5)))
 
 
-def measure(case: Case, bandwidth: float, per_line: PerLine, repeats: int) -> dict[str, Any]:
-    """One row's figures; a peer that can't run at this size is None."""
+def measure(case: Case, bandwidth: float, repeats: int) -> dict[str, Any]:
+    """A row's figures of ours and of attention; a peer that can't run at this size is None."""
     figures = {
         "case": case.name,
         "batch": case.batch,
@@ -277,20 +212,35 @@ def measure(case: Case, bandwidth: float, per_line: PerLine, repeats: int) -> di
         "dtype": str(case.dtype).removeprefix("torch."),
         "floor_bytes": case.floor_bytes,
         "floor_ms": 1e3 * case.floor_bytes / bandwidth,
-        "predicted_fraction": case.predicted,
     }
     figures["errors"] = checked(case)
     torch.cuda.empty_cache()
     figures["ours"] = time_ours(case, "native-cuda", repeats, case.trains)
     torch.cuda.empty_cache()
     figures["attention"] = time_attention(case, repeats)
-    figures["per_line"] = attempt(lambda: per_line.time(case, repeats))
-    figures["reference"] = None
+    return figures
+
+
+def measure_peers(case: Case, per_line: PerLine, repeats: int) -> dict[str, Any]:
+    """A row's figures of what is slower by far; None where it can't run at this size."""
+    figures: dict[str, Any] = {"per_line": attempt(lambda: per_line.time(case, repeats)), "reference": None}
     if case.side <= LONGEST_REFERENCE:
         few = max(3, repeats // 10)
         figures["reference"] = attempt(lambda: time_ours(case, "reference", few, trains=False)["forward"])
-    torch.cuda.empty_cache()
     return figures
+
+
+def kernel_names(case: Case) -> dict[str, Any]:
+    """The kernels of the operator's call, and of a training call those that the former does not have."""
+    operands = case.operands()
+    with torch.no_grad():
+        forward = kernels_of(partial(case.run, operands, "native-cuda"))
+    named = {"forward": list(dict.fromkeys(map(short_name, forward)))}
+    if case.trains:
+        operands = [tensor.requires_grad_() for tensor in operands]
+        both = kernels_of(partial(case.train, operands, torch.randn_like(operands[0]), "native-cuda"))
+        named["backward"] = list(dict.fromkeys(short_name(name) for name in both if name not in forward))
+    return {"kernels": named}
 
 
 COLUMNS = (
@@ -299,7 +249,7 @@ COLUMNS = (
     "chunk",
     "forward ms",
     "floor ms",
-    "fraction (predicted)",
+    "fraction",
     "× attention",
     "× per line",
     "× reference",
@@ -309,12 +259,13 @@ COLUMNS = (
     "eager ms, forward / fwd+bwd",
     "peak GB, forward / fwd+bwd",
     "largest error",
+    "kernels",
 )
 NOTES = (
     "Times are of replayed CUDA graphs, on inputs in turns that the cache can't hold; (eager) marks a peer that can't "
     "be captured. Eager ms: a call from Python, back to back, as training without graphs makes it. Attention: the "
-    "faster of torch's flash and cuDNN kernels. Peak: what a call adds to the memory in use. Largest error: of y and "
-    "the gradients, against the reference in float64 on the batch's first image, relative to the norm."
+    "faster of torch's flash and cuDNN kernels, in DiT's layout. Peak: what a call adds to the memory in use. Largest "
+    "error: of y and the gradients, against the reference in float64 on the batch's first image, relative to the norm."
 )
 
 
@@ -347,51 +298,77 @@ def markdown(figures: dict[str, Any]) -> str:
         figures["chunk"] or "global",
         number(forward["device_ms"]) + ("" if forward["captured"] else " (eager)"),
         number(figures["floor_ms"]),
-        f"{figures['floor_ms'] / forward['device_ms']:.0%} ({figures['predicted_fraction']:.0%})",
+        f"{figures['floor_ms'] / forward['device_ms']:.0%}",
         attention("forward", forward),
-        ratio(figures["per_line"], forward),
-        ratio(figures["reference"], forward),
+        ratio(figures.get("per_line"), forward),
+        ratio(figures.get("reference"), forward),
         number(both["device_ms"]) + ("" if both.get("captured", True) else " (eager)"),
         number(both["device_ms"] and both["device_ms"] / forward["device_ms"], ".1f"),
         attention("both", both),
         f"{number(forward['eager_ms'])} / {number(both.get('eager_ms'))}",
         " / ".join(number(b and b / 1e9, ".2f") for b in (ours["peak_bytes"], ours.get("both_peak_bytes"))),
         number(figures["errors"] and max(figures["errors"].values()), ".0e"),
+        "; ".join(", ".join(names) for names in figures.get("kernels", {}).values()) or "–",
     ]
     return row(cells)
 
 
+class Table:
+    """OUT/operator-cuda.json and .md, written anew after each figure, so that a run cut short leaves what it has.
+
+    A later run of the same commit on the same card goes on from there.
+    """
+
+    def __init__(self, out: Path, repeats: int) -> None:
+        self.path, where, bandwidth = out / "operator-cuda.json", machine(DEVICE), copy_bandwidth(repeats)
+        self.settings = {"machine": where, "cuda": torch.version.cuda, "revision": revision()}
+        self.bandwidth, self.failed = bandwidth, {}
+        self.footer = [f"Device-to-device copy {bandwidth / 1e12:.2f} TB/s, read and written.", "", *origin(where)]
+        saved = json.loads(self.path.read_text()) if self.path.exists() else {"rows": {}}
+        same = all(saved.get(key) == value for key, value in self.settings.items()) and is_commit(revision())
+        self.rows: dict[str, dict[str, Any]] = saved["rows"] if same else {}
+
+    def add(self, case: Case, figures: dict[str, Any]) -> None:
+        """Take in more figures of a row, and say what it is now."""
+        self.rows[case.key] = self.rows.get(case.key, {}) | figures
+        print(markdown(self.rows[case.key]), flush=True)
+        self.write()
+
+    def fail(self, case: Case, error: Exception) -> None:
+        """Note a case that could not be measured; the next run tries it again."""
+        self.failed[case.key] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        print(f"{case.key}: FAILED\n{error}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Both files, rows in the order of the cases."""
+        rows = {case.key: self.rows[case.key] for case in cases() if case.key in self.rows}
+        copied = {"copy_bytes_per_second": self.bandwidth, "failed": self.failed}
+        write_rows(self.path, {**self.settings, **copied}, rows)
+        lines = [*header(COLUMNS), *map(markdown, rows.values())]
+        lines += [f"| **{key}: FAILED** | {words} |" for key, words in self.failed.items()]
+        write_text(self.path.with_suffix(".md"), "\n".join([*lines, "", NOTES, "", *self.footer]))
+
+
 def run_cases(out: Path, repeats: int) -> None:
-    """Measure every case; OUT/<device>.json and .md are written anew after each, so a run cut short leaves its rows.
+    """Measure every case: ours and attention first, then slower peers, at last the names of our kernels.
 
     A case that fails has its error for a row, and ends the program with an error when all have had their turn.
     """
-    where = machine(DEVICE)
-    bandwidth = copy_bandwidth(repeats)
-    per_line = PerLine()
-    report = {
-        "machine": where,
-        "cuda": torch.version.cuda,
-        "revision": revision(),
-        "copy_bytes_per_second": bandwidth,
-    }
-    footer = [f"Device-to-device copy {bandwidth / 1e12:.2f} TB/s, read and written.", "", *origin(where)]
-    print("\n".join(footer))
-    rows: list[dict] = []
-    failed: list[str] = []
-    lines = header(COLUMNS)
-    name = torch.cuda.get_device_name(0).lower().replace(" ", "-")
-    print("\n".join(lines))
-    for case in cases():
-        try:
-            rows.append(measure(case, bandwidth, per_line, repeats))
-            lines.append(markdown(rows[-1]))
-        except (ArithmeticError, RuntimeError) as error:  # what does not fit, too, is a RuntimeError
-            failed.append(f"{case.name}, chunk {case.chunk or 'global'}")
-            lines.append(f"| **{failed[-1]}: FAILED** | {type(error).__name__}: {str(error).splitlines()[0]} |")
-        print(lines[-1], flush=True)
-        write_rows(out / f"{name}.json", {**report, "failed": failed}, rows)
-        write_text(out / f"{name}.md", "\n".join([*lines, "", NOTES, "", *footer]))
-        torch.cuda.empty_cache()
-    if failed:
-        raise SystemExit(f"{len(failed)} cases failed: {'; '.join(failed)}")
+    table, per_line = Table(out, repeats), PerLine()
+    print("\n".join([*table.footer, "", *header(COLUMNS)]), flush=True)
+    for figure, find in {
+        "ours": lambda case: measure(case, table.bandwidth, repeats),
+        "per_line": lambda case: measure_peers(case, per_line, repeats),
+        "kernels": kernel_names,  # slows what would be timed after it
+    }.items():
+        for case in cases():
+            if case.key in table.failed or figure in table.rows.get(case.key, {}):
+                continue
+            try:
+                table.add(case, find(case))
+            except (ArithmeticError, RuntimeError) as error:  # what does not fit, too, is a RuntimeError
+                table.fail(case, error)
+            torch.cuda.empty_cache()
+    if table.failed:
+        raise SystemExit(f"{len(table.failed)} cases failed: {'; '.join(table.failed)}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,11 +53,13 @@ class Cell:
         options: The benchmark's.
         accelerator: The process's.
         stop: Whether the process is asked to stop.
+        training: What is otherwise than in :func:`training_config`, of a training's options.
 
     Attributes:
         step: Steps taken.
-        seconds: Wall time that they took.
+        seconds: Wall time that they took, but for the first since the cell was made, which gets things going.
         losses: The training loss of each.
+        curve: Step, seconds and mean held-out loss, wherever :meth:`train` was to look at it.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Cell:
         options: QualityOptions,
         accelerator: Accelerator,
         stop: StopRequest,
+        training: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.task, self.spec, self.seed, self.options = folder, task, spec, seed, options
         self.device, self.stop = accelerator.device, stop
@@ -75,21 +81,27 @@ class Cell:
         if options.compile:
             torch.compiler.reset()  # after eight models of one class it would compile no more
         accelerator.free_memory()  # of the cell before
-        self.run = self._run(training_config(folder, task, spec, seed, options), accelerator)
+        config = training_config(folder, task, spec, seed, options)
+        self.run = self._run(replace(config, training=replace(config.training, **(training or {}))), accelerator)
         self.state = prepare(self.run, model, is_new=True)
-        self.step, self.seconds, self.losses = 0, 0.0, []
+        self.step, self.seconds, self.losses, self.curve = 0, 0.0, [], []
         if checkpoint := RunFolder(folder).newest_checkpoint():
             done = load_checkpoint(accelerator, checkpoint, self.state)
             self.step, self.seconds, self.losses = done["step"], done["seconds"], done["losses"]
+            self.curve = done.get("curve", [])
 
-    def train(self, deadline: Deadline) -> None:
+    def train(self, deadline: Deadline, look_every: int = 0) -> None:
         """Train to the last step, or to the first that ends after the deadline or a request to stop.
+
+        Args:
+            deadline: When to stop.
+            look_every: Steps between looks at the held-out loss, whose time does not count; 0 for none.
 
         Raises :class:`gspn_dit.training.step.NonFiniteLoss` at a step whose loss or gradient is not finite.
         """
         options = self.run.config.training
         begun = saved = time.monotonic()
-        before = self.seconds
+        before, first = self.seconds, True
         batches, stopping = load_batches(self.run, self.step), False
         while self.step < options.max_steps and not stopping:
             self.step += 1
@@ -98,6 +110,13 @@ class Cell:
             loss, _, stopping = take_step(self.run, self.state, batches, self.step, self.stop, may_skip=False)
             self.losses.append(loss)
             now = time.monotonic()
+            if first:
+                begun, first = now, False
+            if look_every and self.step % look_every == 0:
+                loss_now = statistics.mean(self.held_out_loss(self.averaged()))
+                self.curve.append((self.step, before + now - begun, loss_now))
+                begun += time.monotonic() - now
+                now = time.monotonic()
             stopping = stopping or deadline.passed()
             if stopping or self.step == options.max_steps or now > saved + CHECKPOINT_SECONDS:
                 self.seconds = before + now - begun
@@ -107,8 +126,7 @@ class Cell:
 
     def evaluate(self) -> None:
         """Write the averaged model's figures, result.json, and a grid of samples."""
-        averaged = make_model(self.spec, self.task, self.options).to(self.device).eval()
-        averaged.load_state_dict(self.state.ema.tensors)
+        averaged = self.averaged()
         samples, labels = self._draw(averaged)
         save_grid(self.task.images(samples[:GRID]), self.folder / "samples.png")
         with torch.device("meta"):
@@ -121,12 +139,18 @@ class Cell:
             "gmacs": count_macs(counted, self.task.latent_shape[1:]) / 1e9,
             "training_seconds": self.seconds,
             "machine": machine(self.device.type),
-            "held_out_loss": self._held_out_loss(averaged),
+            "held_out_loss": self.held_out_loss(averaged),
             "figures": self.task.judge(samples, labels) | self._judge_network(averaged),
             "losses": self.losses,
         }
         write_json(self.folder / "result.json", noted(result))
         shutil.rmtree(RunFolder(self.folder).checkpoints, ignore_errors=True)
+
+    def averaged(self) -> LatentModel:
+        """The model of the averaged weights."""
+        model = make_model(self.spec, self.task, self.options).to(self.device).eval()
+        model.load_state_dict(self.state.ema.tensors)
+        return model
 
     def _run(self, config: Config, accelerator: Accelerator) -> Run:
         """What the run is made of: as for `gspn-dit train`, but that the task makes the latents."""
@@ -159,7 +183,7 @@ class Cell:
         return self.task.clean(samples["image"], samples["posterior_noise"])
 
     @torch.no_grad()
-    def _held_out_loss(self, model: LatentModel) -> list[float]:
+    def held_out_loss(self, model: LatentModel) -> list[float]:
         """Mean loss at each of :data:`TIMES` over held-out images, whose noise is the same for every model and time."""
         count, size = min(self.options.held_out, len(self.task.held_out)), self.options.batch_size
         stride = len(self.task.held_out) / count  # spread over them all, for they may be sorted by class
@@ -213,7 +237,7 @@ class Cell:
 
     def _save(self) -> None:
         """A checkpoint of the step, with what is known of the steps before."""
-        metadata = {"step": self.step, "seconds": self.seconds, "losses": self.losses}
+        metadata = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "curve": self.curve}
         run = self.run
         save_checkpoint(run.accelerator, run.config, self.state, run.source.class_names, metadata)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.reach_task import FarEnds, agreement, reach_gained
@@ -14,6 +18,7 @@ from gspn_dit.data import open_images
 from gspn_dit.evaluation.extractors import create_extractor
 from gspn_dit.evaluation.metrics import ClassAccuracy, frechet_distance
 from gspn_dit.evaluation.moments import Moments, Statistics
+from gspn_dit.options import require
 
 BATCH_SIZE = 250
 
@@ -153,6 +158,40 @@ class PhotosTask(ClassifiedTask):
 
     def clean(self, values: Tensor, noise: Tensor) -> Tensor:
         return values.float() / 127.5 - 1
+
+
+class FashionTask(Task):
+    """Fashion-MNIST's 60,000 pictures of clothes (arXiv 1708.07747) in pixels, framed to 32×32, as 16×16 tokens of 2×2.
+
+    Args:
+        folder: Where its four files are, as they are published, or unpacked.
+
+    Raises:
+        InputError: If one of them is not there.
+    """
+
+    name, patch_size, num_classes = "fashion-mnist", 2, 10
+    latent_shape = (1, 32, 32)
+
+    def __init__(self, folder: Path) -> None:
+        self.train, self.held_out = (self._pairs(folder, split) for split in ("train", "t10k"))
+
+    def _pairs(self, folder: Path, split: str) -> Sequence[tuple[Tensor, int]]:
+        images, labels = (read_idx(folder, f"{split}-{what}-ubyte") for what in ("images-idx3", "labels-idx1"))
+        return list(zip(F.pad(images, (2, 2, 2, 2))[:, None], labels.tolist(), strict=True))
+
+    def clean(self, values: Tensor, noise: Tensor) -> Tensor:
+        return values.float() / 127.5 - 1
+
+
+def read_idx(folder: Path, name: str) -> Tensor:
+    """The bytes of an IDX file, uint8 in its shape; it may be packed with gzip. Raises :class:`InputError`."""
+    plain, packed = folder / name, folder / f"{name}.gz"
+    require(plain.exists() or packed.exists(), "data", str(folder), f"a folder with {name} or {name}.gz")
+    content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
+    start = 4 + 4 * content[3]  # the fourth byte counts the dimensions, which follow as big-endian numbers
+    shape = np.frombuffer(content[4:start], ">u4").tolist()
+    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(shape)
 
 
 class ReachTask(Task):

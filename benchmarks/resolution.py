@@ -1,11 +1,11 @@
-"""Time and memory of whole denoisers by image size: GSPN-DiT against DiT and against linear attention of equal width.
+"""Time and memory of whole denoisers by image size: GSPN-DiT against DiT and, in its own block, other mixers.
 
 `python -m benchmarks.resolution [--device cuda] [--time-budget SECONDS] [--out PREFIX]` measures a forward and a
 training step of every model at every size, each in a process of its own, and writes PREFIX.json, PREFIX.md and
-PREFIX.png after every measurement. What PREFIX.json already holds is kept: the same command goes on where the last
-one stopped; delete the file to measure anew. Every model gets its best settings: on the CPU, the fastest of float32 or
-bfloat16, eager or torch.compile, at TRIAL_PIXELS; on a GPU, bfloat16 and torch.compile, with the faster of torch's
-flash and cuDNN attention for DiT.
+PREFIX.png after every measurement; what benchmarks/targets.yaml asks for comes first. What PREFIX.json already holds is
+kept: the same command goes on where the last one stopped; delete the file to measure anew. Every model gets its best
+settings, those that are fastest at TRIAL_PIXELS: eager or torch.compile, and on the CPU float32 or bfloat16. On a GPU
+all is bfloat16, and DiT has the faster of torch's flash and cuDNN attention.
 """
 
 from __future__ import annotations
@@ -36,10 +36,24 @@ from gspn_dit.storage.files import replacing
 
 STEPS = ("forward", "training")
 TRIAL_PIXELS = 256
-COMPILED = {"cpu": (False, True), "cuda": (True,)}
+FIRST = (  # of every model in turn; what else is asked for comes after it
+    ("forward", 256),
+    ("training", 256),
+    ("forward", 512),
+    ("forward", 1024),
+    ("training", 512),
+    ("training", 1024),
+    ("forward", 4096),
+    ("forward", 16384),
+)
 # A batch has the pixels of one image of this side, and at least one image: enough tokens to keep the machine busy.
 BATCH_PIXELS = {"cpu": 512, "cuda": 2048}
-COLOURS = {"DiT": "tab:red", "linear attention": "tab:orange", "GSPN-DiT": "tab:blue"}
+COLOURS = {
+    "DiT": "tab:red",
+    "linear attention": "tab:orange",
+    "window attention": "tab:green",
+    "GSPN-DiT": "tab:blue",
+}
 
 
 def models(size: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -47,6 +61,7 @@ def models(size: str) -> dict[str, tuple[str, dict[str, Any]]]:
     return {
         "DiT": (f"dit-{size}-2", {}),
         "linear attention": (f"gspn-dit-{size}-2", {"mixer": "linear"}),
+        "window attention": (f"gspn-dit-{size}-2", {"mixer": "window"}),
         "GSPN-DiT": (f"gspn-dit-{size}-2", {}),
     }
 
@@ -96,16 +111,17 @@ class Results:
                 options.repeats,
                 overrides,
             )
-            for dtype, compiled in product(options.dtypes, COMPILED[options.device])
+            for dtype, compiled in product(options.dtypes, (False, True))
         ]
 
     def cases(self) -> Iterator[Case]:
-        """Everything to measure, in order: all trials, then size by size with what they chose."""
-        pairs = list(product(models(self.options.size), STEPS))
-        for model, step in pairs:
-            yield from self.trials(model, step)
-        for pixels in self.options.pixels:
-            for model, step in reversed(pairs):  # DiT, which at the largest may take all the time there is, comes last
+        """Everything to measure, in order: GSPN-DiT and DiT before their peers, trials before what they choose."""
+        pairs = [pair for pair in FIRST if pair[1] in self.options.pixels]
+        pairs += [(step, pixels) for pixels, step in product(self.options.pixels, STEPS) if (step, pixels) not in pairs]
+        peers = [model for model in models(self.options.size) if model not in ("GSPN-DiT", "DiT")]
+        for some in ("GSPN-DiT", "DiT"), peers:
+            for (step, pixels), model in product(pairs, some):
+                yield from self.trials(model, step)
                 yield self.chosen(model, step, pixels)
 
     def chosen(self, model: str, step: str, pixels: int) -> Case:
@@ -134,8 +150,7 @@ def report(results: Results) -> str:
             "image",
             "batch",
             *(f"{name}, ms" for name in names),
-            "times DiT's speed",
-            "times linear attention's",
+            *(f"times the speed of {name}" for name in names[:-1]),
             *(f"{name}, ns per pixel" for name in names),
             *(f"{name}, MB" for name in names),
         ]
@@ -148,8 +163,7 @@ def report(results: Results) -> str:
         per_pixel = 1e9 / (batch * pixels**2)
         cells = [
             *(figure(measured, "seconds", 1e3) for measured in rows),
-            ratio(rows[0], rows[2]),
-            ratio(rows[1], rows[2]),
+            *(ratio(other, rows[-1]) for other in rows[:-1]),
             *(figure(measured, "seconds", per_pixel) for measured in rows),
             *(figure(measured, "bytes", 1e-6) for measured in rows),
         ]
@@ -186,12 +200,11 @@ def notes(results: Results) -> list[str]:
 
 def trial_lines(results: Results) -> list[str]:
     """The choice of settings."""
-    if len(results.trials("DiT", "forward")) == 1:
-        return ["Settings: bfloat16, torch.compile of every block; for DiT the faster of flash and cuDNN attention."]
     words = [case.settings for case in results.trials("DiT", "forward")]
     pixels = results.trials("DiT", "forward")[0].pixels
     lines = [
-        f"Settings tried at {pixels} px, ms; the fastest of each row is the one used at all sizes.",
+        f"Settings tried at {pixels} px, ms; the fastest of each row is the one used at all sizes."
+        + (" DiT has the faster of flash and cuDNN attention." if results.options.device == "cuda" else ""),
         "",
         *header(["model", "step", *words]),
     ]

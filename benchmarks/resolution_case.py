@@ -79,7 +79,7 @@ def measure(case: Case) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(case.threads)
     if case.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, for what linear attention does in float32
+        torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
     with torch.device(case.device), contextlib.ExitStack() as stack:
         model = model_of(case)
         about = {}  # what else was chosen
@@ -88,8 +88,8 @@ def measure(case: Case) -> dict[str, Any]:
             stack.enter_context(sdpa_kernel(backends, set_priority=True))
             about["attention"] = ", else ".join(backend.name for backend in backends)
         blocks, chunks = model.blocks, model.chunks or (None,) * len(model.blocks)
-        kinds = Counter(map(block_kind, chunks))
-        one_of = {block_kind(chunk): ([block], (chunk,)) for block, chunk in zip(blocks, chunks, strict=True)}
+        kinds = Counter(map(block_kind, blocks, chunks))
+        one_of = {block_kind(block, chunk): ([block], (chunk,)) for block, chunk in zip(blocks, chunks, strict=True)}
         parts = {}
         for kind, (part, chunks_of_part) in {"": ([], ()), **one_of}.items():
             model.blocks, model.chunks = nn.ModuleList(part), chunks_of_part
@@ -128,9 +128,10 @@ def model_of(case: Case) -> LatentModel:
     return model
 
 
-def block_kind(chunk: int | None) -> str:
-    """What tells the blocks of a model apart in cost: the lines a scan runs over."""
-    return f"chunk {chunk or 'the map'}"
+def block_kind(block: nn.Module, chunk: int | None) -> str:
+    """What tells the blocks of a model apart in cost: the lines a scan runs over, and whether windows are shifted."""
+    shifted = getattr(getattr(block, "mixer", None), "shifted", False)
+    return f"chunk {chunk or 'the map'}{', shifted' if shifted else ''}"
 
 
 def fused_attentions(case: Case, model: DiT) -> list[SDPBackend]:

@@ -33,6 +33,11 @@ def revision() -> str:
         return "unknown, no git checkout"
 
 
+def is_commit(revision: str) -> bool:
+    """Whether it names a commit without changes, so that figures of it are of the same code another time."""
+    return not revision.endswith(("with changes", "no git checkout"))
+
+
 def _git(*arguments: str) -> str | None:
     """What git says of this checkout; None if there is no git or it has nothing to say."""
     try:

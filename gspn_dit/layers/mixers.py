@@ -7,6 +7,7 @@ attention. With :class:`Projections` it is the layer of gspn-dit's blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from gspn_dit.ops import propagate
 from gspn_dit.ops.reference import DIRECTIONS
 
 NUM_DIRECTIONS = len(DIRECTIONS)
+WINDOW = 8  # side of the windows of window attention, in tokens
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class Mixer(nn.Module):
         self.num_groups, self.projected = num_groups, projections is not None
         if projections is not None:
             self.value, self.conv = projections.before(width)
+
+    @classmethod
+    def of_layer(cls, layer: int, width: int, num_groups: int, projections: Projections | None = None) -> Mixer:
+        """The mixer of a model's layer 0, 1, …: the same in all, but for a mixer that alternates."""
+        return cls(width, num_groups, projections)
 
     def mix(self, value: Tensor) -> Tensor:
         """Let the tokens of the value (B, H, W, C) exchange information; the same shape.
@@ -214,17 +221,137 @@ class AttentionMixer(Mixer):
 class LinearAttentionMixer(AttentionMixer):
     """ReLU linear attention over all tokens, as SANA's (arXiv 2410.10629, section 2.2): linear in their number.
 
-    The sums over tokens, and the quotient of two of them, are in float32 whatever the dtype.
+    In bfloat16 the products take and give bfloat16 and add up in float32; in any other dtype all of it is float32.
     """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """φ(Q)(φ(K)ᵀV) / φ(Q)(φ(K)ᵀ1) with φ = ReLU, all (B, heads, N, D); 0 at a token whose query meets no key."""
+        dtype = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32  # sums would overflow float16
         with without_autocast(query.device):
-            query, key, value = query.float().relu(), key.float().relu(), value.float()
+            # one head after the other in memory: else each product would copy its operands to have it so
+            query, key, value = (part.to(dtype).contiguous() for part in (query.relu(), key.relu(), value))
             # Means over tokens, not sums: ε weighs the same on every map.
-            summary = key.transpose(-1, -2) @ (value / key.shape[-2])  # (B, heads, D, D)
+            summary = key.transpose(-1, -2) @ value / key.shape[-2]  # (B, heads, D, D)
             weight = query @ key.mean(-2).unsqueeze(-1)  # (B, heads, N, 1)
             return query @ summary / (weight + 1e-6)
+
+
+class WindowAttentionMixer(AttentionMixer):
+    """Softmax attention inside windows of 8 × 8 tokens, as Swin's (arXiv 2103.14030, section 3.2).
+
+    In every other layer of a model the windows are shifted by half their side, along each axis that is longer than a
+    window, so that what one layer keeps apart meets in the next. A window at the border is what the map leaves of it.
+    There is no position bias: the parameters are those of :class:`AttentionMixer`.
+
+    Args:
+        width, num_groups, projections: As :class:`Mixer`.
+        shifted: Whether the windows are shifted.
+    """
+
+    def __init__(
+        self, width: int, num_groups: int, projections: Projections | None = None, shifted: bool = False
+    ) -> None:
+        super().__init__(width, num_groups, projections)
+        self.shifted = shifted
+
+    @classmethod
+    def of_layer(cls, layer: int, width: int, num_groups: int, projections: Projections | None = None) -> Mixer:
+        return cls(width, num_groups, projections, shifted=layer % 2 == 1)
+
+    def mix(self, value: Tensor) -> Tensor:
+        query, key = self.query_key(value).chunk(2, dim=-1)
+        down, across = (WindowAxis(length, self.shifted) for length in value.shape[1:3])
+        parts = [self.windows(part, down, across) for part in (query, key, value)]
+        mixed: list[tuple[slice, slice, Tensor]] = []
+        for rows, columns in (down.uncut, across.uncut), (down.uncut, across.cut), (down.cut, slice(None)):
+            some = [part[:, rows, columns] for part in parts]
+            if some[0].numel():  # most windows of a large map are uncut, and need no mask
+                uncut = (rows, columns) == (down.uncut, across.uncut)
+                mask = None if uncut else visible(down.pieces(value.device)[rows], across.pieces(value.device)[columns])
+                mixed.append((rows, columns, self.attend_windows(some, mask)))
+        y = mixed[0][-1].new_empty(len(value), down.padded, across.padded, value.shape[-1])
+        for rows, columns, part in mixed:
+            self.split(y, down, across)[:, rows, columns] = part
+        return across.back(down.back(y, 1), 2)
+
+    def attend_windows(self, windows: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """Attention in windows (B, rows, columns, heads, WINDOW, WINDOW, D) by a mask (rows, columns, N, N) or none."""
+        query, key, value = (part.flatten(0, 2).flatten(2, 3) for part in windows)  # (windows, heads, N, D)
+        if mask is not None:
+            mask = mask.expand(len(windows[0]), -1, -1, -1, -1).flatten(0, 2).unsqueeze(1)  # (windows, 1, N, N)
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return y.unflatten(2, (WINDOW, WINDOW)).unflatten(0, windows[0].shape[:3])
+
+    def windows(self, x: Tensor, down: WindowAxis, across: WindowAxis) -> Tensor:
+        """A map (B, H, W, C) as windows of heads, (B, rows, columns, heads, WINDOW, WINDOW, D)."""
+        return self.split(across.forth(down.forth(x, 1), 2), down, across)
+
+    def split(self, x: Tensor, down: WindowAxis, across: WindowAxis) -> Tensor:
+        """The view of a padded map as windows of heads."""
+        shape = (down.windows, WINDOW, across.windows, WINDOW, -1, self.head_width)
+        return x.view(len(x), *shape).permute(0, 1, 3, 5, 2, 4, 6)
+
+
+@dataclass(frozen=True)
+class WindowAxis:
+    """How windows lie along one axis of a map: it is padded to a multiple of their side and, if shifted, goes around.
+
+    A window that is shifted past the end holds the tokens of the start, too, which a mask keeps from each other.
+
+    Args:
+        length: Tokens of the axis.
+        shifted: Whether it is shifted, if it is longer than a window.
+    """
+
+    length: int
+    shifted: bool
+
+    @property
+    def windows(self) -> int:
+        """How many windows there are."""
+        return -(-self.length // WINDOW)
+
+    @property
+    def padded(self) -> int:
+        """Tokens of the axis with its padding."""
+        return WINDOW * self.windows
+
+    @property
+    def shift(self) -> int:
+        """Tokens by which the windows are shifted."""
+        return WINDOW // 2 if self.shifted and self.length > WINDOW else 0
+
+    @property
+    def uncut(self) -> slice:
+        """The windows that are full of tokens that are neighbours."""
+        return slice((self.length - self.shift) // WINDOW)
+
+    @property
+    def cut(self) -> slice:
+        """The others, which come last."""
+        return slice(self.uncut.stop, None)
+
+    def forth(self, x: Tensor, dim: int) -> Tensor:
+        """The padded and shifted axis `dim` of a map (B, H, W, C)."""
+        if self.padded > self.length:
+            x = F.pad(x, (0, 0) * (3 - dim) + (0, self.padded - self.length))
+        return x.roll(-self.shift, dim) if self.shift else x
+
+    def back(self, x: Tensor, dim: int) -> Tensor:
+        """What :meth:`forth` was given, of what it gave."""
+        return (x.roll(self.shift, dim) if self.shift else x).narrow(dim, 0, self.length)
+
+    def pieces(self, device: torch.device) -> Tensor:
+        """Which of its window's tokens belong together, (windows, WINDOW): 0, 1 beyond the axis' end, 2 for padding."""
+        place = torch.arange(self.padded, device=device) + self.shift
+        return torch.where(place % self.padded < self.length, place // self.padded, 2).unflatten(0, (-1, WINDOW))
+
+
+def visible(rows: Tensor, columns: Tensor) -> Tensor:
+    """Which tokens of windows see each other, (rows, columns, N, N), by their pieces along both axes (…, WINDOW)."""
+    down, across = (pieces[:, :, None] == pieces[:, None, :] for pieces in (rows, columns))
+    both = down[:, None, :, None, :, None] & across[None, :, None, :, None, :]  # (rows, columns, y, x, y', x')
+    return both.flatten(4, 5).flatten(2, 3)
 
 
 class ConvMixer(Mixer):
@@ -244,5 +371,6 @@ MIXERS: dict[str, type[Mixer]] = {
     "gspn": GSPNMixer,
     "attention": AttentionMixer,
     "linear": LinearAttentionMixer,
+    "window": WindowAttentionMixer,
     "conv": ConvMixer,
 }

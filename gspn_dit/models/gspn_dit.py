@@ -49,7 +49,8 @@ class GSPNDiT(LatentModel):
             model trained on maps larger than its chunk show the chunks' borders (docs/ablations.md).
         global_layers: How many of the last blocks are global, or the indices of those that are.
         mixer: How tokens exchange information: `gspn`, the scans; or for comparison, inside the same block, softmax
-            `attention`, `linear` attention or a depthwise `conv` (:mod:`gspn_dit.layers.mixers`), which have no chunk.
+            `attention`, `linear` attention, attention in `window`s or a depthwise `conv`
+            (:mod:`gspn_dit.layers.mixers`), which have no chunk.
         sample_size, patch_size, in_channels, out_channels: As :class:`LatentModel`.
         num_classes: Classes, without the null class, whose id is `null_class` = num_classes.
 
@@ -101,8 +102,8 @@ class GSPNDiT(LatentModel):
         chunks = chunk_by_layer(chunk, global_layers, depth)
         self.chunks = tuple(chunks if MIXERS[mixer].scans else [None] * depth)
         self.blocks = nn.ModuleList(
-            GSPNDiTBlock(width, rank, mlp_ratio, MIXERS[mixer](width, num_groups, Projections(conv_kernel)))
-            for _ in range(depth)
+            GSPNDiTBlock(width, rank, mlp_ratio, MIXERS[mixer].of_layer(i, width, num_groups, Projections(conv_kernel)))
+            for i in range(depth)
         )
         self.final_layer = SharedFinalLayer(width, self.patch_values)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.deadline import GO_ON
+from benchmarks.needed import NEEDED, lacking
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
 STEPS = [
@@ -22,14 +26,19 @@ STEPS = [
     "block-gspn-dit-xl-2-training",
     "block-dit-xl-2-training",
     "depthwise",
-    "resolution",
-    "quality",
+    "models",
+    "kernels-operator",
+    "counters",
+    "kernels-models",
     "memcheck",
     "racecheck",
+    "curves",
 ]
+AROUND = {"benchmarks.needed", "benchmarks.targets"}  # what is run before and after the parts
 PYTHON = """#!/bin/bash
 [ "$1" != -c ] || { echo "$REVISION"; exit 0; }
 echo "$2" >>"$CALLS"
+echo "$*" >>"$CALLS.whole"
 [ "$2" != "$SAYS" ] || echo "$WORDS"
 [ "$2" != "$SLEEPS" ] || exec sleep 20
 [ "$2" != "$FAILS" ] || exit 3
@@ -43,7 +52,7 @@ exec "$@"
 @pytest.fixture
 def script(tmp_path):
     """Runs the script in a folder of its own: result, and the modules that were run."""
-    for name, text in {"python": PYTHON, "compute-sanitizer": SANITIZER}.items():
+    for name, text in {"python": PYTHON, "compute-sanitizer": SANITIZER, "ncu": "#!/bin/bash"}.items():
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
@@ -62,9 +71,11 @@ def script(tmp_path):
     def run(*arguments, **variables):
         command = ["bash", SCRIPT, tmp_path / "out", *arguments]
         done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=60)
-        return done, (tmp_path / "calls").read_text().split()
+        calls = (tmp_path / "calls").read_text().split()
+        assert [call for call in calls if call in AROUND] in ([], ["benchmarks.needed", "benchmarks.targets"])
+        return done, [call for call in calls if call not in AROUND]
 
-    run.environment, run.out = environment, tmp_path / "out"
+    run.environment, run.out, run.whole = environment, tmp_path / "out", tmp_path / "calls.whole"
     return run
 
 
@@ -84,8 +95,9 @@ def test_it_runs_all_parts_and_then_no_step_of_the_same_commit_again(script):
         *["benchmarks.block_budget"] * 4,
         "benchmarks.depthwise",
         "benchmarks.resolution",
-        "benchmarks.quality",
+        *["benchmarks.kernel_profile"] * 3,
         *["benchmarks.small_shapes"] * 2,
+        "benchmarks.quality_curves",
     ]
     done, calls = script("operator", "tests")
     assert (done.returncode, calls) == (0, ["gspn_dit.ops"])
@@ -116,9 +128,9 @@ def test_without_the_kernels_nothing_is_measured(script):
 
 
 def test_what_a_time_budget_has_stopped_is_unfinished(script):
-    done, _ = script("resolution", SAYS="benchmarks.resolution", WORDS=f"DiT: {GO_ON}")
-    assert done.returncode == 1 and table(done.stdout)["resolution"] == "UNFINISHED: run it again"
-    done, calls = script("resolution")
+    done, _ = script("models", SAYS="benchmarks.resolution", WORDS=f"DiT: {GO_ON}")
+    assert done.returncode == 1 and table(done.stdout)["models"] == "UNFINISHED: run it again"
+    done, calls = script("models")
     assert done.returncode == 0 and calls[-1] == "benchmarks.resolution"
 
 
@@ -129,6 +141,58 @@ def test_each_part_ends_within_its_seconds_and_says_what_it_has_left_out(script)
     found = table(done.stdout)
     assert done.returncode == 1 and found["operator"] == "ok"
     assert found[STEPS[3]] == "UNFINISHED: no time left" and found["depthwise"] == "NOT RUN: no time left"
+
+
+def test_each_part_has_four_minutes_unless_it_is_told_otherwise(script):
+    script("operator", "train", REVISION="abc1234 with changes")
+    script("--seconds", "0", "models", "train", "--state", script.out / "elsewhere", DATA="fashion")
+    runs = [line for line in script.whole.read_text().splitlines() if "quality_curves" in line]
+    first, second = (run.split()[run.split().index("--seconds") + 1] for run in runs)
+    assert 190 <= int(first) <= 200 and second == "180"
+    assert f"--data photos --state {script.out}/train/state" in runs[0]
+    assert f"--data fashion --state {script.out}/elsewhere" in runs[1]
+
+
+def test_a_training_goes_on_each_time(script):
+    for _ in range(2):
+        done, calls = script("train")
+        assert (done.returncode, calls) == (0, ["gspn_dit.ops", "benchmarks.quality_curves"])
+
+
+def test_what_is_lacking_is_said_before_anything_is_run_and_only_what_needs_it_is_left_out(script):
+    done, calls = script("train", "operator", SAYS="benchmarks.needed", WORDS="train accelerate scikit-image")
+    said = done.stdout.splitlines()
+    assert said[1] == "benchmarks/gpu.sh: train lacks accelerate scikit-image"
+    assert (done.returncode, calls) == (1, ["gspn_dit.ops", "benchmarks.operator"])
+    assert table(done.stdout)["train"] == "NOT RUN: it lacks accelerate scikit-image"
+
+
+def test_without_nsight_compute_the_rest_of_the_profile_is_made(script):
+    programs = {name: shutil.which(name) for name in ("bash", "cat", "date", "dirname", "grep", "mkdir", "realpath")}
+    programs |= {name: shutil.which(name) for name in ("env", "tail", "tee", "timeout", "wc")}
+    folder = script.out.parent / "few"
+    folder.mkdir()
+    for name, path in programs.items():
+        (folder / name).symlink_to(path)
+    done, calls = script("profile", PATH=folder)
+    assert (done.returncode, calls) == (0, ["gspn_dit.ops", *["benchmarks.kernel_profile"] * 2]), done.stderr
+    assert table(done.stdout)["counters"] == "left out: no ncu, of Nsight Compute, on the PATH"
+
+
+def test_every_part_has_its_needs_and_this_machine_has_those_of_the_first():
+    parts = re.search(r"^all=\((.*)\)$", SCRIPT.read_text(), re.MULTILINE)[1].split()
+    assert set(parts) == set(NEEDED) and not lacking("tests")
+
+
+def test_what_is_lacking_is_a_package_and_is_not_imported(monkeypatch):
+    monkeypatch.setitem(NEEDED, "train", {"torch": "torch", "no_such_module": "no-such-package"})
+    assert lacking("train") == ["no-such-package"]
+    code = (
+        "import runpy, sys; sys.argv = ['x', 'train']; runpy.run_module('benchmarks.needed', run_name='__main__'); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parents[1], capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "False"
 
 
 def test_a_stopped_one_prints_its_table(script):
@@ -143,7 +207,9 @@ def test_a_stopped_one_prints_its_table(script):
     assert process.returncode == 1 and table(said) == {"build": "ok", "tests": "ok"}
 
 
-@pytest.mark.parametrize("arguments", [["kernels"], ["--seconds", "soon"], ["--seconds"], ["--state", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["kernels"], ["--seconds", "soon"], ["--seconds"], ["--state"], ["--colour", "x"]]
+)
 def test_a_wrong_command_line_is_refused_before_anything(script, arguments):
     done, calls = script(*arguments)
     assert done.returncode == 2 and not calls and not script.out.exists()

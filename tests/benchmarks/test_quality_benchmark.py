@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import quality_cell
+from benchmarks import quality_cell, quality_curves
 from benchmarks.commands import DATA
+from benchmarks.commands import QualityCurvesOptions as CurvesOptions
 from benchmarks.quality import Options, main
 from benchmarks.quality_data import TASKS, ReachTask
 from benchmarks.quality_model import make_model
@@ -214,3 +216,88 @@ def test_a_run_cut_after_every_step_gives_the_figures_of_an_unbroken_one(tmp_pat
     assert len(run["losses"]) == 3 and len(run["held_out_loss"]) == 10
     assert run["figures"].keys() == {"agreement", "reach_gained"}
     assert run["revision"] in (tmp_path / "whole" / "report.md").read_text()
+
+
+CURVES = {
+    "data": "reach-32",
+    "models": ["dit", "gspn-dit+mixer=conv"],
+    "preset": "cpu",
+    "width": 16,
+    "depth": 2,
+    "batch_size": 2,
+    "held_out": 2,
+    "look_every": 2,
+    "device": "cpu",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_training_that_goes_on_is_one_longer_training_and_all_models_are_compared(tmp_path, capsys):
+    quality_curves.main(CurvesOptions(**CURVES, steps=5, out=str(tmp_path / "whole")))
+    state = str(tmp_path / "state")  # handed over from one folder of results to the next
+    for steps in (1, 3, 5):
+        quality_curves.main(CurvesOptions(**CURVES, steps=steps, out=str(tmp_path / f"until-{steps}"), state=state))
+    assert "gspn-dit+mixer=conv: from step 3 to 5" in capsys.readouterr().out
+    whole, cut = (json.loads((tmp_path / name / "curves.json").read_text()) for name in ("whole", "until-5"))
+    assert list(whole["rows"]) == CURVES["models"]
+    for model, found in whole["rows"].items():
+        other = cut["rows"][model]
+        assert found["losses"] == other["losses"] and len(found["losses"]) == 5
+        assert [(step, loss) for step, _, loss in found["curve"]] == [(step, loss) for step, _, loss in other["curve"]]
+        assert [step for step, *_ in found["curve"]] == [2, 4]
+    report = (tmp_path / "until-5" / "curves.md").read_text()
+    assert "| held-out loss | at step 1 | at step 2 | at step 4 |" in report and whole["machine"] in report
+    assert "Not every model was looked at yet." in (tmp_path / "until-1" / "curves.md").read_text()
+    assert (tmp_path / "until-5" / "curves.png").stat().st_size > 0
+    with pytest.raises(InputError, match=r"batch_size=3: .*begun with batch_size=2"):
+        quality_curves.main(CurvesOptions(**CURVES | {"batch_size": 3}, steps=6, out=str(tmp_path / "x"), state=state))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_every_model_has_its_share_of_the_time(tmp_path):
+    quality_curves.main(CurvesOptions(**CURVES, seconds=4, out=str(tmp_path)))
+    rows = json.loads((tmp_path / "curves.json").read_text())["rows"]
+    assert all(found["steps"] >= 1 and found["seconds"] < 6 for found in rows.values())
+
+
+def test_losses_are_compared_at_the_same_step_and_at_the_same_time():
+    slow, fast = [(100, 10.0, 1.0), (200, 20.0, 0.5)], [(100, 5.0, 1.2), (200, 10.0, 0.8), (400, 20.0, 0.4)]
+    rows = {
+        model: {"parameters": 10**6, "steps": curve[-1][0], "seconds": curve[-1][1], "curve": curve}
+        for model, curve in {"slow": slow, "fast": fast}.items()
+    }
+    lines = quality_curves.tables(rows)
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    assert table[3:6] == [
+        ["held-out loss", "at step 50", "at step 100", "at step 200"],
+        ["slow", "–", "1.0000", "0.5000"],
+        ["fast", "–", "1.2000", "0.8000"],
+    ]
+    assert table[6:] == [
+        ["held-out loss", "after 0.1 min", "after 0.2 min", "after 0.3 min"],
+        ["slow", "–", "1.0000", "0.5000"],
+        ["fast", "1.2000", "0.8000", "0.4000"],
+    ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fashion_mnist_is_read_from_its_files_plain_or_packed(tmp_path, packed):
+    images = torch.randint(256, (3, 28, 28), dtype=torch.uint8)
+    for split in ("train", "t10k"):
+        for name, shape, content in (
+            ("images-idx3", (3, 28, 28), images),
+            ("labels-idx1", (3,), torch.tensor([9, 0, 4], dtype=torch.uint8)),
+        ):
+            header = bytes([0, 0, 8, len(shape)]) + b"".join(length.to_bytes(4, "big") for length in shape)
+            data = header + content.numpy().tobytes()
+            path = tmp_path / f"{split}-{name}-ubyte{'.gz' if packed else ''}"
+            path.write_bytes(gzip.compress(data) if packed else data)
+    task = quality_curves.task_of(str(tmp_path))
+    values, label = task.train[2]
+    assert label == 4 and values.shape == task.latent_shape
+    assert torch.equal(values[0, 2:-2, 2:-2], images[2]) and values.count_nonzero() == images[2].count_nonzero()
+    (tmp_path / f"t10k-labels-idx1-ubyte{'.gz' if packed else ''}").unlink()
+    with pytest.raises(InputError, match="wanted a folder with t10k-labels-idx1-ubyte or"):
+        quality_curves.task_of(str(tmp_path))

@@ -3,26 +3,70 @@
 import pytest
 
 from benchmarks import resolution
-from benchmarks.resolution import CaseFailed, Options, main
+from benchmarks.resolution import STEPS, CaseFailed, Options, main
+from benchmarks.resolution_case import Case, measure
 
 
-def test_a_case_that_fails_is_named_and_tried_again_and_the_others_are_kept(tmp_path, monkeypatch, capsys):
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """The cases that are measured: each as many milliseconds as 64 go into its pixels, twice that if compiled."""
+    cases = []
 
     def run_case(case, seconds):
-        asked.append(case.model)
-        if case.model == "DiT" and len(asked) <= 6:
-            raise CaseFailed("no engine")
-        return {"seconds": 1e-3 * case.pixels / 64, "bytes": 10**6, "whole": True}
+        cases.append(case)
+        return {"seconds": 1e-3 * case.pixels / 64 * (1 + case.compiled), "bytes": 10**6, "whole": True}
 
     monkeypatch.setattr(resolution, "run_case", run_case)
     monkeypatch.setattr(resolution, "plot", lambda results, path: path.touch())
+    return cases
+
+
+def test_a_case_that_fails_is_named_and_tried_again_and_the_others_are_kept(tmp_path, monkeypatch, asked, capsys):
+    measured = resolution.run_case
+
+    def run_case(case, seconds):
+        if case.model == "DiT":
+            raise CaseFailed("no engine")
+        return measured(case, seconds)
+
+    monkeypatch.setattr(resolution, "run_case", run_case)
     options = Options(pixels=[256, 64], dtypes=["float32"], out=str(tmp_path / "table"))
-    with pytest.raises(SystemExit, match="4 cases failed: DiT, forward, 256 px"):
+    with pytest.raises(SystemExit, match="cases failed: DiT, forward, 256 px"):
         main(options)
-    assert "no engine" in capsys.readouterr().out
-    before = len(asked)
+    assert "no engine" in capsys.readouterr().out and "DiT" not in {case.model for case in asked}
+    asked.clear()
+    monkeypatch.setattr(resolution, "run_case", measured)
     main(options)
-    assert set(asked[before:]) == {"DiT"}
+    assert {case.model for case in asked} == {"DiT"}
     sizes = [row.split("|")[2].strip() for row in (tmp_path / "table.md").read_text().splitlines() if "px |" in row]
     assert sizes == ["64 px", "256 px"] * 2
+
+
+def test_what_has_a_target_comes_first_and_the_faster_setting_is_used_at_all_sizes(tmp_path, asked):
+    main(Options(pixels=[64, 1024, 256], dtypes=["float32"], out=str(tmp_path / "table")))
+    order = [(case.model, case.step, case.pixels, case.compiled) for case in asked]
+    assert len(set(order)) == len(order)
+    pair = ("GSPN-DiT", "DiT")
+    trials = [(model, step, 256, compiled) for step in STEPS for model in pair for compiled in (False, True)]
+    rest = [("forward", 1024), ("training", 1024), ("forward", 64), ("training", 64)]
+    assert order[: len(trials) + 8] == trials + [(model, *case, False) for case in rest for model in pair]
+    assert {model for model, *_ in order[len(trials) + 8 :]} == {"linear attention", "window attention"}
+
+
+def test_blocks_whose_windows_are_shifted_are_counted_by_themselves():
+    case = Case(
+        "window attention",
+        "gspn-dit-ti-2",
+        "forward",
+        64,
+        1,
+        "float32",
+        False,
+        repeats=1,
+        overrides={"mixer": "window", "depth": 5},
+    )
+    measured = measure(case)
+    assert set(measured["parts"]) == {"ends", "chunk the map", "chunk the map, shifted"}
+    parts = {kind: part["seconds"] for kind, part in measured["parts"].items()}
+    expected = 3 * parts["chunk the map"] + 2 * parts["chunk the map, shifted"] - 4 * parts["ends"]
+    assert measured["by_blocks"]["seconds"] == pytest.approx(expected)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import block_budget, depthwise, operator, operator_cpu, operator_cuda, result_files, revision, store
+from benchmarks import block_budget, depthwise, operator, operator_cpu, result_files, revision, store
 from benchmarks.commands import BENCHMARKS
 from benchmarks.machine import machine
 from benchmarks.tables import figure, header, ratio, row
@@ -26,7 +25,6 @@ FILES = sorted(ROOT.glob("benchmarks/*.py"))
 @pytest.fixture
 def of_a_revision(monkeypatch):
     monkeypatch.setattr(result_files, "revision", lambda: "abc1234 with changes")
-    monkeypatch.setattr(operator_cuda, "revision", lambda: "abc1234 with changes")
 
 
 def with_nothing_measured(monkeypatch, name, out):
@@ -50,20 +48,6 @@ def test_a_report_names_revision_and_machine(monkeypatch, tmp_path, capsys, name
     assert written == capsys.readouterr().out
     assert "Code: abc1234 with changes." in written and f"torch {torch.__version__}" in written
     assert machine().partition(",")[0] in written
-
-
-@pytest.mark.usefixtures("of_a_revision")
-def test_the_operators_table_for_a_gpu_names_revision_and_card(monkeypatch, tmp_path):
-    for name in ("get_device_name", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda *device: "A Card")
-    monkeypatch.setattr(operator_cuda, "copy_bandwidth", lambda repeats: 1e12)
-    monkeypatch.setattr(operator_cuda, "cases", lambda: [operator_cuda.Case("one", 1, 1, 1, 1, None, 1.0)])
-    monkeypatch.setattr(operator_cuda, "measure", lambda *arguments: {"case": "one"})
-    monkeypatch.setattr(operator_cuda, "markdown", lambda figures: "| one |")
-    operator_cuda.run_cases(tmp_path, 1)
-    saved, written = json.loads((tmp_path / "a-card.json").read_text()), (tmp_path / "a-card.md").read_text()
-    assert (saved["revision"], saved["machine"]) == ("abc1234 with changes", f"A Card, torch {torch.__version__}")
-    assert saved["revision"] in written and saved["machine"] in written and saved["rows"] == [{"case": "one"}]
 
 
 def test_a_table_of_several_runs_names_the_revision_of_each_row(monkeypatch, tmp_path):

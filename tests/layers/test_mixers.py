@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gspn_dit.errors import InputError
-from gspn_dit.layers.mixers import MIXERS, GSPNMixer, LinearAttentionMixer, Mixer, Projections
+from gspn_dit.layers.mixers import (
+    MIXERS,
+    AttentionMixer,
+    GSPNMixer,
+    LinearAttentionMixer,
+    Mixer,
+    Projections,
+    WindowAttentionMixer,
+)
 from gspn_dit.models import GSPNDiT, create_model
 from gspn_dit.models.macs import count_macs
 
@@ -190,8 +198,8 @@ def test_a_mixer_mixes_the_values_of_a_convolutional_network(mixer):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
 
 
-@pytest.mark.parametrize(("mixer", "reach"), [("attention", 20), ("linear", 20), ("conv", 4)])
-def test_attention_reaches_the_whole_map_and_convolution_its_window(mixer, reach):
+@pytest.mark.parametrize(("mixer", "reach"), [("attention", 20), ("linear", 20), ("window", 8), ("conv", 4)])
+def test_attention_reaches_the_whole_map_and_convolution_its_filter(mixer, reach):
     layer = small(mixer).blocks[0].mixer
     x = torch.randn(1, 21, 17, 32, requires_grad=True)
     layer(x)[0, 0, 0].sum().backward()
@@ -219,6 +227,65 @@ def test_linear_attention_of_a_large_map_keeps_its_sums_in_float32(dtype):
     torch.testing.assert_close(y, torch.ones_like(y), atol=1e-3, rtol=0)
 
 
+def test_linear_attention_in_bfloat16_is_that_in_float32_but_for_rounding():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 500, 8, dtype=torch.bfloat16).unbind(0)
+    attend = LinearAttentionMixer(24, 3).attend
+    exact, rounded = attend(query.float(), key.float(), value.float()), attend(query, key, value)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() < 0.01 * exact.norm()
+
+
+def window_bounds(place: int, length: int, shifted: bool) -> tuple[int, int]:
+    """The first token of the window around one, and the one after its last."""
+    shift = 4 if shifted and length > 8 else 0
+    first = (place - shift) // 8 * 8 + shift
+    return max(first, 0), min(first + 8, length)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("size", [(16, 24), (17, 9), (8, 20), (5, 30), (3, 3)])
+def test_a_token_sees_its_window_and_nothing_else(size, shifted):
+    """Each result is attention among its window's tokens alone, on maps that windows fill and on others."""
+    torch.manual_seed(0)
+    mixer, plain = WindowAttentionMixer(16, 1, shifted=shifted), AttentionMixer(16, 1)
+    plain.load_state_dict(mixer.state_dict())
+    value = torch.randn(2, *size, 16)
+    y = mixer(value)
+    for row in range(size[0]):
+        for column in range(size[1]):
+            (top, bottom), (left, right) = (window_bounds(*at, shifted) for at in zip((row, column), size, strict=True))
+            expected = plain(value[:, top:bottom, left:right])[:, row - top, column - left]
+            torch.testing.assert_close(y[:, row, column], expected)
+
+
+@pytest.mark.parametrize("size", [(16, 24), (17, 9), (3, 3)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_what_pads_a_map_of_windows_has_no_gradient_to_give(size, shifted):
+    mixer = WindowAttentionMixer(16, 1, shifted=shifted)
+    value = torch.randn(1, *size, 16, requires_grad=True)
+    mixer(value).square().sum().backward()
+    assert value.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in mixer.parameters())
+
+
+def test_layers_with_shifted_windows_connect_those_of_the_layers_between():
+    """A token at the corner of four windows: one layer keeps it in its own, two reach all four."""
+    mixers = [block.mixer for block in small("window").blocks]
+    assert [mixer.shifted for mixer in mixers] == [False, True, False]
+    value = torch.randn(1, 24, 24, 32, requires_grad=True)
+    reached = []
+    for layers in (mixers[:1], mixers[:2]):
+        y = value
+        for mixer in layers:
+            y = mixer.mix(y)
+        (grad,) = torch.autograd.grad(y[0, 8, 8].sum(), value)
+        reached.append((grad[0].abs().sum(-1) > 0).nonzero())
+    (one, two) = ((places.amin(0).tolist(), places.amax(0).tolist(), len(places)) for places in reached)
+    assert one == ([8, 8], [15, 15], 64)
+    assert two == ([0, 0], [15, 15], 256)
+
+
 def test_cost_grows_with_the_tokens_and_for_softmax_attention_with_their_square():
     for mixer in MIXERS:
         model = on_meta(mixer)
@@ -230,7 +297,7 @@ def test_mixers_differ_in_their_own_layers_alone():
     """Queries and keys are 2C² + 2C a block, the filter 50C; every other parameter has its name and shape in all."""
     models = {mixer: on_meta(mixer) for mixer in MIXERS}
     shapes = {mixer: {k: v.shape for k, v in model.state_dict().items()} for mixer, model in models.items()}
-    own = {"gspn": "head", "attention": "query_key", "linear": "query_key", "conv": "wide_conv"}
+    own = {"gspn": "head", "attention": "query_key", "linear": "query_key", "window": "query_key", "conv": "wide_conv"}
     numbers = ("mixer.log_rate", "mixer.scale")  # of scans
     shared = [
         {k: v for k, v in shapes[mixer].items() if f".{own[mixer]}." not in k and not k.endswith(numbers)}
@@ -241,7 +308,7 @@ def test_mixers_differ_in_their_own_layers_alone():
     extra = {mixer: model.num_parameters() - rest for mixer, model in models.items()}
     attention = 12 * (2 * 384**2 + 2 * 384)
     scans = 12 * (384 * 24 + (24 + 1) * 6 * 16 + 2 * 4 * 384)
-    assert extra == {"gspn": scans, "attention": attention, "linear": attention, "conv": 12 * 50 * 384}
+    assert extra == {"gspn": scans, "conv": 12 * 50 * 384} | dict.fromkeys(("attention", "linear", "window"), attention)
 
 
 def straight_scans(rate: float | None = None) -> GSPNMixer:
@@ -347,5 +414,5 @@ def test_half_lives_of_a_new_mixer_are_spread_over_each_groups_channels():
 
 
 def test_an_unknown_mixer_is_refused_by_name():
-    with pytest.raises(InputError, match="mixer='mamba': give one of gspn, attention, linear, conv"):
+    with pytest.raises(InputError, match="mixer='mamba': give one of gspn, attention, linear, window, conv"):
         create_model("gspn-dit-s-2", mixer="mamba")

@@ -1,0 +1,151 @@
+"""What is reached of what the GPU's figures are to be: targets, landed figures, predictions and those of a folder.
+
+`python -m benchmarks.targets --results FOLDER` reads operator-cuda.json and resolution-cuda.json, which the parts
+`operator` and `models` of benchmarks/gpu.sh write there, and benchmarks/targets.yaml, which has the other figures, and
+prints a row for each target. It needs no GPU.
+"""
+
+from __future__ import annotations
+
+from benchmarks.commands import TargetsOptions as Options
+from benchmarks.commands import run
+
+if __name__ == "__main__":  # before the imports that take seconds
+    raise SystemExit(run("targets"))
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.result_files import write_text
+from benchmarks.tables import header, row
+
+FIGURES = Path(__file__).with_name("targets.yaml")
+Rows = dict[str, dict[str, Any]]  # of a results file, by their keys
+
+
+@dataclass(frozen=True)
+class Target:
+    """How a row is measured, and how its figures are written.
+
+    Args:
+        measure: The figure in the rows of the operator's and the models' results; None where they lack it.
+        form: As of :func:`format`.
+        at_most: Whether less is better.
+    """
+
+    measure: Callable[[Rows, Rows], float | None]
+    form: str = ".2f"
+    at_most: bool = False
+
+    def write(self, figure: float | None) -> str:
+        """A figure in the table."""
+        return "–" if figure is None else format(figure, self.form)
+
+    def reached(self, figure: float, reach: float) -> bool:
+        """Whether a figure is as good as it is to be."""
+        return figure <= reach if self.at_most else figure >= reach
+
+
+def share(case: str, operator: Rows, models: Rows) -> float | None:
+    """The byte floor over the forward pass of a case."""
+    found = operator.get(case, {})
+    return found["floor_ms"] / found["ours"]["forward"]["device_ms"] if "ours" in found else None
+
+
+def over_forward(case: str, operator: Rows, models: Rows) -> float | None:
+    """Forward and backward over forward."""
+    ours = operator.get(case, {}).get("ours", {})
+    return ours["both"]["device_ms"] / ours["forward"]["device_ms"] if "both" in ours else None
+
+
+def against_attention(case: str, operator: Rows, models: Rows) -> float | None:
+    """The faster kernel of attention over our forward pass."""
+    found = operator.get(case, {})
+    peers = [timing["forward"]["device_ms"] for timing in found.get("attention", {}).values() if "forward" in timing]
+    return min(peers) / found["ours"]["forward"]["device_ms"] if peers else None
+
+
+def fastest(models: Rows, model: str, step: str, pixels: int) -> dict[str, Any] | None:
+    """The row of a model's fastest settings."""
+    found = [
+        measured
+        for measured in models.values()
+        if (measured["model"], measured["step"], measured["pixels"]) == (model, step, pixels) and "seconds" in measured
+    ]
+    return min(found, key=lambda measured: measured["seconds"], default=None)
+
+
+def against_dit(what: str, step: str, pixels: int, operator: Rows, models: Rows) -> float | None:
+    """DiT's seconds over ours; of bytes, ours over DiT's."""
+    dit, ours = (fastest(models, model, step, pixels) for model in ("DiT", "GSPN-DiT"))
+    if dit is None or ours is None:
+        return None
+    return dit[what] / ours[what] if what == "seconds" else ours[what] / dit[what]
+
+
+def targets() -> dict[str, Target]:
+    """Every row by its name in targets.yaml."""
+    gspn_2 = "GSPN-2: 1024², 8 ch, global"
+    cases = {f"{pixels} px": f"{pixels} px, global" for pixels in (256, 512, 1024, 2048)}
+    shares = cases | {"16K px, chunk 32": "16K px, chunk 32", "16K px": "16K px, global"}
+    shares |= {"GSPN-2's configuration": gspn_2}
+    rows = {
+        f"operator, share of the floor: {name}": Target(partial(share, case), ".0%") for name, case in shares.items()
+    }
+    for name, case in {**cases, "GSPN-2's configuration": gspn_2}.items():
+        rows[f"forward and backward over forward: {name}"] = Target(partial(over_forward, case), ".1f", at_most=True)
+    for name in ("256 px", "512 px", "1024 px"):
+        rows[f"operator, times the speed of attention: {name}"] = Target(partial(against_attention, cases[name]), ".1f")
+    for step, words, sizes in (
+        ("forward", "XL forward", (256, 512, 1024, 4096, 16384)),
+        ("training", "XL training step", (256, 512, 1024)),
+    ):
+        for pixels in sizes:
+            measure = partial(against_dit, "seconds", step, pixels)
+            rows[f"{words}, times the speed of DiT-XL/2: {pixels} px"] = Target(measure)
+    memory = partial(against_dit, "bytes", "training", 256)
+    rows["memory that a training step adds, over DiT-XL/2's: 256 px"] = Target(memory, at_most=True)
+    return rows
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A results file; one without rows where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {"rows": {}}
+
+
+def table(results: Path) -> list[str]:
+    """The table, what it comes to, and what its figures are of."""
+    operator, models = (read(results / f"{name}-cuda.json") for name in ("operator", "resolution"))
+    figures = yaml.safe_load(FIGURES.read_text())
+    lines = header(["what", "landed", "to reach", "predicted", "measured", "reached"])
+    words: dict[str, list[str]] = {"yes": [], "no": [], "not measured": []}
+    for name, target in targets().items():
+        known = figures[name]
+        measured = target.measure(operator["rows"], models["rows"])
+        said = "not measured"
+        if measured is not None:
+            said = "yes" if target.reached(measured, known["reach"]) else "no"
+        words[said].append(name)
+        reach = f"{'at most ' if target.at_most else ''}{target.write(known['reach'])}"
+        cells = target.write(known["landed"]), reach, target.write(known["predicted"]), target.write(measured)
+        lines.append(row([name, *cells, said]))
+    lines += ["", f"Reached: {len(words['yes'])} of {len(figures)}; not measured: {len(words['not measured'])}."]
+    for name, of in {"operator": operator, "models": models}.items():
+        if of["rows"]:
+            code = {found.get("revision") or of.get("revision", "not noted") for found in of["rows"].values()}
+            lines += ["", f"{name}: {of['machine']}. Code: {', '.join(sorted(code))}."]
+    return lines
+
+
+def main(options: Options) -> None:
+    """Print the table, and write it where it is asked for."""
+    text = "\n".join(table(Path(options.results)))
+    print(text)
+    if options.out is not None:
+        write_text(options.out, text)
