@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,8 @@ def test_no_module_outside_the_demo_room_imports_it():
 @pytest.mark.slow
 def test_every_other_module_is_imported_where_there_is_no_demo_room():
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in CORE]
+    if find_spec("triton") is None:  # the kernels' modules, which nothing imports there
+        names = [name for name in names if not name.startswith("gspn_dit.ops.passes.")]
     script = f"""
 from importlib import import_module
 for name in {names!r}:

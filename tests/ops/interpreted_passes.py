@@ -18,7 +18,7 @@ from gspn_dit.models import create_model
 from gspn_dit.ops.passes import activation, convolution, norm, operators
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-MAPS = [(2, 4, 4, 32), (1, 3, 5, 20), (3, 1, 1, 7), (2, 5, 3, 33), (1, 2, 2, 300), (2, 17, 9, 65)]
+MAPS = [(2, 4, 4, 32), (1, 3, 5, 20), (3, 1, 1, 7), (2, 5, 3, 33), (1, 2, 2, 300)]
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def test_norms_and_residuals(shape, dtype):
 def test_many_tokens_are_several_slices_of_several_tiles(monkeypatch):
     monkeypatch.setattr(norm, "FORWARD_TILE", 64)
     monkeypatch.setattr(norm, "BACKWARD_TILE", 64)
-    test_norms_and_residuals((2, 17, 9, 33), torch.float32)
+    test_norms_and_residuals((2, 5, 9, 17), torch.float32)
 
 
 def test_a_modulation_may_be_expanded_and_of_another_dtype():
@@ -123,11 +123,16 @@ def test_nan_shows():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [*MAPS, (1, 20, 70, 8), (2, 1, 9, 16), (2, 9, 1, 16)])
+@pytest.mark.parametrize("shape", [(2, 4, 4, 32), (1, 3, 5, 20), (3, 1, 1, 7), (2, 1, 9, 16), (2, 9, 1, 16)])
 def test_depthwise_conv(shape, dtype):
     channels = shape[-1]
     weight = random(channels, 1, 3, 3, dtype=dtype)
     compare(fused.depthwise_conv, random(*shape, dtype=dtype), weight, random(channels, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 17, 9, 65), (1, 3, 70, 40)])  # several rows, columns and channels of tiles
+def test_depthwise_conv_of_several_tiles(shape):
+    test_depthwise_conv(shape, torch.float32)
 
 
 def test_depthwise_conv_without_bias_and_with_weights_of_another_dtype():

@@ -21,6 +21,8 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_CHANNELS = 8192  # a program holds a token's channels in registers
 OLDEST = (8, 0)  # compute capability with conversions from and to bfloat16
+# Uncompiled, a smaller map waits for the host, and an operator of Python's takes the host longer than three of C++'s.
+SMALLEST_EAGER = 2**22  # elements
 
 # GSPN_DIT_FUSED=0 turns the passes off, to find out whether a fault is theirs.
 WANTED = os.environ.get("GSPN_DIT_FUSED", "1") != "0"
@@ -28,7 +30,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def take(x: Tensor) -> bool:
-    """Whether the kernels run on a map (..., C): on NVIDIA GPUs since Ampere, where Triton is, unless turned off."""
+    """Whether the kernels run on a map (..., C): on NVIDIA GPUs since Ampere, where Triton is, unless turned off.
+
+    Under torch.compile on maps of any size, else on those of at least SMALLEST_EAGER elements.
+    """
     return (
         x.device.type == "cuda"
         and WANTED
@@ -37,6 +42,7 @@ def take(x: Tensor) -> bool:
         and x.dtype in DTYPES
         and 0 < x.shape[-1] <= MOST_CHANNELS
         and x.numel() > 0
+        and (torch.compiler.is_compiling() or x.numel() >= SMALLEST_EAGER)
         and torch.cuda.is_available()
         and torch.cuda.get_device_capability(x.device) >= OLDEST
     )

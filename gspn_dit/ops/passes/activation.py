@@ -13,7 +13,7 @@ WARPS = 4
 
 
 @triton.jit
-def forward_kernel(x, y, count, BLOCK: tl.constexpr):
+def squared_relu_forward(x, y, count, BLOCK: tl.constexpr):
     """BLOCK elements; NaN stays NaN."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
@@ -22,7 +22,7 @@ def forward_kernel(x, y, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(x, grad, grad_x, count, BLOCK: tl.constexpr):
+def squared_relu_backward(x, grad, grad_x, count, BLOCK: tl.constexpr):
     """BLOCK elements of the gradient."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
@@ -35,7 +35,7 @@ def forward(x: Tensor) -> Tensor:
     """max(x, 0)² of a tensor of any shape."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    wrap_triton(forward_kernel)[(triton.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    wrap_triton(squared_relu_forward)[(triton.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return y
 
 
@@ -43,7 +43,7 @@ def backward(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x."""
     x, grad = x.contiguous(), grad.contiguous()
     grad_x = torch.empty_like(x)
-    wrap_triton(backward_kernel)[(triton.cdiv(x.numel(), BLOCK),)](
+    wrap_triton(squared_relu_backward)[(triton.cdiv(x.numel(), BLOCK),)](
         x, grad, grad_x, x.numel(), BLOCK=BLOCK, num_warps=WARPS
     )
     return grad_x

@@ -37,7 +37,7 @@ def _tap(weight, tap: tl.constexpr, channel, channels, TURNED: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def conv_forward(
     x,
     weight,
     bias,
@@ -86,7 +86,7 @@ def forward_kernel(
 
 
 @triton.jit
-def weight_kernel(
+def conv_weight(
     x,
     grad,
     sums,
@@ -141,7 +141,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False
     y = torch.empty_like(x)
     block, columns = _tile(width, channels)
     tiles = batch * triton.cdiv(height, ROWS) * triton.cdiv(width, columns)
-    wrap_triton(forward_kernel)[(tiles, triton.cdiv(channels, block))](
+    wrap_triton(conv_forward)[(tiles, triton.cdiv(channels, block))](
         x,
         weight,
         bias,
@@ -166,7 +166,7 @@ def weight_backward(grad: Tensor, x: Tensor, like: Tensor) -> tuple[Tensor, Tens
     rows_each = triton.cdiv(batch * height, SUMMANDS)
     programs = triton.cdiv(batch * height, rows_each)
     sums = x.new_empty((programs, 10, channels), dtype=torch.float32)
-    wrap_triton(weight_kernel)[(programs, triton.cdiv(channels, block))](
+    wrap_triton(conv_weight)[(programs, triton.cdiv(channels, block))](
         x,
         grad,
         sums,
@@ -186,4 +186,7 @@ def weight_backward(grad: Tensor, x: Tensor, like: Tensor) -> tuple[Tensor, Tens
 def _tile(width: int, channels: int) -> tuple[int, int]:
     """Channels and columns of a tile: few columns on narrow maps, so that few lie beyond the map's edge."""
     block = min(CHANNELS, triton.next_power_of_2(channels))
-    return block, min(TILE // block, triton.next_power_of_2(width))
+    columns = 1
+    while columns < width and columns < TILE // block:  # comparisons: torch.compile may leave width open
+        columns *= 2
+    return block, columns

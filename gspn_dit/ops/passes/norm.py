@@ -38,7 +38,7 @@ def _vector(vector, image, stride, channel, channels):
 
 
 @triton.jit
-def forward_kernel(
+def norm_forward(
     x,
     branch,
     gate,
@@ -86,7 +86,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def norm_backward(
     total,
     branch,
     gate,
@@ -187,7 +187,7 @@ def forward(
         mean, inverse = (x.new_empty((batch, tokens), dtype=torch.float32) for _ in range(2))
     block = triton.next_power_of_2(channels)
     rows = max(1, FORWARD_TILE // block)
-    wrap_triton(forward_kernel)[(batch * triton.cdiv(tokens, rows),)](
+    wrap_triton(norm_forward)[(batch * triton.cdiv(tokens, rows),)](
         x,
         branch,
         gate,
@@ -249,7 +249,7 @@ def backward(
     kinds = (residual is not None) + 2 * (norm is not None)
     sums = total.new_empty((batch, slices, kinds, channels), dtype=torch.float32)
     block = triton.next_power_of_2(channels)
-    wrap_triton(backward_kernel)[(batch * slices,)](
+    wrap_triton(norm_backward)[(batch * slices,)](
         total,
         branch,
         gate,
