@@ -24,6 +24,11 @@ def test_what_runs_on_a_cpu_is_the_composition():
     assert not take(torch.ones(2, 4, 4, 32, device="meta"))
 
 
+def test_torch_compile_does_not_look_into_what_a_gpu_is():
+    graph = torch.compile(lambda x: x + passes.runs_kernels(torch.device("cuda")), backend="eager", fullgraph=True)
+    assert graph(torch.ones(1)) == 1 + torch.cuda.is_available()
+
+
 def test_the_composition_is_what_it_says():
     x, branch = torch.randn(2, 3, 5, 16), torch.randn(2, 3, 5, 16)
     gate, shift, scale = torch.randn(2, 1, 1, 3, 16).unbind(-2)
@@ -35,6 +40,7 @@ def test_the_composition_is_what_it_says():
 
 
 @needs_triton
+@pytest.mark.slow
 def test_which_maps_the_kernels_take_and_what_turns_them_off():
     """Asked of made GPU tensors, in processes of their own: the variable is read once."""
     ask = """

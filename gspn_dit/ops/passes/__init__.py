@@ -37,12 +37,20 @@ def take(x: Tensor) -> bool:
     return (
         x.device.type == "cuda"
         and WANTED
-        and HAS_TRITON
-        and torch.version.hip is None
         and x.dtype in DTYPES
         and 0 < x.shape[-1] <= MOST_CHANNELS
         and x.numel() > 0
         and (torch.compiler.is_compiling() or x.numel() >= SMALLEST_EAGER)
+        and runs_kernels(x.device)
+    )
+
+
+@torch.compiler.assume_constant_result
+def runs_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a GPU; torch.compile asks once and does not look inside."""
+    return (
+        HAS_TRITON
+        and torch.version.hip is None
         and torch.cuda.is_available()
-        and torch.cuda.get_device_capability(x.device) >= OLDEST
+        and torch.cuda.get_device_capability(device) >= OLDEST
     )
