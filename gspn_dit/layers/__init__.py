@@ -5,6 +5,7 @@ chunk a number of lines that a scan runs over before it starts anew.
 
     mixers         what replaces attention: line scans, and the baselines they are compared with
     gspn_core      the GSPN paper's scan, with gates for every channel
+    fused          norms, residuals, activation and convolution that are one pass over the map each on a GPU
     feed_forward, convolution, norm, modulation, linear
     embeddings     patches, times, class labels and positions as vectors
     chunks         which layer's scans have which chunk, and the chunks at other sizes

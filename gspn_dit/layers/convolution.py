@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError, is_whole
+from gspn_dit.layers.fused import depthwise_conv
 
 
 class DepthwiseConv(nn.Conv2d):
     """One k × k filter per channel, zero padded to keep the map's size: (B, H, W, C) to (B, H, W, C).
-
-    The permuted views are what torch calls the channels_last memory format: nothing is copied.
 
     Raises:
         InputError: A kernel size that is not odd.
@@ -24,4 +23,4 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(width, width, kernel_size, padding=kernel_size // 2, groups=width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return depthwise_conv(x, self.weight, self.bias)

@@ -1,16 +1,11 @@
-"""Adaptive LayerNorm: a norm whose shift and scale depend on the condition (DiT, arXiv 2212.09748, section 3.2)."""
+"""DiT's last layer, whose norm has its shift and scale from the condition (arXiv 2212.09748, section 3.2)."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from gspn_dit.layers.fused import modulated_norm
 from gspn_dit.layers.linear import linear
-from gspn_dit.layers.norm import LayerNorm
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive LayerNorm's affine part: x is (B, H, W, C), shift and scale are (B, 1, 1, C)."""
-    return x * (1 + scale) + shift
 
 
 class FinalLayer(nn.Module):
@@ -22,10 +17,9 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, patch_values: int) -> None:
         super().__init__()
-        self.norm_final = LayerNorm(width)
         self.linear = linear(width, patch_values, zero=True)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, zero=True))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulated_norm(x, shift, scale))

@@ -1,4 +1,4 @@
-"""Norms over channels that keep their input's dtype, under autocast too."""
+"""Norms that keep their input's dtype, under autocast too."""
 
 from __future__ import annotations
 
@@ -6,23 +6,9 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gspn_dit.ops.tail import EPSILON
-
-
-class LayerNorm(nn.LayerNorm):
-    """DiT's norm over channels, without weights of its own, in its input's dtype.
-
-    Autocast on CUDA, not on a CPU, would make a float32 map of a bfloat16 one, and keep it so up to the next product.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, elementwise_affine=False, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x.device):
-            return super().forward(x)
 
 
 def group_rms_norm(x: Tensor, num_groups: int) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from gspn_dit.errors import InputError
 from gspn_dit.layers.embeddings import LabelEmbedding, TimestepEmbedding, sincos_positions
 from gspn_dit.layers.feed_forward import FeedForward
+from gspn_dit.layers.fused import gated_residual, gated_residual_norm, modulated_norm
 from gspn_dit.layers.linear import linear
-from gspn_dit.layers.modulation import FinalLayer, modulate
-from gspn_dit.layers.norm import LayerNorm
+from gspn_dit.layers.modulation import FinalLayer
 from gspn_dit.models.latent_model import LatentModel, check_one_each, require_count
 from gspn_dit.models.registry import register_model
 
@@ -116,17 +116,16 @@ class DiTBlock(nn.Module):
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(width)
         self.attn = Attention(width, num_heads)
-        self.norm2 = LayerNorm(width)
         self.mlp = FeedForward(width, mlp_ratio)
         # Zero: every gate starts shut and the block is the identity.
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, zero=True))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        y = self.attn(modulated_norm(x, shift1, scale1))
+        x, y = gated_residual_norm(x, y, gate1, shift2, scale2)
+        return gated_residual(x, self.mlp(y), gate2)
 
 
 class Attention(nn.Module):

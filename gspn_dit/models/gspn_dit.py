@@ -13,10 +13,9 @@ from gspn_dit.errors import InputError
 from gspn_dit.layers.chunks import chunk_by_layer
 from gspn_dit.layers.embeddings import LabelEmbedding, TimestepEmbedding
 from gspn_dit.layers.feed_forward import FeedForward, SquaredReLU
+from gspn_dit.layers.fused import gated_residual, gated_residual_norm, modulated_norm
 from gspn_dit.layers.linear import linear
 from gspn_dit.layers.mixers import MIXERS, Mixer, Projections
-from gspn_dit.layers.modulation import modulate
-from gspn_dit.layers.norm import LayerNorm
 from gspn_dit.models.latent_model import LatentModel, check_one_each, require_count
 from gspn_dit.models.registry import register_model
 
@@ -135,17 +134,16 @@ class GSPNDiTBlock(nn.Module):
 
     def __init__(self, width: int, rank: int, mlp_ratio: float, mixer: Mixer) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(width)
         self.mixer = mixer
-        self.norm2 = LayerNorm(width)
         self.mlp = FeedForward(width, mlp_ratio, SquaredReLU())
         self.modulation = nn.Sequential(linear(rank, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
 
     def forward(self, x: Tensor, modulation: Tensor, block_condition: Tensor, chunk: int | None = None) -> Tensor:
         modulation = modulation + self.modulation(block_condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(-2)
-        x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1), chunk)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        y = self.mixer(modulated_norm(x, shift1, scale1), chunk)
+        x, y = gated_residual_norm(x, y, gate1, shift2, scale2)
+        return gated_residual(x, self.mlp(y), gate2)
 
 
 class SharedFinalLayer(nn.Module):
@@ -153,10 +151,9 @@ class SharedFinalLayer(nn.Module):
 
     def __init__(self, width: int, patch_values: int) -> None:
         super().__init__()
-        self.norm_final = LayerNorm(width)
         self.modulation_offset = nn.Parameter(torch.zeros(2, width))
         self.linear = linear(width, patch_values, zero=True)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale = (modulation[..., :2, :] + self.modulation_offset).unbind(-2)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulated_norm(x, shift, scale))

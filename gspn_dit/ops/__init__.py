@@ -1,7 +1,8 @@
 """The GSPN operator: 2D linear propagation by line scans. `gspn-dit ops` says which backends run on this machine.
 
 `from gspn_dit.ops import propagate` registers it with torch, which a program saved by torch.export needs. A backend of
-your own is an object as `Backend` describes it, handed to `register`.
+your own is an object as `Backend` describes it, handed to `register`. `gspn_dit.ops.passes` has Triton kernels for what
+else a block does.
 """
 
 from gspn_dit.exports import on_demand

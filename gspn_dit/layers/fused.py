@@ -1,0 +1,88 @@
+"""What lies between the products and scans of a block: each function is one pass over the map on a GPU.
+
+Each is defined by the composition of torch's functions that it ends with. That is what runs on CPUs, in float64,
+without Triton and on other makers' devices; elsewhere a kernel of `gspn_dit.ops.passes` computes the same in float32
+and rounds once, at the end, where the composition rounds after each step. GSPN_DIT_FUSED=0 in the environment turns the
+kernels off.
+
+A map is (B, H, W, C). Shift, scale and gate are (B, 1, 1, C), or broadcast to that.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gspn_dit.layers.norm import without_autocast
+from gspn_dit.ops.passes import take
+
+EPSILON = 1e-6
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive LayerNorm (DiT, arXiv 2212.09748, section 3.2): a norm over channels, times 1 + scale, plus shift."""
+    if take(x):
+        from gspn_dit.ops.passes import operators
+
+        return operators.modulated_norm(x, _vectors(shift, x), _vectors(scale, x))[0]
+    return _layer_norm(x) * (1 + scale) + shift
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """x + gate · branch, the end of half a block."""
+    if take(x):
+        from gspn_dit.ops.passes import operators
+
+        return operators.gated_residual(x, branch, _vectors(gate, x))
+    return x + gate * branch
+
+
+def gated_residual_norm(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """x + gate · branch, and its modulated norm: the end of half a block and the start of the next."""
+    if take(x):
+        from gspn_dit.ops.passes import operators
+
+        return operators.gated_residual_norm(x, branch, *(_vectors(part, x) for part in (gate, shift, scale)))[:2]
+    total = gated_residual(x, branch, gate)
+    return total, modulated_norm(total, shift, scale)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)², the activation of Primer (arXiv 2109.08668), of a tensor of any shape."""
+    if take(x):
+        from gspn_dit.ops.passes import operators
+
+        return operators.squared_relu(x)
+    x = x.relu()
+    return x * x  # not square(), of which autocast on CUDA makes float32
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One k × k filter per channel, (C, 1, k, k) with k odd, zero padded to keep the map's size, plus a bias (C,).
+
+    The kernel is for k = 3. Other filters are cuDNN's: the nine weights of a channel fit registers, 25 and 49 do not.
+    The permuted views are what torch calls the channels_last memory format: nothing is copied.
+    """
+    if take(x) and weight.shape[-1] == 3:
+        from gspn_dit.ops.passes import operators
+
+        if torch.is_autocast_enabled("cuda"):  # which casts a convolution's input
+            x = x.to(torch.get_autocast_dtype("cuda"))
+        return operators.depthwise_conv(x, weight, bias)
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+    return y.permute(0, 2, 3, 1)
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    """The norm without weights, in x's dtype.
+
+    Autocast on CUDA, not on a CPU, would make a float32 map of a bfloat16 one, and keep it so up to the next product.
+    """
+    with without_autocast(x.device):
+        return F.layer_norm(x, x.shape[-1:], eps=EPSILON)
+
+
+def _vectors(part: Tensor, x: Tensor) -> Tensor:
+    """A modulation's part as one vector for each image of x, (B, C), a view."""
+    return part.expand(len(x), *part.shape[1:]).view(len(x), x.shape[-1])

@@ -1,0 +1,281 @@
+"""Kernels of the modulated norm and of gated residuals, and how they are launched.
+
+For a token x of C channels, with the mean m and r = 1 / √(variance + ε) of its channels:
+
+    n = r (x - m),   y = n (1 + scale) + shift
+
+Backward, with g = (1 + scale) dy and means over the channels of the token:
+
+    dx = r (g - mean(g) - n mean(g n)),   dshift = Σ dy,   dscale = Σ dy n
+
+The sums run over the tokens of an image. A program adds up a slice of them, and `Tensor.sum` the slices, so the order
+is always the same. In a residual, t = x + gate · branch takes x's place, and dbranch = gate dt, dgate = Σ branch dt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+EPSILON = 1e-6
+WARPS = 8
+FORWARD_TILE = 8192  # elements: 32 a thread
+BACKWARD_TILE = 2048  # 8 a thread of each of up to six maps, and of three sums
+SLICES = 1024  # programs that share a map's sums, for some of them on every multiprocessor
+SLICE_TOKENS = 8  # at least, so that sums are small beside the map
+
+
+@triton.jit
+def _vector(vector, image, stride, channel, channels):
+    """A modulation vector's channels for an image, (1, BLOCK) in float32."""
+    pointer = vector + image.to(tl.int64) * stride + channel
+    return tl.load(pointer, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def norm_forward(
+    x,
+    branch,
+    gate,
+    shift,
+    scale,
+    total,
+    y,
+    mean,
+    inverse,
+    tokens,
+    channels,
+    gate_stride,
+    shift_stride,
+    scale_stride,
+    RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ROWS tokens of one image. RESIDUAL: x + gate · branch, to `total`. NORM: the modulated norm of that, to `y`."""
+    tiles = tl.cdiv(tokens, ROWS)
+    image = tl.program_id(0) // tiles
+    token = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)
+    inside = (token < tokens)[:, None] & (channel < channels)[None, :]
+    row = image.to(tl.int64) * tokens + token
+    at = row[:, None] * channels + channel[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        added = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+        value += _vector(gate, image, gate_stride, channel, channels) * added
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=inside)
+        value = rounded.to(tl.float32)  # the norm is of what the next layers read
+    if NORM:
+        m = tl.sum(value, 1) / channels
+        centred = tl.where(inside, value - m[:, None], 0.0)
+        r = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + EPS)
+        factor = 1.0 + _vector(scale, image, scale_stride, channel, channels)
+        result = centred * r[:, None] * factor + _vector(shift, image, shift_stride, channel, channels)
+        tl.store(y + at, result.to(y.dtype.element_ty), mask=inside)
+        tl.store(mean + row, m, mask=token < tokens)
+        tl.store(inverse + row, r, mask=token < tokens)
+
+
+@triton.jit
+def norm_backward(
+    total,
+    branch,
+    gate,
+    scale,
+    mean,
+    inverse,
+    grad_total,
+    grad_y,
+    grad_x,
+    grad_branch,
+    sums,
+    tokens,
+    channels,
+    slices,
+    slice_tokens,
+    gate_stride,
+    scale_stride,
+    RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A slice of one image, ROWS tokens at a time; its sums in the order gate, shift, scale, those that there are.
+
+    Without RESIDUAL there is no grad_total, and `total` is x. Without NORM nothing changes grad_total on its way to x,
+    so no grad_x is written.
+    """
+    image = tl.program_id(0) // slices
+    first = tl.program_id(0) % slices * slice_tokens
+    last = tl.minimum(first + slice_tokens, tokens)
+    channel = tl.arange(0, BLOCK)
+    there = channel < channels
+    sum_gate = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_shift = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_scale = tl.zeros((ROWS, BLOCK), tl.float32)
+    if RESIDUAL:
+        g = _vector(gate, image, gate_stride, channel, channels)
+    if NORM:
+        factor = 1.0 + _vector(scale, image, scale_stride, channel, channels)
+    for start in range(first, last, ROWS):
+        token = start + tl.arange(0, ROWS)
+        inside = (token < last)[:, None] & there[None, :]
+        row = image.to(tl.int64) * tokens + token
+        at = row[:, None] * channels + channel[None, :]
+        grad = tl.zeros((ROWS, BLOCK), tl.float32)
+        if RESIDUAL:
+            added = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+            grad += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            value = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
+            dy = tl.load(grad_y + at, mask=inside, other=0.0).to(tl.float32)
+            m = tl.load(mean + row, mask=token < last, other=0.0)
+            r = tl.load(inverse + row, mask=token < last, other=0.0)
+            normal = tl.where(inside, (value - m[:, None]) * r[:, None], 0.0)
+            sum_shift += dy
+            sum_scale += dy * normal
+            dy *= factor
+            along = tl.sum(dy * normal, 1) / channels
+            grad += r[:, None] * (dy - (tl.sum(dy, 1) / channels)[:, None] - normal * along[:, None])
+            tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
+        if RESIDUAL:
+            sum_gate += grad * added
+            tl.store(grad_branch + at, (grad * g).to(grad_branch.dtype.element_ty), mask=inside)
+    sums += tl.program_id(0).to(tl.int64) * ((RESIDUAL + 2 * NORM) * channels) + channel
+    if RESIDUAL:
+        tl.store(sums, tl.sum(sum_gate, 0), mask=there)
+        sums += channels
+    if NORM:
+        tl.store(sums, tl.sum(sum_shift, 0), mask=there)
+        tl.store(sums + channels, tl.sum(sum_scale, 0), mask=there)
+
+
+def forward(
+    x: Tensor,
+    residual: tuple[Tensor, Tensor] | None,
+    modulation: tuple[Tensor, Tensor] | None,
+) -> tuple[Any, Any, Any, Any]:
+    """The total, its modulated norm, mean and 1 / deviation of each token, float32; None where it is not asked for.
+
+    Args:
+        x: (B, ..., C).
+        residual: Branch (as x) and gate (B, C), to be added; None for a norm of x.
+        modulation: Shift and scale (B, C) of the norm; None for a residual alone.
+    """
+    x = x.contiguous()
+    batch, channels = x.shape[0], x.shape[-1]
+    tokens = x.numel() // (batch * channels)
+    total = y = mean = inverse = branch = gate = shift = scale = None
+    dtype = x.dtype
+    if residual is not None:
+        branch, gate = residual[0].contiguous(), _side_by_side(residual[1])
+        dtype = torch.promote_types(dtype, torch.promote_types(branch.dtype, gate.dtype))
+        total = torch.empty_like(x, dtype=dtype)
+    if modulation is not None:
+        shift, scale = map(_side_by_side, modulation)
+        dtype = torch.promote_types(dtype, torch.promote_types(shift.dtype, scale.dtype))
+        y = torch.empty_like(x, dtype=dtype)
+        mean, inverse = (x.new_empty((batch, tokens), dtype=torch.float32) for _ in range(2))
+    block = triton.next_power_of_2(channels)
+    rows = max(1, FORWARD_TILE // block)
+    wrap_triton(norm_forward)[(batch * triton.cdiv(tokens, rows),)](
+        x,
+        branch,
+        gate,
+        shift,
+        scale,
+        total,
+        y,
+        mean,
+        inverse,
+        tokens,
+        channels,
+        0 if gate is None else gate.stride(0),
+        0 if shift is None else shift.stride(0),
+        0 if scale is None else scale.stride(0),
+        RESIDUAL=residual is not None,
+        NORM=modulation is not None,
+        EPS=EPSILON,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=WARPS,
+    )
+    return total, y, mean, inverse
+
+
+def backward(
+    grad_total: Tensor | None,
+    grad_y: Tensor | None,
+    total: Tensor,
+    residual: tuple[Tensor, Tensor] | None,
+    norm: tuple[Tensor, Tensor, Tensor] | None,
+    dtype: torch.dtype,
+) -> tuple[Any, Any, Tensor]:
+    """Gradients of x (in `dtype`; None for a residual alone, whose grad_total it is) and of the branch, and sums.
+
+    The sums are (B, n, C) in float32: the gradients of the gate, if there is a residual, and of shift and scale, if
+    there is a norm.
+
+    Args:
+        grad_total, grad_y: Gradients of what :func:`forward` returned; the first not without a residual, the second not
+            without a norm.
+        total: What was normalised; without a norm any map of that shape.
+        residual: Branch and gate, as in :func:`forward`.
+        norm: Scale, mean and 1 / deviation, as in :func:`forward`.
+    """
+    total = total.contiguous()
+    batch, channels = total.shape[0], total.shape[-1]
+    tokens = total.numel() // (batch * channels)
+    branch = gate = scale = mean = inverse = grad_x = grad_branch = None
+    if residual is not None and grad_total is not None:
+        branch, gate = residual[0].contiguous(), _side_by_side(residual[1])
+        grad_total = grad_total.contiguous()
+        grad_branch = torch.empty_like(branch)
+    if norm is not None and grad_y is not None:
+        scale, mean, inverse = _side_by_side(norm[0]), norm[1], norm[2]
+        grad_y = grad_y.contiguous()
+        grad_x = torch.empty_like(total, dtype=dtype)
+    slices = max(1, min(SLICES // batch, triton.cdiv(tokens, SLICE_TOKENS)))
+    slice_tokens = triton.cdiv(tokens, slices)
+    kinds = (residual is not None) + 2 * (norm is not None)
+    sums = total.new_empty((batch, slices, kinds, channels), dtype=torch.float32)
+    block = triton.next_power_of_2(channels)
+    wrap_triton(norm_backward)[(batch * slices,)](
+        total,
+        branch,
+        gate,
+        scale,
+        mean,
+        inverse,
+        grad_total,
+        grad_y,
+        grad_x,
+        grad_branch,
+        sums,
+        tokens,
+        channels,
+        slices,
+        slice_tokens,
+        0 if gate is None else gate.stride(0),
+        0 if scale is None else scale.stride(0),
+        RESIDUAL=residual is not None,
+        NORM=norm is not None,
+        ROWS=max(1, BACKWARD_TILE // block),
+        BLOCK=block,
+        num_warps=WARPS,
+    )
+    return grad_x, grad_branch, sums.sum(1)
+
+
+def _side_by_side(vectors: Tensor) -> Tensor:
+    """Vectors (B, C) with their channels side by side, any distance between two vectors."""
+    return vectors if vectors.stride(-1) == 1 else vectors.contiguous()

@@ -1,0 +1,177 @@
+"""The Triton kernels of `gspn_dit.ops.passes`, interpreted on the CPU; test_passes.py sets TRITON_INTERPRET.
+
+Each function of `gspn_dit.layers.fused` runs as on a GPU, through torch's operators, and is compared with its own
+composition in float64: results and gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+import gspn_dit.layers.fused as fused
+from gspn_dit.models import create_model
+from gspn_dit.ops.passes import activation, convolution, norm, operators
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+MAPS = [(2, 4, 4, 32), (1, 3, 5, 20), (3, 1, 1, 7), (2, 5, 3, 33), (1, 2, 2, 300)]
+
+
+@contextmanager
+def kernels():
+    """`fused` calls the kernels, though the tensors are the CPU's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "take", lambda x: True)
+        for module in (activation, convolution, norm):
+            patch.setattr(module, "wrap_triton", lambda kernel: kernel)
+        yield
+
+
+def outcome(function, *operands: Tensor | None) -> list[Tensor]:
+    """Results, and gradients of the operands for the same random gradients of the results."""
+    operands = [operand if operand is None else operand.detach().requires_grad_() for operand in operands]
+    results = function(*operands)
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
+    wanted = [operand for operand in operands if operand is not None]
+    return [*results, *torch.autograd.grad(results, wanted, grads, materialize_grads=True)]
+
+
+def compare(function, *operands: Tensor | None) -> None:
+    """Kernels against the composition in float64, by the largest of each tensor's numbers; and twice the same bits."""
+    exact = outcome(function, *(operand if operand is None else operand.double() for operand in operands))
+    with kernels():
+        got, again = outcome(function, *operands), outcome(function, *operands)
+    coarsest = max((o.dtype for o in operands if o is not None), key=TOLERANCE.__getitem__)
+    for value, repeated, reference in zip(got, again, exact, strict=True):
+        assert torch.equal(value, repeated)
+        assert value.shape == reference.shape
+        error = (value.double() - reference).abs().max() / reference.abs().max().clamp(min=1e-3)
+        assert error < TOLERANCE[coarsest], (value.dtype, value.shape, error)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def modulation(batch: int, channels: int, parts: int, dtype: torch.dtype) -> list[Tensor]:
+    """Parts of one modulation, (B, 1, 1, C) each, as a block has them: not contiguous."""
+    return list(random(batch, 1, 1, parts, channels, dtype=dtype).unbind(-2))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", MAPS)
+def test_norms_and_residuals(shape, dtype):
+    gate, shift, scale = modulation(shape[0], shape[-1], 3, dtype)
+    x, branch = random(*shape, dtype=dtype), random(*shape, dtype=dtype).flip(0, 1) + 1
+    compare(fused.modulated_norm, x, shift, scale)
+    compare(fused.gated_residual, x, branch, gate)
+    compare(fused.gated_residual_norm, x, branch, gate, shift, scale)
+
+
+def test_many_tokens_are_several_slices_of_several_tiles(monkeypatch):
+    monkeypatch.setattr(norm, "FORWARD_TILE", 64)
+    monkeypatch.setattr(norm, "BACKWARD_TILE", 64)
+    test_norms_and_residuals((2, 5, 9, 17), torch.float32)
+
+
+def test_a_modulation_may_be_expanded_and_of_another_dtype():
+    x, branch = random(3, 4, 4, 24, dtype=torch.bfloat16), random(3, 4, 4, 24, dtype=torch.bfloat16)
+    shift, scale, gate = (part.expand(3, 1, 1, 24) for part in modulation(1, 24, 3, torch.float32))
+    compare(fused.modulated_norm, x, shift, scale)
+    compare(fused.gated_residual_norm, x.float(), branch, gate.bfloat16(), shift, scale)
+    with kernels():
+        assert fused.modulated_norm(x, shift, scale).dtype == torch.float32
+        assert fused.gated_residual(x, branch, gate.bfloat16()).dtype == torch.bfloat16
+        one = fused.modulated_norm(x, shift[:1], scale[:1])
+        assert torch.equal(one, fused.modulated_norm(x, shift, scale))
+
+
+def test_a_permuted_map():
+    gate, shift, scale = modulation(2, 16, 3, torch.float32)
+    x = random(2, 16, 5, 3).permute(0, 2, 3, 1)
+    compare(fused.gated_residual_norm, x, random(2, 5, 3, 16), gate, shift, scale)
+    compare(fused.depthwise_conv, x, random(16, 1, 3, 3), random(16))
+    compare(fused.squared_relu, x)
+
+
+def test_either_result_may_go_unused():
+    gate, shift, scale = modulation(2, 16, 3, torch.float32)
+    x, branch = random(2, 4, 4, 16), random(2, 4, 4, 16).flip(0)
+    for use in (0, 1):
+        compare(lambda *operands, use=use: fused.gated_residual_norm(*operands)[use], x, branch, gate, shift, scale)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 4, 4, 32), (5,), (3, 1025)])
+def test_squared_relu(shape, dtype):
+    compare(fused.squared_relu, random(*shape, dtype=dtype))
+
+
+def test_nan_shows():
+    x = random(1, 2, 2, 16)
+    x[0, 0, 0, 3] = torch.nan
+    with kernels():
+        assert fused.squared_relu(x).isnan().sum() == 1
+        shift, scale = modulation(1, 16, 2, torch.float32)
+        assert fused.modulated_norm(x, shift, scale).isnan().sum() == 16
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 4, 4, 32), (1, 3, 5, 20), (3, 1, 1, 7), (2, 1, 9, 16), (2, 9, 1, 16)])
+def test_depthwise_conv(shape, dtype):
+    channels = shape[-1]
+    weight = random(channels, 1, 3, 3, dtype=dtype)
+    compare(fused.depthwise_conv, random(*shape, dtype=dtype), weight, random(channels, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 17, 9, 65), (1, 3, 70, 40)])  # several rows, columns and channels of tiles
+def test_depthwise_conv_of_several_tiles(shape):
+    test_depthwise_conv(shape, torch.float32)
+
+
+def test_depthwise_conv_without_bias_and_with_weights_of_another_dtype():
+    compare(fused.depthwise_conv, random(2, 5, 6, 24), random(24, 1, 3, 3), None)
+    compare(fused.depthwise_conv, random(2, 5, 6, 24, dtype=torch.bfloat16), random(24, 1, 3, 3), random(24))
+
+
+@pytest.mark.parametrize("name", ["gspn-dit-ti-2", "dit-ti-2"])
+def test_a_model_and_its_gradients(name):
+    torch.manual_seed(0)
+    model = create_model(name, depth=2, num_classes=3, sample_size=6)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    operands = torch.randn(2, 4, 6, 6), torch.tensor([10.0, 700.0]), torch.tensor([0, 2])
+
+    def gradients(model):
+        prediction = model(*operands)
+        prediction.square().sum().backward()
+        return {"prediction": prediction.detach()} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    plain = gradients(copy.deepcopy(model))
+    with kernels():
+        one_pass = gradients(model)
+    for key, value in one_pass.items():
+        torch.testing.assert_close(value, plain[key], rtol=1e-3, atol=1e-4 * plain[key].abs().max().item(), msg=key)
+
+
+def test_operators_are_sound():
+    """Schemas, fake kernels and autograd registrations, as torch checks them."""
+    gate, shift, scale = (part[:, 0, 0].contiguous().requires_grad_() for part in modulation(2, 16, 3, torch.float32))
+    x, branch = random(2, 3, 3, 16).requires_grad_(), random(2, 3, 3, 16).requires_grad_()
+    checks = ("test_schema", "test_autograd_registration")
+    with kernels():
+        for operator, operands in {
+            operators.modulated_norm: (x, shift, scale),
+            operators.gated_residual: (x, branch, gate),
+            operators.gated_residual_norm: (x, branch, gate, shift, scale),
+            operators.squared_relu: (x,),
+            operators.depthwise_conv: (x, random(16, 1, 3, 3).requires_grad_(), random(16).requires_grad_()),
+        }.items():
+            torch.library.opcheck(operator, operands, test_utils=checks)

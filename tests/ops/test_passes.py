@@ -1,0 +1,195 @@
+"""The one-pass kernels of `gspn_dit.ops.passes`: interpreted, compiled for GPUs that are not here, and on one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gspn_dit.layers.fused as fused
+from gspn_dit.models import create_model
+from gspn_dit.ops import passes
+from gspn_dit.ops.passes import take
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+
+
+def test_what_runs_on_a_cpu_is_the_composition():
+    assert not take(torch.ones(2, 4, 4, 32))
+    assert not take(torch.ones(2, 4, 4, 32, device="meta"))
+
+
+def test_torch_compile_does_not_look_into_what_a_gpu_is():
+    graph = torch.compile(lambda x: x + passes.runs_kernels(torch.device("cuda")), backend="eager", fullgraph=True)
+    assert graph(torch.ones(1)) == 1 + torch.cuda.is_available()
+
+
+def test_the_composition_is_what_it_says():
+    x, branch = torch.randn(2, 3, 5, 16), torch.randn(2, 3, 5, 16)
+    gate, shift, scale = torch.randn(2, 1, 1, 3, 16).unbind(-2)
+    total, y = fused.gated_residual_norm(x, branch, gate, shift, scale)
+    assert torch.equal(total, fused.gated_residual(x, branch, gate))
+    normal = (total - total.mean(-1, keepdim=True)) / (total.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(y, normal * (1 + scale) + shift)
+    assert torch.equal(y, fused.modulated_norm(total, shift, scale))
+
+
+@needs_triton
+@pytest.mark.slow
+def test_which_maps_the_kernels_take_and_what_turns_them_off():
+    """Asked of made GPU tensors, in processes of their own: the variable is read once."""
+    ask = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from gspn_dit.ops.passes import take
+torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda device: (9, 0)
+with FakeTensorMode(), torch.device("cuda"):
+    for channels, dtype in (64, torch.float32), (64, torch.bfloat16), (64, torch.float64), (9000, torch.half):
+        print(take(torch.empty(64, 32, 32, channels, dtype=dtype)), end=" ")
+    print(take(torch.empty(2, 4, 4, 64)), end=" ")
+    torch.compiler.is_compiling = lambda: True
+    print(take(torch.empty(2, 4, 4, 64)))
+"""
+    for value, answer in (("1", "True True False False False True"), ("0", "False " * 6)):
+        environment = os.environ | {"GSPN_DIT_FUSED": value}
+        done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == answer.split()
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_kernels_interpreted():
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    tests = Path(__file__).with_name("interpreted_passes.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(tests)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=tests.parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_machine_code_for_xl(capability, tmp_path):
+    """Nothing spills, maps are read and written 16 bytes at a time, and two blocks fit a multiprocessor's registers."""
+    from made.compiled_pass import kernels_of_a_block
+
+    for name, code in kernels_of_a_block(1152, capability, tmp_path).items():
+        assert code.spilled == 0, name
+        assert 2 * code.threads * code.registers <= 65536, (name, code)
+        nine_weights = {16: 72} if name in ("depthwise_conv", "depthwise_conv backward") else {}  # of 8 channels each
+        statistics = {32: 2} if "modulated_norm" in name or "residual_norm" in name else {}  # mean and deviation
+        forward = " " not in name
+        assert widths_but_128(code.loads) == nine_weights | ({} if forward else statistics)
+        if name == "depthwise_conv weights":
+            assert code.stores == {32: 10}  # sums alone
+        else:
+            assert widths_but_128(code.stores) == (statistics if forward else {}), name
+
+
+def widths_but_128(accesses):
+    return {width: count for width, count in accesses.items() if width != 128}
+
+
+MAP = (2, 16, 16, 192)
+DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+def block_on_gpu(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    block = create_model(name, depth=2).blocks[0]
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    width = MAP[-1]
+    condition = [torch.randn(2, 1, 1, 6, width), torch.randn(2, 1, 1, width // 4)]
+    if name.startswith("dit"):
+        condition = [torch.randn(2, 1, 1, width)]
+    operands = [torch.randn(MAP), *condition]
+    return block.to("cuda", dtype), [operand.to("cuda", dtype).requires_grad_() for operand in operands]
+
+
+def outcome(block, operands):
+    y = block(*operands)
+    wanted = [*operands, *block.parameters()]
+    return [y, *torch.autograd.grad(y, wanted, torch.ones_like(y).cumsum(-1) / y.shape[-1])]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["gspn-dit-ti-2", "dit-ti-2"])
+def test_a_block_on_a_gpu(name, dtype, compiled, monkeypatch):
+    """Result and gradients are as close to float32's as the compositions' are, and the same bits twice."""
+    monkeypatch.setattr(passes, "SMALLEST_EAGER", 0)
+    monkeypatch.setattr(passes, "WANTED", False)
+    exact, plain = outcome(*block_on_gpu(name, torch.float32)), outcome(*block_on_gpu(name, dtype))
+    monkeypatch.setattr(passes, "WANTED", True)
+    block, operands = block_on_gpu(name, dtype)
+    if compiled:
+        torch.compiler.reset()
+        block = torch.compile(block, dynamic=False, fullgraph=True)
+    got, again = outcome(block, operands), outcome(block, operands)
+    for value, repeated, composed, reference in zip(got, again, plain, exact, strict=True):
+        assert torch.equal(value, repeated)
+        assert distance(value, reference) < 3 * distance(composed, reference) + 1e-4
+
+
+def distance(value, reference):
+    """The largest difference, over the largest number of the reference."""
+    return ((value.float() - reference).abs().max() / reference.abs().max()).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_compiled_block_takes_maps_of_any_size(monkeypatch):
+    """With torch.compile's dynamic shapes."""
+    block, operands = block_on_gpu("gspn-dit-ti-2", torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(block, dynamic=True, fullgraph=True)
+    for height, width in ((16, 16), (8, 24), (5, 7)):
+        x = operands[0][:, :1, :1].detach().expand(2, height, width, -1) + torch.randn(height, width, 1, device="cuda")
+        monkeypatch.setattr(passes, "WANTED", False)
+        plain = block(x, *operands[1:])
+        monkeypatch.setattr(passes, "WANTED", True)
+        torch.testing.assert_close(compiled(x, *operands[1:]), plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 16, 16, 1152), (3, 13, 11, 100), (1, 5, 7, 33), (2, 1, 6, 8), (1, 130, 20, 64)])
+def test_each_pass_on_a_gpu(shape, dtype, monkeypatch):
+    """As the composition in float64 on the CPU, result and gradients."""
+    monkeypatch.setattr(passes, "SMALLEST_EAGER", 0)
+    torch.manual_seed(0)
+    channels = shape[-1]
+    gate, shift, scale = torch.randn(shape[0], 1, 1, 3, channels, dtype=dtype).unbind(-2)
+    x, branch = torch.randn(2, *shape, dtype=dtype)
+    weight, bias = torch.randn(channels, 1, 3, 3, dtype=dtype), torch.randn(channels, dtype=dtype)
+    for function, operands in {
+        fused.modulated_norm: (x, shift, scale),
+        fused.gated_residual: (x, branch, gate),
+        fused.gated_residual_norm: (x, branch, gate, shift, scale),
+        fused.squared_relu: (x,),
+        fused.depthwise_conv: (x, weight, bias),
+    }.items():
+        exact = gradients(function, [operand.double() for operand in operands])
+        for value, reference in zip(gradients(function, [o.cuda() for o in operands]), exact, strict=True):
+            error = (value.cpu().double() - reference).abs().max() / reference.abs().max()
+            assert error < DTYPES[dtype], (function.__name__, error)
+
+
+def gradients(function, operands):
+    operands = [operand.detach().requires_grad_() for operand in operands]
+    results = function(*operands)
+    results = results if isinstance(results, tuple) else (results,)
+    grads = [torch.ones_like(result).cumsum(-1) / result.shape[-1] for result in results]
+    return [*results, *torch.autograd.grad(results, operands, grads)]
