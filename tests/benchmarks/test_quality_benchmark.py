@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import quality_cell
+from benchmarks import quality_cell, variants
 from benchmarks.commands import DATA
 from benchmarks.quality import Options, main
 from benchmarks.quality_data import TASKS, ReachTask
@@ -18,6 +18,7 @@ from benchmarks.reach_task import COLOUR, END, TIMES, FarEnds, agreement, best_g
 from benchmarks.variants import OF_ANY_FAMILY, VARIANTS
 from gspn_dit.errors import InputError
 from gspn_dit.models import DiT
+from gspn_dit.ops import propagate
 from gspn_dit.options import parse
 from gspn_dit.training.step import NonFiniteLoss
 
@@ -106,7 +107,8 @@ def test_every_variant_is_another_model_that_trains(variant):
     task, options = ReachTask(32), Options(width=128, depth=2, models=["gspn-dit"])  # two groups
     inputs = (torch.randn(1, 3, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
     outputs = []
-    plain = "dit" if variant in OF_ANY_FAMILY else "gspn-dit"  # gspn-dit's labels are of unit scale already
+    # gspn-dit's labels are of unit scale already, and only chunks can become windows
+    plain = "dit" if variant in OF_ANY_FAMILY else "gspn-dit+chunk=3+global_layers=0"
     for spec in (plain, f"{plain}+variant={variant}"):
         torch.manual_seed(0)
         model = make_model(spec, task, options)
@@ -118,6 +120,31 @@ def test_every_variant_is_another_model_that_trains(variant):
         outputs[-1].square().sum().backward()
     assert outputs[0].shape == outputs[1].shape and not torch.allclose(*outputs)
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("joined", ["shifted-windows&two-directions", "two-directions&shifted-windows"])
+def test_joined_variants_scan_windows_of_both_grids_and_a_layers_own_two_directions(joined, monkeypatch):
+    """In five layers of a map of 8 × 8, three of them in windows of 4 × 4, the second of those on the shifted grid."""
+    calls: list[list[tuple]] = []
+
+    def noted(x: Tensor, *gates: Tensor, directions: tuple[str, ...], **options) -> Tensor:
+        calls[-1].append((tuple(x.shape[:3]), directions))
+        return propagate(x, *gates, directions=directions, **options)
+
+    monkeypatch.setattr(variants, "propagate", noted)
+    model = make_model(f"gspn-dit+chunk=4+variant={joined}", ReachTask(32), Options(width=64, depth=5))
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, inputs: calls.append([]))
+    model(torch.randn(1, 3, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
+    rows, columns = ("down", "up"), ("right", "left")
+    shifted = [(1, height, width) for height in (2, 4, 2) for width in (2, 4, 2)]
+    assert calls == [
+        [((4, 4, 4), rows)],
+        [(windows, columns) for windows in shifted],
+        [((4, 4, 4), rows)],
+        [((1, 8, 8), columns)],
+        [((1, 8, 8), rows)],
+    ]
 
 
 @pytest.mark.parametrize(
