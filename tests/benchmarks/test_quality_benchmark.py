@@ -15,6 +15,7 @@ from benchmarks.quality import Options, main
 from benchmarks.quality_data import TASKS, ReachTask
 from benchmarks.quality_model import make_model
 from benchmarks.reach_task import COLOUR, END, TIMES, FarEnds, agreement, best_guess, ends, reach_gained
+from benchmarks.seams import seam_excess
 from benchmarks.variants import OF_ANY_FAMILY, VARIANTS
 from gspn_dit.errors import InputError
 from gspn_dit.models import DiT
@@ -186,6 +187,20 @@ def test_latents_of_real_images_are_about_unit_scale_and_decode_to_images(name):
     assert max(labels) < task.num_classes
     assert task.images(latents).dtype == torch.uint8
     assert task.images(latents).shape[1] == 3
+
+
+def test_a_seam_is_what_a_border_of_tokens_has_over_the_others():
+    """Along both axes pixels rise by 9 within a token, by 1 or 3 in turn from one to the next, by 6 at the middle."""
+    rises = torch.tensor([0, *[9, 1, 9, 3] * 4])[:16]
+    rises[8] = 6
+    line = rises.cumsum(0)
+    images = (line[:, None] + line).expand(2, 3, 16, 16)
+    others = torch.tensor([1.0, 3, 1, 1, 3, 1])
+    excess = 6 - others.mean()
+    assert seam_excess(images, 2, [4]) == pytest.approx(
+        ((excess / others.mean()).item(), (excess / others.std()).item())
+    )
+    assert seam_excess(images, 2, [1, 4])[0] > 0.2 > 0 > seam_excess(images, 2, [2])[0] > -0.5
 
 
 def test_what_needs_no_vae_is_its_own_latents(tmp_path):
