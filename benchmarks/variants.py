@@ -7,20 +7,16 @@ are not carried along: `git show 235263c:benchmarks/variants.py` has all 34, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gspn_dit.layers.convolution import DepthwiseConv
 from gspn_dit.layers.mixers import NUM_DIRECTIONS, GSPNMixer, Mixer
-from gspn_dit.layers.windows import propagate_windows
 from gspn_dit.models import GSPNDiT
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.ops import propagate
 from gspn_dit.ops.operator import ALL_DIRECTIONS
-
-Scan = Callable[..., Tensor]  # called as propagate is
 
 
 def gelu(model: GSPNDiT) -> None:
@@ -76,63 +72,23 @@ def start_straight(mixer: GSPNMixer, logit: float) -> None:
         logits.copy_(torch.tensor([logit, 0.0, logit]).repeat(NUM_DIRECTIONS))
 
 
-def change_scan(mixer: GSPNMixer, change: Callable[[Scan], Scan]) -> None:
-    """Give a mixer a scan that is made of the one it has, which is `propagate` unless a variant was here before."""
-    scan = change(getattr(mixer, "scan", propagate))
+def two_directions(model: GSPNDiT) -> None:
+    """Layers scan down and up, or right and left, in turn. What they hold for the other two directions is not used."""
+    for i, block in enumerate(model.blocks):
+        scan_only(block.mixer, slice(2, 4) if i % 2 else slice(0, 2))
+
+
+def scan_only(mixer: GSPNMixer, chosen: slice) -> None:
+    """A mixer of some of its four directions."""
 
     def mix(value: Tensor, chunk: int | None = None) -> Tensor:
         gates, input_gate = mixer.token_gates(value)
         decay, scale = mixer.channel_factors(torch.promote_types(value.dtype, torch.float32))
-        return scan(value, gates, input_gate, decay=decay, scale=scale, chunk=chunk)
+        of_tokens = gates[:, :, :, chosen], input_gate[:, :, :, chosen]
+        of_channels = {"decay": decay[chosen], "scale": scale[chosen]}
+        return propagate(value, *of_tokens, **of_channels, chunk=chunk, directions=ALL_DIRECTIONS[chosen])
 
-    mixer.scan, mixer.mix = scan, mix
-
-
-def windows(model: GSPNDiT, shifted: bool = False) -> None:
-    """Local layers scan windows whose side is their chunk; shifted, every second grid starts half a window later."""
-    local = [block for block, chunk in zip(model.blocks, model.chunks, strict=True) if chunk is not None]
-    for i, block in enumerate(local):
-        change_scan(block.mixer, in_windows(shifted and i % 2 == 1))
-
-
-def in_windows(shifted: bool) -> Callable[[Scan], Scan]:
-    """A scan in windows as large as the chunk that it is asked for."""
-
-    def change(scan: Scan) -> Scan:
-        def scan_windows(*operands: Tensor, chunk: int | None, **options: Any) -> Tensor:
-            shift = chunk // 2 if chunk is not None and shifted else 0
-            return propagate_windows(*operands, window=chunk, shift=shift, scan=scan, **options)
-
-        return scan_windows
-
-    return change
-
-
-def shifted_windows(model: GSPNDiT) -> None:
-    """Windows whose grid lies half a window further down and to the right in every second local layer."""
-    windows(model, shifted=True)
-
-
-def two_directions(model: GSPNDiT) -> None:
-    """Layers scan down and up, or right and left, in turn. What they hold for the other two directions is not used."""
-    for i, block in enumerate(model.blocks):
-        change_scan(block.mixer, in_directions(slice(2, 4) if i % 2 else slice(0, 2)))
-
-
-def in_directions(chosen: slice) -> Callable[[Scan], Scan]:
-    """A scan in some of the four directions that its operands are of."""
-
-    def change(scan: Scan) -> Scan:
-        def scan_some(
-            x: Tensor, gates: Tensor, input_gate: Tensor, *, decay: Tensor, scale: Tensor, **options: Any
-        ) -> Tensor:
-            of_tokens = gates[:, :, :, chosen], input_gate[:, :, :, chosen]
-            of_channels = {"decay": decay[chosen], "scale": scale[chosen]}
-            return scan(x, *of_tokens, **of_channels, directions=ALL_DIRECTIONS[chosen], **options)
-
-        return scan_some
-
-    return change
+    mixer.mix = mix
 
 
 VARIANTS: dict[str, Callable[[LatentModel], None]] = {
@@ -142,8 +98,6 @@ VARIANTS: dict[str, Callable[[LatentModel], None]] = {
     "direct-conv": direct_conv,
     "straight-84": straight_lines(-3.0),
     "straight-97": straight_lines(-5.0),
-    "windows": windows,
-    "shifted-windows": shifted_windows,
     "two-directions": two_directions,
 }
 OF_ANY_FAMILY = ("unit-labels",)  # the others change what only a gspn-dit has

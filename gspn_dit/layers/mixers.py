@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
+from gspn_dit.layers.chunks import Chunk
 from gspn_dit.layers.convolution import DepthwiseConv
 from gspn_dit.layers.linear import linear
 from gspn_dit.layers.norm import group_rms_norm, without_autocast
+from gspn_dit.layers.windows import Window, propagate_windows
 from gspn_dit.ops import propagate
 from gspn_dit.ops.reference import DIRECTIONS
 
@@ -57,7 +59,8 @@ class Mixer(nn.Module):
     arXiv 1910.07467); it has no weight, which `proj` would only repeat. `direct` (per channel, initialised to 1) is a
     skip around the norm that keeps a token's own value from being swamped by long-range contributions.
 
-    Called as mixer(x, chunk=None). A chunk is the number of lines that a scan runs over, None the whole map.
+    Called as mixer(x, chunk=None). A chunk is the number of lines that a scan runs over, or a window; None is the whole
+    map.
 
     A subclass makes its own layers in its constructor between the two lines that make the projections (so that
     parameters keep their order), and defines :meth:`mix`.
@@ -92,7 +95,7 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, chunk: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, chunk: Chunk = None) -> Tensor:
         if chunk is not None and not self.scans:
             raise InputError(
                 f"a {type(self).__name__} has no lines", argument="chunk", value=chunk, remedy="leave it out"
@@ -152,9 +155,12 @@ class GSPNMixer(Mixer):
         if projections is not None:
             self.direct, self.proj = projections.after(width)
 
-    def mix(self, value: Tensor, chunk: int | None = None) -> Tensor:
+    def mix(self, value: Tensor, chunk: Chunk = None) -> Tensor:
         gates, input_gate = self.token_gates(value)
         decay, scale = self.channel_factors(torch.promote_types(value.dtype, torch.float32))
+        if isinstance(chunk, Window):
+            window, shift = chunk.side, chunk.shift
+            return propagate_windows(value, gates, input_gate, window=window, shift=shift, decay=decay, scale=scale)
         return propagate(value, gates, input_gate, decay=decay, scale=scale, chunk=chunk)
 
     def channel_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

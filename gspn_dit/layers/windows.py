@@ -18,6 +18,24 @@ from gspn_dit.ops import propagate
 
 
 @dataclass(frozen=True)
+class Window:
+    """A chunk of both axes: what a layer scans in place of a chunk of lines.
+
+    Attributes:
+        side: Tokens along each axis.
+        shifted: Whether the grid of windows starts half a window further down and to the right.
+    """
+
+    side: int
+    shifted: bool = False
+
+    @property
+    def shift(self) -> int:
+        """Row and column of the grid's first borders, 0 for those of the map."""
+        return self.side // 2 if self.shifted else 0
+
+
+@dataclass(frozen=True)
 class Run:
     """Windows of one length that follow each other along an axis.
 

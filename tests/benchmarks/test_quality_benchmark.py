@@ -108,8 +108,7 @@ def test_every_variant_is_another_model_that_trains(variant):
     task, options = ReachTask(32), Options(width=128, depth=2, models=["gspn-dit"])  # two groups
     inputs = (torch.randn(1, 3, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
     outputs = []
-    # gspn-dit's labels are of unit scale already, and only chunks can become windows
-    plain = "dit" if variant in OF_ANY_FAMILY else "gspn-dit+chunk=3+global_layers=0"
+    plain = "dit" if variant in OF_ANY_FAMILY else "gspn-dit"  # gspn-dit's labels are of unit scale already
     for spec in (plain, f"{plain}+variant={variant}"):
         torch.manual_seed(0)
         model = make_model(spec, task, options)
@@ -123,29 +122,19 @@ def test_every_variant_is_another_model_that_trains(variant):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("joined", ["shifted-windows&two-directions", "two-directions&shifted-windows"])
-def test_joined_variants_scan_windows_of_both_grids_and_a_layers_own_two_directions(joined, monkeypatch):
-    """In five layers of a map of 8 × 8, three of them in windows of 4 × 4, the second of those on the shifted grid."""
-    calls: list[list[tuple]] = []
+def test_two_directions_in_turn_are_rows_and_then_columns(monkeypatch):
+    """Chunks are as they were: 4 lines in the first layer of three, the whole map in the two others."""
+    calls: list[tuple] = []
 
-    def noted(x: Tensor, *gates: Tensor, directions: tuple[str, ...], **options) -> Tensor:
-        calls[-1].append((tuple(x.shape[:3]), directions))
-        return propagate(x, *gates, directions=directions, **options)
+    def noted(*operands: Tensor, directions: tuple[str, ...], chunk: int | None, **options) -> Tensor:
+        calls.append((directions, chunk))
+        return propagate(*operands, directions=directions, chunk=chunk, **options)
 
     monkeypatch.setattr(variants, "propagate", noted)
-    model = make_model(f"gspn-dit+chunk=4+variant={joined}", ReachTask(32), Options(width=64, depth=5))
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda block, inputs: calls.append([]))
+    model = make_model("gspn-dit+chunk=4+variant=two-directions", ReachTask(32), Options(width=64, depth=3))
     model(torch.randn(1, 3, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
     rows, columns = ("down", "up"), ("right", "left")
-    shifted = [(1, height, width) for height in (2, 4, 2) for width in (2, 4, 2)]
-    assert calls == [
-        [((4, 4, 4), rows)],
-        [(windows, columns) for windows in shifted],
-        [((4, 4, 4), rows)],
-        [((1, 8, 8), columns)],
-        [((1, 8, 8), rows)],
-    ]
+    assert calls == [(rows, 4), (columns, None), (rows, None)]
 
 
 @pytest.mark.parametrize(
