@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gspn_dit.errors import InputError
-from gspn_dit.layers.windows import propagate_windows, window_runs
+from gspn_dit.layers.mixers import GSPNMixer
+from gspn_dit.layers.windows import Window, propagate_windows, window_runs
 from gspn_dit.ops import propagate
 
 CHANNELS, GROUPS = 6, 2
@@ -163,3 +164,13 @@ def test_windows_take_the_operators_options(directions):
     y = propagate_windows(*of_tokens, window=3, decay=given["decay"][some], directions=directions)
     corner = propagate(*(each[:, 3:, :3] for each in of_tokens), decay=given["decay"][some], directions=directions)
     torch.testing.assert_close(y[:, 3:, :3], corner)
+
+
+@pytest.mark.slow
+def test_a_mixer_of_shifted_windows_compiles_as_one_graph():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    mixer, value = GSPNMixer(8, 2), torch.randn(2, 9, 7, 8)
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(value, Window(4, shifted=True)), mixer(value, Window(4, shifted=True)))
+    assert not torch.allclose(compiled(value, Window(4)), mixer(value, Window(4, shifted=True)))
