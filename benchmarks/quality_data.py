@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.reach_task import FarEnds, agreement, reach_gained
+from benchmarks.seams import seam_excess
 from gspn_dit.autoencoder import decode, encode_moments, load_vae, sample_posterior
 from gspn_dit.data import open_images
 from gspn_dit.evaluation.extractors import create_extractor
@@ -147,8 +148,12 @@ class DigitsTask(ClassifiedTask):
 
 
 class PhotosTask(ClassifiedTask):
-    """Crops of 16 photographs in pixels, 64×64, as 32×32 tokens of 2×2; held out are other crops of the same."""
+    """Crops of 16 photographs in pixels, 64×64, as 32×32 tokens of 2×2; held out are other crops of the same.
 
+    Its seam is that in the middle of both axes, where chunks and windows of 16 tokens end.
+    """
+
+    figures = (*ClassifiedTask.figures, ("seam", 3, False))
     name, image_size, references = "photos", 64, 4000
     latent_shape, patch_size, num_classes = (3, 64, 64), 2, 16
     horizontal_flip = True
@@ -158,6 +163,10 @@ class PhotosTask(ClassifiedTask):
 
     def clean(self, values: Tensor, noise: Tensor) -> Tensor:
         return values.float() / 127.5 - 1
+
+    def judge(self, latents: Tensor, labels: Tensor) -> dict[str, float]:
+        seam, _ = seam_excess(self.images(latents), self.patch_size, [16])
+        return super().judge(latents, labels) | {"seam": seam}
 
 
 class FashionTask(Task):

@@ -15,6 +15,8 @@ from gspn_dit.layers.convolution import DepthwiseConv
 from gspn_dit.layers.mixers import NUM_DIRECTIONS, GSPNMixer, Mixer
 from gspn_dit.models import GSPNDiT
 from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.ops import propagate
+from gspn_dit.ops.operator import ALL_DIRECTIONS
 
 
 def gelu(model: GSPNDiT) -> None:
@@ -70,6 +72,25 @@ def start_straight(mixer: GSPNMixer, logit: float) -> None:
         logits.copy_(torch.tensor([logit, 0.0, logit]).repeat(NUM_DIRECTIONS))
 
 
+def two_directions(model: GSPNDiT) -> None:
+    """Layers scan down and up, or right and left, in turn. What they hold for the other two directions is not used."""
+    for i, block in enumerate(model.blocks):
+        scan_only(block.mixer, slice(2, 4) if i % 2 else slice(0, 2))
+
+
+def scan_only(mixer: GSPNMixer, chosen: slice) -> None:
+    """A mixer of some of its four directions."""
+
+    def scan(value: Tensor, chunk: int | None = None, *, direct: Tensor | None = None) -> Tensor:
+        gates, input_gate = mixer.token_gates(value)
+        decay, scale = mixer.channel_factors(torch.promote_types(value.dtype, torch.float32))
+        of_tokens = gates[:, :, :, chosen], input_gate[:, :, :, chosen]
+        of_channels = {"decay": decay[chosen], "scale": scale[chosen], "direct": direct}
+        return propagate(value, *of_tokens, **of_channels, chunk=chunk, directions=ALL_DIRECTIONS[chosen])
+
+    mixer.scan = scan
+
+
 VARIANTS: dict[str, Callable[[LatentModel], None]] = {
     "gelu": gelu,
     "unit-labels": unit_labels,
@@ -77,5 +98,6 @@ VARIANTS: dict[str, Callable[[LatentModel], None]] = {
     "direct-conv": direct_conv,
     "straight-84": straight_lines(-3.0),
     "straight-97": straight_lines(-5.0),
+    "two-directions": two_directions,
 }
 OF_ANY_FAMILY = ("unit-labels",)  # the others change what only a gspn-dit has

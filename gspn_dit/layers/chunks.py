@@ -1,13 +1,18 @@
 """Chunks: which layers scan the map in chunks of lines, and how long chunks are at sizes other than trained.
 
-A chunk is an argument of a layer's forward: a number of lines, or None for a scan of the whole map.
+A chunk is an argument of a layer's forward: a number of lines, a window of both axes, or None for the whole map.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from gspn_dit.errors import InputError, is_whole
+from gspn_dit.layers.windows import Window
+
+Chunk = int | Window | None
+WINDOWS = ("aligned", "shifted")
 
 
 def chunk_by_layer(chunk: int | None, global_layers: int | Sequence[int], depth: int) -> list[int | None]:
@@ -43,6 +48,37 @@ def chunk_by_layer(chunk: int | None, global_layers: int | Sequence[int], depth:
     return [None if i in chosen else chunk for i in range(depth)]
 
 
-def scale_chunk(chunk: int | None, scale: float) -> int | None:
+def as_windows(chunks: Sequence[int | None], windows: str | None) -> list[Chunk]:
+    """The layers' chunks as windows whose side they are.
+
+    Args:
+        chunks: A number of lines a layer, None for one that is global and stays so.
+        windows: `aligned`, or `shifted` where every second local layer's grid starts half a window later; None leaves
+            chunks of lines.
+
+    Raises:
+        InputError: Another word.
+    """
+    if windows is None:
+        return list(chunks)
+    if windows not in WINDOWS:
+        raise InputError(
+            f"give one of {', '.join(WINDOWS)}, or None for chunks of lines", argument="windows", value=windows
+        )
+    local = [layer for layer, chunk in enumerate(chunks) if chunk is not None]
+    return [
+        None if chunk is None else Window(chunk, shifted=windows == "shifted" and local.index(layer) % 2 == 1)
+        for layer, chunk in enumerate(chunks)
+    ]
+
+
+def scale_chunk(chunk: Chunk, scale: float) -> Chunk:
     """A chunk `scale` times as long, rounded to whole lines, at least one; a global scan (None) stays global."""
-    return None if chunk is None else max(1, round(chunk * scale))
+    if isinstance(chunk, Window):
+        return replace(chunk, side=scaled_lines(chunk.side, scale))
+    return None if chunk is None else scaled_lines(chunk, scale)
+
+
+def scaled_lines(lines: int, scale: float) -> int:
+    """So many times as many lines, rounded to whole ones, at least one."""
+    return max(1, round(lines * scale))

@@ -6,6 +6,7 @@ attention. With :class:`Projections` it is the layer of gspn-dit's blocks.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
+from gspn_dit.layers.chunks import Chunk
 from gspn_dit.layers.convolution import DepthwiseConv
 from gspn_dit.layers.linear import linear
 from gspn_dit.layers.norm import group_rms_norm, without_autocast
+from gspn_dit.layers.windows import Window, propagate_windows
 from gspn_dit.ops import propagate
 from gspn_dit.ops.reference import DIRECTIONS
 
@@ -59,7 +62,8 @@ class Mixer(nn.Module):
     arXiv 1910.07467); it has no weight, which `proj` would only repeat. `direct` (per channel, initialised to 1) is a
     skip around the norm that keeps a token's own value from being swamped by long-range contributions.
 
-    Called as mixer(x, chunk=None). A chunk is the number of lines that a scan runs over, None the whole map.
+    Called as mixer(x, chunk=None). A chunk is the number of lines that a scan runs over, or a window; None is the whole
+    map.
 
     A subclass makes its own layers in its constructor between the two lines that make the projections (so that
     parameters keep their order), and defines :meth:`mix`.
@@ -99,7 +103,7 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, chunk: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, chunk: Chunk = None) -> Tensor:
         if chunk is not None and not self.scans:
             raise InputError(
                 f"a {type(self).__name__} has no lines", argument="chunk", value=chunk, remedy="leave it out"
@@ -110,7 +114,7 @@ class Mixer(nn.Module):
         value = self.conv(self.value(x))
         return self.proj(self.join(value, *options))
 
-    def join(self, value: Tensor, *options: int | None) -> Tensor:
+    def join(self, value: Tensor, *options: Chunk) -> Tensor:
         """norm(mix(v)) + direct ⊙ v, in v's dtype; the options are those of :meth:`mix`."""
         mixed = self.mix(value, *options)
         return torch.addcmul(self.norm(mixed).to(value.dtype), self.direct.to(value.dtype), value)
@@ -162,19 +166,23 @@ class GSPNMixer(Mixer):
         if projections is not None:
             self.direct, self.proj = projections.after(width)
 
-    def mix(self, value: Tensor, chunk: int | None = None) -> Tensor:
+    def mix(self, value: Tensor, chunk: Chunk = None) -> Tensor:
         return self.scan(value, chunk)
 
-    def join(self, value: Tensor, *options: int | None) -> Tensor:
+    def join(self, value: Tensor, *options: Chunk) -> Tensor:
         return self.scan(value, *options, direct=self.direct)
 
-    def scan(self, value: Tensor, chunk: int | None = None, *, direct: Tensor | None = None) -> Tensor:
+    def scan(self, value: Tensor, chunk: Chunk = None, *, direct: Tensor | None = None) -> Tensor:
         """The sum of the scans, or with `direct` norm(that) + direct ⊙ v."""
         gates, input_gate = self.token_gates(value)
         dtype = torch.promote_types(value.dtype, torch.float32)
         decay, scale = self.channel_factors(dtype)
-        direct = None if direct is None else direct.to(dtype)
-        return propagate(value, gates, input_gate, decay=decay, scale=scale, direct=direct, chunk=chunk)
+        run = functools.partial(
+            propagate, decay=decay, scale=scale, direct=None if direct is None else direct.to(dtype)
+        )
+        if isinstance(chunk, Window):
+            return propagate_windows(value, gates, input_gate, window=chunk.side, shift=chunk.shift, scan=run)
+        return run(value, gates, input_gate, chunk=chunk)
 
     def channel_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Decay f and scale s, (4, C). A half-life of many lines is an f close to 1: float32 at least."""

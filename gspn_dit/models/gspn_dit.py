@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
-from gspn_dit.layers.chunks import chunk_by_layer
+from gspn_dit.layers.chunks import Chunk, as_windows, chunk_by_layer
 from gspn_dit.layers.embeddings import LabelEmbedding, TimestepEmbedding
 from gspn_dit.layers.feed_forward import FeedForward, SquaredReLU
 from gspn_dit.layers.fused import gated_residual, gated_residual_norm, modulated_norm
@@ -47,6 +47,9 @@ class GSPNDiT(LatentModel):
             pixel image (8× VAE, patch 2) and bounds a scan to 32 sequential steps on any larger one. Samples of a
             model trained on maps larger than its chunk show the chunks' borders (docs/ablations.md).
         global_layers: How many of the last blocks are global, or the indices of those that are.
+        windows: None for chunks of lines that run across the whole map; `aligned` for windows of chunk × chunk tokens
+            in their place, and `shifted` for windows whose grid lies half a window further down and to the right in
+            every second local layer (docs/ablations.md, section 12). A map no larger than the chunk is one window.
         mixer: How tokens exchange information: `gspn`, the scans; or for comparison, inside the same block, softmax
             `attention`, `linear` attention, attention in `window`s or a depthwise `conv`
             (:mod:`gspn_dit.layers.mixers`), which have no chunk.
@@ -70,6 +73,7 @@ class GSPNDiT(LatentModel):
         conv_kernel: int = 3,
         chunk: int | None = 32,
         global_layers: int | Sequence[int] = 2,
+        windows: Literal["aligned", "shifted"] | None = None,
         mixer: str = "gspn",
         sample_size: int | Sequence[int] = 32,
         patch_size: int = 2,
@@ -98,7 +102,7 @@ class GSPNDiT(LatentModel):
         rank = max(width // 4, 1)
         self.modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
         self.block_condition = nn.Sequential(nn.SiLU(), linear(width, rank))
-        chunks = chunk_by_layer(chunk, global_layers, depth)
+        chunks = as_windows(chunk_by_layer(chunk, global_layers, depth), windows)
         self.chunks = tuple(chunks if MIXERS[mixer].scans else [None] * depth)
         self.blocks = nn.ModuleList(
             GSPNDiTBlock(width, rank, mlp_ratio, MIXERS[mixer].of_layer(i, width, num_groups, Projections(conv_kernel)))
@@ -138,7 +142,7 @@ class GSPNDiTBlock(nn.Module):
         self.mlp = FeedForward(width, mlp_ratio, SquaredReLU())
         self.modulation = nn.Sequential(linear(rank, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
 
-    def forward(self, x: Tensor, modulation: Tensor, block_condition: Tensor, chunk: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, block_condition: Tensor, chunk: Chunk = None) -> Tensor:
         modulation = modulation + self.modulation(block_condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(-2)
         y = self.mixer(modulated_norm(x, shift1, scale1), chunk)

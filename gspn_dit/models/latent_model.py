@@ -17,7 +17,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
 from gspn_dit.errors import InputError, is_whole
-from gspn_dit.layers.chunks import scale_chunk
+from gspn_dit.layers.chunks import Chunk, scale_chunk
 from gspn_dit.layers.embeddings import PatchEmbedding
 
 
@@ -34,14 +34,15 @@ class LatentModel(ModelMixin, ConfigMixin):
         out_channels: Channels of the prediction: 8 for noise and variance (`ddpm`), 4 for velocity (`flow`).
 
     Attributes:
-        chunks: Lines that each block's scans run over, None for the whole map; empty in a family without scans.
+        chunks: Lines or window that each block's scans run over, None for the whole map; empty in a family without
+            scans.
 
     Raises:
         InputError: A number below 1, or a sample size that the patch does not divide.
     """
 
     _supports_gradient_checkpointing = True
-    chunks: tuple[int | None, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
 
     def __init__(
         self, *, width: int, sample_size: int | Sequence[int], patch_size: int, in_channels: int, out_channels: int
@@ -156,7 +157,7 @@ class LatentModel(ModelMixin, ConfigMixin):
                 remedy="leave it out",
             )
 
-    def scaled_chunks(self, scale: float) -> Sequence[int | None]:
+    def scaled_chunks(self, scale: float) -> Sequence[Chunk]:
         """Each block's chunk, `scale` times as long as in training. Raises as :meth:`check_chunk_scale`."""
         self.check_chunk_scale(scale)
         return self.chunks if scale == 1 else [scale_chunk(chunk, scale) for chunk in self.chunks]
@@ -165,7 +166,7 @@ class LatentModel(ModelMixin, ConfigMixin):
         """As diffusers', but for the default function: theirs asks for torch's version, which stops torch.compile."""
         super().enable_gradient_checkpointing(gradient_checkpointing_func or partial(checkpoint, use_reentrant=False))
 
-    def run(self, block: nn.Module, *inputs: Tensor | int | None) -> Tensor:
+    def run(self, block: nn.Module, *inputs: Tensor | Chunk) -> Tensor:
         """A block, recomputed in the backward pass where `enable_gradient_checkpointing()` asked for it."""
         if self.gradient_checkpointing and is_grad_enabled():
             return self._gradient_checkpointing_func(block, *inputs)

@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import quality_cell, quality_curves
+from benchmarks import quality_cell, quality_curves, variants
 from benchmarks.commands import DATA
 from benchmarks.commands import QualityCurvesOptions as CurvesOptions
 from benchmarks.quality import Options, main
 from benchmarks.quality_data import TASKS, ReachTask
 from benchmarks.quality_model import make_model
 from benchmarks.reach_task import COLOUR, END, TIMES, FarEnds, agreement, best_guess, ends, reach_gained
+from benchmarks.seams import seam_excess
 from benchmarks.variants import OF_ANY_FAMILY, VARIANTS
 from gspn_dit.errors import InputError
 from gspn_dit.models import DiT
+from gspn_dit.ops import propagate
 from gspn_dit.options import parse
 from gspn_dit.training.step import NonFiniteLoss
 
@@ -122,6 +124,21 @@ def test_every_variant_is_another_model_that_trains(variant):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_two_directions_in_turn_are_rows_and_then_columns(monkeypatch):
+    """Chunks are as they were: 4 lines in the first layer of three, the whole map in the two others."""
+    calls: list[tuple] = []
+
+    def noted(*operands: Tensor, directions: tuple[str, ...], chunk: int | None, **options) -> Tensor:
+        calls.append((directions, chunk))
+        return propagate(*operands, directions=directions, chunk=chunk, **options)
+
+    monkeypatch.setattr(variants, "propagate", noted)
+    model = make_model("gspn-dit+chunk=4+variant=two-directions", ReachTask(32), Options(width=64, depth=3))
+    model(torch.randn(1, 3, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
+    rows, columns = ("down", "up"), ("right", "left")
+    assert calls == [(rows, 4), (columns, None), (rows, None)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -161,6 +178,20 @@ def test_latents_of_real_images_are_about_unit_scale_and_decode_to_images(name):
     assert max(labels) < task.num_classes
     assert task.images(latents).dtype == torch.uint8
     assert task.images(latents).shape[1] == 3
+
+
+def test_a_seam_is_what_a_border_of_tokens_has_over_the_others():
+    """Along both axes pixels rise by 9 within a token, by 1 or 3 in turn from one to the next, by 6 at the middle."""
+    rises = torch.tensor([0, *[9, 1, 9, 3] * 4])[:16]
+    rises[8] = 6
+    line = rises.cumsum(0)
+    images = (line[:, None] + line).expand(2, 3, 16, 16)
+    others = torch.tensor([1.0, 3, 1, 1, 3, 1])
+    excess = 6 - others.mean()
+    assert seam_excess(images, 2, [4]) == pytest.approx(
+        ((excess / others.mean()).item(), (excess / others.std()).item())
+    )
+    assert seam_excess(images, 2, [1, 4])[0] == pytest.approx(3.5 / 1.8 - 1)
 
 
 def test_what_needs_no_vae_is_its_own_latents(tmp_path):

@@ -8,6 +8,7 @@ from torch import nn
 
 from gspn_dit.layers.gspn_core import GSPNCore
 from gspn_dit.layers.mixers import GSPNMixer, Projections
+from gspn_dit.layers.windows import Window
 from gspn_dit.models import create_model
 from gspn_dit.ops import propagate
 
@@ -32,14 +33,14 @@ def reaches(layer: nn.Module, chunk: int | None, tokens: list[tuple[int, int]]) 
     return x.grad.abs().sum(-1) > 0
 
 
-def chunks_of_a_forward(model: nn.Module) -> list[int | None]:
+def chunks_of_a_forward(model: nn.Module, **options) -> list[int | Window | None]:
     """The chunk that each scanning layer is called with."""
     chunks = []
     for layer in model.modules():
         if isinstance(layer, GSPNCore | GSPNMixer):
             layer.register_forward_pre_hook(lambda layer, inputs: chunks.append(inputs[1]))
     with torch.no_grad():
-        model(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+        model(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long), **options)
     return chunks
 
 
@@ -71,6 +72,57 @@ def test_chunks_are_fixed_to_the_map():
     reach = reaches(scan_layer("gspn"), 2, [(4, 3)])[0]
     assert reach[5, 3]
     assert not reach[3, 3]
+
+
+@pytest.mark.parametrize(
+    "window", [Window(4), Window(4, shifted=True), Window(3, shifted=True), Window(9, shifted=True)]
+)
+def test_a_layer_of_windows_reaches_all_of_a_tokens_window_and_nothing_else(window):
+    reach = reaches(scan_layer("gspn-dit"), window, TOKENS)
+    shifts = [window.shift if side > window.side else 0 for side in (HEIGHT, WIDTH)]
+    windows = [tuple((place - shift) // window.side for place, shift in zip(t, shifts, strict=True)) for t in TOKENS]
+    expected = torch.tensor([[source == target for source in windows] for target in windows])
+    assert torch.equal(reach.flatten(1), expected)
+
+
+@pytest.mark.parametrize(("windows", "local_reach"), [("aligned", 8), ("shifted", 16)])
+def test_windows_of_two_layers_meet_if_every_second_grid_is_shifted(windows, local_reach):
+    """Without filters between them: how many rows and columns of 24 reach a token near its window of 8's corner."""
+    torch.manual_seed(0)
+    options = {"width": 16, "depth": 2, "num_groups": 1, "conv_kernel": 1, "chunk": 8, "global_layers": 0}
+    model = create_model("gspn-dit-ti-1", sample_size=24, windows=windows, **options).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    latents = torch.randn(1, 4, 24, 24, requires_grad=True)
+    model(latents, torch.tensor([500.0]), torch.tensor([3]))[0, :, 7, 7].sum().backward()
+    reach = latents.grad[0].abs().sum(0) > 0
+    assert (reach.any(0).sum(), reach.any(1).sum()) == (local_reach, local_reach)
+
+
+def test_a_model_hands_windows_to_its_local_layers_and_scales_them():
+    model = create_model("gspn-dit-ti-2", windows="shifted")
+    local = [Window(32), Window(32, shifted=True)] * 2
+    assert chunks_of_a_forward(model) == [*local, None, None]
+    assert chunks_of_a_forward(create_model("gspn-dit-ti-2", windows="shifted"), chunk_scale=0.25)[:2] == [
+        Window(8),
+        Window(8, shifted=True),
+    ]
+
+
+@pytest.mark.parametrize("windows", ["aligned", "shifted"])
+@torch.no_grad()
+def test_windows_change_nothing_on_a_map_that_is_no_larger(windows):
+    torch.manual_seed(0)
+    model = create_model("gspn-dit-ti-1", width=16, num_groups=1, depth=3, chunk=8)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    other = create_model("gspn-dit-ti-1", width=16, num_groups=1, depth=3, chunk=8, windows=windows)
+    other.load_state_dict(model.state_dict())
+    for height, width in [(8, 8), (5, 8)]:
+        inputs = torch.randn(1, 4, height, width), torch.tensor([500.0]), torch.tensor([3])
+        assert torch.equal(model(*inputs), other(*inputs))
+    inputs = torch.randn(1, 4, 9, 8), torch.tensor([500.0]), torch.tensor([3])
+    assert not torch.equal(model(*inputs), other(*inputs))
 
 
 @pytest.mark.parametrize(
