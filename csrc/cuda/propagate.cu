@@ -309,6 +309,11 @@ const char* refusal(const Forward<T>& call, const SharedMemory& memory, bool bac
 }
 
 template <typename T>
+bool fuses_tail(const Forward<T>&, const SharedMemory&) {
+  return false;
+}
+
+template <typename T>
 int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
   const MapChoice map = choose_map(call, memory);
   if (map) return map.tiles > 1 ? EdgeLayout(call.problem, map.plan.tile).elements : 0;
@@ -409,6 +414,7 @@ const char* unusable() {
 
 #define GSPN_INSTANTIATE(T)                                                                              \
   template const char* refusal<T>(const Forward<T>&, const SharedMemory&, bool);                          \
+  template bool fuses_tail<T>(const Forward<T>&, const SharedMemory&);                                   \
   template int64_t forward_scratch<T>(const Forward<T>&, const SharedMemory&);                           \
   template const char* run_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);            \
   template int64_t backward_scratch<T>(const Backward<T>&, const SharedMemory&);                         \
