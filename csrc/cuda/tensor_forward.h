@@ -152,13 +152,6 @@ struct SenseScan {
   }
 };
 
-// What a step reads from shared memory, one line ahead of its use.
-struct StepOperands {
-  uint32_t x[4];
-  uint2 input_gate;
-  LineOperands<2> d;
-};
-
 template <typename T, int kUnits, TensorMode kMode>
 __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
     tensor_forward(const __grid_constant__ Forward<T> call, const __grid_constant__ TensorEdges<T> edges,
@@ -213,7 +206,12 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
     const Lines<int> map(p, rows);
     const int first_line = map.line_of(tile.row, tile.column);
     const int in_line = Map::position_offset(rows, Map::matrix_position(lane), Map::matrix_unit(lane, warp));
-    const auto site = [&](int line) { return Map::line_offset(rows, line) + (in_line ^ Map::line_exchange(rows, line)); };
+    // The second sense reads a piece's halves in the other order: else ptxas sees that both senses read the same, and keeps
+    // it in registers from one to the other.
+    const int swap = rows ? 8 * Map::kUnits * 16 : 8 * Map::kRowBytes;
+    const auto site = [&](int line, int exchange) {
+      return Map::line_offset(rows, line) + (in_line ^ Map::line_exchange(rows, line) ^ exchange);
+    };
     const char* const records = Records::piece(memory + Memory::kRecords, 2 * axis * kTileSites);
     const uint32_t* const input_gates =
         reinterpret_cast<const uint32_t*>(memory + Memory::kInputGate) + 2 * axis * kTileSites * Words::kPieceWords;
@@ -226,7 +224,7 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
 #pragma unroll
       for (int i = 0; i < kTileSites; ++i) {
         uint32_t r[4];
-        load_matrices<true>(r, memory + Memory::kY + site(i));
+        load_matrices<true>(r, memory + Memory::kY + site(i, 0));
         unpack_piece<T>(r, sum[i]);
       }
     } else {
@@ -248,43 +246,47 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
     const char* const side = memory + Memory::kSide +
                              (((2 * axis + lane / 16) * kTileSites * 2 + (lane % 8 < 2)) * kUnits + 2 * warp + lane / 8 % 2) * 16;
 
-    StepOperands next[2];
-    uint32_t next_side[4];
-    const auto read = [&](int n) {
+    float driven[2][2][4];  // of the line that either sense reads next
+    const auto drive_line = [&](int n) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const int line = s ? kTileSites - 1 - n : n;
-        load_matrices<true>(next[s].x, memory + Memory::kX + site(line));
-        next[s].input_gate = Words::of_diagonal(input_gates + (s * kTileSites + line) * Words::kPieceWords, at);
-        next[s].d.load(records + (s * kTileSites + line) * Records::kPieceBytes, at);
+        uint32_t r[4];
+        load_matrices<true>(r, memory + Memory::kX + site(line, s ? swap : 0));
+        const uint32_t x[4] = {r[s ? 2 : 0], r[s ? 3 : 1], r[s ? 0 : 2], r[s ? 1 : 3]};
+        drive<T>(driven[s], x, Words::of_diagonal(input_gates + (s * kTileSites + line) * Words::kPieceWords, at), at);
       }
-      if constexpr (Memory::kTiled) load_matrices<true>(next_side, side + n * 2 * kUnits * 16);
     };
-    read(0);
+    drive_line(0);
 #pragma unroll
     for (int n = 0; n < kTileSites; ++n) {
-      const StepOperands now[2] = {next[0], next[1]};
-      const uint32_t now_side[4] = {next_side[0], next_side[1], next_side[2], next_side[3]};
-      if (n + 1 < kTileSites) read(n + 1);
+      LineOperands<2> d[2];
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+        d[s].load(records + (s * kTileSites + (s ? kTileSites - 1 - n : n)) * Records::kPieceBytes, at);
+      uint32_t beside_words[4];
+      if constexpr (Memory::kTiled) load_matrices<true>(beside_words, side + n * 2 * kUnits * 16);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        const int line = s ? kTileSites - 1 - n : n;
-        float driven[2][4];
-        drive<T>(driven, now[s].x, now[s].input_gate, at);
-        const bool goes_on = scan[s].continues.at(line);
+        const bool goes_on = scan[s].continues.at(s ? kTileSites - 1 - n : n);
         const float factor[2] = {goes_on ? scan[s].decay[0] : 0.f, goes_on ? scan[s].decay[1] : 0.f};
         if constexpr (Memory::kTiled) {
           Beside beside;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float both[2];
-            unpack(T(), now_side[2 * s + i], both);
+            unpack(T(), beside_words[2 * s + i], both);
             beside.value[i] = factor[i] * both[1];
           }
-          advance_parts(scan[s].h, driven, factor, now[s].d, beside);
+          advance_parts(scan[s].h, driven[s], factor, d[s], beside);
         } else {
-          advance_parts(scan[s].h, driven, factor, now[s].d, NothingBeside());
+          advance_parts(scan[s].h, driven[s], factor, d[s], NothingBeside());
         }
+      }
+      if (n + 1 < kTileSites) drive_line(n + 1);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const int line = s ? kTileSites - 1 - n : n;
         if constexpr (Memory::kGates) {
           float u[2][2];
           Words::of_columns<T>(reinterpret_cast<const uint32_t*>(memory + Memory::kOutputGate) +
@@ -303,7 +305,7 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
     for (int i = 0; i < kTileSites; ++i) {
       uint32_t r[4];
       pack_piece<T>(sum[i], r);
-      store_matrices<true>(memory + Memory::kY + site(i), r);
+      store_matrices<true>(memory + Memory::kY + site(i, 0), r);
     }
   }
   __syncthreads();
