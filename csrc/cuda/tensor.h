@@ -1,4 +1,5 @@
-// The kernels on tensor cores, for calls in 16-bit elements: compiled beside those of propagate.cu, which asks them first.
+// The kernels on tensor cores, for calls in 16-bit elements: compiled beside those of propagate.cu, which asks them
+// first.
 #pragma once
 
 #include "cuda/kernel.h"
@@ -15,6 +16,6 @@ int64_t tensor_scratch(const Forward<T>& call);
 
 // Null, or an error of CUDA.
 template <typename T>
-const char* run_tensor_forward(const Forward<T>& call, float* scratch, void* stream);
+const char* run_tensor_forward(const Forward<T>& call, const SharedMemory& memory, float* scratch, void* stream);
 
 }  // namespace gspn
