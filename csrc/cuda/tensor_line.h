@@ -81,7 +81,7 @@ struct Records {
   static constexpr int kPieceBytes = 256 + 16;
 
   // Bytes for `pieces` one after another, lines of any number of them. The first piece is at `data` + 16.
-  static constexpr int bytes(int pieces) { return 16 + pieces * kPieceBytes; }
+  static GSPN_INLINE constexpr int bytes(int pieces) { return 16 + pieces * kPieceBytes; }
   static GSPN_DEVICE char* piece(char* data, int index) { return data + 16 + index * kPieceBytes; }
 
   // Writes the zeros before and behind `pieces` of them. All threads of the block take part.
