@@ -59,6 +59,18 @@ GSPN_INLINE T exp_nonpositive(T x) {
 #endif
 }
 
+// 1 / x, for x from 1 to 2^126. On the GPU without the branch by which a division serves all other x.
+template <typename T>
+GSPN_INLINE T reciprocal(T x) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return fmaf(r, fmaf(-x, r, 1.f), r);
+#else
+  return T(1) / x;
+#endif
+}
+
 template <typename T>
 struct Weights {
   T minus, centre, plus;
@@ -93,14 +105,14 @@ GSPN_INLINE Weights<T> normalise(T minus, T centre, T plus, Has has_minus, Has h
   const T shift = minimum(largest + T(Bounds<T>::kLow), T(0));
   const T a = inverse_sigmoid(minus, shift), b = inverse_sigmoid(centre, shift), c = inverse_sigmoid(plus, shift);
   const T sa = has_minus ? b * c : T(0), sb = a * c, sc = has_plus ? a * b : T(0);
-  const T scale = T(1) / (sa + sb + sc);
+  const T scale = reciprocal(sa + sb + sc);
   return {sa * scale, sb * scale, sc * scale};
 }
 
 // 1 - σ(l), the derivative of log σ(l).
 template <typename T>
 GSPN_INLINE T one_minus_sigmoid(T l) {
-  return T(1) / (T(1) + exp_nonpositive(minimum(l, T(2 * Bounds<T>::kHigh))));
+  return reciprocal(T(1) + exp_nonpositive(minimum(l, T(2 * Bounds<T>::kHigh))));
 }
 
 // Gradient of the logits from that of the weights: dl_n = (1 - σ(l_n)) w_n (dw_n - Σ_m w_m dw_m).

@@ -1,5 +1,7 @@
 // Which kernel runs a call, and its launches.
 //
+// Calls in 16-bit elements run on tensor cores where cuda/tensor.cu takes them, forward. What follows runs the others.
+//
 // Map kernels (cuda/map_*.h): a map whose lines have up to 32 tokens is held in a block's memory, if two blocks or one
 // fit on a multiprocessor; x is then read once and y written once. Forward, a larger map is cut into tiles of 32 × 32
 // tokens, after a pass that writes h at their edges (cuda/edges.h). Walk kernels (cuda/walk.h) run the rest line by
@@ -9,8 +11,10 @@
 
 #include "cuda/edges.h"
 #include "cuda/kernel.h"
+#include "cuda/launching.h"
 #include "cuda/map_backward.h"
 #include "cuda/tail.h"
+#include "cuda/tensor.h"
 #include "cuda/walk.h"
 #include "scan.h"
 
@@ -19,22 +23,10 @@ namespace {
 
 constexpr int kLongestLine = 32;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // No block's slab crosses a multiple of this many channels: a group where gates are shared.
 int domain(const Problem& p) { return int(p.groups == p.channels ? p.channels : p.channels / p.groups); }
 bool shares_gates(const Problem& p) { return p.groups < p.channels; }
 
-// Whether n channels of a tensor, starting at a multiple of n, can be read in one access.
-// (The stride of an axis of one element means nothing.)
-template <typename T>
-bool vectorises(const Problem& p, const Strided<T>& t, int channel_axis, int n) {
-  if (t.data == nullptr) return true;
-  const int64_t size[5] = {p.batch, p.height, p.width, p.num_directions, 3};  // of the axes before the channels
-  bool fits = t.stride[channel_axis] == 1 && reinterpret_cast<uintptr_t>(t.data) % (n * sizeof(T)) == 0;
-  for (int axis = 0; axis < channel_axis; ++axis) fits = fits && (size[axis] == 1 || t.stride[axis] % n == 0);
-  return fits;
-}
 template <typename T>
 bool contiguous(const Strided<T>& t, const Problem& p) {
   const int64_t size[4] = {p.batch, p.height, p.width, p.channels};
@@ -143,7 +135,8 @@ MapChoice choose_map(const Backward<T>& call, const SharedMemory& memory) {
   return choice;
 }
 
-// kItems of walk_forward: what a thread reads ahead. Longer lines than these can cover are not read ahead.
+// kItems of walk_forward: what a thread reads ahead. Longer lines than these can cover are not read ahead. Where channels
+// have their own gates, half as many do for lines that twice the threads cover.
 constexpr int kSharedItems = 4, kOwnItems = 4;
 
 template <typename T>
@@ -165,15 +158,13 @@ int64_t walk_blocks(const Problem& p, const WalkPlan& plan) {
 
 int round_to_warps(int64_t threads) { return int(divide_up(threads, kWarp) * kWarp); }
 
-const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
 // A launch of a walk kernel.
 struct WalkLaunch {
   WalkPlan plan;
   int threads;
   size_t bytes;  // of shared memory
   bool shared;   // walk_forward: gates are prepared once for the slab
-  bool ahead;    // walk_forward: lines are read ahead
+  int items;     // walk_forward: how many a thread reads ahead, or 0
 
   // Null if the launch is possible, else why not.
   const char* refusal(const SharedMemory& memory) const {
@@ -185,15 +176,16 @@ template <typename T>
 WalkLaunch plan_walk_forward(const Problem& p, const Strided<const T>& x, int k) {
   const int64_t positions = Order(p, p.directions[k]).positions;
   const bool shared = shares_gates(p) && positions <= kSharedThreads;
-  const int items = shared ? kSharedItems : kOwnItems, most = shared ? kSharedThreads : kOwnThreads;
+  int items = shared ? kSharedItems : kOwnItems;
+  const int most = shared ? kSharedThreads : kOwnThreads;
   const WalkPlan plan = plan_walk(p, x, k, int64_t(items) * most);
   const int64_t width = positions * plan.slab();
   int64_t threads = divide_up(width, items);
   if (shared && threads < positions) threads = positions;
-  const bool ahead = threads <= most;
-  if (!ahead) threads = most;
+  if (!shared && 2 * threads <= most) threads *= 2, items /= 2;
+  if (threads > most) threads = most, items = 0;
   const size_t bytes = 2 * width * sizeof(float) + (shared ? LineGates::bytes(int(positions)) : 0);
-  return {plan, round_to_warps(threads), bytes, shared, ahead};
+  return {plan, round_to_warps(threads), bytes, shared, items};
 }
 
 template <typename T>
@@ -206,7 +198,11 @@ const char* launch_walk_forward(const Forward<T>& call, int k, const SharedMemor
     return describe(launch(kernel, blocks, walk.threads, walk.bytes, stream, call, walk.plan, sum, history));
   };
   if (walk.shared) return run(walk_forward<T, true, kSharedItems>);
-  return walk.ahead ? run(walk_forward<T, false, kOwnItems>) : run(walk_forward<T, false, 0>);
+  switch (walk.items) {
+    case kOwnItems: return run(walk_forward<T, false, kOwnItems>);
+    case kOwnItems / 2: return run(walk_forward<T, false, kOwnItems / 2>);
+    default: return run(walk_forward<T, false, 0>);
+  }
 }
 
 // Elements of x, and of every result of its shape.
@@ -222,7 +218,7 @@ WalkLaunch plan_walk_backward(const Problem& p, const Strided<const T>& x, int k
   const int64_t width = Order(p, plan.direction).positions * plan.slab();
   const int threads = round_to_warps(width < 512 ? width : 512);
   const int64_t floats = 6 * width > 2 * threads ? 6 * width : 2 * threads;
-  return {plan, threads, size_t(floats) * sizeof(float), shares_gates(p), false};
+  return {plan, threads, size_t(floats) * sizeof(float), shares_gates(p), 0};
 }
 
 template <typename T>
@@ -339,6 +335,9 @@ const char* refusal(const Forward<T>& call, const SharedMemory& memory, bool bac
 
 template <typename T>
 int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
+  if constexpr (sizeof(T) == 2) {
+    if (tensor_takes(call, memory)) return tensor_scratch(call);
+  }
   const MapChoice map = choose_map(call, memory);
   if (map) return map.tiles > 1 ? EdgeLayout(call.problem, map.plan.tile).elements : 0;
   return call.problem.num_directions > 1 && sizeof(T) < sizeof(float) ? elements(call.problem) : 0;
@@ -378,6 +377,9 @@ static const char* run_scans(const Forward<T>& call, const SharedMemory& memory,
 
 template <typename T>
 const char* run_forward(const Forward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
+  if constexpr (sizeof(T) == 2) {
+    if (tensor_takes(call, memory)) return run_tensor_forward(call, memory, scratch, stream_);  // with the tail
+  }
   const auto stream = static_cast<cudaStream_t>(stream_);
   if (const char* error = run_scans(call, memory, scratch, stream)) return error;
   return call.direct ? launch_tail(call, stream) : nullptr;

@@ -1,8 +1,10 @@
 // Runs CUDA kernels on the CPU, thread by thread, so that their logic is tested where there is no GPU.
 //
-// Each CUDA thread is a fiber. A fiber runs until it meets a barrier or a shuffle; then others run, in an order that is
-// drawn anew every time, so that a missing barrier shows as a wrong result. Shared memory starts as NaN and is followed by
-// guard bytes. A block that can't go on (a barrier that some threads never reach) aborts.
+// Each CUDA thread is a fiber. A fiber runs until it meets a barrier or an instruction of its whole warp (a shuffle, a
+// product on tensor cores); then others run, in an order that is drawn anew every time, so that a missing barrier shows
+// as a wrong result. Shared memory starts as NaN and is followed by guard bytes; where a copy that runs beside the
+// threads is on its way, it is NaN until the thread waits for it. A block that can't go on (a barrier that some threads
+// never reach, or lanes of a warp that meet different instructions) aborts.
 #pragma once
 
 #include <setjmp.h>
@@ -40,6 +42,9 @@ struct alignas(16) float4 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
@@ -53,7 +58,22 @@ inline const char* cudaGetErrorString(cudaError_t) { return "error of the emulat
 
 namespace emulation {
 
-enum class State { kRunning, kAtBarrier, kAtShuffle, kDone };
+enum class State { kRunning, kAtBarrier, kAtMeeting, kDone };
+
+// 16 bytes or fewer on their way into shared memory. `group`: how many groups of copies the thread had ended before.
+struct Copy {
+  void* to;
+  char bytes[16];
+  size_t size;
+  int group;
+};
+
+// What a lane brings to an instruction of its warp.
+struct Lane {
+  const char* instruction;
+  uint32_t words[6];
+};
+
 
 // A fiber is entered through its context the first time, and by jumps from then on: those make no system calls.
 struct Fiber {
@@ -62,6 +82,8 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   State state;
   bool entered;
+  std::vector<Copy> copies;
+  int groups;  // of copies that it has ended
 };
 
 struct Block {
@@ -70,8 +92,8 @@ struct Block {
   jmp_buf scheduler;
   int current = 0;
   std::vector<char> shared;
-  std::vector<uint64_t> lanes;  // what each thread brings to a shuffle; two sets, used in turn
-  std::vector<int> shuffles;
+  std::vector<Lane> lanes;  // what each thread brings to a meeting of its warp; two sets, used in turn
+  std::vector<int> meetings;
   std::function<void()> body;
   std::mt19937 random{20250101};
 };
@@ -129,8 +151,8 @@ inline bool release(Block& b, int first, int last, State state) {
 inline void run_block(int threads) {
   Block& b = block();
   if (int(b.fibers.size()) < threads) b.fibers.resize(threads);
-  b.lanes.assign(2 * threads, 0);
-  b.shuffles.assign(threads, 0);
+  b.lanes.assign(2 * threads, {});
+  b.meetings.assign(threads, 0);
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = b.fibers[i];
     if (!fiber.stack) fiber.stack.reset(new char[Block::kStack]);
@@ -140,6 +162,8 @@ inline void run_block(int threads) {
     fiber.context.uc_link = nullptr;
     fiber.state = State::kRunning;
     fiber.entered = false;
+    fiber.copies.clear();
+    fiber.groups = 0;
     makecontext(&fiber.context, run_fiber, 0);
   }
   std::vector<int> order(threads);
@@ -155,7 +179,7 @@ inline void run_block(int threads) {
       resume(b, b.fibers[i]);
     }
     for (int warp = 0; warp < threads; warp += 32)
-      ran |= release(b, warp, std::min(warp + 32, threads), State::kAtShuffle);
+      ran |= release(b, warp, std::min(warp + 32, threads), State::kAtMeeting);
     ran |= release(b, 0, threads, State::kAtBarrier);
     if (ran) continue;
     for (int i = 0; i < threads; ++i) {
@@ -168,19 +192,61 @@ inline void run_block(int threads) {
   }
 }
 
-template <typename T>
-T shuffle(T value, int source) {
-  static_assert(sizeof(T) <= 8, "one register or two");
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "cuda_emulation: %s\n", what);
+  std::abort();
+}
+
+// Waits for the other lanes of the warp. What each has brought is there until this lane has met the others once more.
+inline const Lane* meet(const char* instruction, const uint32_t* words, int count) {
   Block& b = block();
-  const int thread = b.current, warp = thread / 32 * 32;
-  uint64_t* set = b.lanes.data() + (b.shuffles[thread]++ % 2) * b.shuffles.size();
-  std::memcpy(&set[thread], &value, sizeof value);
-  wait(State::kAtShuffle);
+  const int thread = b.current, warp = thread / 32 * 32, lanes = std::min(32, int(b.meetings.size()) - warp);
+  Lane* const set = b.lanes.data() + (b.meetings[thread]++ % 2) * b.meetings.size() + warp;
+  set[thread - warp].instruction = instruction;
+  std::copy_n(words, count, set[thread - warp].words);
+  wait(State::kAtMeeting);
+  const char* const neighbours = set[(thread - warp + 1) % lanes].instruction;
+  if (neighbours != instruction && std::strcmp(neighbours, instruction) != 0) {
+    std::fprintf(stderr, "cuda_emulation: lanes of a warp meet at %s and at %s\n", instruction, neighbours);
+    std::abort();
+  }
+  return set;
+}
+
+inline int lane() { return block().current % 32; }
+
+template <typename T>
+T shuffle(const char* instruction, T value, int source) {
+  static_assert(sizeof(T) <= 8, "one register or two");
+  uint32_t words[2] = {};
+  std::memcpy(words, &value, sizeof value);
+  const Lane* const lanes = meet(instruction, words, 2);
   T result;
-  std::memcpy(&result, &set[warp + (source < 0 || source > 31 ? thread - warp : source)], sizeof result);
+  std::memcpy(&result, lanes[source < 0 || source > 31 ? lane() : source].words, sizeof result);
   return result;
 }
-inline int lane() { return block().current % 32; }
+
+// Begins a copy of `size` bytes into shared memory, of zeros where `from` is null.
+inline void start_copy(void* to, const void* from, size_t size) {
+  if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size) fail("a misaligned copy");
+  Block& b = block();
+  Fiber& fiber = b.fibers[b.current];
+  fiber.copies.push_back({to, {}, size, fiber.groups});
+  if (from) std::memcpy(fiber.copies.back().bytes, from, size);
+  std::memset(to, 0xff, size);
+}
+
+// Ends the thread's copies, but for those of its last `groups` groups and of the one that it has not ended yet.
+inline void finish_copies_but(int groups) {
+  Block& b = block();
+  Fiber& fiber = b.fibers[b.current];
+  size_t kept = 0;
+  for (const Copy& copy : fiber.copies) {
+    if (copy.group >= fiber.groups - groups) fiber.copies[kept++] = copy;
+    else std::memcpy(copy.to, copy.bytes, copy.size);
+  }
+  fiber.copies.resize(kept);
+}
 
 }  // namespace emulation
 
@@ -191,11 +257,13 @@ inline int lane() { return block().current % 32; }
 
 inline void __syncthreads() { emulation::wait(emulation::State::kAtBarrier); }
 template <typename T>
-T __shfl_up_sync(unsigned, T value, int delta) { return emulation::shuffle(value, emulation::lane() - delta); }
+T __shfl_up_sync(unsigned, T value, int delta) { return emulation::shuffle(__func__, value, emulation::lane() - delta); }
 template <typename T>
-T __shfl_down_sync(unsigned, T value, int delta) { return emulation::shuffle(value, emulation::lane() + delta); }
+T __shfl_down_sync(unsigned, T value, int delta) { return emulation::shuffle(__func__, value, emulation::lane() + delta); }
 template <typename T>
-T __shfl_xor_sync(unsigned, T value, int mask) { return emulation::shuffle(value, emulation::lane() ^ mask); }
+T __shfl_sync(unsigned, T value, int source) { return emulation::shuffle(__func__, value, source % 32); }
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) { return emulation::shuffle(__func__, value, emulation::lane() ^ mask); }
 
 namespace gspn {
 
@@ -205,13 +273,20 @@ inline char* shared_memory() {
 
 template <int kBytes>
 void copy_async(void* shared, const void* global) {
-  if (reinterpret_cast<uintptr_t>(shared) % kBytes || reinterpret_cast<uintptr_t>(global) % kBytes) {
-    std::fprintf(stderr, "cuda_emulation: a misaligned copy\n");
-    std::abort();
-  }
-  std::memcpy(shared, global, kBytes);
+  emulation::start_copy(shared, global, kBytes);
 }
-inline void wait_copies() {}
+inline void copy_async_or_zero(void* shared, const void* global, bool copies) {
+  emulation::start_copy(shared, copies ? global : nullptr, 16);
+}
+inline void commit_copies() { ++emulation::block().fibers[emulation::block().current].groups; }
+template <int N>
+void wait_copies_but() {
+  emulation::finish_copies_but(N);
+}
+inline void wait_copies() {
+  commit_copies();
+  wait_copies_but<0>();
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
@@ -239,6 +314,7 @@ inline float from_bits(uint32_t bits) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
+inline float inverse_root(float value) { return 1.f / std::sqrt(value); }
 inline uint16_t to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -258,3 +334,5 @@ inline uint16_t to_half(float value) {
 }
 
 }  // namespace gspn
+
+#include "tensor_instructions.h"
