@@ -54,6 +54,9 @@ struct Float16 {
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Added to the mean square of a group's channels under the root of inverse_rms; gspn_dit/ops/tail.py has the same.
+constexpr float kTailEpsilon = 1e-6f;
+
 template <typename T>
 struct Forward {
   using Element = T;
@@ -66,6 +69,8 @@ struct Forward {
   const Accumulator<T>* decay;   // (K, C), contiguous: f, or null for 1
   const Accumulator<T>* scale;   // as decay: s
   Strided<T> y;                  // (B, H, W, C)
+  const Accumulator<T>* direct;  // (C,), contiguous, or null: y is the sum of the scans
+  float* inverse_rms;  // (B, H, W, G), contiguous, where direct is given
 };
 
 template <typename T>

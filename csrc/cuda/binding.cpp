@@ -55,21 +55,59 @@ Tensor scratch(const Tensor& x, int64_t elements) {
 
 void check(const char* error) { TORCH_CHECK(error == nullptr, "gspn_dit's CUDA kernel: ", error); }
 
-Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& input_gate, const OptionalTensor& output_gate,
-                 const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions) {
+// y, and inverse_rms with `direct`: without, it is undefined.
+std::pair<Tensor, Tensor> forward(const gspn::Operands& operands, const ChannelFactors& factors,
+                                  const OptionalTensor& direct) {
+  const Tensor& x = operands.x;
   const Device device(x);
-  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
-  const ChannelFactors factors(decay, scale);
-  Tensor y = fresh(x);
+  Tensor y = fresh(x), inverse_rms;
+  const Tensor per_channel = direct ? direct->contiguous() : Tensor();
+  if (direct) {
+    inverse_rms = x.new_empty({x.size(0), x.size(1), x.size(2), operands.input_gate.size(4)},
+                              x.options().dtype(at::kFloat));
+  }
   kElementTypes.with_element(x, [&](auto element) {
     using T = decltype(element);
     auto call = operands.call<gspn::Forward<T>>();
     call.y = gspn::strided<T>(y);
     factors.give_to(call);
+    if (direct) {
+      TORCH_CHECK(gspn::fuses_tail(call, device.memory), "gspn_dit's CUDA kernel does not fuse the tail of this call");
+      call.direct = static_cast<const float*>(per_channel.const_data_ptr());
+      call.inverse_rms = static_cast<float*>(inverse_rms.data_ptr());
+    }
     const Tensor memory = scratch(x, gspn::forward_scratch(call, device.memory));
     check(gspn::run_forward(call, device.memory, static_cast<float*>(memory.data_ptr()), device.stream));
   });
-  return y;
+  return {y, inverse_rms};
+}
+
+Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& input_gate, const OptionalTensor& output_gate,
+                 const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions) {
+  return forward({x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}, {}).first;
+}
+
+std::tuple<Tensor, Tensor> propagate_with_tail(const Tensor& x, const Tensor& gates, const Tensor& input_gate,
+                                               const OptionalTensor& output_gate, const OptionalTensor& decay,
+                                               const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions,
+                                               const Tensor& direct) {
+  return forward({x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}, direct);
+}
+
+// Whether propagate_with_tail takes a call. Launches nothing.
+bool fuses_tail(const Tensor& x, const Tensor& gates, const Tensor& input_gate, const OptionalTensor& output_gate,
+                const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions) {
+  if (!kElementTypes.has(x)) return false;
+  const Device device(x);
+  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
+  const ChannelFactors factors(decay, scale);
+  bool answer = false;
+  kElementTypes.with_element(x, [&](auto element) {
+    auto call = operands.call<gspn::Forward<decltype(element)>>();
+    factors.give_to(call);
+    answer = gspn::fuses_tail(call, device.memory);
+  });
+  return answer;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward(
@@ -117,6 +155,14 @@ TORCH_LIBRARY(gspn_dit_cuda, m) {
       "refusal(Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay, Tensor? scale, int chunk,"
       " int[] directions, bool backward=True) -> str",
       refusal);
+  m.def(
+      "propagate_with_tail(Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay,"
+      " Tensor? scale, int chunk, int[] directions, Tensor direct) -> (Tensor, Tensor)",
+      propagate_with_tail);
+  m.def(
+      "fuses_tail(Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay, Tensor? scale,"
+      " int chunk, int[] directions) -> bool",
+      fuses_tail);
   m.def("unusable(Tensor on_device) -> str", [](const Tensor& on_device) {
     const Device device(on_device);
     const char* error = gspn::unusable();

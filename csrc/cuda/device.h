@@ -58,6 +58,7 @@ GSPN_DEVICE float from_half(uint16_t bits) { return __half2float(__ushort_as_hal
 GSPN_DEVICE uint16_t to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
 GSPN_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
 GSPN_DEVICE uint16_t to_bfloat16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+GSPN_DEVICE float inverse_root(float value) { return rsqrtf(value); }
 
 #endif
 

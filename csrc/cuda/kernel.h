@@ -15,6 +15,11 @@ struct SharedMemory {
 template <typename T>
 const char* refusal(const Forward<T>& call, const SharedMemory& memory, bool backward);
 
+// Whether run_forward takes this call with `direct`: y = sum / rms + direct x of each group's channels, with
+// inverse_rms = 1 / rms = 1 / sqrt(mean square + kTailEpsilon). Only then may `direct` be given.
+template <typename T>
+bool fuses_tail(const Forward<T>& call, const SharedMemory& memory);
+
 // float32 elements of scratch that a call needs.
 template <typename T>
 int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory);

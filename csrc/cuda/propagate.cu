@@ -1,5 +1,7 @@
 // Which kernel runs a call, and its launches.
 //
+// Calls in 16-bit elements run on tensor cores where cuda/tensor.cu takes them, forward. What follows runs the others.
+//
 // Map kernels (cuda/map_*.h): a map whose lines have up to 32 tokens is held in a block's memory, if two blocks or one
 // fit on a multiprocessor; x is then read once and y written once. Forward, a larger map is cut into tiles of 32 × 32
 // tokens, after a pass that writes h at their edges (cuda/edges.h). Walk kernels (cuda/walk.h) run the rest line by
@@ -9,7 +11,9 @@
 
 #include "cuda/edges.h"
 #include "cuda/kernel.h"
+#include "cuda/launching.h"
 #include "cuda/map_backward.h"
+#include "cuda/tensor.h"
 #include "cuda/walk.h"
 #include "scan.h"
 
@@ -18,22 +22,10 @@ namespace {
 
 constexpr int kLongestLine = 32;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // No block's slab crosses a multiple of this many channels: a group where gates are shared.
 int domain(const Problem& p) { return int(p.groups == p.channels ? p.channels : p.channels / p.groups); }
 bool shares_gates(const Problem& p) { return p.groups < p.channels; }
 
-// Whether n channels of a tensor, starting at a multiple of n, can be read in one access.
-// (The stride of an axis of one element means nothing.)
-template <typename T>
-bool vectorises(const Problem& p, const Strided<T>& t, int channel_axis, int n) {
-  if (t.data == nullptr) return true;
-  const int64_t size[5] = {p.batch, p.height, p.width, p.num_directions, 3};  // of the axes before the channels
-  bool fits = t.stride[channel_axis] == 1 && reinterpret_cast<uintptr_t>(t.data) % (n * sizeof(T)) == 0;
-  for (int axis = 0; axis < channel_axis; ++axis) fits = fits && (size[axis] == 1 || t.stride[axis] % n == 0);
-  return fits;
-}
 template <typename T>
 bool contiguous(const Strided<T>& t, const Problem& p) {
   const int64_t size[4] = {p.batch, p.height, p.width, p.channels};
@@ -163,8 +155,6 @@ int64_t walk_blocks(const Problem& p, const WalkPlan& plan) {
 }
 
 int round_to_warps(int64_t threads) { return int(divide_up(threads, kWarp) * kWarp); }
-
-const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // A launch of a walk kernel.
 struct WalkLaunch {
@@ -309,7 +299,16 @@ const char* refusal(const Forward<T>& call, const SharedMemory& memory, bool bac
 }
 
 template <typename T>
+bool fuses_tail(const Forward<T>& call, const SharedMemory& memory) {
+  if constexpr (sizeof(T) == 2) return tensor_takes(call, memory);
+  return false;
+}
+
+template <typename T>
 int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
+  if constexpr (sizeof(T) == 2) {
+    if (tensor_takes(call, memory)) return tensor_scratch(call);
+  }
   const MapChoice map = choose_map(call, memory);
   if (map) return map.tiles > 1 ? EdgeLayout(call.problem, map.plan.tile).elements : 0;
   return call.problem.num_directions > 1 && sizeof(T) < sizeof(float) ? elements(call.problem) : 0;
@@ -317,6 +316,9 @@ int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
 
 template <typename T>
 const char* run_forward(const Forward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
+  if constexpr (sizeof(T) == 2) {
+    if (tensor_takes(call, memory)) return run_tensor_forward(call, scratch, stream_);
+  }
   const auto stream = static_cast<cudaStream_t>(stream_);
   const Problem& p = call.problem;
   if (const MapChoice map = choose_map(call, memory)) {
@@ -409,6 +411,7 @@ const char* unusable() {
 
 #define GSPN_INSTANTIATE(T)                                                                              \
   template const char* refusal<T>(const Forward<T>&, const SharedMemory&, bool);                          \
+  template bool fuses_tail<T>(const Forward<T>&, const SharedMemory&);                                   \
   template int64_t forward_scratch<T>(const Forward<T>&, const SharedMemory&);                           \
   template const char* run_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);            \
   template int64_t backward_scratch<T>(const Backward<T>&, const SharedMemory&);                         \

@@ -44,6 +44,16 @@ GSPN_DEVICE Weights<float> differences(const Weights<float>& w) {
   return {minus, -(minus + plus), plus};
 }
 
+// Eight 16-bit elements, the first in the low half of the first word.
+template <typename T>
+GSPN_DEVICE void unpack_vector(const uint4& words, float (&v)[8]) {
+  unpack(T(), words.x, v), unpack(T(), words.y, v + 2), unpack(T(), words.z, v + 4), unpack(T(), words.w, v + 6);
+}
+template <typename T>
+GSPN_DEVICE uint4 pack_vector(const float (&v)[8]) {
+  return {pack<T>(v), pack<T>(v + 2), pack<T>(v + 4), pack<T>(v + 6)};
+}
+
 // What a lane reads of records and words: see Records and Words.
 struct FragmentLane {
   int channel, pair;      // g and t: of the lane's row, and of its columns 2t and 2t + 1
@@ -212,14 +222,18 @@ GSPN_DEVICE void advance_parts(float (&line)[kParts][4], const float (&driven)[k
   }
 }
 
-// For 16 lines of the map from `first` on: bit i is 1 where a scan goes on at line first + i, 0 where it restarts.
+// For 16 lines of the map from `first` on: whether a scan goes on at line first + i, or restarts there.
 struct Continues {
-  uint32_t bits;
+  uint32_t restarts;
 
-  GSPN_DEVICE Continues(const Lines<int>& map, int first, bool reversed) : bits(0) {
-    for (int i = 0; i < kTileSites; ++i) bits |= uint32_t(!map.starts_chunk(first + i, reversed)) << i;
+  GSPN_DEVICE Continues(const Lines<int>& map, int first, bool reversed) : restarts(0) {
+    const int into = first % map.chunk;  // restarts are `chunk` lines apart
+    for (int i = reversed ? map.chunk - 1 - into : into ? map.chunk - into : 0; i < kTileSites; i += map.chunk)
+      restarts |= 1u << i;
+    const int last = map.lines - 1 - first;
+    if (reversed && last < kTileSites) restarts |= 1u << last;
   }
-  GSPN_DEVICE bool at(int i) const { return bits >> i & 1; }
+  GSPN_DEVICE bool at(int i) const { return !(restarts >> i & 1); }
 };
 
 // A tile of 16 × 16 sites in shared memory: kChannels 16-bit elements of each, in units of 16 bytes. Units are exchanged

@@ -60,7 +60,8 @@ def recipe(name: str) -> tuple[list[Path], list[str], list[str]]:
         if sys.platform == "linux":
             flags.append("-fopenmp")  # resolved by the OpenMP that torch has loaded, so that there is one thread pool
         return [CSRC / "cpu" / "propagate.cpp", CSRC / "cpu" / "binding.cpp"], flags, []
-    return [CSRC / "cuda" / "propagate.cu", CSRC / "cuda" / "binding.cpp"], ["-O3"], ["-O3", "--threads", "0"]
+    cuda = [CSRC / "cuda" / file for file in ("propagate.cu", "tensor.cu", "binding.cpp")]
+    return cuda, ["-O3"], ["-O3", "--threads", "0"]
 
 
 def headers(name: str) -> list[Path]:

@@ -314,6 +314,7 @@ inline float from_bits(uint32_t bits) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
+inline float inverse_root(float value) { return 1.f / std::sqrt(value); }
 inline uint16_t to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

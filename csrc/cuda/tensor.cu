@@ -1,0 +1,75 @@
+// Which calls run on tensor cores, and their launches.
+#include "cuda/tensor.h"
+
+#include "cuda/launching.h"
+#include "cuda/tensor_forward.h"
+
+namespace gspn {
+namespace {
+
+int channels_of(const Problem& p) { return int(p.channels / p.groups); }
+
+bool is_one_tile(const Problem& p) { return p.height <= kTileSites && p.width <= kTileSites; }
+
+// Calls `run` with the two constants of tensor_forward() that depend on a call.
+template <typename Run>
+auto with_units(const Problem& p, Run run) {
+  switch (channels_of(p)) {
+    case 16: return run(std::integral_constant<int, 2>());
+    case 32: return run(std::integral_constant<int, 4>());
+    default: return run(std::integral_constant<int, 8>());
+  }
+}
+template <TensorMode kMode>
+using Mode = std::integral_constant<TensorMode, kMode>;
+template <typename T, typename Run>
+auto with_mode(const Forward<T>& call, Run run) {
+  if (call.output_gate.data) return run(Mode<TensorMode::kTiledWithGates>());
+  return is_one_tile(call.problem) ? run(Mode<TensorMode::kWhole>()) : run(Mode<TensorMode::kTiled>());
+}
+
+}  // namespace
+
+template <typename T>
+bool tensor_takes(const Forward<T>& call, const SharedMemory& memory) {
+  const Problem& p = call.problem;
+  const int channels = channels_of(p);
+  const bool fits = with_mode(call, [&](auto mode) {
+    return with_units(p, [&](auto units) {
+      return ForwardMemory<decltype(units)::value, decltype(mode)::value>::kBytes <= memory.of_a_block;
+    });
+  });
+  return fits && p.groups < p.channels && channels % kWarpRows == 0 && channels <= 64 && vectorises(p, call.x, 3, 8) &&
+         vectorises(p, call.y, 3, 8) && is_one_tile(p);
+}
+
+template <typename T>
+int64_t tensor_scratch(const Forward<T>&) {
+  return 0;
+}
+
+template <typename T>
+const char* run_tensor_forward(const Forward<T>& call, float*, void* stream) {
+  const Problem& p = call.problem;
+  const int64_t blocks = p.batch * divide_up(p.height, kTileSites) * divide_up(p.width, kTileSites) * p.groups;
+  const TensorEdges<T> edges{};
+  return with_mode(call, [&](auto mode) {
+    return with_units(p, [&](auto units) {
+      constexpr int kUnits = decltype(units)::value;
+      constexpr TensorMode kMode = decltype(mode)::value;
+      using Memory = ForwardMemory<kUnits, kMode>;
+      return describe(launch(tensor_forward<T, kUnits, kMode>, blocks, Memory::kThreads, Memory::kBytes,
+                             static_cast<cudaStream_t>(stream), call, edges, gates_are_packed(call)));
+    });
+  });
+}
+
+#define GSPN_INSTANTIATE(T)                                                          \
+  template bool tensor_takes<T>(const Forward<T>&, const SharedMemory&);             \
+  template int64_t tensor_scratch<T>(const Forward<T>&);                             \
+  template const char* run_tensor_forward<T>(const Forward<T>&, float*, void*);
+GSPN_INSTANTIATE(BFloat16)
+GSPN_INSTANTIATE(Float16)
+#undef GSPN_INSTANTIATE
+
+}  // namespace gspn

@@ -1,0 +1,20 @@
+// The kernels on tensor cores, for calls in 16-bit elements: compiled beside those of propagate.cu, which asks them first.
+#pragma once
+
+#include "cuda/kernel.h"
+
+namespace gspn {
+
+// Whether they run a call forward. They do not ask for y's strides where it has no data yet.
+template <typename T>
+bool tensor_takes(const Forward<T>& call, const SharedMemory& memory);
+
+// float32 elements of scratch that such a call needs.
+template <typename T>
+int64_t tensor_scratch(const Forward<T>& call);
+
+// Null, or an error of CUDA.
+template <typename T>
+const char* run_tensor_forward(const Forward<T>& call, float* scratch, void* stream);
+
+}  // namespace gspn

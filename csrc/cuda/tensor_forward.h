@@ -1,0 +1,342 @@
+// Forward on tensor cores: a block has the channels of a group on a tile of up to 16 × 16 sites, a warp 16 of them.
+//
+// x is read once into shared memory, and every direction's weights are prepared there. Then every warp scans rows and
+// after them columns, both senses of an axis at once: while one is at line i, the other is at line 15 - i, two chains of
+// products that do not wait for each other. The sum of both is in registers; the rows' sum waits in shared memory, in
+// the element type, for the columns to begin with.
+#pragma once
+
+#include "cuda/tensor_line.h"
+
+namespace gspn {
+
+// What a scan needs from beyond its tile, where the map is larger than a tile: for every direction, h on the last line
+// that it reads in every tile, and h at both ends of a tile on every line.
+template <typename T>
+struct TensorEdges {
+  T* line[4];  // of direction k: (B, tiles along the lines, positions, C)
+  T* side[4];  // (B, lines, 2 · tiles along the positions, C): first and last position of every tile
+};
+
+enum class TensorMode {
+  kWhole,           // the tile is all of the map, u = 1
+  kTiled,           // u = 1
+  kTiledWithGates,  // any u, and any map
+};
+
+// Shared memory of a block. kUnits: TileMemory<>::kUnits of the group's channels.
+template <int kUnits, TensorMode kMode>
+struct ForwardMemory {
+  using Map = TileMemory<kUnits * 8>;
+  static constexpr bool kTiled = kMode != TensorMode::kWhole, kGates = kMode == TensorMode::kTiledWithGates;
+  static constexpr int kThreads = kTileSites * kUnits;
+  static constexpr int kWordBytes = 4 * kTileSites * Words::kPieceWords * 4;  // of four directions
+  static constexpr int kLineBytes = kUnits * 16;                              // of a site
+  // bytes from the start
+  static constexpr int kX = 0, kY = kX + Map::kBytes, kRecords = kY + Map::kBytes;
+  static constexpr int kInputGate = kRecords + Records::bytes(4 * kTileSites);
+  static constexpr int kOutputGate = kInputGate + kWordBytes;
+  static constexpr int kFactors = kOutputGate + (kGates ? kWordBytes : 0);  // [direction][decay, scale][channel]
+  static constexpr int kSide = kFactors + 4 * 2 * kUnits * 8 * 4;           // [direction][step][before, behind][channel]
+  static constexpr int kLine = kSide + (kTiled ? 4 * kTileSites * 2 * kLineBytes : 0);  // [direction][position][channel]
+  static constexpr int kBytes = kLine + (kTiled ? 4 * kTileSites * kLineBytes : 0);
+};
+
+// The k-th direction's place in shared memory is its number among gspn::Direction.
+GSPN_DEVICE Lines<int> lines_of(const Problem& p, int direction) { return Lines<int>(p, lines_are_rows(direction)); }
+
+// Reads and prepares the gates of the tile's sites. Ends without a barrier.
+template <typename Memory, typename T>
+GSPN_DEVICE void prepare_gates(char* memory, const Forward<T>& call, const TensorTile& tile, bool packed) {
+  constexpr int kUnits = Memory::kThreads / kTileSites;
+  const Problem& p = call.problem;
+  char* const records = memory + Memory::kRecords;
+  uint32_t* const input_gates = reinterpret_cast<uint32_t*>(memory + Memory::kInputGate);
+  uint32_t* const output_gates = reinterpret_cast<uint32_t*>(memory + Memory::kOutputGate);
+  const int column = threadIdx.x % kTileSites;
+  for (int first = threadIdx.x / kTileSites; first < kTileSites; first += 2 * kUnits) {
+    SiteGates<T> gates[2];  // of two sites at a time, so that one does not wait for the other
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int row = first + n * kUnits;
+      if (!tile.has(row, column)) continue;
+      if (packed) gates[n].template read<true>(call, tile.batch, tile.row + row, tile.column + column, tile.group);
+      else gates[n].template read<false>(call, tile.batch, tile.row + row, tile.column + column, tile.group);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int row = first + n * kUnits;
+      const bool real = tile.has(row, column);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (k >= p.num_directions) break;
+        const int direction = p.directions[k];
+        const Lines<int> map = lines_of(p, direction);
+        const int line = map.line_of(row, column), position = map.position_of(row, column);
+        const int map_line = map.line_of(tile.row, tile.column) + line;
+        const int map_position = map.position_of(tile.row, tile.column) + position;
+        Weights<float> d{0.f, 0.f, 0.f};
+        if (real && !map.starts_chunk(map_line, is_reversed(direction)))
+          d = differences(normalise(load(gates[n].logits[k][0]), load(gates[n].logits[k][1]),
+                                    load(gates[n].logits[k][2]), float(map_position > 0),
+                                    float(map_position + 1 < map.positions)));
+        const int piece = direction * kTileSites + line;
+        Records::write(Records::piece(records, piece), position, d);
+        Words::write(input_gates + piece * Words::kPieceWords, position, real ? gates[n].input_gate[k] : T{});
+        if constexpr (Memory::kGates) {
+          T u;
+          store(u, 1.f);
+          if (real && call.output_gate.data)
+            u = *gate_at(call.output_gate, 4, tile.batch, tile.row + row, tile.column + column, k, tile.group);
+          Words::write(output_gates + piece * Words::kPieceWords, position, u);
+        }
+      }
+    }
+  }
+}
+
+// Starts to copy what the tile's scans need from beyond it.
+template <typename Memory, typename T>
+GSPN_DEVICE void copy_edges(char* memory, const TensorEdges<T>& edges, const Problem& p, const TensorTile& tile,
+                            int channel) {
+  constexpr int kUnits = Memory::kThreads / kTileSites;
+  const int unit = threadIdx.x % kUnits, n = threadIdx.x / kUnits;  // n: a step, or a position
+  const bool real = unit * 8 < int(p.channels / p.groups);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (k >= p.num_directions) break;
+    const int direction = p.directions[k];
+    const bool reversed = is_reversed(direction);
+    const Lines<int> map = lines_of(p, direction);
+    const int first_line = map.line_of(tile.row, tile.column), first_position = map.position_of(tile.row, tile.column);
+    const int tiles = (map.positions + kTileSites - 1) / kTileSites, at = first_position / kTileSites;
+    // h of the line before the n-th one that is read, beside the tile
+    const int line = nth_read(first_line, kTileSites, n - 1, reversed);
+    const T* const side = edges.side[k] + ((tile.batch * map.lines + line) * 2 * tiles) * p.channels + channel + unit * 8;
+    char* const to = memory + Memory::kSide + ((direction * kTileSites + n) * 2 * kUnits + unit) * 16;
+    const bool in_map = real && line >= 0 && line < map.lines;
+    const bool before = in_map && at > 0, behind = in_map && at + 1 < tiles;
+    copy_async_or_zero(to, before ? side + (2 * at - 1) * p.channels : edges.side[k], before);
+    copy_async_or_zero(to + kUnits * 16, behind ? side + (2 * at + 2) * p.channels : edges.side[k], behind);
+    // h of the line before the first one that is read
+    const int line_tiles = (map.lines + kTileSites - 1) / kTileSites, from = first_line / kTileSites + (reversed ? 1 : -1);
+    const bool goes_on = real && from >= 0 && from < line_tiles && first_position + n < map.positions;
+    const T* const edge = edges.line[k] + ((tile.batch * line_tiles + from) * map.positions + first_position + n) * p.channels +
+                          channel + unit * 8;
+    copy_async_or_zero(memory + Memory::kLine + ((direction * kTileSites + n) * kUnits + unit) * 16,
+                       goes_on ? edge : edges.line[k], goes_on);
+  }
+}
+
+// A piece of 16-bit elements as accumulators, and back.
+template <typename T>
+GSPN_DEVICE void unpack_piece(const uint32_t (&r)[4], float (&v)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unpack(T(), r[i], v[i / 2] + i % 2 * 2);
+}
+template <typename T>
+GSPN_DEVICE void pack_piece(const float (&v)[2][4], uint32_t (&r)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) r[i] = pack<T>(v[i / 2] + i % 2 * 2);
+}
+
+// One of the two scans of an axis, in a warp.
+struct SenseScan {
+  float h[2][4], decay[2], scale[2];
+  Continues continues;
+
+  GSPN_DEVICE SenseScan(const Lines<int>& map, int first_line, bool reversed, const float* factors, int pitch)
+      : h(), continues(map, first_line, reversed) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) decay[i] = factors[i * 8], scale[i] = factors[pitch + i * 8];
+  }
+};
+
+// What a step reads from shared memory, one line ahead of its use.
+struct StepOperands {
+  uint32_t x[4];
+  uint2 input_gate;
+  LineOperands<2> d;
+};
+
+template <typename T, int kUnits, TensorMode kMode>
+__global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
+    tensor_forward(const __grid_constant__ Forward<T> call, const __grid_constant__ TensorEdges<T> edges,
+                   const bool packed) {
+  using Memory = ForwardMemory<kUnits, kMode>;
+  using Map = typename Memory::Map;
+  const Problem& p = call.problem;
+  const TensorTile tile(p, blockIdx.x);
+  const int channels = int(p.channels / p.groups), channel = tile.group * channels;
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  char* const memory = shared_memory();
+  float* const factors = reinterpret_cast<float*>(memory + Memory::kFactors);
+
+  // This thread's part of the sites of a column, from shared to global memory and back.
+  const int unit = thread % kUnits, column = thread / kUnits;
+  const bool has_unit = unit * 8 < channels && column < tile.width;
+  {
+    const T* from = map_at(call.x, tile.batch, tile.row, tile.column + (has_unit ? column : 0), channel + (has_unit ? unit * 8 : 0));
+#pragma unroll 4
+    for (int row = 0; row < kTileSites; ++row) {
+      const bool real = has_unit && row < tile.height;
+      copy_async_or_zero(memory + Memory::kX + Map::offset(row, column, unit), real ? from : call.x.data, real);
+      from += call.x.stride[1];
+    }
+  }
+  if constexpr (Memory::kTiled) copy_edges<Memory>(memory, edges, p, tile, channel);
+  if (p.num_directions < 4) {  // what stands for directions that the call has not
+    for (int i = thread; i < (Memory::kSide - Memory::kRecords) / 4; i += Memory::kThreads)
+      reinterpret_cast<float*>(memory + Memory::kRecords)[i] = 0.f;
+    __syncthreads();
+  }
+  Records::write_zeros(memory + Memory::kRecords, 4 * kTileSites);
+  bool has_rows = false, has_columns = false;
+  for (int k = 0; k < p.num_directions; ++k) {
+    const int direction = p.directions[k];
+    (lines_are_rows(direction) ? has_rows : has_columns) = true;
+    for (int c = thread; c < 2 * channels; c += Memory::kThreads) {
+      const int which = c >= channels, at = c - which * channels;
+      factors[(direction * 2 + which) * kUnits * 8 + at] = of_channel(which ? call.scale : call.decay, p, k, channel + at);
+    }
+  }
+  prepare_gates<Memory>(memory, call, tile, packed);
+  wait_copies();
+  __syncthreads();
+
+  const bool scans = warp * kWarpRows < channels;
+  const FragmentLane at(lane);
+#pragma unroll 1
+  for (int axis = scans ? 0 : 2; axis < 2; ++axis) {
+    const bool rows = axis == 0;
+    if (!(rows ? has_rows : has_columns)) continue;
+    const Lines<int> map(p, rows);
+    const int first_line = map.line_of(tile.row, tile.column);
+    const int in_line = Map::position_offset(rows, Map::matrix_position(lane), Map::matrix_unit(lane, warp));
+    const auto site = [&](int line) { return Map::line_offset(rows, line) + (in_line ^ Map::line_exchange(rows, line)); };
+    const char* const records = Records::piece(memory + Memory::kRecords, 2 * axis * kTileSites);
+    const uint32_t* const input_gates =
+        reinterpret_cast<const uint32_t*>(memory + Memory::kInputGate) + 2 * axis * kTileSites * Words::kPieceWords;
+    const float* const lane_factors = factors + 2 * axis * 2 * kUnits * 8 + warp * kWarpRows + at.channel;
+    SenseScan scan[2] = {{map, first_line, false, lane_factors, kUnits * 8},
+                         {map, first_line, true, lane_factors + 2 * kUnits * 8, kUnits * 8}};
+    float sum[kTileSites][2][4];
+    if (axis == 1 && has_rows) {
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kTileSites; ++i) {
+        uint32_t r[4];
+        load_matrices<true>(r, memory + Memory::kY + site(i));
+        unpack_piece<T>(r, sum[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTileSites * 8; ++i) sum[i / 8][i / 4 % 2][i % 4] = 0.f;
+    }
+    if constexpr (Memory::kTiled) {
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        uint32_t r[4];
+        load_matrices<true>(r, memory + Memory::kLine +
+                                   (((2 * axis + s) * kTileSites + Map::matrix_position(lane)) * kUnits +
+                                    Map::matrix_unit(lane, warp)) * 16);
+        unpack_piece<T>(r, scan[s].h);
+      }
+    }
+    // Of the values beside the n-th step's lines a lane reads, for matrix m of channels 8 m % 16 … of sense m / 2, the ones
+    // behind the tile in rows 0 and 1, which lanes with t = 0 get, and the ones before it in the others.
+    const char* const side = memory + Memory::kSide +
+                             (((2 * axis + lane / 16) * kTileSites * 2 + (lane % 8 < 2)) * kUnits + 2 * warp + lane / 8 % 2) * 16;
+
+    StepOperands next[2];
+    uint32_t next_side[4];
+    const auto read = [&](int n) {
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const int line = s ? kTileSites - 1 - n : n;
+        load_matrices<true>(next[s].x, memory + Memory::kX + site(line));
+        next[s].input_gate = Words::of_diagonal(input_gates + (s * kTileSites + line) * Words::kPieceWords, at);
+        next[s].d.load(records + (s * kTileSites + line) * Records::kPieceBytes, at);
+      }
+      if constexpr (Memory::kTiled) load_matrices<true>(next_side, side + n * 2 * kUnits * 16);
+    };
+    read(0);
+#pragma unroll
+    for (int n = 0; n < kTileSites; ++n) {
+      const StepOperands now[2] = {next[0], next[1]};
+      const uint32_t now_side[4] = {next_side[0], next_side[1], next_side[2], next_side[3]};
+      if (n + 1 < kTileSites) read(n + 1);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const int line = s ? kTileSites - 1 - n : n;
+        float driven[2][4];
+        drive<T>(driven, now[s].x, now[s].input_gate, at);
+        const bool goes_on = scan[s].continues.at(line);
+        const float factor[2] = {goes_on ? scan[s].decay[0] : 0.f, goes_on ? scan[s].decay[1] : 0.f};
+        if constexpr (Memory::kTiled) {
+          Beside beside;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float both[2];
+            unpack(T(), now_side[2 * s + i], both);
+            beside.value[i] = factor[i] * both[1];
+          }
+          advance_parts(scan[s].h, driven, factor, now[s].d, beside);
+        } else {
+          advance_parts(scan[s].h, driven, factor, now[s].d, NothingBeside());
+        }
+        if constexpr (Memory::kGates) {
+          float u[2][2];
+          Words::of_columns<T>(reinterpret_cast<const uint32_t*>(memory + Memory::kOutputGate) +
+                                   ((2 * axis + s) * kTileSites + line) * Words::kPieceWords,
+                               at, u);
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            sum[line][i / 4][i % 4] += scan[s].scale[i / 2 % 2] * u[i / 4][i % 2] * scan[s].h[i / 4][i % 4];
+        } else {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) sum[line][i / 4][i % 4] += scan[s].scale[i / 2 % 2] * scan[s].h[i / 4][i % 4];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTileSites; ++i) {
+      uint32_t r[4];
+      pack_piece<T>(sum[i], r);
+      store_matrices<true>(memory + Memory::kY + site(i), r);
+    }
+  }
+  __syncthreads();
+
+  const float inverse_channels = 1.f / float(channels);
+  float direct[8] = {};
+  if (call.direct && has_unit) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) direct[i] = call.direct[channel + unit * 8 + i];
+  }
+  for (int row = 0; row < tile.height; ++row) {
+    uint4 words = *reinterpret_cast<const uint4*>(memory + Memory::kY + Map::offset(row, column, unit));
+    if (call.direct) {
+      const uint4 x_words = *reinterpret_cast<const uint4*>(memory + Memory::kX + Map::offset(row, column, unit));
+      float v[8], x[8], squares = 0.f;
+      unpack_vector<T>(words, v);
+      unpack_vector<T>(x_words, x);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares += v[i] * v[i];
+      if (!has_unit) squares = 0.f;
+#pragma unroll
+      for (int width = kUnits / 2; width >= 1; width /= 2) squares += __shfl_xor_sync(kAllLanes, squares, width);
+      const float inverse_rms = inverse_root(squares * inverse_channels + kTailEpsilon);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = v[i] * inverse_rms + direct[i] * x[i];
+      words = pack_vector<T>(v);
+      if (unit == 0 && has_unit)
+        call.inverse_rms[((tile.batch * p.height + tile.row + row) * p.width + tile.column + column) * p.groups + tile.group] =
+            inverse_rms;
+    }
+    if (has_unit)
+      *reinterpret_cast<uint4*>(map_at(call.y, tile.batch, tile.row + row, tile.column + column, channel + unit * 8)) = words;
+  }
+}
+
+}  // namespace gspn
