@@ -2,6 +2,7 @@
 #include "cuda/tensor.h"
 
 #include "cuda/launching.h"
+#include "cuda/tensor_backward.h"
 #include "cuda/tensor_forward.h"
 
 namespace gspn {
@@ -26,6 +27,24 @@ template <typename T, typename Run>
 auto with_mode(const Forward<T>& call, Run run) {
   if (call.output_gate.data) return run(Mode<TensorMode::kTiledWithGates>());
   return is_one_tile(call.problem) ? run(Mode<TensorMode::kWhole>()) : run(Mode<TensorMode::kTiled>());
+}
+
+// Tiles of all images, for one group.
+int64_t tiles(const Problem& p) {
+  return p.batch * divide_up(p.height, kTileSites) * divide_up(p.width, kTileSites);
+}
+
+template <typename T>
+TensorBackwardPlan plan_backward(const Backward<T>& call, const SharedMemory& memory) {
+  const Problem& p = call.problem;
+  TensorBackwardPlan plan{{-1, -1, -1, -1}, false, false, false};
+  for (int k = 0; k < p.num_directions; ++k) plan.k[p.directions[k]] = k;
+  with_units(p, [&](auto units) {
+    plan.both_senses = BackwardMemory<decltype(units)::value>::bytes(true) <= memory.of_a_block;
+  });
+  plan.wide_gates = gates_side_by_side(p, call.gates, call.input_gate);
+  plan.wide_grads = plan.both_senses && gates_side_by_side(p, call.grad_gates, call.grad_input_gate);
+  return plan;
 }
 
 }  // namespace
@@ -64,10 +83,42 @@ const char* run_tensor_forward(const Forward<T>& call, float*, void* stream) {
   });
 }
 
-#define GSPN_INSTANTIATE(T)                                                          \
-  template bool tensor_takes<T>(const Forward<T>&, const SharedMemory&);             \
-  template int64_t tensor_scratch<T>(const Forward<T>&);                             \
-  template const char* run_tensor_forward<T>(const Forward<T>&, float*, void*);
+template <typename T>
+bool tensor_takes(const Backward<T>& call, const SharedMemory& memory) {
+  const Problem& p = call.problem;
+  const int channels = channels_of(p);
+  const bool fits =
+      with_units(p, [&](auto units) { return BackwardMemory<decltype(units)::value>::bytes(false) <= memory.of_a_block; });
+  return fits && p.groups < p.channels && channels % kWarpRows == 0 && channels <= 64 && vectorises(p, call.x, 3, 8) &&
+         vectorises(p, call.grad_y, 3, 8) && vectorises(p, call.grad_x, 3, 8) && is_one_tile(p);
+}
+
+template <typename T>
+int64_t tensor_scratch(const Backward<T>&) {
+  return 0;
+}
+
+int64_t tensor_backward_rows(const Problem& p) { return tiles(p); }
+
+template <typename T>
+const char* run_tensor_backward(const Backward<T>& call, const SharedMemory& memory, float*, void* stream) {
+  const Problem& p = call.problem;
+  const TensorBackwardPlan plan = plan_backward(call, memory);
+  return with_units(p, [&](auto units) {
+    constexpr int kUnits = decltype(units)::value;
+    using Memory = BackwardMemory<kUnits>;
+    return describe(launch(tensor_backward<T, kUnits>, tiles(p) * p.groups, Memory::kThreads,
+                           Memory::bytes(plan.both_senses), static_cast<cudaStream_t>(stream), call, plan));
+  });
+}
+
+#define GSPN_INSTANTIATE(T)                                                                                \
+  template bool tensor_takes<T>(const Forward<T>&, const SharedMemory&);                                   \
+  template int64_t tensor_scratch<T>(const Forward<T>&);                                                   \
+  template const char* run_tensor_forward<T>(const Forward<T>&, float*, void*);                            \
+  template bool tensor_takes<T>(const Backward<T>&, const SharedMemory&);                                  \
+  template int64_t tensor_scratch<T>(const Backward<T>&);                                                  \
+  template const char* run_tensor_backward<T>(const Backward<T>&, const SharedMemory&, float*, void*);
 GSPN_INSTANTIATE(BFloat16)
 GSPN_INSTANTIATE(Float16)
 #undef GSPN_INSTANTIATE

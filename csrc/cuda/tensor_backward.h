@@ -29,14 +29,17 @@ namespace gspn {
 struct TensorBackwardPlan {
   int k[4];          // of every direction: which one of the call it is, or -1
   bool both_senses;  // whether shared memory has room for both senses of an axis at once
-  // Whether a site's gates in the four directions, or their gradients, lie side by side: see side_by_side().
+  // Whether a site's gates in the four directions, or their gradients, lie side by side: see gates_side_by_side().
   bool wide_gates, wide_grads;
 };
 
-// Shared memory: x, dy and dx, and then for each of the senses that run at once its h and gates.
-template <int kChannels>
+// Shared memory: x, dy and dx, and then for each of the senses that run at once its h and gates. kUnits:
+// TileMemory<>::kUnits of the group's channels.
+template <int kUnits>
 struct BackwardMemory {
-  using Map = TileMemory<kChannels>;
+  using Map = TileMemory<kUnits * 8>;
+  static constexpr int kWarps = kUnits / 2;  // of a sense, each with 16 channels
+  static constexpr int kThreads = 2 * kWarps * kWarp;
   static constexpr int kX = 0, kGrad = Map::kBytes, kGradX = 2 * Map::kBytes, kSenses = 3 * Map::kBytes;
   // of a sense
   static constexpr int kHidden = 0, kForward = Map::kBytes, kAdjoint = kForward + Records::bytes(kTileSites);
@@ -45,6 +48,22 @@ struct BackwardMemory {
   static constexpr int kSenseBytes = kOutput + kTileSites * Words::kPieceWords * 4;
   static constexpr int bytes(bool both_senses) { return kSenses + (both_senses ? 2 : 1) * kSenseBytes; }
 };
+
+// Whether a group's gates of all four directions, or their gradients, lie side by side in the order of gspn::Direction,
+// so that two elements may be read or written at once: 12 logits, and 4 input gates.
+template <typename T>
+bool gates_side_by_side(const Problem& p, const Strided<T>& gates, const Strided<T>& input_gate) {
+  const int64_t size[3] = {p.batch, p.height, p.width};
+  const auto aligned = [&](const Strided<T>& t, int group_axis) {
+    bool fits = reinterpret_cast<uintptr_t>(t.data) % 8 == 0 && (p.groups == 1 || t.stride[group_axis] % 4 == 0);
+    for (int axis = 0; axis < 3; ++axis) fits = fits && (size[axis] == 1 || t.stride[axis] % 4 == 0);
+    return fits;
+  };
+  bool all = p.num_directions == 4;
+  for (int k = 0; k < p.num_directions; ++k) all = all && p.directions[k] == k;
+  return all && gates.stride[3] == 3 && gates.stride[4] == 1 && input_gate.stride[3] == 1 && aligned(gates, 5) &&
+         aligned(input_gate, 4);
+}
 
 // 1 in both halves of a word.
 template <typename T>
@@ -120,9 +139,9 @@ struct FactorPairs {
 };
 
 // Where a lane's operands and results of a line lie, in bytes from a map in shared memory.
-template <int kChannels>
+template <int kUnits>
 struct LinePlaces {
-  using Map = TileMemory<kChannels>;
+  using Map = TileMemory<kUnits * 8>;
   bool rows;
   int piece, swapped, sums[2];
 
@@ -164,13 +183,13 @@ struct FactorProducts {
 };
 
 // A warp's scan of a tile in one direction, forward and back. `line` counts in map order, n in reading order.
-template <typename T, int kChannels>
+template <typename T, int kUnits>
 struct TensorScan {
-  using Memory = BackwardMemory<kChannels>;
+  using Memory = BackwardMemory<kUnits>;
   using Call = Backward<T>;
   char *map, *own;  // in shared memory: x, dy and dx, and what the sense has
   const FragmentLane& fragment;
-  const LinePlaces<kChannels>& places;
+  const LinePlaces<kUnits>& places;
   Continues continues;
   int lines;
   bool reversed;
@@ -349,15 +368,15 @@ struct TensorScan {
 };
 
 // Begins to read the tile's sites of a map into shared memory: zeros where the tile has none.
-template <int kChannels, typename T>
-GSPN_DEVICE void fetch_map(char* to, const Strided<const T>& from, const TensorTile& tile) {
-  constexpr int kUnits = kChannels / 8;
+template <int kUnits, typename T>
+GSPN_DEVICE void fetch_map(char* to, const Strided<const T>& from, const TensorTile& tile, int channels) {
   for (int i = threadIdx.x; i < kTileSites * kTileSites * kUnits; i += blockDim.x) {
-    const int site = i / kUnits, unit = i % kUnits, row = site / kTileSites, column = site % kTileSites;
-    const bool inside = tile.has(row, column);
-    const T* source = map_at(from, tile.batch, tile.row + (inside ? row : 0), tile.column + (inside ? column : 0),
-                             tile.group * kChannels + unit * 8);
-    copy_async_or_zero(to + TileMemory<kChannels>::offset(row, column, unit), source, inside);
+    const int unit = i % kUnits, column = i / kUnits % kTileSites, row = i / kUnits / kTileSites;
+    const bool inside = tile.has(row, column) && unit * 8 < channels;
+    const T* source =
+        inside ? map_at(from, tile.batch, tile.row + row, tile.column + column, tile.group * channels + unit * 8)
+               : from.data;
+    copy_async_or_zero(to + TileMemory<kUnits * 8>::offset(row, column, unit), source, inside);
   }
   commit_copies();
 }
@@ -390,25 +409,29 @@ struct SiteOnAxis {
   }
 };
 
-template <typename T, int kChannels>
-__global__ void __launch_bounds__(4 * kChannels, 1)
+template <typename T, int kUnits>
+__global__ void __launch_bounds__(32 * kUnits, 1)
     tensor_backward(const __grid_constant__ Backward<T> call, const __grid_constant__ TensorBackwardPlan plan) {
-  using Memory = BackwardMemory<kChannels>;
+  using Memory = BackwardMemory<kUnits>;
   using Map = typename Memory::Map;
-  constexpr int kWarps = kChannels / kWarpRows, kThreads = 2 * kWarps * kWarp;
-  constexpr int kSites = kTileSites * kTileSites, kOwnSites = (kSites + kThreads - 1) / kThreads;
+  constexpr int kWarps = Memory::kWarps, kThreads = Memory::kThreads;
+  constexpr int kSites = kTileSites * kTileSites, kOwnSites = kSites / kThreads;
   const Problem& p = call.problem;
   const TensorTile tile(p, blockIdx.x);
   char* const map = shared_memory();
-  const int warp = threadIdx.x / kWarp % kWarps, lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp % kWarps, lane = threadIdx.x % kWarp, channels = int(p.channels / p.groups);
   const FragmentLane fragment(lane);
   const bool has_output = call.output_gate.data;
   const auto of_sense = [&](int sense) {
     return map + Memory::kSenses + (plan.both_senses ? sense : 0) * Memory::kSenseBytes;
   };
 
-  fetch_map<kChannels>(map + Memory::kX, call.x, tile);
-  fetch_map<kChannels>(map + Memory::kGrad, call.grad_y, tile);
+  fetch_map<kUnits>(map + Memory::kX, call.x, tile, channels);
+  fetch_map<kUnits>(map + Memory::kGrad, call.grad_y, tile, channels);
+  if (tile.height < kTileSites || tile.width < kTileSites) {  // dx beyond the map is added to, too: a NaN would spread
+    for (int i = threadIdx.x; i < Map::kBytes / int(sizeof(uint4)); i += kThreads)
+      reinterpret_cast<uint4*>(map + Memory::kGradX)[i] = uint4{0u, 0u, 0u, 0u};
+  }
   for (int sense = 0; sense < (plan.both_senses ? 2 : 1); ++sense) {
     Records::write_zeros(of_sense(sense) + Memory::kForward, kTileSites);
     Records::write_zeros(of_sense(sense) + Memory::kAdjoint, kTileSites);
@@ -419,7 +442,7 @@ __global__ void __launch_bounds__(4 * kChannels, 1)
 #pragma unroll
     for (int j = 0; j < kOwnSites; ++j) {
       const int site = threadIdx.x + j * kThreads;
-      if (site < kSites) visit(site / kTileSites, site % kTileSites, site_gates[j]);
+      visit(site / kTileSites, site % kTileSites, site_gates[j]);
     }
   };
   each_site([&](int row, int column, AxisGates (&gates)[2]) {
@@ -467,14 +490,15 @@ __global__ void __launch_bounds__(4 * kChannels, 1)
     __syncthreads();
 
     const int sense = plan.both_senses ? int(threadIdx.x) / (kWarp * kWarps) : pass % 2;
-    const bool idle = !plan.both_senses && threadIdx.x >= kWarp * kWarps;
-    const int k = idle ? -1 : direction_index(sense), channel = tile.group * kChannels + warp * kWarpRows;
+    const bool idle = (!plan.both_senses && threadIdx.x >= kWarp * kWarps) || warp * kWarpRows >= channels;
+    const int k = idle ? -1 : direction_index(sense);
+    const int channel = tile.group * channels + (idle ? 0 : warp * kWarpRows);  // the warp's first
     const Lines<int> lines(p, rows);
-    const LinePlaces<kChannels> places(rows, lane, warp, fragment);
+    const LinePlaces<kUnits> places(rows, lane, warp, fragment);
     const auto factors = [&](const float* factor, int i) {
       return of_channel(factor, p, k < 0 ? 0 : k, channel + fragment.channel + 8 * i);
     };
-    const TensorScan<T, kChannels> scan{
+    const TensorScan<T, kUnits> scan{
         map, of_sense(sense), fragment, places, Continues(lines, lines.line_of(tile.row, tile.column), sense),
         lines.line_of(tile.height, tile.width), bool(sense), {factors(call.decay, 0), factors(call.decay, 1)},
         {factors(call.scale, 0), factors(call.scale, 1)}, FactorPairs<T>(call.decay, p, k < 0 ? 0 : k, channel, fragment)};
@@ -507,6 +531,7 @@ __global__ void __launch_bounds__(4 * kChannels, 1)
         float weights[4] = {}, input = 0.f, output = 0.f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
+          if (w * kWarpRows >= channels) break;
           const int at = Map::offset(row, column, 2 * w);
           const char* const from = of_sense(sense) + Memory::kHidden;
           float of_warp[4];
@@ -548,12 +573,11 @@ __global__ void __launch_bounds__(4 * kChannels, 1)
     first = false;
   }
 
-  constexpr int kUnits = kChannels / 8;
   for (int i = threadIdx.x; i < kSites * kUnits; i += kThreads) {
-    const int site = i / kUnits, unit = i % kUnits, row = site / kTileSites, column = site % kTileSites;
-    if (!tile.has(row, column)) continue;
+    const int unit = i % kUnits, column = i / kUnits % kTileSites, row = i / kUnits / kTileSites;
+    if (!tile.has(row, column) || unit * 8 >= channels) continue;
     *reinterpret_cast<uint4*>(map_at(call.grad_x, tile.batch, tile.row + row, tile.column + column,
-                                     tile.group * kChannels + unit * 8)) =
+                                     tile.group * channels + unit * 8)) =
         *reinterpret_cast<const uint4*>(map + Memory::kGradX + Map::offset(row, column, unit));
   }
 }
