@@ -6,6 +6,7 @@
 //   16 x 8 sums C:              c[0], c[1] of row g, columns 2 t and 2 t + 1; c[2], c[3] the same of row g + 8
 //   16 x 8 tf32 A:              a[0], a[1] of column t, rows g and g + 8; a[2], a[3] the same of column t + 4
 //   8 x 8 tf32 B:               b[0], b[1] of rows t and t + 4, column g
+//   16 x 4 and 4 x 8 tf32:      the first half of these: a[0], a[1] of A and b[0] of B
 //   16 x 8 A of 16-bit elements: a[0] of row g, columns 2 t (low half) and 2 t + 1; a[1] the same of row g + 8
 //   8 x 8 B of 16-bit elements:  b of rows 2 t (low half) and 2 t + 1, column g
 // A 16 x 16 A is two 16 x 8 ones side by side, a 16 x 8 B two 8 x 8 ones, one above the other.
@@ -20,7 +21,8 @@
 
 namespace gspn {
 
-// The nearest number of 11 significant bits, of two equally near ones the larger in magnitude. Infinities and NaN stay.
+// The nearest number of 11 significant bits, of two equally near ones the larger in magnitude. Infinities stay, and so
+// does a NaN of arithmetic. Three instructions: no machine so far has one for it.
 GSPN_DEVICE float to_tf32(float value) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
@@ -34,6 +36,13 @@ GSPN_DEVICE void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
         "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
+// As mma_tf32(), with a 16 x 4 and b 4 x 8: half the work.
+GSPN_DEVICE void mma_tf32_k4(float (&c)[4], const float (&a)[2], float b) {
+  asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(b)));
 }
 
 // c += a b in elements T = BFloat16 or Float16, with a 16 x 8 and b 8 x 8.

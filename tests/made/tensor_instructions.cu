@@ -24,6 +24,13 @@ __global__ void multiply_tf32(const float* a, const float* b, float* c) {
   write(c, lane_c);
 }
 
+__global__ void multiply_tf32_k4(const float* a, const float* b, float* c) {
+  float lane_a[2], lane_c[4];
+  read(lane_a, a), read(lane_c, c);
+  mma_tf32_k4(lane_c, lane_a, b[threadIdx.x]);
+  write(c, lane_c);
+}
+
 template <typename T>
 __global__ void multiply_k8(const uint32_t* a, const uint32_t* b, float* c) {
   uint32_t lane_a[2];
@@ -104,6 +111,7 @@ extern "C" {
 
 int run_to_tf32(const float* from, float* to) { return run(round_to_tf32, from, to); }
 int run_mma_tf32(const float* a, const float* b, float* c) { return run(multiply_tf32, a, b, c); }
+int run_mma_tf32_k4(const float* a, const float* b, float* c) { return run(multiply_tf32_k4, a, b, c); }
 int run_mma_k8(bool bfloat16, const uint32_t* a, const uint32_t* b, float* c) {
   return run(bfloat16 ? multiply_k8<BFloat16> : multiply_k8<Float16>, a, b, c);
 }

@@ -89,6 +89,16 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
       [&](int k, int column) { return emulation::tf32(lanes[column * 4 + k % 4].words[4 + k / 4]); });
 }
 
+inline void mma_tf32_k4(float (&c)[4], const float (&a)[2], float b) {
+  uint32_t words[3];
+  std::memcpy(words, a, sizeof a);
+  std::memcpy(words + 2, &b, sizeof b);
+  const emulation::Lane* const lanes = emulation::meet(__func__, words, 3);
+  emulation::add_product<4>(
+      c, [&](int row, int k) { return emulation::tf32(lanes[row % 8 * 4 + k].words[row / 8]); },
+      [&](int k, int column) { return emulation::tf32(lanes[column * 4 + k].words[2]); });
+}
+
 template <typename T>
 void mma_k8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
   emulation::multiply_add<T, 8>(__PRETTY_FUNCTION__, c, a, &b);
