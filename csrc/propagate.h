@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "inline.h"
 
@@ -80,6 +81,15 @@ GSPN_INLINE T inverse_sigmoid(T l, T shift) {
   return T(1) + exp_nonpositive(minimum(shift - l, T(Bounds<T>::kHigh)));
 }
 
+// 1 / x, for x from 1 to 2^126.
+template <typename T>
+GSPN_INLINE T reciprocal(T x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, float>) return __fdividef(1.f, x);
+#endif
+  return T(1) / x;
+}
+
 // Row-stochastic weights of three logits; has_minus and has_plus are 0 where the neighbour lies outside the map.
 //
 // Each weight is proportional to the product of the other two's 1 / σ: one division instead of three. If all logits are
@@ -93,14 +103,14 @@ GSPN_INLINE Weights<T> normalise(T minus, T centre, T plus, Has has_minus, Has h
   const T shift = minimum(largest + T(Bounds<T>::kLow), T(0));
   const T a = inverse_sigmoid(minus, shift), b = inverse_sigmoid(centre, shift), c = inverse_sigmoid(plus, shift);
   const T sa = has_minus ? b * c : T(0), sb = a * c, sc = has_plus ? a * b : T(0);
-  const T scale = T(1) / (sa + sb + sc);
+  const T scale = reciprocal(sa + sb + sc);
   return {sa * scale, sb * scale, sc * scale};
 }
 
 // 1 - σ(l), the derivative of log σ(l).
 template <typename T>
 GSPN_INLINE T one_minus_sigmoid(T l) {
-  return T(1) / (T(1) + exp_nonpositive(minimum(l, T(2 * Bounds<T>::kHigh))));
+  return reciprocal(T(1) + exp_nonpositive(minimum(l, T(2 * Bounds<T>::kHigh))));
 }
 
 // Gradient of the logits from that of the weights: dl_n = (1 - σ(l_n)) w_n (dw_n - Σ_m w_m dw_m).

@@ -317,7 +317,7 @@ int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
 template <typename T>
 const char* run_forward(const Forward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
   if constexpr (sizeof(T) == 2) {
-    if (tensor_takes(call, memory)) return run_tensor_forward(call, scratch, stream_);
+    if (tensor_takes(call, memory)) return run_tensor_forward(call, memory, scratch, stream_);
   }
   const auto stream = static_cast<cudaStream_t>(stream_);
   const Problem& p = call.problem;

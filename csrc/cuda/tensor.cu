@@ -75,26 +75,35 @@ bool tensor_takes(const Forward<T>& call, const SharedMemory& memory) {
     });
   });
   return fits && p.groups < p.channels && channels % kWarpRows == 0 && channels <= 64 && vectorises(p, call.x, 3, 8) &&
-         vectorises(p, call.y, 3, 8) && is_one_tile(p);
+         vectorises(p, call.y, 3, 8) &&
+         (is_one_tile(p) || tile_edges_fit(p, memory));
 }
 
 template <typename T>
-int64_t tensor_scratch(const Forward<T>&) {
-  return 0;
+int64_t tensor_scratch(const Forward<T>& call) {
+  if (is_one_tile(call.problem)) return 0;
+  return divide_up(TileEdgeLayout(call.problem).elements * int64_t(sizeof(T)), sizeof(float));
 }
 
 template <typename T>
-const char* run_tensor_forward(const Forward<T>& call, float*, void* stream) {
+const char* run_tensor_forward(const Forward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
+  const auto stream = static_cast<cudaStream_t>(stream_);
   const Problem& p = call.problem;
+  T* const any = const_cast<T*>(call.x.data);  // a valid address, from which nothing is read
+  TileEdges<T> edges{{any, any, any, any}, {any, any, any, any}};
+  if (!is_one_tile(p)) {
+    edges = TileEdgeLayout(p).at(reinterpret_cast<T*>(scratch), p);
+    if (const char* error = describe(launch_tile_edges(call, edges, memory, stream))) return error;
+  }
   const int64_t blocks = p.batch * divide_up(p.height, kTileSites) * divide_up(p.width, kTileSites) * p.groups;
-  const TensorEdges<T> edges{};
+  const TensorPlan plan{channels_of(p), gates_are_packed(call)};
   return with_mode(call, [&](auto mode) {
     return with_units(p, [&](auto units) {
       constexpr int kUnits = decltype(units)::value;
       constexpr TensorMode kMode = decltype(mode)::value;
       using Memory = ForwardMemory<kUnits, kMode>;
-      return describe(launch(tensor_forward<T, kUnits, kMode>, blocks, Memory::kThreads, Memory::kBytes,
-                             static_cast<cudaStream_t>(stream), call, edges, gates_are_packed(call)));
+      return describe(launch(tensor_forward<T, kUnits, kMode>, blocks, Memory::kThreads, Memory::kBytes, stream, call,
+                             edges, plan));
     });
   });
 }
@@ -145,7 +154,7 @@ const char* run_tensor_backward(const Backward<T>& call, const SharedMemory& mem
 #define GSPN_INSTANTIATE(T)                                                                                \
   template bool tensor_takes<T>(const Forward<T>&, const SharedMemory&);                                   \
   template int64_t tensor_scratch<T>(const Forward<T>&);                                                   \
-  template const char* run_tensor_forward<T>(const Forward<T>&, float*, void*);                            \
+  template const char* run_tensor_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);       \
   template bool tensor_takes<T>(const Backward<T>&, const SharedMemory&);                                  \
   template int64_t tensor_scratch<T>(const Backward<T>&);                                                  \
   template const char* run_tensor_backward<T>(const Backward<T>&, const SharedMemory&, float*, void*);

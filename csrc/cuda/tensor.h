@@ -1,4 +1,5 @@
-// The kernels on tensor cores, for calls in 16-bit elements: compiled beside those of propagate.cu, which asks them first.
+// The kernels on tensor cores, for calls in 16-bit elements: compiled beside those of propagate.cu, which asks them
+// first.
 #pragma once
 
 #include "cuda/kernel.h"
@@ -21,7 +22,7 @@ int64_t tensor_backward_rows(const Problem& p);
 
 // Null, or an error of CUDA.
 template <typename T>
-const char* run_tensor_forward(const Forward<T>& call, float* scratch, void* stream);
+const char* run_tensor_forward(const Forward<T>& call, const SharedMemory& memory, float* scratch, void* stream);
 template <typename T>
 const char* run_tensor_backward(const Backward<T>& call, const SharedMemory& memory, float* scratch, void* stream);
 

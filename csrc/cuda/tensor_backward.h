@@ -448,8 +448,8 @@ struct TensorScan {
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) mma_tf32(carry[j], a[j], transposed.band[j]);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) add_corner(carry[j], a[1 - j], a[1 - j], transposed.corner[j]);
+    mma_tf32_k4(carry[0], {a[1][0], a[1][1]}, transposed.corner[0][0]);  // from the position behind the first part
+    mma_tf32_k4(carry[1], {a[0][2], a[0][3]}, transposed.corner[1][1]);  // from the one before the second
   }
 
   // Writes a line's sums over the warp's channels in the place of its h. Of a site, the first unit of 16 bytes has those

@@ -1,27 +1,24 @@
 // Forward on tensor cores: a block has the channels of a group on a tile of up to 16 × 16 sites, a warp 16 of them.
 //
 // x is read once into shared memory, and every direction's weights are prepared there. Then every warp scans rows and
-// after them columns, both senses of an axis at once: while one is at line i, the other is at line 15 - i, two chains of
-// products that do not wait for each other. The sum of both is in registers; the rows' sum waits in shared memory, in
-// the element type, for the columns to begin with.
+// after them columns, both senses of an axis at once: while one is at line i, the other is at line 15 - i, two chains
+// of products that do not wait for each other. The sum of both is in registers; the rows' sum waits in shared memory,
+// in the element type, for the columns to begin with.
 #pragma once
 
-#include "cuda/tensor_line.h"
+#include "cuda/tensor_edges.h"
 
 namespace gspn {
-
-// What a scan needs from beyond its tile, where the map is larger than a tile: for every direction, h on the last line
-// that it reads in every tile, and h at both ends of a tile on every line.
-template <typename T>
-struct TensorEdges {
-  T* line[4];  // of direction k: (B, tiles along the lines, positions, C)
-  T* side[4];  // (B, lines, 2 · tiles along the positions, C): first and last position of every tile
-};
 
 enum class TensorMode {
   kWhole,           // the tile is all of the map, u = 1
   kTiled,           // u = 1
   kTiledWithGates,  // any u, and any map
+};
+
+struct TensorPlan {
+  int channels;  // of a group
+  bool packed;   // gates_are_packed()
 };
 
 // Shared memory of a block. kUnits: TileMemory<>::kUnits of the group's channels.
@@ -37,8 +34,10 @@ struct ForwardMemory {
   static constexpr int kInputGate = kRecords + Records::bytes(4 * kTileSites);
   static constexpr int kOutputGate = kInputGate + kWordBytes;
   static constexpr int kFactors = kOutputGate + (kGates ? kWordBytes : 0);  // [direction][decay, scale][channel]
-  static constexpr int kSide = kFactors + 4 * 2 * kUnits * 8 * 4;           // [direction][step][before, behind][channel]
-  static constexpr int kLine = kSide + (kTiled ? 4 * kTileSites * 2 * kLineBytes : 0);  // [direction][position][channel]
+  static constexpr int kTile = kFactors + 4 * 2 * kUnits * 8 * 4;  // the block's TensorTile
+  static constexpr int kSide = kTile + 32;  // [direction][step][before, behind][channel]
+  // [direction][position][channel]
+  static constexpr int kLine = kSide + (kTiled ? 4 * kTileSites * 2 * kLineBytes : 0);
   static constexpr int kBytes = kLine + (kTiled ? 4 * kTileSites * kLineBytes : 0);
 };
 
@@ -47,20 +46,27 @@ GSPN_DEVICE Lines<int> lines_of(const Problem& p, int direction) { return Lines<
 
 // Reads and prepares the gates of the tile's sites. Ends without a barrier.
 template <typename Memory, typename T>
-GSPN_DEVICE void prepare_gates(char* memory, const Forward<T>& call, const TensorTile& tile, bool packed) {
+GSPN_DEVICE void prepare_gates(char* memory, const Forward<T>& call, const TensorTile& tile, const TensorPlan& plan) {
   constexpr int kUnits = Memory::kThreads / kTileSites;
   const Problem& p = call.problem;
   char* const records = memory + Memory::kRecords;
   uint32_t* const input_gates = reinterpret_cast<uint32_t*>(memory + Memory::kInputGate);
   uint32_t* const output_gates = reinterpret_cast<uint32_t*>(memory + Memory::kOutputGate);
   const int column = threadIdx.x % kTileSites;
+  uint32_t restarts[4] = {};  // of direction k, a bit for each line
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (k >= p.num_directions) break;
+    const Lines<int> map = lines_of(p, p.directions[k]);
+    restarts[k] = Continues(map, map.line_of(tile.row, tile.column), is_reversed(p.directions[k])).restarts;
+  }
   for (int first = threadIdx.x / kTileSites; first < kTileSites; first += 2 * kUnits) {
     SiteGates<T> gates[2];  // of two sites at a time, so that one does not wait for the other
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int row = first + n * kUnits;
       if (!tile.has(row, column)) continue;
-      if (packed) gates[n].template read<true>(call, tile.batch, tile.row + row, tile.column + column, tile.group);
+      if (plan.packed) gates[n].template read<true>(call, tile.batch, tile.row + row, tile.column + column, tile.group);
       else gates[n].template read<false>(call, tile.batch, tile.row + row, tile.column + column, tile.group);
     }
 #pragma unroll
@@ -73,10 +79,9 @@ GSPN_DEVICE void prepare_gates(char* memory, const Forward<T>& call, const Tenso
         const int direction = p.directions[k];
         const Lines<int> map = lines_of(p, direction);
         const int line = map.line_of(row, column), position = map.position_of(row, column);
-        const int map_line = map.line_of(tile.row, tile.column) + line;
         const int map_position = map.position_of(tile.row, tile.column) + position;
         Weights<float> d{0.f, 0.f, 0.f};
-        if (real && !map.starts_chunk(map_line, is_reversed(direction)))
+        if (real && !(restarts[k] >> line & 1))
           d = differences(normalise(load(gates[n].logits[k][0]), load(gates[n].logits[k][1]),
                                     load(gates[n].logits[k][2]), float(map_position > 0),
                                     float(map_position + 1 < map.positions)));
@@ -97,11 +102,12 @@ GSPN_DEVICE void prepare_gates(char* memory, const Forward<T>& call, const Tenso
 
 // Starts to copy what the tile's scans need from beyond it.
 template <typename Memory, typename T>
-GSPN_DEVICE void copy_edges(char* memory, const TensorEdges<T>& edges, const Problem& p, const TensorTile& tile,
-                            int channel) {
+GSPN_DEVICE void copy_edges(char* memory, const TileEdges<T>& edges, const Problem& p, const TensorTile& tile,
+                            const TensorPlan& plan) {
   constexpr int kUnits = Memory::kThreads / kTileSites;
   const int unit = threadIdx.x % kUnits, n = threadIdx.x / kUnits;  // n: a step, or a position
-  const bool real = unit * 8 < int(p.channels / p.groups);
+  const int channel = tile.group * plan.channels + unit * 8;
+  const bool real = unit * 8 < plan.channels;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     if (k >= p.num_directions) break;
@@ -112,19 +118,90 @@ GSPN_DEVICE void copy_edges(char* memory, const TensorEdges<T>& edges, const Pro
     const int tiles = (map.positions + kTileSites - 1) / kTileSites, at = first_position / kTileSites;
     // h of the line before the n-th one that is read, beside the tile
     const int line = nth_read(first_line, kTileSites, n - 1, reversed);
-    const T* const side = edges.side[k] + ((tile.batch * map.lines + line) * 2 * tiles) * p.channels + channel + unit * 8;
+    const T* const side = edges.side[k] + (tile.batch * map.lines + line) * 2 * tiles * p.channels + channel;
     char* const to = memory + Memory::kSide + ((direction * kTileSites + n) * 2 * kUnits + unit) * 16;
     const bool in_map = real && line >= 0 && line < map.lines;
     const bool before = in_map && at > 0, behind = in_map && at + 1 < tiles;
     copy_async_or_zero(to, before ? side + (2 * at - 1) * p.channels : edges.side[k], before);
     copy_async_or_zero(to + kUnits * 16, behind ? side + (2 * at + 2) * p.channels : edges.side[k], behind);
     // h of the line before the first one that is read
-    const int line_tiles = (map.lines + kTileSites - 1) / kTileSites, from = first_line / kTileSites + (reversed ? 1 : -1);
+    const int line_tiles = (map.lines + kTileSites - 1) / kTileSites;
+    const int from = first_line / kTileSites + (reversed ? 1 : -1);
     const bool goes_on = real && from >= 0 && from < line_tiles && first_position + n < map.positions;
-    const T* const edge = edges.line[k] + ((tile.batch * line_tiles + from) * map.positions + first_position + n) * p.channels +
-                          channel + unit * 8;
+    const T* const edge = edges.line[k] + channel +
+                          ((tile.batch * line_tiles + from) * map.positions + first_position + n) * p.channels;
     copy_async_or_zero(memory + Memory::kLine + ((direction * kTileSites + n) * kUnits + unit) * 16,
                        goes_on ? edge : edges.line[k], goes_on);
+  }
+}
+
+// A thread's part of a tile's sites, between shared and global memory: 16 bytes of every site of a column.
+template <int kUnits>
+struct ThreadColumn {
+  int unit, column, channel;
+  bool real;  // whether the map has it
+
+  GSPN_DEVICE ThreadColumn(const TensorTile& tile, const TensorPlan& plan)
+      : unit(threadIdx.x % kUnits), column(threadIdx.x / kUnits), channel(tile.group * plan.channels + unit * 8),
+        real(unit * 8 < plan.channels && column < tile.width) {}
+  template <typename T>
+  GSPN_DEVICE T* at(const Strided<T>& map, const TensorTile& tile) const {
+    return real ? map_at(map, tile.batch, tile.row, tile.column + column, channel) : map.data;
+  }
+};
+
+// Starts to copy x of the tile; what lies beyond the map becomes 0.
+template <typename Memory, typename T>
+GSPN_DEVICE void read_tile(char* memory, const Forward<T>& call, const TensorTile& tile, const TensorPlan& plan) {
+  using Map = typename Memory::Map;
+  const ThreadColumn<Map::kUnits> own(tile, plan);
+  const T* from = own.at(call.x, tile);
+#pragma unroll 4
+  for (int row = 0; row < kTileSites; ++row) {
+    const bool real = own.real && row < tile.height;
+    copy_async_or_zero(memory + Memory::kX + Map::offset(row, own.column, own.unit), real ? from : call.x.data, real);
+    from += call.x.stride[1];
+  }
+}
+
+// Writes the tile's y, after the tail if the call has one.
+template <typename Memory, typename T>
+GSPN_DEVICE void write_tile(const char* memory, const Forward<T>& call, const TensorTile& tile,
+                            const TensorPlan& plan) {
+  using Map = typename Memory::Map;
+  const Problem& p = call.problem;
+  const ThreadColumn<Map::kUnits> own(tile, plan);
+  const float inverse_channels = 1.f / float(plan.channels);
+  float direct[8] = {};
+  if (call.direct && own.real) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) direct[i] = call.direct[own.channel + i];
+  }
+  T* to = own.at(call.y, tile);
+  float* inverse_rms = call.inverse_rms;
+  if (call.direct)
+    inverse_rms += ((tile.batch * p.height + tile.row) * p.width + tile.column + own.column) * p.groups + tile.group;
+  for (int row = 0; row < tile.height; ++row) {
+    const int offset = Map::offset(row, own.column, own.unit);
+    uint4 words = *reinterpret_cast<const uint4*>(memory + Memory::kY + offset);
+    if (call.direct) {
+      float v[8], x[8], squares = 0.f;
+      unpack_vector<T>(words, v);
+      unpack_vector<T>(*reinterpret_cast<const uint4*>(memory + Memory::kX + offset), x);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares += v[i] * v[i];
+      if (!own.real) squares = 0.f;
+#pragma unroll
+      for (int width = Map::kUnits / 2; width >= 1; width /= 2) squares += __shfl_xor_sync(kAllLanes, squares, width);
+      const float inverse = inverse_root(squares * inverse_channels + kTailEpsilon);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = v[i] * inverse + direct[i] * x[i];
+      words = pack_vector<T>(v);
+      if (own.real && own.unit == 0) *inverse_rms = inverse;
+      inverse_rms += p.width * p.groups;
+    }
+    if (own.real) *reinterpret_cast<uint4*>(to) = words;
+    to += call.y.stride[1];
   }
 }
 
@@ -152,59 +229,49 @@ struct SenseScan {
   }
 };
 
-// What a step reads from shared memory, one line ahead of its use.
-struct StepOperands {
-  uint32_t x[4];
-  uint2 input_gate;
-  LineOperands<2> d;
-};
-
 template <typename T, int kUnits, TensorMode kMode>
 __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
-    tensor_forward(const __grid_constant__ Forward<T> call, const __grid_constant__ TensorEdges<T> edges,
-                   const bool packed) {
+    tensor_forward(const __grid_constant__ Forward<T> call, const __grid_constant__ TileEdges<T> edges,
+                   const __grid_constant__ TensorPlan plan) {
   using Memory = ForwardMemory<kUnits, kMode>;
   using Map = typename Memory::Map;
   const Problem& p = call.problem;
-  const TensorTile tile(p, blockIdx.x);
-  const int channels = int(p.channels / p.groups), channel = tile.group * channels;
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   char* const memory = shared_memory();
   float* const factors = reinterpret_cast<float*>(memory + Memory::kFactors);
 
-  // This thread's part of the sites of a column, from shared to global memory and back.
-  const int unit = thread % kUnits, column = thread / kUnits;
-  const bool has_unit = unit * 8 < channels && column < tile.width;
-  {
-    const T* from = map_at(call.x, tile.batch, tile.row, tile.column + (has_unit ? column : 0), channel + (has_unit ? unit * 8 : 0));
-#pragma unroll 4
-    for (int row = 0; row < kTileSites; ++row) {
-      const bool real = has_unit && row < tile.height;
-      copy_async_or_zero(memory + Memory::kX + Map::offset(row, column, unit), real ? from : call.x.data, real);
-      from += call.x.stride[1];
-    }
-  }
-  if constexpr (Memory::kTiled) copy_edges<Memory>(memory, edges, p, tile, channel);
-  if (p.num_directions < 4) {  // what stands for directions that the call has not
-    for (int i = thread; i < (Memory::kSide - Memory::kRecords) / 4; i += Memory::kThreads)
-      reinterpret_cast<float*>(memory + Memory::kRecords)[i] = 0.f;
-    __syncthreads();
-  }
-  Records::write_zeros(memory + Memory::kRecords, 4 * kTileSites);
   bool has_rows = false, has_columns = false;
-  for (int k = 0; k < p.num_directions; ++k) {
-    const int direction = p.directions[k];
-    (lines_are_rows(direction) ? has_rows : has_columns) = true;
-    for (int c = thread; c < 2 * channels; c += Memory::kThreads) {
-      const int which = c >= channels, at = c - which * channels;
-      factors[(direction * 2 + which) * kUnits * 8 + at] = of_channel(which ? call.scale : call.decay, p, k, channel + at);
+  for (int k = 0; k < p.num_directions; ++k) (lines_are_rows(p.directions[k]) ? has_rows : has_columns) = true;
+  {
+    const TensorTile tile(p, blockIdx.x);
+    read_tile<Memory>(memory, call, tile, plan);
+    for (int i = thread; i < Map::kBytes / 16; i += Memory::kThreads)
+      reinterpret_cast<float4*>(memory + Memory::kY)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if constexpr (Memory::kTiled) copy_edges<Memory>(memory, edges, p, tile, plan);
+    if (p.num_directions < 4) {  // what stands for directions that the call has not
+      for (int i = thread; i < (Memory::kTile - Memory::kRecords) / 4; i += Memory::kThreads)
+        reinterpret_cast<float*>(memory + Memory::kRecords)[i] = 0.f;
+      __syncthreads();
     }
+    Records::write_zeros(memory + Memory::kRecords, 4 * kTileSites);
+    for (int k = 0; k < p.num_directions; ++k) {
+      for (int c = thread; c < 2 * plan.channels; c += Memory::kThreads) {
+        const int which = c >= plan.channels, channel = c - which * plan.channels;
+        const float* const from = which ? call.scale : call.decay;
+        float* const to = factors + (p.directions[k] * 2 + which) * kUnits * 8 + channel;
+        if (from) copy_async<4>(to, from + k * p.channels + tile.group * plan.channels + channel);
+        else *to = 1.f;
+      }
+    }
+    prepare_gates<Memory>(memory, call, tile, plan);
+    // all that is needed of the tile from here on, without registers
+    if (thread == 0) *reinterpret_cast<TensorTile*>(memory + Memory::kTile) = tile;
   }
-  prepare_gates<Memory>(memory, call, tile, packed);
   wait_copies();
   __syncthreads();
 
-  const bool scans = warp * kWarpRows < channels;
+  const TensorTile& tile = *reinterpret_cast<const TensorTile*>(memory + Memory::kTile);
+  const bool scans = warp * kWarpRows < plan.channels;
   const FragmentLane at(lane);
 #pragma unroll 1
   for (int axis = scans ? 0 : 2; axis < 2; ++axis) {
@@ -213,26 +280,20 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
     const Lines<int> map(p, rows);
     const int first_line = map.line_of(tile.row, tile.column);
     const int in_line = Map::position_offset(rows, Map::matrix_position(lane), Map::matrix_unit(lane, warp));
-    const auto site = [&](int line) { return Map::line_offset(rows, line) + (in_line ^ Map::line_exchange(rows, line)); };
+    // The second sense reads a piece's halves in the other order: else ptxas sees that both senses read the same, and
+    // keeps it in registers from one to the other.
+    const int swap = Map::position_offset(rows, 8, 0);
+    const auto site = [&](int line, int exchange) {
+      return Map::line_offset(rows, line) + (in_line ^ Map::line_exchange(rows, line) ^ exchange);
+    };
     const char* const records = Records::piece(memory + Memory::kRecords, 2 * axis * kTileSites);
     const uint32_t* const input_gates =
         reinterpret_cast<const uint32_t*>(memory + Memory::kInputGate) + 2 * axis * kTileSites * Words::kPieceWords;
     const float* const lane_factors = factors + 2 * axis * 2 * kUnits * 8 + warp * kWarpRows + at.channel;
     SenseScan scan[2] = {{map, first_line, false, lane_factors, kUnits * 8},
                          {map, first_line, true, lane_factors + 2 * kUnits * 8, kUnits * 8}};
+    __syncwarp();
     float sum[kTileSites][2][4];
-    if (axis == 1 && has_rows) {
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < kTileSites; ++i) {
-        uint32_t r[4];
-        load_matrices<true>(r, memory + Memory::kY + site(i));
-        unpack_piece<T>(r, sum[i]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kTileSites * 8; ++i) sum[i / 8][i / 4 % 2][i % 4] = 0.f;
-    }
     if constexpr (Memory::kTiled) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
@@ -243,100 +304,80 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
         unpack_piece<T>(r, scan[s].h);
       }
     }
-    // Of the values beside the n-th step's lines a lane reads, for matrix m of channels 8 m % 16 … of sense m / 2, the ones
-    // behind the tile in rows 0 and 1, which lanes with t = 0 get, and the ones before it in the others.
-    const char* const side = memory + Memory::kSide +
-                             (((2 * axis + lane / 16) * kTileSites * 2 + (lane % 8 < 2)) * kUnits + 2 * warp + lane / 8 % 2) * 16;
+    // Of the values beside the n-th step's lines a lane reads, for matrix m of channels 8 m % 16 … of sense m / 2, the
+    // ones behind the tile in rows 0 and 1, which lanes with t = 0 get, and the ones before it in the others.
+    const int in_sides = (2 * axis + lane / 16) * kTileSites * 2 + (lane % 8 < 2);
+    const char* const side = memory + Memory::kSide + (in_sides * kUnits + Map::matrix_unit(lane, warp)) * 16;
 
-    StepOperands next[2];
-    uint32_t next_side[4];
-    const auto read = [&](int n) {
+    // Of the line that either sense reads next: λx, the weights, and words that hold what lies beside the line before.
+    float driven[2][2][4];
+    LineOperands<2> d[2];
+    uint32_t beside_words[4];
+    const auto read_lines = [&](int n) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const int line = s ? kTileSites - 1 - n : n;
-        load_matrices<true>(next[s].x, memory + Memory::kX + site(line));
-        next[s].input_gate = Words::of_diagonal(input_gates + (s * kTileSites + line) * Words::kPieceWords, at);
-        next[s].d.load(records + (s * kTileSites + line) * Records::kPieceBytes, at);
+        uint32_t r[4];
+        load_matrices<true>(r, memory + Memory::kX + site(line, s ? swap : 0));
+        const uint32_t x[4] = {r[s ? 2 : 0], r[s ? 3 : 1], r[s ? 0 : 2], r[s ? 1 : 3]};
+        drive<T>(driven[s], x, Words::of_diagonal(input_gates + (s * kTileSites + line) * Words::kPieceWords, at), at);
+        d[s].load(records + (s * kTileSites + line) * Records::kPieceBytes, at);
       }
-      if constexpr (Memory::kTiled) load_matrices<true>(next_side, side + n * 2 * kUnits * 16);
+      if constexpr (Memory::kTiled) load_matrices<true>(beside_words, side + n * 2 * kUnits * 16);
     };
-    read(0);
+    read_lines(0);
 #pragma unroll
     for (int n = 0; n < kTileSites; ++n) {
-      const StepOperands now[2] = {next[0], next[1]};
-      const uint32_t now_side[4] = {next_side[0], next_side[1], next_side[2], next_side[3]};
-      if (n + 1 < kTileSites) read(n + 1);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        const int line = s ? kTileSites - 1 - n : n;
-        float driven[2][4];
-        drive<T>(driven, now[s].x, now[s].input_gate, at);
-        const bool goes_on = scan[s].continues.at(line);
+        const bool goes_on = scan[s].continues.at(s ? kTileSites - 1 - n : n);
         const float factor[2] = {goes_on ? scan[s].decay[0] : 0.f, goes_on ? scan[s].decay[1] : 0.f};
         if constexpr (Memory::kTiled) {
           Beside beside;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float both[2];
-            unpack(T(), now_side[2 * s + i], both);
+            unpack(T(), beside_words[2 * s + i], both);
             beside.value[i] = factor[i] * both[1];
           }
-          advance_parts(scan[s].h, driven, factor, now[s].d, beside);
+          advance_parts(scan[s].h, driven[s], factor, d[s], beside);
         } else {
-          advance_parts(scan[s].h, driven, factor, now[s].d, NothingBeside());
+          advance_parts(scan[s].h, driven[s], factor, d[s], NothingBeside());
         }
+      }
+      if (n + 1 < kTileSites) read_lines(n + 1);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const int line = s ? kTileSites - 1 - n : n;
+        const bool begins = n < kTileSites / 2;
+        uint32_t r[4];
+        if (begins) {  // with the other axis' sum, or 0
+          load_matrices<true>(r, memory + Memory::kY + site(line, 0));
+          unpack_piece<T>(r, sum[line]);
+        }
+        float factor[2][4];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) factor[i / 4][i % 4] = scan[s].scale[i / 2 % 2];
         if constexpr (Memory::kGates) {
           float u[2][2];
           Words::of_columns<T>(reinterpret_cast<const uint32_t*>(memory + Memory::kOutputGate) +
                                    ((2 * axis + s) * kTileSites + line) * Words::kPieceWords,
                                at, u);
 #pragma unroll
-          for (int i = 0; i < 8; ++i)
-            sum[line][i / 4][i % 4] += scan[s].scale[i / 2 % 2] * u[i / 4][i % 2] * scan[s].h[i / 4][i % 4];
-        } else {
+          for (int i = 0; i < 8; ++i) factor[i / 4][i % 4] *= u[i / 4][i % 2];
+        }
 #pragma unroll
-          for (int i = 0; i < 8; ++i) sum[line][i / 4][i % 4] += scan[s].scale[i / 2 % 2] * scan[s].h[i / 4][i % 4];
+        for (int i = 0; i < 8; ++i) sum[line][i / 4][i % 4] += factor[i / 4][i % 4] * scan[s].h[i / 4][i % 4];
+        if (!begins) {
+          pack_piece<T>(sum[line], r);
+          store_matrices<true>(memory + Memory::kY + site(line, 0), r);
         }
       }
-    }
-#pragma unroll
-    for (int i = 0; i < kTileSites; ++i) {
-      uint32_t r[4];
-      pack_piece<T>(sum[i], r);
-      store_matrices<true>(memory + Memory::kY + site(i), r);
     }
   }
   __syncthreads();
 
-  const float inverse_channels = 1.f / float(channels);
-  float direct[8] = {};
-  if (call.direct && has_unit) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) direct[i] = call.direct[channel + unit * 8 + i];
-  }
-  for (int row = 0; row < tile.height; ++row) {
-    uint4 words = *reinterpret_cast<const uint4*>(memory + Memory::kY + Map::offset(row, column, unit));
-    if (call.direct) {
-      const uint4 x_words = *reinterpret_cast<const uint4*>(memory + Memory::kX + Map::offset(row, column, unit));
-      float v[8], x[8], squares = 0.f;
-      unpack_vector<T>(words, v);
-      unpack_vector<T>(x_words, x);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) squares += v[i] * v[i];
-      if (!has_unit) squares = 0.f;
-#pragma unroll
-      for (int width = kUnits / 2; width >= 1; width /= 2) squares += __shfl_xor_sync(kAllLanes, squares, width);
-      const float inverse_rms = inverse_root(squares * inverse_channels + kTailEpsilon);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = v[i] * inverse_rms + direct[i] * x[i];
-      words = pack_vector<T>(v);
-      if (unit == 0 && has_unit)
-        call.inverse_rms[((tile.batch * p.height + tile.row + row) * p.width + tile.column + column) * p.groups + tile.group] =
-            inverse_rms;
-    }
-    if (has_unit)
-      *reinterpret_cast<uint4*>(map_at(call.y, tile.batch, tile.row + row, tile.column + column, channel + unit * 8)) = words;
-  }
+  write_tile<Memory>(memory, call, tile, plan);
 }
 
 }  // namespace gspn

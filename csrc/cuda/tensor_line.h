@@ -10,10 +10,10 @@
 // from line to line is never rounded to tf32, and rows of D sum to 0 exactly (differences()): ones stay ones. λx is a
 // product of 16-bit operands: x from shared memory times a diagonal matrix.
 //
-// The accumulator is the next step's left operand as it lies: the product sums over positions in any order, so its index
-// κ stands for position 2κ (κ < 4) or 2 (κ - 4) + 1. Then a lane needs D[n][2t] and D[n][2t + 1] with n = g. Neighbouring
-// parts meet in one number each way, which one more product adds: its left operand has the position behind the part at
-// κ = 0 and the one before it at κ = 7.
+// The accumulator is the next step's left operand as it lies: the product sums over positions in any order, so its
+// index κ stands for position 2κ (κ < 4) or 2 (κ - 4) + 1. Then a lane needs D[n][2t] and D[n][2t + 1] with n = g.
+// Neighbouring parts meet in one number each way, which one more product adds: its left operand has the position
+// behind the part at κ = 0 and the one before it at κ = 7.
 //
 // A scan that restarts at a line has f = 0 there: see Continues.
 #pragma once
@@ -70,10 +70,10 @@ struct FragmentLane {
 };
 
 // A line's rows of a tridiagonal matrix in shared memory, so that a lane has its operands for both parts of a piece in
-// one load of 16 bytes. A position has the four floats (0, minus, centre, plus) if it is even, (minus, centre, plus, 0) if
-// odd: whichever two of these a lane needs lie together. The first and the second two floats of positions g and g + 8 of
-// a piece lie side by side: (first of g, first of g + 8), (second of g, second of g + 8). Before the first piece, and
-// behind each, lie four zeros.
+// one load of 16 bytes. A position has the four floats (0, minus, centre, plus) if it is even, (minus, centre, plus,
+// 0) if odd: whichever two of these a lane needs lie together. The first and the second two floats of positions g and
+// g + 8 of a piece lie side by side: (first of g, first of g + 8), (second of g, second of g + 8). Before the first
+// piece, and behind each, lie four zeros.
 //
 // The adjoint step is the same with the transposed matrix: position m then has minus = the plus of m - 1 and plus = the
 // minus of m + 1.
@@ -81,7 +81,7 @@ struct Records {
   static constexpr int kPieceBytes = 256 + 16;
 
   // Bytes for `pieces` one after another, lines of any number of them. The first piece is at `data` + 16.
-  static constexpr int bytes(int pieces) { return 16 + pieces * kPieceBytes; }
+  static GSPN_INLINE constexpr int bytes(int pieces) { return 16 + pieces * kPieceBytes; }
   static GSPN_DEVICE char* piece(char* data, int index) { return data + 16 + index * kPieceBytes; }
 
   // Writes the zeros before and behind `pieces` of them. All threads of the block take part.
@@ -98,14 +98,15 @@ struct Records {
     const bool odd = position % 2;
     *reinterpret_cast<float2*>(piece + at(position, 0)) =
         make_float2(odd ? row.minus : 0.f, odd ? row.centre : row.minus);
-    *reinterpret_cast<float2*>(piece + at(position, 2)) = make_float2(odd ? row.plus : row.centre, odd ? 0.f : row.plus);
+    *reinterpret_cast<float2*>(piece + at(position, 2)) =
+        make_float2(odd ? row.plus : row.centre, odd ? 0.f : row.plus);
   }
   // Writes one number of a position's row: of its neighbour -1, 0 or +1.
   static GSPN_DEVICE void write_one(char* piece, int position, int neighbour, float value) {
     *reinterpret_cast<float*>(piece + at(position, neighbour + 2 - position % 2)) = value;
   }
-  // Writes column `position` of a matrix as a row of the transposed one, of which this piece is all: what lies beyond its
-  // 16 positions is left out. One thread writes for each position of the piece; no two write the same number.
+  // Writes column `position` of a matrix as a row of the transposed one, of which this piece is all: what lies beyond
+  // its 16 positions is left out. One thread writes for each position of the piece; no two write the same number.
   static GSPN_DEVICE void write_transposed(char* piece, int position, const Weights<float>& row) {
     write_one(piece, position, 0, row.centre);
     if (position > 0) write_one(piece, position - 1, 1, row.minus);
@@ -177,17 +178,8 @@ GSPN_DEVICE void as_operand(float (&a)[4], const float (&h)[4], const float (&fa
   a[0] = factor[0] * h[0], a[1] = factor[1] * h[2], a[2] = factor[0] * h[1], a[3] = factor[1] * h[3];
 }
 
-// The left operand of the product with `corner`: of the part before only lanes with t = 3 count, of the part after only
-// those with t = 0. Where a part has no neighbour on one side, any operand of finite numbers will do for it; the same one
-// as on the other side costs nothing.
-GSPN_DEVICE void add_corner(float (&sum)[4], const float (&before)[4], const float (&after)[4],
-                            const float (&corner)[2]) {
-  const float a[4] = {after[0], after[1], before[2], before[3]};
-  mma_tf32(sum, a, corner);
-}
-
-// h beside a line that ends within the map: `value` of channels g and g + 8 at the position before the line in lanes with
-// t = 3, behind it in lanes with t = 0, and anything finite in the others; times the line's factor.
+// h beside a line that ends within the map: `value` of channels g and g + 8 at the position before the line in lanes
+// with t = 3, behind it in lanes with t = 0, and anything finite in the others; times the line's factor.
 struct Beside {
   float value[2];
 };
@@ -208,17 +200,15 @@ GSPN_DEVICE void advance_parts(float (&line)[kParts][4], const float (&driven)[k
   for (int j = 0; j < kParts; ++j) mma_tf32(line[j], a[j], d.band[j]);
 #pragma unroll
   for (int j = 0; j < kParts; ++j) {
-    const bool first = j == 0, last = j + 1 == kParts;
-    const float(&before)[4] = a[first ? 1 : j - 1];
-    const float(&after)[4] = a[last ? j - 1 : j + 1];
+    // the position behind a part is at κ = 0 of the next one's first half, the one before it at κ = 7
+    const float behind[2] = {a[(j + 1) % kParts][0], a[(j + 1) % kParts][1]};
+    const float before[2] = {a[(j + kParts - 1) % kParts][2], a[(j + kParts - 1) % kParts][3]};
+    if (j + 1 < kParts) mma_tf32_k4(line[j], behind, d.corner[j][0]);
+    if (j > 0) mma_tf32_k4(line[j], before, d.corner[j][1]);
     if constexpr (std::is_same_v<Neighbours, Beside>) {
-      if (first || last) {
-        const float outside[4] = {beside.value[0], beside.value[1], beside.value[0], beside.value[1]};
-        add_corner(line[j], first ? outside : before, last ? outside : after, d.corner[j]);
-        continue;
-      }
+      if (j + 1 == kParts) mma_tf32_k4(line[j], beside.value, d.corner[j][0]);
+      if (j == 0) mma_tf32_k4(line[j], beside.value, d.corner[j][1]);
     }
-    add_corner(line[j], before, after, d.corner[j]);
   }
 }
 
@@ -227,7 +217,8 @@ struct Continues {
   uint32_t restarts;
 
   GSPN_DEVICE Continues(const Lines<int>& map, int first, bool reversed) : restarts(0) {
-    const int into = first % map.chunk;  // restarts are `chunk` lines apart
+    // restarts are `chunk` lines apart; a division is slow
+    const int into = map.chunk == map.lines ? first : first % map.chunk;
     for (int i = reversed ? map.chunk - 1 - into : into ? map.chunk - into : 0; i < kTileSites; i += map.chunk)
       restarts |= 1u << i;
     const int last = map.lines - 1 - first;
@@ -236,9 +227,9 @@ struct Continues {
   GSPN_DEVICE bool at(int i) const { return !(restarts >> i & 1); }
 };
 
-// A tile of 16 × 16 sites in shared memory: kChannels 16-bit elements of each, in units of 16 bytes. Units are exchanged
-// within 128 bytes so that 8 neighbouring sites (from an even multiple of 8 on) of a row, or of a column, lie in different
-// banks. Sites of 48 channels have room for 64.
+// A tile of 16 × 16 sites in shared memory: kChannels 16-bit elements of each, in units of 16 bytes. Units are
+// exchanged within 128 bytes so that 8 neighbouring sites (from an even multiple of 8 on) of a row, or of a column,
+// lie in different banks. Sites of 48 channels have room for 64.
 template <int kChannels>
 struct TileMemory {
   static constexpr int kUnits = (kChannels == 48 ? 64 : kChannels) / 8;
@@ -258,8 +249,8 @@ struct TileMemory {
   static GSPN_DEVICE int line_exchange(bool rows, int line) {
     return (rows ? line & 7 : (line % kTogether * kUnits ^ line / kTogether) & 7) * 16;
   }
-  // A lane's row of the four matrices of a piece, which load_matrices() and store_matrices() take: the position, and the
-  // unit of a warp that has channels 16 · warp ….
+  // A lane's row of the four matrices of a piece, which load_matrices() and store_matrices() take: the position, and
+  // the unit of a warp that has channels 16 · warp ….
   static GSPN_DEVICE int matrix_position(int lane) { return lane % 8 + lane / 16 * 8; }
   static GSPN_DEVICE int matrix_unit(int lane, int warp) { return 2 * warp + lane / 8 % 2; }
 };

@@ -32,6 +32,7 @@ class EmulatedCuda(NativeCuda):
 
     def __init__(self, shared_memory):
         super().__init__()
+        self.little_memory = shared_memory < SHARED_MEMORY
         emulated_kernels().set_shared_memory(shared_memory)
 
     def status(self, device=None):
@@ -124,6 +125,14 @@ SHAPES = [
     (1, 2, 3, 1, 4, 1, 0),
     (1, 32, 32, 128, 4, 2, 4),
     (1, 1030, 2, 8, 2, 8, 0),
+    # groups of 16, 32, 48 and 64 channels: in 16-bit elements, on tensor cores
+    (1, 13, 11, 48, 4, 1, 3),
+    (1, 5, 7, 64, 4, 2, 1),
+    (1, 1, 6, 16, 4, 1, 0),
+    (1, 33, 6, 16, 4, 1, 0),
+    (1, 20, 30, 64, 4, 1, 5),
+    (1, 40, 18, 32, 4, 2, 16),
+    (1, 17, 16, 16, 1, 1, 0),
 ]
 # Emulated, these take seconds.
 LARGE_SHAPES = [
@@ -132,6 +141,9 @@ LARGE_SHAPES = [
     (1, 40, 36, 128, 4, 2, 0),
     (1, 2, 1024, 128, 4, 2, 0),
     (1, 513, 33, 6, 4, 2, 16),
+    (1, 130, 20, 128, 4, 2, 20),
+    (2, 32, 32, 128, 4, 2, 0),
+    (1, 100, 140, 64, 4, 1, 0),
 ]
 
 
@@ -162,6 +174,61 @@ def test_any_directions_in_any_order(kernel, directions):
     check(kernel, x, gates, input_gate, output_gate, None, scale, grad, 0, directions)
     check(kernel, x, gates, input_gate, None, None, None, grad, 3, directions)
     check(kernel, *operands(1, 36, 40, 8, len(directions), 2, device=device_of(kernel)), 0, directions)
+
+
+@pytest.mark.parametrize("directions", [[3], [2, 1], [3, 0, 2]], ids=str)
+def test_any_directions_in_any_order_on_tensor_cores(kernel, directions):
+    x, gates, input_gate, output_gate, decay, scale, grad = operands(
+        1, 13, 18, 32, len(directions), 2, dtype=torch.bfloat16, device=device_of(kernel)
+    )
+    check(kernel, x, gates, input_gate, None, decay, scale, grad, 3, directions)
+    check(kernel, x, gates, input_gate, output_gate, None, None, grad, 0, directions)
+
+
+@pytest.mark.parametrize("shape", [(1, 13, 11, 64, 4, 1), (1, 18, 5, 64, 4, 2)], ids=str)
+def test_gates_side_by_side_give_the_same_bits(kernel, shape):
+    """As the mixers make them, a group's 16 numbers are read at once; here, they are not copied to be so."""
+    x, gates, input_gate, _, decay, scale, _ = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
+    both = torch.cat([gates.permute(0, 1, 2, 5, 3, 4).flatten(-2), input_gate.transpose(3, 4)], -1)
+    logits = both[..., :12].unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3)
+    together = kernel.forward(Call(x, logits, both[..., 12:].transpose(3, 4), None, decay, scale, 0, [0, 1, 2, 3]))
+    assert torch.equal(together, kernel.forward(Call(x, gates, input_gate, None, decay, scale, 0, [0, 1, 2, 3])))
+
+
+def test_part_of_a_wider_map_on_tensor_cores(kernel):
+    x, gates, input_gate, output_gate, decay, scale, grad = operands(
+        1, 13, 18, 32, 4, 2, dtype=torch.bfloat16, device=device_of(kernel)
+    )
+    part_of_more = torch.cat([x, x], dim=-1)[..., 32:]
+    group_by_group = gates.permute(0, 1, 2, 5, 3, 4).contiguous().permute(0, 1, 2, 4, 5, 3)
+    check(kernel, part_of_more, group_by_group, input_gate, output_gate, decay, scale, grad, 4, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 9), (1, 18, 20)], ids=str)
+def test_nan_shows(kernel, shape):
+    x, gates, input_gate, *_ = operands(*shape, 16, 1, 1, dtype=torch.bfloat16, device=device_of(kernel))
+    x[0, 3, 4, 5] = torch.nan
+    y = kernel.forward(Call(x, gates, input_gate, directions=[0]))
+    assert y[0, 3:, 4, 5].isnan().all()
+    assert not y[..., :5].isnan().any() and not y[..., 6:].isnan().any()  # channels keep to themselves
+
+
+@pytest.mark.parametrize("shape", [(2, 13, 11, 32, 4, 2), (1, 18, 20, 16, 4, 1)], ids=str)
+def test_the_tail_is_fused_on_tensor_cores(kernel, shape):
+    """y / rms + direct x, where the kernels take it: exact ones do not."""
+    *tensors, _ = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
+    groups = shape[-1]
+    direct = torch.randn(shape[3], generator=torch.Generator().manual_seed(1)).to(device_of(kernel))
+    native = torch.ops.gspn_dit_cuda
+    if not native.fuses_tail(*tensors, 0, [0, 1, 2, 3]):
+        assert kernel.little_memory
+        return
+    y, inverse_rms = native.propagate_with_tail(*tensors, 0, [0, 1, 2, 3], direct)
+    sums = Reference().forward(Call(*(t.double() for t in tensors), 0, [0, 1, 2, 3])).unflatten(-1, (groups, -1))
+    want = (sums.square().mean(-1) + 1e-6).rsqrt()
+    assert distance(inverse_rms, want) < TOLERANCE[torch.bfloat16]
+    want = (sums * want[..., None]).flatten(-2) + direct.double() * tensors[0].double()
+    assert distance(y, want) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("groups", [2, 24])
@@ -199,11 +266,11 @@ def test_any_strides(kernel, groups):
 
 @pytest.mark.parametrize("direction", range(4))
 @pytest.mark.parametrize("chunk", [0, 1, 3])
-def test_ones_count_the_lines_of_the_chunk(kernel, direction, chunk):
-    h, w = 7, 5
-    gates = torch.randn(1, h, w, 1, 3, 2, device=device_of(kernel))
-    ones = torch.ones(1, h, w, 4, device=device_of(kernel))
-    input_gate = torch.ones(1, h, w, 1, 2, device=device_of(kernel))
+@pytest.mark.parametrize(("h", "w", "dtype"), [(7, 5, torch.float32), (7, 5, torch.bfloat16), (18, 20, torch.bfloat16)])
+def test_ones_count_the_lines_of_the_chunk(kernel, direction, chunk, h, w, dtype):
+    gates = torch.randn(1, h, w, 1, 3, 2, device=device_of(kernel), dtype=dtype)
+    ones = torch.ones(1, h, w, 4 if dtype == torch.float32 else 32, device=device_of(kernel), dtype=dtype)
+    input_gate = torch.ones(1, h, w, 1, 2, device=device_of(kernel), dtype=dtype)
     y = kernel.forward(Call(ones, gates, input_gate, chunk=chunk, directions=[direction]))
     lines = h if direction < 2 else w
     n = chunk or lines
@@ -212,8 +279,10 @@ def test_ones_count_the_lines_of_the_chunk(kernel, direction, chunk):
         expected = line - first + 1 if direction % 2 == 0 else last - line + 1
         torch.testing.assert_close(
             *torch.broadcast_tensors(
-                y.select(1 if direction < 2 else 2, line), torch.tensor(float(expected), device=device_of(kernel))
-            )
+                y.select(1 if direction < 2 else 2, line),
+                torch.tensor(float(expected), device=device_of(kernel), dtype=dtype),
+            ),
+            **({} if dtype == torch.float32 else {"rtol": 0, "atol": 0}),  # to the last bit
         )
 
 
@@ -255,6 +324,13 @@ def test_gradients_are_the_same_bits_twice(kernel, shape):
     first, second = (kernel.backward(grad, Call(*tensors, 0, [0, 1, 2, 3])) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 20, 18, 32, 4, 2)], ids=str)
+def test_results_on_tensor_cores_are_the_same_bits_twice(kernel, shape):
+    *tensors, _ = operands(*shape, dtype=torch.float16, device=device_of(kernel))
+    first, second = (kernel.forward(Call(*tensors, 0, [0, 1, 2, 3])) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("kernel", ["emulated, little shared memory"], indirect=True)
@@ -462,60 +538,89 @@ def test_an_instruction_with_two_results_in_one_predicate_is_found():
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The kernels compiled for every target, and what ptxas says of them."""
+    """For every source, its kernels compiled for every target, and what ptxas says of them."""
     nvcc = cuda_home() and cuda_home() / "bin" / "nvcc"
     if nvcc is None or not nvcc.exists():
         pytest.skip("no nvcc")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     newest = max(int(arch.removeprefix("compute_")) for arch in known)
     targets = [f"arch=compute_{n},code=sm_{n}" for n in (80, 90)] + [f"arch=compute_{newest},code=compute_{newest}"]
-    kernels = tmp_path_factory.mktemp("compiled") / "kernels.o"
-    result = subprocess.run(
-        [
-            nvcc,
-            "-std=c++17",
-            "-O3",
-            "-Werror",
-            "all-warnings",
-            "-Xptxas",
-            "-v",
-            "--threads",
-            "2",
-            *(word for target in targets for word in ("-gencode", target)),
-            "-c",
-            f"-I{CSRC}",
-            CSRC / "cuda" / "propagate.cu",
-            "-o",
-            kernels,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return kernels, result.stderr
+    folder = tmp_path_factory.mktemp("compiled")
+    results = {}
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        kernels = folder / f"{source.stem}.o"
+        result = subprocess.run(
+            [
+                nvcc,
+                "-std=c++17",
+                "-O3",
+                "-Werror",
+                "all-warnings",
+                "-Xptxas",
+                "-v",
+                "--threads",
+                "2",
+                *(word for target in targets for word in ("-gencode", target)),
+                "-c",
+                f"-I{CSRC}",
+                source,
+                "-o",
+                kernels,
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        results[source.stem] = kernels, result.stderr
+    return results
 
 
-@pytest.mark.slow
-def test_compiles_for_every_target_without_spills(compiled):
-    report = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled[1])
-    assert len(report) > 2 * 12 * len(DIRECTIONS) // 2  # kernels of two machine targets: the report was really read
-    assert set(report) == {("0", "0", "0")}
-
-
-@pytest.mark.slow
-def test_no_instruction_puts_two_results_into_one_predicate(compiled):
-    """As ptxas 13.0 does for sm_90 of a clamp whose result is compared with its bounds: one comparison is lost."""
-    kernels, report = compiled
+@pytest.fixture(scope="module")
+def machine_code(compiled):
+    """For every source, the machine code of its kernels on all targets: name and text of each."""
     folders = [cuda_home() / "bin"]
     if triton := importlib.util.find_spec("triton"):  # the wheel brings one
         folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
     cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
     if cuobjdump is None:
         pytest.skip(f"no cuobjdump in {' or '.join(map(str, folders))}, nor on PATH")
-    code = subprocess.run([cuobjdump, "-sass", kernels], capture_output=True, text=True, check=True).stdout
-    assert code.count("Function : ") == report.count("Compiling entry function") > 0  # all of it was really read
-    assert [found[0] for found in TWO_RESULTS_IN_ONE_PREDICATE.finditer(code)] == []
+    results = {}
+    for source, (kernels, report) in compiled.items():
+        code = subprocess.run([cuobjdump, "-sass", kernels], capture_output=True, text=True, check=True).stdout
+        functions = re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", code, re.DOTALL)
+        assert len(functions) == report.count("Compiling entry function") > 0  # all of it was really read
+        results[source] = functions
+    return results
+
+
+@pytest.mark.slow
+def test_compiles_for_every_target_without_spills(compiled):
+    for _, report in compiled.values():
+        found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert len(found) >= 2 * 12  # kernels of two machine targets: the report was really read
+        assert set(found) == {("0", "0", "0")}
+
+
+@pytest.mark.slow
+def test_no_instruction_puts_two_results_into_one_predicate(machine_code):
+    """As ptxas 13.0 does for sm_90 of a clamp whose result is compared with its bounds: one comparison is lost."""
+    for functions in machine_code.values():
+        for name, code in functions:
+            assert [found[0] for found in TWO_RESULTS_IN_ONE_PREDICATE.finditer(code)] == [], name
+
+
+@pytest.mark.slow
+def test_forward_on_tensor_cores_multiplies_there_and_moves_16_bytes_at_a_time(machine_code):
+    kernels = [(name, code) for name, code in machine_code["tensor"] if "tensor_forward" in name]
+    assert len(kernels) == 2 * 2 * 3 * 3  # targets, elements, sizes of a group, modes
+    for name, code in kernels:
+        steps = 2 * 2 * 16  # parts of a line, senses, lines
+        assert len(re.findall(r"HMMA\.1688\.F32\.TF32", code)) == steps, name
+        assert len(re.findall(r"HMMA\.1684\.F32\.TF32", code)) in (steps, 2 * steps), name  # where parts meet
+        assert len(re.findall(r"HMMA\.1688\.F32(\.BF16)? ", code)) == steps, name  # λx
+        assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", code), name  # x
+        assert re.search(r"STG\.E\.128", code), name  # y
 
 
 def test_architectures_older_than_the_kernel_are_left_out(monkeypatch):

@@ -1,0 +1,148 @@
+"""What tiles of a map need from each other (csrc/cuda/tensor_edges.h): emulated on the CPU, and on the GPU."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from made.emulated_cuda import EMULATION, SHARED_MEMORY
+
+from gspn_dit.ops.build import CSRC, cuda_home
+
+DRIVER = EMULATION.parent / "tensor_edges.cu"
+TILE = 16
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  # ‖got - float64‖ / ‖float64‖: in tf32, stored in the dtype
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def driver(request, tmp_path_factory):
+    """(library, device) of the kernels by themselves."""
+    library = tmp_path_factory.mktemp("edges") / "driver.so"
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        command = [cuda_home() / "bin" / "nvcc", "-arch=native", "-Xcompiler", "-fPIC", "-std=c++17"]
+    else:
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(compiler) is None:
+            pytest.skip("no C++ compiler")
+        flags = "-std=c++20", "-fPIC", "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"
+        command = [compiler, *flags, "-DGSPN_EMULATED_CUDA", f"-I{EMULATION}", "-x", "c++"]
+    subprocess.run([*command, "-O2", "-shared", f"-I{CSRC}", DRIVER, "-o", library], check=True)
+    return ctypes.CDLL(str(library)), "cuda" if request.param == "gpu" else "cpu"
+
+
+def along_lines(tensor, direction):
+    """(B, H, W, …) as (B, lines, positions, …), lines in the order in which the direction reads them."""
+    tensor = tensor if direction < 2 else tensor.transpose(1, 2)
+    return tensor.flip(1) if direction % 2 else tensor
+
+
+def starts_chunk(n, lines, chunk, reverse):
+    """Whether the n-th line that is read is the first of its chunk."""
+    chunk = chunk or lines
+    line = lines - 1 - n if reverse else n
+    return n == 0 or (line // chunk != (line + 1 if reverse else line - 1) // chunk)
+
+
+def neighbours(logits):
+    """Weights (B, lines, positions, 3, G) of logits."""
+    weights = torch.sigmoid(logits)
+    weights[:, :, 0, 0] = 0
+    weights[:, :, -1, 2] = 0
+    return weights / weights.sum(3, keepdim=True)
+
+
+def shifted(h, by):
+    """h at position - by: zeros from beyond the line."""
+    h = torch.roll(h, by, 1)
+    if by:
+        h[:, 0 if by > 0 else -1] = 0
+    return h
+
+
+def tiles(n):
+    return -(-n // TILE)
+
+
+def expected(backward, direction, k, operands, chunk):
+    """line, side of a direction, and where tiles read them, in float64: as TileEdges describes them."""
+    map_, gates, gate, decay, scale = operands
+    b, c = map_.shape[0], map_.shape[3]
+    read = along_lines(map_.double(), direction)
+    lines, positions = read.shape[1:3]
+    per_channel = c // gates.shape[5]
+    weights = neighbours(along_lines(gates[:, :, :, k].double(), direction)).repeat_interleave(per_channel, 4)
+    w = [weights[:, :, :, n] for n in range(3)]
+    read = read * along_lines(gate[:, :, :, k].double(), direction).repeat_interleave(per_channel, 3)
+    f = decay[k].double()
+    line = torch.full((b, tiles(lines), positions, c), torch.nan, dtype=torch.double)
+    side = torch.full((b, lines, 2 * tiles(positions), c), torch.nan, dtype=torch.double)
+    firsts, lasts = list(range(0, positions, TILE)), list(range(TILE - 1, positions, TILE))
+    reverse = direction % 2 == 1
+    in_map = [lines - 1 - n if reverse else n for n in range(lines)]
+    last_of_tile = [n + 1 == lines or in_map[n + 1] // TILE != in_map[n] // TILE for n in range(lines)]
+    state = torch.zeros(b, positions, c, dtype=torch.double)
+    for n in reversed(range(lines)) if backward else range(lines):
+        m, restarts = in_map[n], starts_chunk(n, lines, chunk, reverse)
+        if not backward:
+            carried = sum(w[i][:, n] * shifted(state, 1 - i) for i in range(3))
+            state = read[:, n] + (0 if restarts else f * carried)
+            if last_of_tile[n] and n + 1 < lines:
+                line[:, m // TILE] = state
+            side[:, m, 0::2] = state[:, firsts]
+            side[:, m, 1::2][:, : len(lasts)] = state[:, lasts]
+        else:
+            if last_of_tile[n]:
+                line[:, m // TILE] = state
+            dh = scale[k].double() * read[:, n] + f * state
+            into = [0 if restarts else shifted(w[2 - i][:, n] * dh, 1 - i) for i in range(3)]
+            state = into[0] + into[1] + into[2] if not restarts else torch.zeros_like(dh)
+            # from the position before, by its w+; from the one behind, by its w-
+            side[:, m] = 0
+            if not restarts:
+                side[:, m, 0::2] = into[0][:, firsts]
+                side[:, m, 1::2][:, : len(lasts)] = into[2][:, lasts]
+    return line, side
+
+
+SHAPES = [
+    # B, H, W, C, G, chunk, directions
+    (1, 33, 6, 32, 2, 4, [0, 1, 2, 3]),
+    (2, 40, 36, 64, 1, 16, [0, 1, 2, 3]),
+    (1, 20, 130, 48, 1, 0, [3, 0]),
+    (1, 40, 40, 32, 1, 5, [2, 1, 0]),
+    (1, 18, 300, 16, 1, 20, [1]),
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_edges_of_tiles_agree_with_scans_in_float64(driver, shape, backward, dtype):
+    library, device = driver
+    b, h, w, c, g, chunk, directions = shape
+    k = len(directions)
+    random = torch.Generator().manual_seed(0)
+    shapes = (b, h, w, c), (b, h, w, k, 3, g), (b, h, w, k, g)
+    map_, gates, gate = (torch.randn(s, generator=random).to(dtype) for s in shapes)
+    decay, scale = torch.rand(k, c, generator=random), torch.randn(k, c, generator=random)
+    sizes = (ctypes.c_int64 * 7)(b, h, w, c, k, g, chunk)
+    kinds, begins = (ctypes.c_int * k)(*directions), (ctypes.c_int64 * (2 * k))()
+    library.tile_edge_layout.restype = ctypes.c_int64
+    edges = torch.full((library.tile_edge_layout(sizes, kinds, begins),), torch.nan, dtype=dtype, device=device)
+    on_device = [tensor.to(device) for tensor in (map_, gates, gate, decay, scale)]
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*on_device, edges)]
+    memory = ctypes.c_int64(SHARED_MEMORY)
+    assert library.run_tensor_edges(backward, dtype == torch.bfloat16, sizes, kinds, *pointers, memory) == 0
+    edges = edges.cpu()
+    for i, direction in enumerate(directions):
+        wants = expected(backward, direction, i, (map_, gates, gate, decay, scale), chunk)
+        for name, want, begin in zip(("line", "side"), wants, begins[2 * i : 2 * i + 2], strict=True):
+            got = edges[begin : begin + want.numel()].reshape(want.shape).double()
+            needed = ~want.isnan()  # elsewhere no tile reads
+            assert needed.any()
+            error = (got - want)[needed].norm() / want[needed].norm().clamp(min=1)
+            assert error < TOLERANCE[dtype], (name, direction)
