@@ -135,8 +135,8 @@ const char* run_tensor_backward(const Backward<T>& call, const SharedMemory& mem
     const TileEdgeLayout layout(p);
     T* const edges = reinterpret_cast<T*>(scratch);
     hidden = layout.at(edges, p), carried = layout.at(edges + layout.elements, p);
-    const Forward<T> again{p, call.x, call.gates, call.input_gate, call.output_gate, call.decay, call.scale, call.grad_x,
-                           nullptr, nullptr};
+    const Forward<T> again{p,          call.x,     call.gates,  call.input_gate, call.output_gate,
+                           call.decay, call.scale, call.grad_x, nullptr,         nullptr};
     Backward<T> unscaled = call;  // tensor_backward() multiplies by s
     unscaled.scale = nullptr;
     if (const char* error = describe(launch_tile_edges(again, hidden, memory, stream))) return error;

@@ -1,21 +1,21 @@
-// Backward on tensor cores, of a map or a tile of up to 16 × 16 tokens: a block has one group's channels of it, and x is
-// read once, the gradients are written once.
+// Backward on tensor cores, of a map or a tile of up to 16 × 16 tokens: a block has one group's channels of it, reads x
+// once and writes the gradients once.
 //
 // With h_i = f W_i h_{i-1} + λ_i x_i of a direction, and dy the gradient of y = Σ s u h:
 //   dh_i = s u_i dy_i + f carry_i,    carry_i = W_{i+1}^T dh_{i+1},
-//   dx_i += λ_i dh_i,    dλ_i = Σ_c dh_i x_i,    du_i = Σ_c s dy_i h_i,    dW_i[n][m] = Σ_c f dh_i[n] h_{i-1}[m],
-//   df = Σ h_i carry_i,    ds = Σ u_i dy_i h_i,
+//   dx_i += λ_i dh_i,    dλ_i = Σ_c dh_i x_i,    du_i = Σ_c s dy_i h_i,
+//   dW_i[n][m] = Σ_c f dh_i[n] h_{i-1}[m],    df = Σ h_i carry_i,    ds = Σ u_i dy_i h_i,
 // where Σ_c adds up the group's channels and a plain Σ all tokens. (df: each h_i[m] W_{i+1}[n][m] dh_{i+1}[n] is there
 // once, whether it is counted at the line i or i + 1.)
 //
 // s is one number per channel and direction, so it is left out of the recursion: below, d = dh / s and carry = W^T d.
 //
 // Everything is a product of fragments (cuda/tensor_line.h), one line and 16 channels of a warp at a time:
-//   d         is the left operand of d W as it lies; f carry + u dy in float32;
-//   df, ds    are the diagonals of products over positions, with channels as rows and columns;
-//   dλ, du, dW are the diagonals of products over channels, with positions as rows and columns: s d, as 16-bit elements, is
-//             transposed in registers once for dλ and dW; f goes to h;
-//   dx        is s d times a diagonal matrix, added to what other directions have left there.
+//   d           is the left operand of d W as it lies; f carry + u dy is computed in float32;
+//   df, ds      are diagonals of products over positions, with channels as rows and columns;
+//   dλ, du, dW  are diagonals of products over channels, with positions as rows and columns: s d, in 16-bit elements,
+//               is transposed in registers, once for dλ and dW; f goes to h;
+//   dx          is s d times a diagonal matrix, added to what other directions have left there.
 // A warp first scans forward and leaves h of every line in shared memory, as 16-bit elements; then back. Sums over
 // channels of a line replace its h, which is not needed any more; after the scan the block adds up the warps' sums in
 // order, so two runs give the same bits.
@@ -222,8 +222,8 @@ struct TensorScan {
   const int lines, pitch;
   const float (&decay)[2], (&scale)[2];  // of a lane's channels g and g + 8
   const FactorPairs<T>&decay_pairs, &scale_pairs;
-  // Where a lane's operands and results are, but for the line. In a map: its row of the matrices of a piece (`swapped`: the
-  // second exchanged with the third), and the first units of positions g and g + 8. `hidden`: the same in h.
+  // Where a lane's operands and results are, but for the line. In a map: its row of the matrices of a piece (`swapped`:
+  // the second exchanged with the third), and the first units of positions g and g + 8. `hidden`: the same in h.
   int piece, swapped, hidden_piece, hidden_swapped, hidden_sums[2];
   int input, output;
   FragmentLane forward_records, adjoint_records;
@@ -246,13 +246,14 @@ struct TensorScan {
     forward_records.band += own + Memory::kForward, forward_records.corner += own + Memory::kForward;
     adjoint_records.band += own + Memory::kAdjoint, adjoint_records.corner += own + Memory::kAdjoint;
     edge = own + Map::position_offset(true, Map::matrix_position(lane), Map::matrix_unit(lane, warp));
-    // A lane's row of two matrices, channels 0-7 | 8-15. Transposed, lanes with t = 0 get rows 0 and 1 and those with t = 3
-    // rows 6 and 7: of h the position behind and the one before the tile, of carry what comes from before and from behind.
+    // A lane's row of two matrices, channels 0-7 | 8-15. Transposed, lanes with t = 0 get rows 0 and 1 and those with
+    // t = 3 rows 6 and 7: of h the position behind and the one before the tile, of carry what comes from before and
+    // from behind.
     const int unit = 2 * warp + lane / 8 % 2, row = lane % 8;
     const auto beside = [&](int which, bool behind) { return own + which + (behind * kUnits + unit) * 16; };
     side_beside = beside(Memory::kSide, row < 2);
     carry_side = beside(Memory::kCarrySide, row >= 4);
-    side_rows = beside(Memory::kSide, row % 2);  // not transposed: in even columns the position before, in odd ones behind
+    side_rows = beside(Memory::kSide, row % 2);  // not transposed: even columns have the position before the tile
   }
   // A line at `place` as accumulators.
   GSPN_DEVICE void load_edge(float (&v)[2][4], int place) const {
@@ -334,8 +335,8 @@ struct TensorScan {
     __syncwarp();
   }
 
-  // `count` lines from `line` on, against the scan's sense. kTouched: whether another direction has begun their dx. carry:
-  // from the line after, and then for the line before.
+  // `count` lines from `line` on, against the scan's sense. kTouched: whether another direction has begun their dx.
+  // carry: from the line after, and then for the line before.
   template <bool kTouched>
   GSPN_DEVICE void back(int line, int count, float (&carry)[2][4], FactorProducts& products) const {
     const int direction = reversed ? 1 : -1;
@@ -452,9 +453,9 @@ struct TensorScan {
     mma_tf32_k4(carry[1], {a[0][2], a[0][3]}, transposed.corner[1][1]);  // from the one before the second
   }
 
-  // Writes a line's sums over the warp's channels in the place of its h. Of a site, the first unit of 16 bytes has those
-  // for dW, four floats as Records has them of a row; the second has those for dλ and du. Numbers that lie beyond the
-  // tile are not written.
+  // Writes a line's sums over the warp's channels in the place of its h. Of a site, the first unit of 16 bytes has
+  // those for dW, four floats as Records has them of a row; the second has those for dλ and du. Numbers that lie beyond
+  // the tile are not written.
   GSPN_DEVICE void write_sums(const int (&at)[2], const float (&weights)[2][4], const float (&input)[2][4],
                               const float (&output)[2][4]) const {
     const int g = adjoint_records.channel, t = adjoint_records.pair, d = 2 * t - g;
@@ -494,8 +495,8 @@ struct TensorScan {
   }
 };
 
-// Begins to copy what the scans of the two senses of an axis, or of one of them, need from beyond the tile: of `hidden` h,
-// of `carried` carry.
+// Begins to copy what the scans of the two senses of an axis, or of one of them, need from beyond the tile: of `hidden`
+// h, of `carried` carry.
 template <typename Memory, typename T, typename Runs, typename Place>
 GSPN_DEVICE void copy_edges(char* memory, const TileEdges<T>& hidden, const TileEdges<T>& carried, const Problem& p,
                             const TensorBackwardPlan& plan, const TensorTile& tile, const Lines<int>& map, Runs runs,
@@ -533,7 +534,8 @@ GSPN_DEVICE void copy_edges(char* memory, const TileEdges<T>& hidden, const Tile
       const int from = line_at + (sense ? 1 : -1), row = Map::offset(0, i, unit);
       const bool inside = real && first_position + i < map.positions;
       copy(Memory::kStart + row, hidden.line[k], edge(from), inside && from >= 0 && from < line_tiles);
-      copy(Memory::kCarry + row, carried.line[k], edge(line_at), inside && (sense ? line_at > 0 : line_at + 1 < line_tiles));
+      const bool continued = sense ? line_at > 0 : line_at + 1 < line_tiles;
+      copy(Memory::kCarry + row, carried.line[k], edge(line_at), inside && continued);
     }
   }
   commit_copies();
@@ -582,7 +584,8 @@ struct SiteOnAxis {
   }
 };
 
-// kTiled: the map may be larger than a tile; hidden and carried are its edges (cuda/tensor_edges.h). kGates: u may be there.
+// kTiled: the map may be larger than a tile; hidden and carried are its edges (cuda/tensor_edges.h), and carried has
+// been computed without s. kGates: u is there.
 template <typename T, int kUnits, bool kTiled, bool kGates>
 __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
     tensor_backward(const __grid_constant__ Backward<T> call, const __grid_constant__ TensorBackwardPlan plan,
@@ -593,23 +596,23 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
   constexpr int kOwnSites = kTileSites * kTileSites / kThreads;
   const Problem& p = call.problem;
   const TensorTile tile(p, blockIdx.x);
-  char* const map = shared_memory();
-  float* const factors = reinterpret_cast<float*>(map + Memory::kFactors);
+  char* const memory = shared_memory();
+  float* const factors = reinterpret_cast<float*>(memory + Memory::kFactors);
   const int channels = int(p.channels / p.groups);
   const auto place_of_sense = [&](int sense) {
     return Memory::kSenses + (plan.both_senses ? sense : 0) * Memory::kSenseBytes;
   };
-  const auto of_sense = [&](int sense) { return map + place_of_sense(sense); };
+  const auto of_sense = [&](int sense) { return memory + place_of_sense(sense); };
 
   const TileColumn<kUnits, kThreads> column_of_thread;
   column_of_thread.each(call.x, tile, channels, [&](int at, const T* from, bool real) {
-    copy_async_or_zero(map + Memory::kX + at, real ? from : call.x.data, real);
+    copy_async_or_zero(memory + Memory::kX + at, real ? from : call.x.data, real);
   });
   commit_copies();
   column_of_thread.each(call.grad_y, tile, channels, [&](int at, const T* from, bool real) {
-    copy_async_or_zero(map + Memory::kGrad + at, real ? from : call.grad_y.data, real);
+    copy_async_or_zero(memory + Memory::kGrad + at, real ? from : call.grad_y.data, real);
     // dx beyond the map is added to, too, where a NaN would spread
-    if (!real) *reinterpret_cast<uint4*>(map + Memory::kGradX + at) = uint4{0u, 0u, 0u, 0u};
+    if (!real) *reinterpret_cast<uint4*>(memory + Memory::kGradX + at) = uint4{0u, 0u, 0u, 0u};
   });
   commit_copies();
   // A thread has whole sites of the tile.
@@ -623,7 +626,8 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
     }
   };
   each_site([&](int row, int column, int j) {
-    if (tile.has(row, column)) read_gates<kGates>(site_gates[j], call, plan, tile, tile.row + row, tile.column + column);
+    if (!tile.has(row, column)) return;
+    read_gates<kGates>(site_gates[j], call, plan, tile, tile.row + row, tile.column + column);
   });
   for (int i = threadIdx.x; i < 4 * 2 * channels; i += kThreads) {
     const int direction = i / 2 / channels, which = i / channels % 2, c = i % channels;
@@ -650,7 +654,7 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
     if (!runs(0) && !runs(1)) continue;
     const Lines<int> lines(p, rows);
     const int first_line = lines.line_of(tile.row, tile.column);
-    if constexpr (kTiled) copy_edges<Memory>(map, hidden, carried, p, plan, tile, lines, runs, place_of_sense);
+    if constexpr (kTiled) copy_edges<Memory>(memory, hidden, carried, p, plan, tile, lines, runs, place_of_sense);
     const Continues continues[2] = {Continues(lines, first_line, false), Continues(lines, first_line, true)};
 
     each_site([&](int row, int column, int j) {
@@ -686,16 +690,16 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
     const float decay[2] = {decays[fragment.channel], decays[fragment.channel + 8]};
     const float scale[2] = {scales[fragment.channel], scales[fragment.channel + 8]};
     const FactorPairs<T> decay_pairs(decays, fragment), scale_pairs(scales, fragment);
-    const TensorScan<T, kUnits, kTiled, kGates> scan(map, place_of_sense(sense), fragment, goes_on, rows, sense,
-                                             lines.line_of(tile.height, tile.width), warp, decay, scale, decay_pairs,
-                                             scale_pairs);
+    const TensorScan<T, kUnits, kTiled, kGates> scan(memory, place_of_sense(sense), fragment, goes_on, rows, sense,
+                                                     lines.line_of(tile.height, tile.width), warp, decay, scale,
+                                                     decay_pairs, scale_pairs);
     if (scans) scan.forward();
     if (!kTiled && first) {
       wait_copies_but<0>();  // dy
       __syncthreads();
     }
-    // Two senses meet in the middle, and go on after a barrier: each line has one that begins its dx, and one that adds.
-    // Both scans go back, so down reads the last lines first.
+    // Two senses meet in the middle, and go on after a barrier: each line has one that begins its dx, and one that
+    // adds. Both scans go back, so down reads the last lines first.
     const int half_lines = sense ? scan.lines / 2 : scan.lines - scan.lines / 2;
     float carry[2][4] = {};
     if (kTiled && scans) scan.load_edge(carry, Memory::kCarry);
@@ -708,11 +712,11 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
     if (scans && first && !both) scan.template back<false>(middle, scan.lines - half_lines, carry, products);
     if (scans && !(first && !both)) scan.template back<true>(middle, scan.lines - half_lines, carry, products);
     __syncthreads();
-    if (scans)
-      scan.write(call.grad_decay, call.grad_scale,
-                 (int64_t(blockIdx.x / unsigned(p.groups)) * p.num_directions + k) * p.channels + tile.group * channels +
-                     warp * kWarpRows,
-                 products);
+    if (scans) {
+      const int64_t row = int64_t(blockIdx.x / unsigned(p.groups)) * p.num_directions + k;
+      const int64_t first_channel = row * p.channels + tile.group * channels + warp * kWarpRows;
+      scan.write(call.grad_decay, call.grad_scale, first_channel, products);
+    }
 
     each_site([&](int row, int column, int j) {
       if (!tile.has(row, column)) return;
@@ -737,10 +741,13 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
         }
         const int odd = site.position % 2;
         Weights<float> grad{0.f, 0.f, 0.f};
-        if (continues[sense].at(site.line))  // what lies beyond the map has not been written
-          grad = normalise_backward(site.logit(sense, 0), site.logit(sense, 1), site.logit(sense, 2), site_weights[j][sense],
-                                    Weights<float>{site.has_minus ? (odd ? sums[0] : sums[1]) : 0.f, odd ? sums[1] : sums[2],
-                                                   site.has_plus ? (odd ? sums[2] : sums[3]) : 0.f});
+        if (continues[sense].at(site.line)) {
+          // what lies beyond the map has not been written
+          const Weights<float> of_weights{site.has_minus ? (odd ? sums[0] : sums[1]) : 0.f, odd ? sums[1] : sums[2],
+                                          site.has_plus ? (odd ? sums[2] : sums[3]) : 0.f};
+          grad = normalise_backward(site.logit(sense, 0), site.logit(sense, 1), site.logit(sense, 2),
+                                    site_weights[j][sense], of_weights);
+        }
         grads.put(sense, bits_of<T>(grad.minus), bits_of<T>(grad.centre), bits_of<T>(grad.plus), bits_of<T>(input),
                   bits_of<T>(output));
       }
@@ -750,7 +757,7 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
   }
 
   column_of_thread.each(call.grad_x, tile, channels, [&](int at, T* to, bool real) {
-    if (real) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(map + Memory::kGradX + at);
+    if (real) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(memory + Memory::kGradX + at);
   });
 }
 

@@ -623,6 +623,19 @@ def test_forward_on_tensor_cores_multiplies_there_and_moves_16_bytes_at_a_time(m
         assert re.search(r"STG\.E\.128", code), name  # y
 
 
+@pytest.mark.slow
+def test_backward_on_tensor_cores_multiplies_there_and_moves_16_bytes_at_a_time(machine_code):
+    kernels = [(name, code) for name, code in machine_code["tensor"] if "tensor_backward" in name]
+    assert len(kernels) == 2 * 2 * 3 * 3  # targets, elements, sizes of a group, modes
+    for name, code in kernels:
+        for depth in ("1688.F32.TF32", "1684.F32.TF32", "16816.F32"):  # W d, its borders; sums over channels
+            assert f"HMMA.{depth}" in code, name
+        assert "MOVM" in code and "LDSM" in code, name
+        assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", code), name  # x and dy
+        assert re.search(r"STG\.E\.128", code), name  # dx
+        assert not re.search(r"\b(ATOM|RED)", code), name
+
+
 def test_architectures_older_than_the_kernel_are_left_out(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 7.5;8.0 9.0+PTX Volta Hopper")
     assert architectures() == ["8.0", "9.0+PTX", "Hopper"]
