@@ -61,7 +61,7 @@ GSPN_DEVICE void prepare_gates(char* memory, const Forward<T>& call, const Tenso
     restarts[k] = Continues(map, map.line_of(tile.row, tile.column), is_reversed(p.directions[k])).restarts;
   }
   for (int first = threadIdx.x / kTileSites; first < kTileSites; first += 2 * kUnits) {
-    SiteGates<T> gates[2];  // of two sites at a time, so that one does not wait for the other
+    SiteGates<T> gates[2] = {};  // of two sites at a time, so that one does not wait for the other
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int row = first + n * kUnits;
@@ -69,26 +69,31 @@ GSPN_DEVICE void prepare_gates(char* memory, const Forward<T>& call, const Tenso
       if (plan.packed) gates[n].template read<true>(call, tile.batch, tile.row + row, tile.column + column, tile.group);
       else gates[n].template read<false>(call, tile.batch, tile.row + row, tile.column + column, tile.group);
     }
+    // Without branches, so that directions and sites are computed side by side: what a line that restarts, a site
+    // beyond the map, or a direction that the call has not would have is computed and dropped.
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int row = first + n * kUnits;
       const bool real = tile.has(row, column);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if (k >= p.num_directions) break;
         const int direction = p.directions[k];
         const Lines<int> map = lines_of(p, direction);
         const int line = map.line_of(row, column), position = map.position_of(row, column);
         const int map_position = map.position_of(tile.row, tile.column) + position;
-        Weights<float> d{0.f, 0.f, 0.f};
-        if (real && !(restarts[k] >> line & 1))
-          d = differences(normalise(load(gates[n].logits[k][0]), load(gates[n].logits[k][1]),
-                                    load(gates[n].logits[k][2]), float(map_position > 0),
-                                    float(map_position + 1 < map.positions)));
+        const Weights<float> w = normalise(load(gates[n].logits[k][0]), load(gates[n].logits[k][1]),
+                                           load(gates[n].logits[k][2]), float(map_position > 0),
+                                           float(map_position + 1 < map.positions));
+        const Weights<float> any = differences(w);
+        const bool goes_on = real && !(restarts[k] >> line & 1);
+        const Weights<float> d{goes_on ? any.minus : 0.f, goes_on ? any.centre : 0.f, goes_on ? any.plus : 0.f};
         const int piece = direction * kTileSites + line;
-        Records::write(Records::piece(records, piece), position, d);
-        Words::write(input_gates + piece * Words::kPieceWords, position, real ? gates[n].input_gate[k] : T{});
+        if (k < p.num_directions) {
+          Records::write(Records::piece(records, piece), position, d);
+          Words::write(input_gates + piece * Words::kPieceWords, position, gates[n].input_gate[k]);
+        }
         if constexpr (Memory::kGates) {
+          if (k >= p.num_directions) continue;
           T u;
           store(u, 1.f);
           if (real && call.output_gate.data)
@@ -244,15 +249,15 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
   for (int k = 0; k < p.num_directions; ++k) (lines_are_rows(p.directions[k]) ? has_rows : has_columns) = true;
   {
     const TensorTile tile(p, blockIdx.x);
+    if (p.num_directions < 4) {  // what stands for directions that the call has not
+      for (int i = thread; i < (Memory::kBytes - Memory::kRecords) / 4; i += Memory::kThreads)
+        reinterpret_cast<float*>(memory + Memory::kRecords)[i] = 0.f;
+      __syncthreads();
+    }
     read_tile<Memory>(memory, call, tile, plan);
     for (int i = thread; i < Map::kBytes / 16; i += Memory::kThreads)
       reinterpret_cast<float4*>(memory + Memory::kY)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
     if constexpr (Memory::kTiled) copy_edges<Memory>(memory, edges, p, tile, plan);
-    if (p.num_directions < 4) {  // what stands for directions that the call has not
-      for (int i = thread; i < (Memory::kTile - Memory::kRecords) / 4; i += Memory::kThreads)
-        reinterpret_cast<float*>(memory + Memory::kRecords)[i] = 0.f;
-      __syncthreads();
-    }
     Records::write_zeros(memory + Memory::kRecords, 4 * kTileSites);
     for (int k = 0; k < p.num_directions; ++k) {
       for (int c = thread; c < 2 * plan.channels; c += Memory::kThreads) {
@@ -309,10 +314,8 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
     const int in_sides = (2 * axis + lane / 16) * kTileSites * 2 + (lane % 8 < 2);
     const char* const side = memory + Memory::kSide + (in_sides * kUnits + Map::matrix_unit(lane, warp)) * 16;
 
-    // Of the line that either sense reads next: λx, the weights, and words that hold what lies beside the line before.
-    float driven[2][2][4];
+    float driven[2][2][4];  // λx and the weights of the line that either sense reads next
     LineOperands<2> d[2];
-    uint32_t beside_words[4];
     const auto read_lines = [&](int n) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
@@ -323,11 +326,12 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
         drive<T>(driven[s], x, Words::of_diagonal(input_gates + (s * kTileSites + line) * Words::kPieceWords, at), at);
         d[s].load(records + (s * kTileSites + line) * Records::kPieceBytes, at);
       }
-      if constexpr (Memory::kTiled) load_matrices<true>(beside_words, side + n * 2 * kUnits * 16);
     };
     read_lines(0);
 #pragma unroll
     for (int n = 0; n < kTileSites; ++n) {
+      uint32_t beside_words[4];
+      if constexpr (Memory::kTiled) load_matrices<true>(beside_words, side + n * 2 * kUnits * 16);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const bool goes_on = scan[s].continues.at(s ? kTileSites - 1 - n : n);

@@ -16,7 +16,7 @@ from gspn_dit.ops import propagate
 from gspn_dit.ops.backend import OPERANDS, Call, Status
 from gspn_dit.ops.build import CSRC, architectures, check_toolkit, cuda_home
 from gspn_dit.ops.cuda import NativeCuda
-from gspn_dit.ops.reference import DIRECTIONS, Reference
+from gspn_dit.ops.reference import Reference
 from gspn_dit.ops.registry import choose, find, register, unregister
 
 LITTLE_MEMORY = 30 * 1024  # bytes of shared memory
