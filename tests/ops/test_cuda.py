@@ -21,6 +21,8 @@ from gspn_dit.ops.registry import choose, find, register, unregister
 
 LITTLE_MEMORY = 30 * 1024  # bytes of shared memory
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # ‖got - float64‖ / ‖float64‖
+# On tensor cores, gradients are sums of products of two rounded numbers.
+GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
 
 class EmulatedCuda(NativeCuda):
@@ -83,7 +85,7 @@ def distance(got, want):
 
 def check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, chunk, directions):
     """Outputs and gradients against the reference in float64."""
-    tolerance = TOLERANCE[x.dtype] * (10 if max(x.shape[1:3]) > 500 else 1)  # rounding adds up over a long history
+    long = 10 if max(x.shape[1:3]) > 500 else 1  # rounding adds up over a long history
     tensors = (x, gates, input_gate, output_gate, decay, scale)
     exact = [None if t is None else t.double() for t in tensors]
     want = Reference().forward(Call(*exact, chunk, directions))
@@ -91,13 +93,13 @@ def check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, chunk, 
     assert kernel.supports(call) is None
     y = kernel.forward(call)
     assert y.dtype == x.dtype and y.stride() == torch.empty_like(x).stride()
-    assert distance(y, want) < tolerance
+    assert distance(y, want) < TOLERANCE[x.dtype] * long
     wants = Reference().backward(grad.double(), Call(*exact, chunk, directions))
     gots = kernel.backward(grad, call)
     for name, got, want in zip(OPERANDS, gots, wants, strict=True):
         assert got.shape == want.shape
         if got.numel():
-            assert distance(got, want) < 2 * tolerance, name
+            assert distance(got, want) < GRADIENT_TOLERANCE[x.dtype] * long, name
 
 
 SHAPES = [
