@@ -134,7 +134,8 @@ MapChoice choose_map(const Backward<T>& call, const SharedMemory& memory) {
   return choice;
 }
 
-// kItems of walk_forward: what a thread reads ahead. Longer lines than these can cover are not read ahead.
+// kItems of walk_forward: what a thread reads ahead. Longer lines than these can cover are not read ahead. Where channels
+// have their own gates, half as many do for lines that twice the threads cover.
 constexpr int kSharedItems = 4, kOwnItems = 4;
 
 template <typename T>
@@ -162,7 +163,7 @@ struct WalkLaunch {
   int threads;
   size_t bytes;  // of shared memory
   bool shared;   // walk_forward: gates are prepared once for the slab
-  bool ahead;    // walk_forward: lines are read ahead
+  int items;     // walk_forward: how many a thread reads ahead, or 0
 
   // Null if the launch is possible, else why not.
   const char* refusal(const SharedMemory& memory) const {
@@ -174,15 +175,16 @@ template <typename T>
 WalkLaunch plan_walk_forward(const Problem& p, const Strided<const T>& x, int k) {
   const int64_t positions = Order(p, p.directions[k]).positions;
   const bool shared = shares_gates(p) && positions <= kSharedThreads;
-  const int items = shared ? kSharedItems : kOwnItems, most = shared ? kSharedThreads : kOwnThreads;
+  int items = shared ? kSharedItems : kOwnItems;
+  const int most = shared ? kSharedThreads : kOwnThreads;
   const WalkPlan plan = plan_walk(p, x, k, int64_t(items) * most);
   const int64_t width = positions * plan.slab();
   int64_t threads = divide_up(width, items);
   if (shared && threads < positions) threads = positions;
-  const bool ahead = threads <= most;
-  if (!ahead) threads = most;
+  if (!shared && 2 * threads <= most) threads *= 2, items /= 2;
+  if (threads > most) threads = most, items = 0;
   const size_t bytes = 2 * width * sizeof(float) + (shared ? LineGates::bytes(int(positions)) : 0);
-  return {plan, round_to_warps(threads), bytes, shared, ahead};
+  return {plan, round_to_warps(threads), bytes, shared, items};
 }
 
 template <typename T>
@@ -195,7 +197,11 @@ const char* launch_walk_forward(const Forward<T>& call, int k, const SharedMemor
     return describe(launch(kernel, blocks, walk.threads, walk.bytes, stream, call, walk.plan, sum, history));
   };
   if (walk.shared) return run(walk_forward<T, true, kSharedItems>);
-  return walk.ahead ? run(walk_forward<T, false, kOwnItems>) : run(walk_forward<T, false, 0>);
+  switch (walk.items) {
+    case kOwnItems: return run(walk_forward<T, false, kOwnItems>);
+    case kOwnItems / 2: return run(walk_forward<T, false, kOwnItems / 2>);
+    default: return run(walk_forward<T, false, 0>);
+  }
 }
 
 // Elements of x, and of every result of its shape.
@@ -211,7 +217,7 @@ WalkLaunch plan_walk_backward(const Problem& p, const Strided<const T>& x, int k
   const int64_t width = Order(p, plan.direction).positions * plan.slab();
   const int threads = round_to_warps(width < 512 ? width : 512);
   const int64_t floats = 6 * width > 2 * threads ? 6 * width : 2 * threads;
-  return {plan, threads, size_t(floats) * sizeof(float), shares_gates(p), false};
+  return {plan, threads, size_t(floats) * sizeof(float), shares_gates(p), 0};
 }
 
 template <typename T>

@@ -2,7 +2,9 @@
 // line before in shared memory. Directions run one after another; their sum is in device memory, in float32.
 //
 // A thread has kItems (position, channel) pairs of a line, blockDim.x apart, and reads the data of the next line while
-// it computes this one. There is one barrier per line.
+// it computes this one. There is one barrier per line. Before it, what a thread has read of the line is made ready; behind
+// it the next line is asked for. Thus a wait for one line's data is not one for the next line's, too: they are counted
+// together.
 #pragma once
 
 #include "cuda/line.h"
@@ -22,6 +24,12 @@ struct Accumulation {
 // Chunks of an image, in the directions that have most: rows of the sums for f and s.
 GSPN_INLINE int64_t most_chunks(const Problem& p) { return Lines<int64_t>(p, p.height > p.width).num_chunks(); }
 
+// What h of one item takes from its token.
+struct Step {
+  Weights<float> weights;  // unless gates are shared
+  float x, input_gate, output_gate, before;
+};
+
 // What a thread reads for one of its items, one line ahead.
 template <typename T, bool kShared>
 struct Item {
@@ -40,6 +48,7 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
   const int threads = blockDim.x, width = scan.positions * plan.slab(), tid = threadIdx.x;
   const int group_size = int(p.channels / p.groups);
   const int own = tid & (plan.slab() - 1);  // the channel of all of this thread's items: a slab divides the threads
+  const int own_group = (scan.channel + own) / group_size;
   const float decay = own < scan.channels ? of_channel(call.decay, p, plan.k, scan.channel + own) : 1.f;
   const float scale = own < scan.channels ? of_channel(call.scale, p, plan.k, scan.channel + own) : 1.f;
   const LineGates gates(shared_memory(), kShared ? scan.positions : 0);
@@ -50,7 +59,7 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
     if (item >= width || c >= scan.channels) return result;
     result.x = *scan.at(call.x, line, position, c);
     if (sum.before) result.before = sum.before[scan.offset(call.y, line, position, c)];
-    if constexpr (!kShared) result.gates.read(call, scan, plan.k, line, position, (scan.channel + c) / group_size);
+    if constexpr (!kShared) result.gates.read(call, scan, plan.k, line, position, own_group);
     return result;
   };
 
@@ -63,7 +72,16 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
     gates.output_gate[n % 2 * scan.positions + tid] = call.output_gate.data ? load(ahead.output_gate) : 1.f;
     if (n + 1 < scan.length) ahead.read(call, scan, plan.k, scan.line(n + 1), tid, scan.group);
   };
-  const auto advance_item = [&](int item, int n, const Item<T, kShared>& from) {
+  const auto make_ready = [&](int item, int n, const Item<T, kShared>& from) {
+    Step step{{0.f, 0.f, 0.f}, load(from.x), 0.f, 1.f, from.before};
+    if constexpr (!kShared) {
+      if (n) step.weights = from.gates.weights(scan, item >> plan.slab_bits);
+      step.input_gate = load(from.gates.input_gate);
+      if (call.output_gate.data) step.output_gate = load(from.gates.output_gate);
+    }
+    return step;
+  };
+  const auto advance_item = [&](int item, int n, const Step& from) {
     const int position = item >> plan.slab_bits, c = item & (plan.slab() - 1);
     const float* const before = lines + (n + 1) % 2 * width;
     float* const h = lines + n % 2 * width;
@@ -72,19 +90,15 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
       h[item] = 0.f;
       return;
     }
-    Weights<float> w{0.f, 0.f, 0.f};
-    float input_gate, output_gate;
+    Weights<float> w = from.weights;
+    float input_gate = from.input_gate, output_gate = from.output_gate;
     if constexpr (kShared) {
       const float4 g = gates.weights[n % 2 * scan.positions + position];
       w = {g.x, g.y, g.z};
       input_gate = g.w;
       output_gate = gates.output_gate[n % 2 * scan.positions + position];
-    } else {
-      if (n) w = from.gates.weights(scan, position);
-      input_gate = load(from.gates.input_gate);
-      output_gate = call.output_gate.data ? load(from.gates.output_gate) : 1.f;
     }
-    float value = input_gate * load(from.x);
+    float value = input_gate * from.x;
     if (n) {
       value = advance(w, position > 0 ? before[item - plan.slab()] : 0.f, before[item],
                       position + 1 < scan.positions ? before[item + plan.slab()] : 0.f, decay, value);
@@ -106,16 +120,19 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
     for (int i = 0; i < kItems; ++i) items[i] = read(tid + i * threads, 0);
   }
   for (int n = 0; n < scan.length; ++n) {
+    Step steps[kAhead];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) steps[i] = make_ready(tid + i * threads, n, items[i]);
     __syncthreads();
     if constexpr (kItems > 0) {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const Item<T, kShared> item = items[i];
+      for (int i = 0; i < kItems; ++i)
         if (n + 1 < scan.length) items[i] = read(tid + i * threads, n + 1);
-        advance_item(tid + i * threads, n, item);
-      }
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) advance_item(tid + i * threads, n, steps[i]);
     } else {
-      for (int item = tid; item < width; item += threads) advance_item(item, n, read(item, n));
+      for (int item = tid; item < width; item += threads)
+        advance_item(item, n, make_ready(item, n, read(item, n)));
     }
     prepare(n + 1);
   }

@@ -143,6 +143,6 @@ def test_edges_of_tiles_agree_with_scans_in_float64(driver, shape, backward, dty
         for name, want, begin in zip(("line", "side"), wants, begins[2 * i : 2 * i + 2], strict=True):
             got = edges[begin : begin + want.numel()].reshape(want.shape).double()
             needed = ~want.isnan()  # elsewhere no tile reads
-            assert needed.any()
+            assert needed.any() or (name == "line" and not backward)  # a map of one tile's lines needs none
             error = (got - want)[needed].norm() / want[needed].norm().clamp(min=1)
             assert error < TOLERANCE[dtype], (name, direction)
