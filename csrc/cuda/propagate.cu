@@ -1,6 +1,6 @@
 // Which kernel runs a call, and its launches.
 //
-// Calls in 16-bit elements run on tensor cores where cuda/tensor.cu takes them, forward. What follows runs the others.
+// Calls in 16-bit elements run on tensor cores where cuda/tensor.cu takes them. What follows runs the others.
 //
 // Map kernels (cuda/map_*.h): a map whose lines have up to 32 tokens is held in a block's memory, if two blocks or one
 // fit on a multiprocessor; x is then read once and y written once. Forward, a larger map is cut into tiles of 32 × 32
@@ -412,6 +412,9 @@ const char* run_direct_backward(const TailBackward<T>& call, void* stream) {
 
 template <typename T>
 int64_t backward_scratch(const Backward<T>& call, const SharedMemory& memory) {
+  if constexpr (sizeof(T) == 2) {
+    if (tensor_takes(call, memory)) return tensor_scratch(call);
+  }
   const Problem& p = call.problem;
   const MapChoice map = choose_map(call, memory);
   const int64_t sums = partial_elements(p, group_rows(call, memory, map));
@@ -422,11 +425,17 @@ int64_t backward_scratch(const Backward<T>& call, const SharedMemory& memory) {
 
 template <typename T>
 int64_t backward_rows(const Backward<T>& call, const SharedMemory& memory) {
+  if constexpr (sizeof(T) == 2) {
+    if (tensor_takes(call, memory)) return tensor_backward_rows(call.problem);
+  }
   return call.problem.batch * (choose_map(call, memory) ? 1 : most_chunks(call.problem));
 }
 
 template <typename T>
 const char* run_backward(const Backward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
+  if constexpr (sizeof(T) == 2) {
+    if (tensor_takes(call, memory)) return run_tensor_backward(call, memory, scratch, stream_);
+  }
   const auto stream = static_cast<cudaStream_t>(stream_);
   const Problem& p = call.problem;
   const MapChoice map = choose_map(call, memory);

@@ -2,6 +2,7 @@
 #include "cuda/tensor.h"
 
 #include "cuda/launching.h"
+#include "cuda/tensor_backward.h"
 #include "cuda/tensor_forward.h"
 
 namespace gspn {
@@ -26,6 +27,40 @@ template <typename T, typename Run>
 auto with_mode(const Forward<T>& call, Run run) {
   if (call.output_gate.data) return run(Mode<TensorMode::kTiledWithGates>());
   return is_one_tile(call.problem) ? run(Mode<TensorMode::kWhole>()) : run(Mode<TensorMode::kTiled>());
+}
+
+// Tiles of all images, for one group.
+int64_t tiles(const Problem& p) {
+  return p.batch * divide_up(p.height, kTileSites) * divide_up(p.width, kTileSites);
+}
+
+// Calls `run` with the constants of tensor_backward() that depend on a call: kUnits, kTiled, kGates.
+template <typename T, typename Run>
+auto with_constants(const Backward<T>& call, Run run) {
+  return with_units(call.problem, [&](auto units) {
+    if (call.output_gate.data) return run(units, std::true_type(), std::true_type());
+    return is_one_tile(call.problem) ? run(units, std::false_type(), std::false_type())
+                                     : run(units, std::true_type(), std::false_type());
+  });
+}
+
+// Bytes of a block's shared memory for `senses` of an axis at once.
+template <typename T>
+int64_t backward_bytes(const Backward<T>& call, bool both_senses) {
+  return with_constants(call, [&](auto units, auto tiled, auto) {
+    return int64_t(BackwardMemory<decltype(units)::value, decltype(tiled)::value>::bytes(both_senses));
+  });
+}
+
+template <typename T>
+TensorBackwardPlan plan_backward(const Backward<T>& call, const SharedMemory& memory) {
+  const Problem& p = call.problem;
+  TensorBackwardPlan plan{{-1, -1, -1, -1}, false, false, false};
+  for (int k = 0; k < p.num_directions; ++k) plan.k[p.directions[k]] = k;
+  plan.both_senses = backward_bytes(call, true) <= memory.of_a_block;
+  plan.wide_gates = gates_side_by_side(p, call.gates, call.input_gate);
+  plan.wide_grads = plan.both_senses && gates_side_by_side(p, call.grad_gates, call.grad_input_gate);
+  return plan;
 }
 
 }  // namespace
@@ -73,10 +108,56 @@ const char* run_tensor_forward(const Forward<T>& call, const SharedMemory& memor
   });
 }
 
-#define GSPN_INSTANTIATE(T)                                                          \
-  template bool tensor_takes<T>(const Forward<T>&, const SharedMemory&);             \
-  template int64_t tensor_scratch<T>(const Forward<T>&);                             \
-  template const char* run_tensor_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);
+template <typename T>
+bool tensor_takes(const Backward<T>& call, const SharedMemory& memory) {
+  const Problem& p = call.problem;
+  const int channels = channels_of(p);
+  return p.groups < p.channels && channels % kWarpRows == 0 && channels <= 64 && vectorises(p, call.x, 3, 8) &&
+         vectorises(p, call.grad_y, 3, 8) && vectorises(p, call.grad_x, 3, 8) &&
+         backward_bytes(call, false) <= memory.of_a_block && (is_one_tile(p) || tile_edges_fit(p, memory));
+}
+
+// The edges of h, and as many of what its gradient carries.
+template <typename T>
+int64_t tensor_scratch(const Backward<T>& call) {
+  return is_one_tile(call.problem) ? 0 : TileEdgeLayout(call.problem).elements;  // two of 16 bits each
+}
+
+int64_t tensor_backward_rows(const Problem& p) { return tiles(p); }
+
+template <typename T>
+const char* run_tensor_backward(const Backward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  const Problem& p = call.problem;
+  const TensorBackwardPlan plan = plan_backward(call, memory);
+  TileEdges<T> hidden{}, carried{};
+  if (!is_one_tile(p)) {
+    const TileEdgeLayout layout(p);
+    T* const edges = reinterpret_cast<T*>(scratch);
+    hidden = layout.at(edges, p), carried = layout.at(edges + layout.elements, p);
+    const Forward<T> again{p,          call.x,     call.gates,  call.input_gate, call.output_gate,
+                           call.decay, call.scale, call.grad_x, nullptr,         nullptr};
+    Backward<T> unscaled = call;  // tensor_backward() multiplies by s
+    unscaled.scale = nullptr;
+    if (const char* error = describe(launch_tile_edges(again, hidden, memory, stream))) return error;
+    if (const char* error = describe(launch_tile_edges(unscaled, carried, memory, stream))) return error;
+  }
+  return with_constants(call, [&](auto units, auto tiled, auto gates) {
+    constexpr int kUnits = decltype(units)::value;
+    constexpr bool kTiled = decltype(tiled)::value, kGates = decltype(gates)::value;
+    using Memory = BackwardMemory<kUnits, kTiled>;
+    return describe(launch(tensor_backward<T, kUnits, kTiled, kGates>, tiles(p) * p.groups, Memory::kThreads,
+                           Memory::bytes(plan.both_senses), stream, call, plan, hidden, carried));
+  });
+}
+
+#define GSPN_INSTANTIATE(T)                                                                                \
+  template bool tensor_takes<T>(const Forward<T>&, const SharedMemory&);                                   \
+  template int64_t tensor_scratch<T>(const Forward<T>&);                                                   \
+  template const char* run_tensor_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);       \
+  template bool tensor_takes<T>(const Backward<T>&, const SharedMemory&);                                  \
+  template int64_t tensor_scratch<T>(const Backward<T>&);                                                  \
+  template const char* run_tensor_backward<T>(const Backward<T>&, const SharedMemory&, float*, void*);
 GSPN_INSTANTIATE(BFloat16)
 GSPN_INSTANTIATE(Float16)
 #undef GSPN_INSTANTIATE

@@ -6,16 +6,24 @@
 
 namespace gspn {
 
-// Whether they run a call forward. They do not ask for y's strides where it has no data yet.
+// Whether they run a call. They do not ask for y's strides where it has no data yet.
 template <typename T>
 bool tensor_takes(const Forward<T>& call, const SharedMemory& memory);
+template <typename T>
+bool tensor_takes(const Backward<T>& call, const SharedMemory& memory);
 
 // float32 elements of scratch that such a call needs.
 template <typename T>
 int64_t tensor_scratch(const Forward<T>& call);
+template <typename T>
+int64_t tensor_scratch(const Backward<T>& call);
+// Rows of the sums for f and s that it writes, all of them.
+int64_t tensor_backward_rows(const Problem& p);
 
 // Null, or an error of CUDA.
 template <typename T>
 const char* run_tensor_forward(const Forward<T>& call, const SharedMemory& memory, float* scratch, void* stream);
+template <typename T>
+const char* run_tensor_backward(const Backward<T>& call, const SharedMemory& memory, float* scratch, void* stream);
 
 }  // namespace gspn

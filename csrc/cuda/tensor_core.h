@@ -77,6 +77,19 @@ GSPN_DEVICE void mma_k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
   }
 }
 
+// a b + c of both elements of a word, each rounded once.
+template <typename T>
+GSPN_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  static_assert(sizeof(T) == 2, "16-bit elements");
+  uint32_t result;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  }
+  return result;
+}
+
 // The transposed of an 8 x 8 matrix of 16-bit elements, of which a lane has row g, columns 2 t and 2 t + 1.
 GSPN_DEVICE uint32_t transpose_matrix(uint32_t elements) {
   uint32_t result;

@@ -178,15 +178,6 @@ GSPN_DEVICE void as_operand(float (&a)[4], const float (&h)[4], const float (&fa
   a[0] = factor[0] * h[0], a[1] = factor[1] * h[2], a[2] = factor[0] * h[1], a[3] = factor[1] * h[3];
 }
 
-// The left operand of the product with `corner`: of the part before only lanes with t = 3 count, of the part after
-// only those with t = 0. Where a part has no neighbour on one side, any operand of finite numbers will do for it; the
-// same one as on the other side costs nothing.
-GSPN_DEVICE void add_corner(float (&sum)[4], const float (&before)[4], const float (&after)[4],
-                            const float (&corner)[2]) {
-  const float a[4] = {after[0], after[1], before[2], before[3]};
-  mma_tf32(sum, a, corner);
-}
-
 // h beside a line that ends within the map: `value` of channels g and g + 8 at the position before the line in lanes
 // with t = 3, behind it in lanes with t = 0, and anything finite in the others; times the line's factor.
 struct Beside {

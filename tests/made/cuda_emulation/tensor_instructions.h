@@ -108,6 +108,17 @@ void mma_k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulation::multiply_add<T, 16>(__PRETTY_FUNCTION__, c, a, b);
 }
 
+template <typename T>
+uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int shift = 0; shift <= 16; shift += 16) {
+    const auto half = [&](uint32_t word) { return emulation::element(T(), word >> shift & 0xffffu); };
+    const float exact = std::fma(half(a), half(b), half(c));  // but for float32's own rounding
+    result |= uint32_t(std::is_same_v<T, BFloat16> ? to_bfloat16(exact) : to_half(exact)) << shift;
+  }
+  return result;
+}
+
 inline uint32_t transpose_matrix(uint32_t elements) {
   const emulation::Lane* const lanes = emulation::meet(__func__, &elements, 1);
   const int g = emulation::lane() / 4, t = emulation::lane() % 4;
