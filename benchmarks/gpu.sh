@@ -2,7 +2,7 @@
 # benchmarks/gpu.sh OUT [--seconds N] [--state FOLDER] [PART...]: everything that needs a GPU, on a machine with a CUDA
 # torch and nvcc.
 #
-#   tests      the GPU tests of the kernels
+#   tests      the GPU tests of the kernels; of passes over a block's maps, and of CUDA graphs
 #   operator   speed of the operator beside the byte floor, attention and slower peers
 #   budget     where the time of one block goes, gspn-dit-xl-2 and dit-xl-2, forward and training; ways to its
 #              depthwise convolution
@@ -127,7 +127,13 @@ within() { # within SECONDS: a --time-budget that ends so long before the part, 
 
 tests() {
   step tests "$python" -m pytest -q -m gpu --durations=5 --noconftest -p no:cacheprovider --maxfail=20 --tb=short \
-    tests/ops/test_cuda.py
+    tests/ops/test_cuda.py tests/test_cuda_graphs.py
+  if [ -n "${lacking[tests-models]:-}" ]; then
+    note tests-models "NOT RUN: it lacks ${lacking[tests-models]}" 0
+    return
+  fi
+  step tests-models "$python" -m pytest -q -m "gpu and not slow" --durations=5 -p no:cacheprovider --maxfail=20 \
+    --tb=short tests/ops/test_passes.py tests/inference/test_graphed_model.py tests/training/test_training_speed.py
 }
 
 operator() {
@@ -181,10 +187,12 @@ sanitizer() {
 trap stop INT TERM
 echo "benchmarks/gpu.sh: ${parts[*]} of $revision"
 declare -A lacking
+wanted=("${parts[@]}")
+[[ " ${parts[*]} " != *" tests "* ]] || wanted+=(tests-models)
 while read -r part packages; do
   lacking[$part]=$packages
   echo "benchmarks/gpu.sh: $part lacks $packages"
-done < <("$python" -m benchmarks.needed "${parts[@]}")
+done < <("$python" -m benchmarks.needed "${wanted[@]}")
 for part in "${parts[@]}"; do
   begun=$SECONDS log=$out/$part.log
   echo "== $part of $revision, $(date -u +%FT%TZ)" >>"$log"

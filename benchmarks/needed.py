@@ -14,6 +14,7 @@ KERNELS = {"torch": "torch", "numpy": "numpy", "ninja": "ninja", "tqdm": "tqdm"}
 TRAINING = {"accelerate": "accelerate", "matplotlib": "matplotlib", "scipy": "scipy"}
 NEEDED = {  # a module, and the package that brings it
     "tests": KERNELS | {"pytest": "pytest", "yaml": "pyyaml"},
+    "tests-models": KERNELS | OPTIONS | MODELS | TRAINING | {"pytest": "pytest"},  # the second step of `tests`
     "operator": KERNELS | OPTIONS,
     "budget": KERNELS | OPTIONS | MODELS,
     "models": KERNELS | OPTIONS | MODELS | {"matplotlib": "matplotlib"},

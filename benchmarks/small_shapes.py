@@ -1,4 +1,4 @@
-"""One forward and backward of every CUDA kernel on small maps, for compute-sanitizer (see gpu.sh)."""
+"""One forward and backward of every CUDA kernel on small maps, with and without a tail, for compute-sanitizer."""
 
 import torch
 
@@ -29,10 +29,12 @@ def main() -> None:
             if g == c:
                 gates, input_gate, output_gate = (t.contiguous() for t in (gates, input_gate, output_gate))
             gated = x, gates, input_gate, output_gate
-            y = propagate(*gated, decay=decay, scale=scale, chunk=chunk, backend="native-cuda")
-            grads = torch.autograd.grad(y, (x, head, u, decay, scale), torch.randn_like(y))
-            torch.cuda.synchronize()
-            assert all(t.isfinite().all() for t in (y, *grads))
+            for tail in ({}, {"direct": torch.rand(c, device="cuda", requires_grad=True)}):
+                y = propagate(*gated, decay=decay, scale=scale, **tail, chunk=chunk, backend="native-cuda")
+                operands = x, head, u, decay, scale, *tail.values()
+                grads = torch.autograd.grad(y, operands, torch.randn_like(y), retain_graph=True)
+                torch.cuda.synchronize()
+                assert all(t.isfinite().all() for t in (y, *grads))
             print(b, h, w, c, g, chunk, dtype, "done", flush=True)
 
 

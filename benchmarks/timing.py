@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
 import time
@@ -10,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from gspn_dit.cuda_graphs import leave_failed
 
 Call = Callable[[], object]
 FEWEST, SECONDS_OF_REPEATS = 3, 3.0  # calls that `paced` times: so many at least, and more while there are seconds left
@@ -69,11 +70,7 @@ def captured(call: Call) -> Call:
             call()
     except RuntimeError:  # older torch then stays in the capture: in its stream, its memory, its random numbers
         torch.cuda.set_stream(stream)
-        with contextlib.suppress(AttributeError, RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-        one = torch.ones(1, device="cuda")
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that ends well ends it for the generator
-            one.add_(1)
+        leave_failed(stream.device, side, pool)
         raise
     return graph.replay
 

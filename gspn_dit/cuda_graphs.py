@@ -7,6 +7,7 @@ written over by the next replay.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -70,6 +71,7 @@ class CudaRecorder:
                     problem = error
                     raise
         except Exception as error:  # the end of a recording fails too, and says nothing of why
+            leave_failed(self.device, self.stream, self.pool)
             raise RuntimeError(reason_of(problem or error)) from error
         return result, graph.replay
 
@@ -78,6 +80,20 @@ class CudaRecorder:
 def stream_of(device: torch.device) -> torch.cuda.Stream:
     """The one stream of a GPU's recordings: libraries keep working memory for every stream that they have seen."""
     return torch.cuda.Stream(device)
+
+
+def leave_failed(device: torch.device, stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+    """End a recording on a stream whose end has failed: torch before 2.12 stays in it, with its memory and its draws.
+
+    Left like that, torch draws no more random numbers on the device, and frees no memory that several streams have had.
+    """
+    with torch.cuda.device(device):
+        with contextlib.suppress(AttributeError, RuntimeError):  # newer torch has done it
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        one = torch.ones(1, device=device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+            one.add_(1)  # a recording that ends well ends the one before for the generator
 
 
 def reason_of(error: BaseException) -> str:

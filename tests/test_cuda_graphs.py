@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from gspn_dit import cuda_graphs
 from gspn_dit.cuda_graphs import CudaRecorder, reason_of, stream_of
 
 CUDA = torch.device("cuda", 0)
@@ -45,6 +46,8 @@ def driver(monkeypatch):
             except BaseException:
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
 
+        left = ()
+
     made = Driver()
 
     class Graph:
@@ -64,6 +67,7 @@ def driver(monkeypatch):
         "synchronize": lambda device=None: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(cuda_graphs, "leave_failed", lambda *failed: setattr(made, "left", failed))
     stream_of.cache_clear()
     yield made
     stream_of.cache_clear()
@@ -83,7 +87,7 @@ def test_all_recordings_of_a_gpu_are_on_one_stream(driver):
 def test_recordings_share_memory_and_hold_only_their_own_thread(driver):
     recorder = CudaRecorder(CUDA)
     result, replay = recorder.record(lambda: 7)
-    assert result == 7 and driver.told == ("the pool", recorder.stream, "thread_local")
+    assert result == 7 and driver.told == ("the pool", recorder.stream, "thread_local") and not driver.left
     replay()
     assert replay.__self__.replays == 1
 
@@ -104,6 +108,7 @@ def test_a_recording_that_fails_says_why_and_leaves_the_stream_as_it_was(driver,
     with pytest.raises(RuntimeError, match=rf"^{said}$"):
         recorder.record(work)
     assert driver.current is usual
+    assert driver.left == (CUDA, recorder.stream, "the pool")
 
 
 @pytest.mark.parametrize(
@@ -130,5 +135,7 @@ def test_a_replay_reads_what_lies_in_its_places():
     with pytest.raises(RuntimeError):
         recorder.record(lambda: place.sum().item())
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.manual_seed(0)
+    assert torch.rand(8, device="cuda").unique().numel() == 8  # torch would refuse to draw while it records
     replay()
     assert result.tolist() == [10.0] * 4

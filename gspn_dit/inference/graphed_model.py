@@ -142,6 +142,8 @@ def why_not_graph(model: nn.Module, device: torch.device) -> str | None:
     """Why a model's forward on a device cannot be a CUDA graph; None if it can."""
     if device.type != "cuda":
         return f"the transformer is on {device.type}"
+    if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in (*model.parameters(), *model.buffers())):
+        return "nobody knows where weights of a type of their own lie"  # quantised ones, say
     for module in model.modules():
         if getattr(module, "_hf_hook", None) is not None:
             return "its weights come and go (CPU offload)"

@@ -60,7 +60,7 @@ class StepGraph:
             try:
                 self._record(batch, find, seed)
             except RuntimeError as error:
-                self.failed, self._loss, self._places = True, None, None
+                self.failed, self._loss, self._places, self._launch = True, None, None, _nothing
                 warn(f"no CUDA graph of the training step ({reason_of(error)}); training goes on without")
         if self._loss is None:
             self._forget_gradients()

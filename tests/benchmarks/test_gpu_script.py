@@ -20,6 +20,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
 STEPS = [
     "build",
     "tests",
+    "tests-models",
     "operator",
     "block-gspn-dit-xl-2-forward",
     "block-dit-xl-2-forward",
@@ -90,7 +91,7 @@ def test_it_runs_all_parts_and_then_no_step_of_the_same_commit_again(script):
     assert (done.returncode, table(done.stdout)) == (0, dict.fromkeys(STEPS, "ok")), done.stdout + done.stderr
     assert calls == [
         "gspn_dit.ops",
-        "pytest",
+        *["pytest"] * 2,
         "benchmarks.operator",
         *["benchmarks.block_budget"] * 4,
         "benchmarks.depthwise",
@@ -101,7 +102,9 @@ def test_it_runs_all_parts_and_then_no_step_of_the_same_commit_again(script):
     ]
     done, calls = script("operator", "tests")
     assert (done.returncode, calls) == (0, ["gspn_dit.ops"])
-    assert table(done.stdout) == {"build": "ok", "operator": "done before", "tests": "done before"}
+    assert table(done.stdout) == {"build": "ok", "operator": "done before"} | dict.fromkeys(
+        ("tests", "tests-models"), "done before"
+    )
     done, calls = script("operator", REVISION="def5678")
     assert (done.returncode, calls) == (0, ["gspn_dit.ops", "benchmarks.operator"])
 
@@ -116,9 +119,10 @@ def test_what_no_commit_says_is_run_each_time(script, revision):
 def test_the_others_are_run_after_one_that_fails_and_it_is_tried_again(script):
     done, calls = script("tests", "operator", FAILS="pytest")
     assert done.returncode == 1 and calls[-1] == "benchmarks.operator"
-    assert table(done.stdout) == {"build": "ok", "tests": "FAILED: exit status 3", "operator": "ok"}
+    failed = dict.fromkeys(("tests", "tests-models"), "FAILED: exit status 3")
+    assert table(done.stdout) == {"build": "ok", **failed, "operator": "ok"}
     done, calls = script("tests", "operator")
-    assert (done.returncode, calls) == (0, ["gspn_dit.ops", "pytest"])
+    assert (done.returncode, calls) == (0, ["gspn_dit.ops", "pytest", "pytest"])
 
 
 def test_without_the_kernels_nothing_is_measured(script):
@@ -140,7 +144,8 @@ def test_each_part_ends_within_its_seconds_and_says_what_it_has_left_out(script)
     assert time.monotonic() - begun < 15
     found = table(done.stdout)
     assert done.returncode == 1 and found["operator"] == "ok"
-    assert found[STEPS[3]] == "UNFINISHED: no time left" and found["depthwise"] == "NOT RUN: no time left"
+    assert found["block-gspn-dit-xl-2-forward"] == "UNFINISHED: no time left"
+    assert found["depthwise"] == "NOT RUN: no time left"
 
 
 def test_each_part_has_four_minutes_unless_it_is_told_otherwise(script):
@@ -181,7 +186,7 @@ def test_without_nsight_compute_the_rest_of_the_profile_is_made(script):
 
 def test_every_part_has_its_needs_and_this_machine_has_those_of_the_first():
     parts = re.search(r"^all=\((.*)\)$", SCRIPT.read_text(), re.MULTILINE)[1].split()
-    assert set(parts) == set(NEEDED) and not lacking("tests")
+    assert {*parts, "tests-models"} == set(NEEDED) and not lacking("tests")
 
 
 def test_what_is_lacking_is_a_package_and_is_not_imported(monkeypatch):
@@ -204,7 +209,7 @@ def test_a_stopped_one_prints_its_table(script):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=10)
-    assert process.returncode == 1 and table(said) == {"build": "ok", "tests": "ok"}
+    assert process.returncode == 1 and table(said) == dict.fromkeys(("build", "tests", "tests-models"), "ok")
 
 
 @pytest.mark.parametrize(

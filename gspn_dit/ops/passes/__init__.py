@@ -12,11 +12,17 @@ sums one program adds up. Kernels read and write bfloat16, float16 or float32, a
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_CHANNELS = 8192  # a program holds a token's channels in registers
@@ -54,3 +60,16 @@ def runs_kernels(device: torch.device) -> bool:
         and torch.cuda.is_available()
         and torch.cuda.get_device_capability(device) >= OLDEST
     )
+
+
+def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
+    """A function that launches kernels, on the GPU of its first tensor: Triton launches on the current one."""
+
+    @functools.wraps(launch)
+    def guarded(*args: P.args, **named: P.kwargs) -> T:
+        if torch.cuda.device_count() < 2:
+            return launch(*args, **named)
+        with torch.cuda.device_of(next(each for each in args if isinstance(each, Tensor))):
+            return launch(*args, **named)
+
+    return guarded

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from gspn_dit.ops.passes import on_its_device
+
 BLOCK = 2048  # elements of a program
 WARPS = 4
 
@@ -31,6 +33,7 @@ def squared_relu_backward(x, grad, grad_x, count, BLOCK: tl.constexpr):
     tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask=at < count)
 
 
+@on_its_device
 def forward(x: Tensor) -> Tensor:
     """max(x, 0)² of a tensor of any shape."""
     x = x.contiguous()
@@ -39,6 +42,7 @@ def forward(x: Tensor) -> Tensor:
     return y
 
 
+@on_its_device
 def backward(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x."""
     x, grad = x.contiguous(), grad.contiguous()

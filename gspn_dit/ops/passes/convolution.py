@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from gspn_dit.ops.passes import on_its_device
+
 ROWS = 8  # of the map, computed by one program, which reads two more
 CHANNELS = 64  # of a program: with 16 columns 8 elements a thread, whose nine weights stay in registers
 TILE = 1024  # elements: columns times channels
@@ -25,8 +27,9 @@ SUMMANDS = 64  # programs that share the sums of a channel
 def _row(x, row, column, channel, height, width, channels):
     """Tokens of one row of an image, (COLUMNS, CHANNELS) in float32, zero outside the map."""
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    at = (row * width + column)[:, None] * channels + channel[None, :]
-    return tl.load(x + at, mask=inside[:, None] & (channel < channels)[None, :], other=0.0).to(tl.float32)
+    at = column[:, None] * channels + channel[None, :]
+    start = x + row.to(tl.int64) * width * channels  # a map may have more elements than 32 bits count
+    return tl.load(start + at, mask=inside[:, None] & (channel < channels)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -79,8 +82,9 @@ def conv_forward(
         right = _row(x, row, column + 1, channel, height, width, channels)
         if i >= 2:
             done = above + w20 * left + w21 * centre + w22 * right
-            at = ((row - 1) * width + column)[:, None] * channels + channel[None, :]
-            tl.store(y + at, done.to(y.dtype.element_ty), mask=present & (row - 1 < height))
+            at = column[:, None] * channels + channel[None, :]
+            start = y + (row - 1).to(tl.int64) * width * channels
+            tl.store(start + at, done.to(y.dtype.element_ty), mask=present & (row - 1 < height))
         above = here + w10 * left + w11 * centre + w12 * right
         here = empty + w00 * left + w01 * centre + w02 * right
 
@@ -134,6 +138,7 @@ def conv_weight(
     tl.store(sums + 9 * channels, tl.sum(bias, 0), mask=there)
 
 
+@on_its_device
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False) -> Tensor:
     """The map (B, H, W, C) filtered by weights (C, 1, 3, 3), turned by half a turn if so wanted, with its bias (C,)."""
     x, weight = x.contiguous(), weight.contiguous()
@@ -158,6 +163,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False
     return y
 
 
+@on_its_device
 def weight_backward(grad: Tensor, x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the weights (C, 1, 3, 3), in the dtype of `like`, and of the bias (C,), in float32."""
     grad, x = grad.contiguous(), x.contiguous()

@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from gspn_dit.ops.passes import on_its_device
+
 EPSILON = 1e-6
 WARPS = 8
 FORWARD_TILE = 8192  # elements: 32 a thread
@@ -159,6 +161,7 @@ def norm_backward(
         tl.store(sums + channels, tl.sum(sum_scale, 0), mask=there)
 
 
+@on_its_device
 def forward(
     x: Tensor,
     residual: tuple[Tensor, Tensor] | None,
@@ -212,6 +215,7 @@ def forward(
     return total, y, mean, inverse
 
 
+@on_its_device
 def backward(
     grad_total: Tensor | None,
     grad_y: Tensor | None,
