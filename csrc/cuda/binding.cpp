@@ -15,6 +15,7 @@
 #endif
 
 #include "cuda/kernel.h"
+#include "cuda/tensor.h"
 
 namespace {
 
@@ -174,6 +175,7 @@ TORCH_LIBRARY(gspn_dit_cuda, m) {
     const char* error = gspn::unusable();
     return std::string(error ? error : "");
   });
+  m.def("use_tensor_cores(bool on) -> ()", [](bool on) { gspn::use_tensor_cores(on); });
 #if defined(GSPN_EMULATED_CUDA)
   m.def("set_shared_memory(int bytes) -> ()", [](int64_t bytes) { emulated_shared_memory() = bytes; });
 #endif

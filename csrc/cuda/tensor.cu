@@ -1,6 +1,8 @@
 // Which calls run on tensor cores, and their launches.
 #include "cuda/tensor.h"
 
+#include <atomic>
+
 #include "cuda/launching.h"
 #include "cuda/tensor_backward.h"
 #include "cuda/tensor_forward.h"
@@ -63,7 +65,11 @@ TensorBackwardPlan plan_backward(const Backward<T>& call, const SharedMemory& me
   return plan;
 }
 
+std::atomic<bool> tensor_cores_are_used{true};
+
 }  // namespace
+
+void use_tensor_cores(bool on) { tensor_cores_are_used = on; }
 
 template <typename T>
 bool tensor_takes(const Forward<T>& call, const SharedMemory& memory) {
@@ -74,7 +80,8 @@ bool tensor_takes(const Forward<T>& call, const SharedMemory& memory) {
       return ForwardMemory<decltype(units)::value, decltype(mode)::value>::kBytes <= memory.of_a_block;
     });
   });
-  return fits && p.groups < p.channels && channels % kWarpRows == 0 && channels <= 64 && vectorises(p, call.x, 3, 8) &&
+  return tensor_cores_are_used && fits && p.groups < p.channels && channels % kWarpRows == 0 && channels <= 64 &&
+         vectorises(p, call.x, 3, 8) &&
          vectorises(p, call.y, 3, 8) &&
          (is_one_tile(p) || tile_edges_fit(p, memory));
 }
@@ -112,7 +119,8 @@ template <typename T>
 bool tensor_takes(const Backward<T>& call, const SharedMemory& memory) {
   const Problem& p = call.problem;
   const int channels = channels_of(p);
-  return p.groups < p.channels && channels % kWarpRows == 0 && channels <= 64 && vectorises(p, call.x, 3, 8) &&
+  return tensor_cores_are_used && p.groups < p.channels && channels % kWarpRows == 0 && channels <= 64 &&
+         vectorises(p, call.x, 3, 8) &&
          vectorises(p, call.grad_y, 3, 8) && vectorises(p, call.grad_x, 3, 8) &&
          backward_bytes(call, false) <= memory.of_a_block && (is_one_tile(p) || tile_edges_fit(p, memory));
 }

@@ -6,6 +6,9 @@
 
 namespace gspn {
 
+// Whether they are used at all, from the next call on; they are unless this says no.
+void use_tensor_cores(bool on);
+
 // Whether they run a call. They do not ask for y's strides where it has no data yet.
 template <typename T>
 bool tensor_takes(const Forward<T>& call, const SharedMemory& memory);

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gspn_dit.errors import warn
 from gspn_dit.ops.backend import Call, Status
 from gspn_dit.ops.build import architectures, built
 from gspn_dit.ops.compiled import Compiled
+from gspn_dit.ops.tensor_core_check import disagreement, wanted
 
 
 class NativeCuda(Compiled):
@@ -42,6 +44,8 @@ class NativeCuda(Compiled):
         if index not in self._on_device:
             reason = self._unusable(index)
             self._on_device[index] = Status(False, reason) if reason else loaded
+            if not reason:
+                self._check_tensor_cores(torch.device("cuda", index))
         return self._on_device[index]
 
     def supports(self, call: Call, backward: bool = False) -> str | None:
@@ -70,6 +74,15 @@ class NativeCuda(Compiled):
         """Gradients of the operands and of direct."""
         backward = torch.ops.gspn_dit_cuda.propagate_backward_with_tail.default
         return backward(grad, y, inverse_rms, *call, direct)
+
+    def _check_tensor_cores(self, device: torch.device) -> None:
+        """Leave 16-bit calls to the exact kernels if those on tensor cores are not wanted, or are wrong here."""
+        reason = disagreement(self, device) if wanted() else None
+        if reason:
+            name = torch.cuda.get_device_name(device)
+            warn(f"the kernels on tensor cores are not used: on {device} ({name}) {reason}; please report this")
+        if reason or not wanted():
+            torch.ops.gspn_dit_cuda.use_tensor_cores.default(False)
 
     def _unusable(self, index: int) -> str:
         """Why the library does not run on cuda:index, and the remedy; empty if it does."""

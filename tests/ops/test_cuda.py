@@ -19,6 +19,7 @@ from gspn_dit.ops.cuda import NativeCuda
 from gspn_dit.ops.reference import Reference
 from gspn_dit.ops.registry import choose, find, register, unregister
 from gspn_dit.ops.tail import EPSILON, apply_tail, tail_backward
+from gspn_dit.ops.tensor_core_check import disagreement
 
 LITTLE_MEMORY = 30 * 1024  # bytes of shared memory
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # ‖got - float64‖ / ‖float64‖
@@ -229,6 +230,49 @@ def test_the_tail_in_bfloat16(kernel, shape):
     assert distance(inverse_rms, want) < TOLERANCE[torch.bfloat16]
     want = (sums * want[..., None]).flatten(-2) + direct.double() * tensors[0].double()
     assert distance(y, want) < TOLERANCE[torch.bfloat16]
+
+
+def test_kernels_that_are_right_pass_the_check_of_a_device(kernel):
+    assert disagreement(kernel, torch.device(device_of(kernel))) is None
+    with torch.inference_mode():
+        assert disagreement(kernel, torch.device(device_of(kernel))) is None
+
+
+@pytest.mark.parametrize("kernel", ["emulated"], indirect=True)
+@pytest.mark.parametrize(
+    ("fault", "of"), [("a sign", "the gradient of gates is 2 "), ("NaN", "the gradient of gates is nan ")]
+)
+def test_kernels_that_are_wrong_do_not(kernel, fault, of, monkeypatch):
+    right = kernel.backward_with_tail
+
+    def wrong(*arguments):
+        grad_x, grad_gates, *others = right(*arguments)
+        return grad_x, -grad_gates if fault == "a sign" else grad_gates * torch.nan, *others
+
+    monkeypatch.setattr(kernel, "backward_with_tail", wrong)
+    assert f"on 16 × 16 tokens {of}" in disagreement(kernel, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kernel", ["emulated"], indirect=True)
+@pytest.mark.parametrize(("environment", "fault"), [("0", None), ("1", "y is 2 of its norm away"), ("1", None)])
+def test_wrong_or_unwanted_kernels_leave_calls_to_exact_ones(kernel, environment, fault, monkeypatch, recwarn):
+    """The exact kernels differ in the last bits, which shows that they ran."""
+    *tensors, _ = operands(1, 13, 11, 32, 4, 2, dtype=torch.bfloat16)
+    call = Call(*tensors)
+    before = kernel.forward(call)
+    monkeypatch.setenv("GSPN_DIT_TENSOR_CORES", environment)
+    monkeypatch.setattr("gspn_dit.ops.cuda.disagreement", lambda kernel, device: fault)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    try:
+        kernel._check_tensor_cores(torch.device("cuda", 0))
+        after = kernel.forward(call)
+    finally:
+        torch.ops.gspn_dit_cuda.use_tensor_cores(True)
+    assert torch.equal(before, after) == (environment == "1" and fault is None)
+    assert distance(after, before.double()) < 2 * TOLERANCE[torch.bfloat16]
+    assert [str(w.message) for w in recwarn.list] == (
+        [f"the kernels on tensor cores are not used: on cuda:0 (a GPU) {fault}; please report this"] if fault else []
+    )
 
 
 @pytest.mark.parametrize("groups", [2, 24])
