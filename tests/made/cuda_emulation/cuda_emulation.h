@@ -276,6 +276,8 @@ void copy_async(void* shared, const void* global) {
   emulation::start_copy(shared, global, kBytes);
 }
 inline void copy_async_or_zero(void* shared, const void* global, bool copies) {
+  // of zeros, too, which a GPU does not have to excuse
+  if (!global || reinterpret_cast<uintptr_t>(global) % 16) emulation::fail("a copy from an address that can't be one");
   emulation::start_copy(shared, copies ? global : nullptr, 16);
 }
 inline void commit_copies() { ++emulation::block().fibers[emulation::block().current].groups; }

@@ -1,8 +1,8 @@
 // The instructions of csrc/cuda/tensor_core.h, on the CPU: a warp's 32 fibers meet with their operands, then each
 // computes what its lane gets.
 //
-// A product drops the low 13 bits of tf32 operands, and adds in float32 one product after the other (a GPU adds in an
-// order of its own). Shared memory is read and written by each lane on its own, after all have met.
+// A product drops the low 13 bits of tf32 operands, and cuts its sums off to float32, as tensor cores do: it does not
+// round them to the nearest. Shared memory is read and written by each lane on its own, after all have met.
 #pragma once
 
 #include "problem.h"
@@ -18,14 +18,22 @@ inline float tf32(uint32_t bits) {
 inline float element(gspn::BFloat16, uint32_t bits) { return gspn::from_bits(bits << 16); }
 inline float element(gspn::Float16, uint32_t bits) { return gspn::from_half(uint16_t(bits)); }
 
+// The nearest float that is not larger in magnitude.
+inline float toward_zero(double value) {
+  const float nearest = float(value);
+  return std::abs(double(nearest)) > std::abs(value) ? std::nextafter(nearest, 0.f) : nearest;
+}
+
 // c += a b for a lane's four sums, with a(row, k) and b(k, column) of any lane's.
 template <int K, typename A, typename B>
 void add_product(float (&c)[4], A a, B b) {
   const int g = lane() / 4, t = lane() % 4;
+  double sums[4] = {c[0], c[1], c[2], c[3]};
   for (int k = 0; k < K; ++k) {
-    const float rows[2] = {a(g, k), a(g + 8, k)}, columns[2] = {b(k, 2 * t), b(k, 2 * t + 1)};
-    for (int i = 0; i < 4; ++i) c[i] += rows[i / 2] * columns[i % 2];
+    const double rows[2] = {a(g, k), a(g + 8, k)}, columns[2] = {b(k, 2 * t), b(k, 2 * t + 1)};
+    for (int i = 0; i < 4; ++i) sums[i] += rows[i / 2] * columns[i % 2];
   }
+  for (int i = 0; i < 4; ++i) c[i] = toward_zero(sums[i]);
 }
 
 // c += a b in 16-bit elements; K / 4 words of a and K / 8 of b a lane.
