@@ -7,8 +7,9 @@
 // One step (csrc/propagate.h) with W the tridiagonal matrix of a line's weights, whose rows sum to 1:
 //   h' = W (f h) + λx = f h + λx + D (f h),    D = W - 1.
 // f h + λx is computed in float32; D (f h) is a tf32 product, whose operands lose all but 11 bits. So what is carried
-// from line to line is never rounded to tf32, and rows of D sum to 0 exactly (differences()): ones stay ones. λx is a
-// product of 16-bit operands: x from shared memory times a diagonal matrix.
+// from line to line is never rounded to tf32, and rows of D sum to 0 exactly (differences()): ones stay ones, but for the
+// product's own sums, which tensor cores cut off at float32. λx is a product of 16-bit operands: x from shared memory
+// times a diagonal matrix.
 //
 // The accumulator is the next step's left operand as it lies: the product sums over positions in any order, so its
 // index κ stands for position 2κ (κ < 4) or 2 (κ - 4) + 1. Then a lane needs D[n][2t] and D[n][2t + 1] with n = g.
