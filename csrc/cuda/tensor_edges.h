@@ -87,6 +87,13 @@ struct TileEdgeMemory {
   }
 };
 
+// `value`, which the compiler takes for an unknown one: what follows from it is computed where it is used, not once
+// before a loop that has no registers to keep it in.
+GSPN_DEVICE int recomputed(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Most threads of a block: its warps have half or a quarter of the registers to themselves.
 template <bool kSplit>
 constexpr int kTileEdgeThreads = kSplit ? 512 : 128;
@@ -184,7 +191,7 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
       }
       if constexpr (kAdjoint) {
         const auto column = [&](int position_, int neighbour, float value) {
-          const int q = i - position + position_;
+          const int q = recomputed(i) - position + position_;
           Records::write_one(Records::piece(to, q / kPiece), q % kPiece, neighbour, value);
         };
         column(position, 0, row.centre);
@@ -240,7 +247,9 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
       load_matrices<true>(matrices, from + q * kPiece * memory.site_bytes);
       drive<T>(driven, matrices, Words::of_diagonal(line_words + q * Words::kPieceWords, at), at);
     };
-    const float one = restarts ? 0.f : 1.f, kept[2] = {kAdjoint ? one : one * decay[0], kAdjoint ? one : one * decay[1]};
+    // backward, f is in dh already, and what a line that restarts hands on is cleared behind it
+    const float one = kAdjoint || !restarts ? 1.f : 0.f;
+    const float kept[2] = {kAdjoint ? one : one * decay[0], kAdjoint ? one : one * decay[1]};
     const auto operand = [&](int q, float (&a)[2][4]) {
       if constexpr (kAdjoint) {
         float dh[2][4];
@@ -345,10 +354,12 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
       const bool read_last = scan.reversed ? line % kTileSites == 0
                                            : line % kTileSites == kTileSites - 1 || line + 1 == scan.lines;
       if (kAdjoint && read_last) write_line(line);
+      const bool restarts = scan.starts_chunk(line, scan.reversed);
       const int piece = l * line_pieces + along * kPieces;
       scan_line(shared + s % 2 * memory.stage_bytes + l * memory.positions * memory.site_bytes + matrix_offset,
                 Records::piece(records + (kAdjoint ? s % 2 * memory.record_bytes : 0), piece),
-                words + piece * Words::kPieceWords, scan.starts_chunk(line, scan.reversed), s * plan.stage + l);
+                words + piece * Words::kPieceWords, restarts, s * plan.stage + l);
+      if (kAdjoint && restarts) std::memset(state, 0, sizeof state);
       if (!kAdjoint && read_last) write_line(line);
     }
     __syncthreads();

@@ -125,11 +125,18 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
     for (int i = 0; i < kItems; ++i) steps[i] = make_ready(tid + i * threads, n, items[i]);
     __syncthreads();
     if constexpr (kItems > 0) {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i)
+      const auto ask = [&](int i) {
         if (n + 1 < scan.length) items[i] = read(tid + i * threads, n + 1);
+      };
+      if constexpr (!kShared) {  // all at once, for which 1024 threads have too few registers
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) advance_item(tid + i * threads, n, steps[i]);
+        for (int i = 0; i < kItems; ++i) ask(i);
+      }
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        if constexpr (kShared) ask(i);
+        advance_item(tid + i * threads, n, steps[i]);
+      }
     } else {
       for (int item = tid; item < width; item += threads)
         advance_item(item, n, make_ready(item, n, read(item, n)));
@@ -244,7 +251,8 @@ __global__ void __launch_bounds__(512)
     decay_sum += products[t];
     scale_sum += products[threads + t];
   }
-  const int64_t row = scan.batch * most_chunks(call.problem) + scan.chunk_index;
+  // not scan.chunk_index, for which there is no register in the loop
+  const int64_t row = scan.batch * most_chunks(call.problem) + unsigned(scan.first) / unsigned(scan.chunk);
   const int64_t to = (row * call.problem.num_directions + k) * call.problem.channels + scan.channel + own;
   if (call.grad_decay) call.grad_decay[to] = decay_sum;
   if (call.grad_scale) call.grad_scale[to] = scale_sum;
