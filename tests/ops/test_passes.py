@@ -143,6 +143,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gspn_dit.ops.passes import take
 from gspn_dit.ops import passes
 torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda device: (9, 0)
+torch.cuda.is_current_stream_capturing, torch.cuda.current_device = lambda: False, lambda: 0
 passes.fault_of = lambda device: None
 with FakeTensorMode(), torch.device("cuda"):
     for channels, dtype in (64, torch.float32), (64, torch.bfloat16), (64, torch.float64), (9000, torch.half):
