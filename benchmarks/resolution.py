@@ -214,7 +214,7 @@ def trial_lines(results: Results) -> list[str]:
     if "bfloat16" in results.options.dtypes:
         lines.append(
             "\nIn a forward bfloat16 is the weights' type; in training it is autocast's, over float32 weights, and the "
-            "residual stream's but DiT's, to which float32 positions are added."
+            "residual stream's: DiT's positions are cast to it, here alone; as published, its stream would be float32."
         )
     return lines
 

@@ -26,10 +26,10 @@ OPERATIONS_PER_SECOND = 2 * 357e6 * 64 * 256 / 50.7e-3
 # Both hold more than launches, so they bound a block's from above.
 LAUNCH_STEP_SECONDS = 1 / 22 / 6
 LAUNCH_FORWARD_SECONDS = 7 / 800 / 6
-# A graph's operations follow each other on the GPU: 941 of the 979 in a step of that recipe (benchmarks.launches). A
+# A graph's operations follow each other on the GPU: 767 of the 805 in a step of that recipe (benchmarks.launches). A
 # kernel that has next to nothing to do takes about 2 µs there; this is not measured.
 KERNEL_SECONDS = 2e-6
-STEP_OPERATIONS = 941 / 6
+STEP_OPERATIONS = 767 / 6
 COMPILED_SHARE = 1.215 / 1.684  # of a block's time, gspn-dit-xl-2 on an H100 (docs/performance.md)
 # The repeated blocks of Flux, forward alone, compile in 9.6 s on an H100 (PyTorch's blog, "torch.compile and
 # Diffusers"). With the backward pass three times that is reckoned with, and twice for what nobody has measured.

@@ -1,11 +1,12 @@
 """What lies between the products and scans of a block: each function is one pass over the map on a GPU.
 
 Each is defined by the composition of torch's functions that it ends with. That is what runs on CPUs, in float64,
-without Triton and on other makers' devices; elsewhere a kernel of `gspn_dit.ops.passes` computes the same in float32
-and rounds once, at the end, where the composition rounds after each step. GSPN_DIT_FUSED=0 in the environment turns the
-kernels off.
+where Triton is missing or does not work, and on other makers' devices; elsewhere a kernel of `gspn_dit.ops.passes`
+computes the same in float32 and rounds once, at the end, where the composition rounds after each step. GSPN_DIT_FUSED=0
+in the environment turns the kernels off.
 
-A map is (B, H, W, C). Shift, scale and gate are (B, 1, 1, C), or broadcast to that.
+A map is (B, H, W, C). Shift, scale and gate are (B, 1, 1, C) or (1, 1, 1, C); of other shapes that broadcast, or of a
+branch in another shape than x, the composition runs everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ EPSILON = 1e-6
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive LayerNorm (DiT, arXiv 2212.09748, section 3.2): a norm over channels, times 1 + scale, plus shift."""
-    if take(x):
+    if take(x, shift, scale):
         from gspn_dit.ops.passes import operators
 
         return operators.modulated_norm(x, _vectors(shift, x), _vectors(scale, x))[0]
@@ -31,7 +32,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x + gate · branch, the end of half a block."""
-    if take(x):
+    if branch.shape == x.shape and take(x, gate):
         from gspn_dit.ops.passes import operators
 
         return operators.gated_residual(x, branch, _vectors(gate, x))
@@ -40,7 +41,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 def gated_residual_norm(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """x + gate · branch, and its modulated norm: the end of half a block and the start of the next."""
-    if take(x):
+    if branch.shape == x.shape and take(x, gate, shift, scale):
         from gspn_dit.ops.passes import operators
 
         return operators.gated_residual_norm(x, branch, *(_vectors(part, x) for part in (gate, shift, scale)))[:2]

@@ -51,7 +51,7 @@ from gspn_dit.training.checkpoints import (
     save_checkpoint,
     say_compile,
 )
-from gspn_dit.training.compilation import choose_compile
+from gspn_dit.training.compilation import choose_compile, rehearse_blocks
 from gspn_dit.training.ema import EMA, exponential, power_function
 from gspn_dit.training.evaluator import draw_samples
 from gspn_dit.training.parts import Run, check_launch, check_options, open_run, start_from, steps_from
@@ -251,11 +251,20 @@ def choose_speed(run: Run, model: LatentModel, checkpoint: Checkpoint | None) ->
     config, accelerator, options = run.config, run.accelerator, run.config.training
     passes = options.gradient_accumulation_steps
     images = options.batch_size // (accelerator.num_processes * passes)
-    work = work_of(model, (images, *run.stream.latent_shape), training=True)
+    latents = (images, *run.stream.latent_shape)
+    work = work_of(model, latents, training=True)
     graph = on_every_process(lambda: choose_graph(options.cuda_graph, accelerator, options, work))
     steps = options.max_steps - (checkpoint.step if checkpoint else 0)
     compiling = on_every_process(
-        lambda: choose_compile(options.compile, accelerator.device, work, steps, graph.on, passes)
+        lambda: choose_compile(
+            options.compile,
+            accelerator.device,
+            work,
+            steps,
+            graph.on,
+            passes,
+            lambda: rehearse_blocks(model, latents, accelerator.autocast),
+        )
     )
     if accelerator.is_main_process:
         if checkpoint:

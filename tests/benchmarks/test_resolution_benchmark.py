@@ -1,10 +1,11 @@
 """benchmarks/resolution.py: what becomes of its cases, without measuring any."""
 
 import pytest
+import torch
 
 from benchmarks import resolution
 from benchmarks.resolution import STEPS, CaseFailed, Options, main
-from benchmarks.resolution_case import Case, measure
+from benchmarks.resolution_case import Case, call_of, measure, model_of
 
 
 @pytest.fixture
@@ -51,6 +52,19 @@ def test_what_has_a_target_comes_first_and_the_faster_setting_is_used_at_all_siz
     rest = [("forward", 1024), ("training", 1024), ("forward", 64), ("training", 64)]
     assert order[: len(trials) + 8] == trials + [(model, *case, False) for case in rest for model in pair]
     assert {model for model, *_ in order[len(trials) + 8 :]} == {"linear attention", "window attention"}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("model", ["DiT", "GSPN-DiT"])
+@pytest.mark.parametrize("pixels", [256, 64])
+def test_the_stream_of_both_models_is_bfloat16(model, step, pixels):
+    """At the size that the model is made for, and at another, for which DiT computes its positions."""
+    name = {"DiT": "dit-ti-2", "GSPN-DiT": "gspn-dit-ti-2"}[model]
+    case = Case(model, name, step, pixels, 1, "bfloat16", False, overrides={"depth": 2})
+    network, types = model_of(case), []
+    network.blocks[0].register_forward_hook(lambda block, inputs, y: types.extend([inputs[0].dtype, y.dtype]))
+    call_of(case, network)()
+    assert types == [torch.bfloat16] * 2
 
 
 def test_blocks_whose_windows_are_shifted_are_counted_by_themselves():

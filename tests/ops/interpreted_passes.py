@@ -25,7 +25,7 @@ MAPS = [(2, 4, 4, 32), (1, 3, 5, 20), (3, 1, 1, 7), (2, 5, 3, 33), (1, 2, 2, 300
 def kernels():
     """`fused` calls the kernels, though the tensors are the CPU's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "take", lambda x: True)
+        patch.setattr(fused, "take", lambda x, *vectors: True)
         for module in (activation, convolution, norm):
             patch.setattr(module, "wrap_triton", lambda kernel: kernel)
         yield

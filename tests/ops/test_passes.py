@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gspn_dit.layers.fused as fused
 from gspn_dit.models import create_model
@@ -39,6 +43,96 @@ def test_the_composition_is_what_it_says():
     assert torch.equal(y, fused.modulated_norm(total, shift, scale))
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is not there: its tensors are made, and what is tried on it runs on the CPU."""
+    if torch.__version__ < "2.11":
+        pytest.skip("fake CUDA tensors ask torch 2.8 for a driver")
+    is_right = passes.is_right
+    monkeypatch.setattr(passes, "is_right", lambda device: is_right(torch.device("cpu")))
+    monkeypatch.setattr(passes, "_works", {})
+    monkeypatch.setattr(passes, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with FakeTensorMode(), torch.device("cuda"):
+        yield lambda *shape: torch.empty(shape)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """What the smallest pass does when it is tried, in place of a launch; the calls are counted."""
+    calls = []
+
+    def pretend(does):
+        def squared_relu(x):
+            assert type(x) is torch.Tensor and not torch.is_autocast_enabled("cpu")
+            calls.append(x)
+            return does(x)
+
+        # In place of a module that needs Triton to be imported.
+        monkeypatch.setitem(sys.modules, "gspn_dit.ops.passes.operators", SimpleNamespace(squared_relu=squared_relu))
+        monkeypatch.setattr(passes, "operators", SimpleNamespace(squared_relu=squared_relu), raising=False)
+        return calls
+
+    return pretend
+
+
+def no_headers(x):
+    raise RuntimeError("fatal error: Python.h: No such file\n or directory")
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        (no_headers, "RuntimeError: fatal error: Python.h: No such file or directory"),
+        (lambda x: x.relu(), "a wrong result"),
+        (lambda x: x.relu().square() * torch.nan, "a wrong result"),
+    ],
+)
+def test_kernels_that_do_not_work_are_warned_of_once_and_left(gpu, tried, does, reason):
+    """Asked under a mode that makes no real tensors, with autocast on."""
+    calls, x = tried(does), gpu(64, 32, 32, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(UserWarning, match=re.escape(f"no Triton kernels on cuda:0 ({reason})")):
+            assert not take(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not take(x)
+            assert fused.squared_relu(x).shape == x.shape  # by the composition
+    assert len(calls) == 1
+
+
+def test_kernels_that_work_are_tried_once_and_not_while_a_graph_is_recorded(gpu, tried, monkeypatch):
+    calls, x = tried(lambda x: x.relu().square()), gpu(64, 32, 32, 64)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not take(x) and not calls
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert take(x) and take(x) and len(calls) == 1
+
+
+def test_kernels_are_tried_while_torch_compile_traces(tried):
+    calls = tried(lambda x: x.relu().square())
+    works = torch.compiler.assume_constant_result(lambda: passes.fault_of(torch.device("cpu")) is None)
+    graph = torch.compile(lambda x: x + works(), backend="eager", fullgraph=True)
+    assert graph(torch.ones(1)) == 2 and graph(torch.zeros(1)) == 1
+    assert len(calls) == 1
+
+
+def test_modulations_that_are_no_vectors_are_left_to_the_composition(gpu, tried):
+    tried(lambda x: x.relu().square())
+    x = gpu(64, 32, 32, 64)
+    for shape in (64, 1, 1, 64), (1, 1, 1, 64):
+        assert take(x, gpu(*shape))
+    for shape in (64, 32, 32, 64), (64, 1, 32, 64), (64, 1, 1, 1), (1, 64), (64,), (1, 1, 64), ():
+        assert not take(x, gpu(64, 1, 1, 64), gpu(*shape))
+        assert fused.modulated_norm(x, gpu(64, 1, 1, 64), gpu(*shape)).shape == x.shape
+        assert fused.gated_residual_norm(x, x, *[gpu(*shape)] * 3)[1].shape == x.shape
+    assert fused.gated_residual(x, gpu(1, 32, 32, 64), gpu(1, 1, 1, 64)).shape == x.shape  # a branch of another shape
+    assert not take(gpu()) and fused.squared_relu(gpu()).shape == ()
+
+
 @needs_triton
 @pytest.mark.slow
 def test_which_maps_the_kernels_take_and_what_turns_them_off():
@@ -47,7 +141,10 @@ def test_which_maps_the_kernels_take_and_what_turns_them_off():
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from gspn_dit.ops.passes import take
+from gspn_dit.ops import passes
 torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda device: (9, 0)
+torch.cuda.is_current_stream_capturing, torch.cuda.current_device = lambda: False, lambda: 0
+passes.fault_of = lambda device: None
 with FakeTensorMode(), torch.device("cuda"):
     for channels, dtype in (64, torch.float32), (64, torch.bfloat16), (64, torch.float64), (9000, torch.half):
         print(take(torch.empty(64, 32, 32, channels, dtype=dtype)), end=" ")

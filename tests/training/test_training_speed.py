@@ -1,6 +1,8 @@
 """What changes only the speed of a training: compiled blocks and CUDA graphs, when they are chosen and what is said."""
 
 import json
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +17,10 @@ from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data.workers import Ahead
 from gspn_dit.errors import InputError
 from gspn_dit.launches import Work
+from gspn_dit.models import create_model
 from gspn_dit.options import parse
 from gspn_dit.training import compilation, loop, step_graph
-from gspn_dit.training.compilation import choose_compile, why_no_compile
+from gspn_dit.training.compilation import choose_compile, failure_of, rehearse_blocks, why_no_compile
 from gspn_dit.training.loop import train
 from gspn_dit.training.step_graph import StepGraph, choose_graph, why_no_graph
 
@@ -87,6 +90,52 @@ def test_what_torch_cannot_compile_is_said_in_one_line(monkeypatch):
     assert why_no_compile(CPU) == "Failed to find C compiler."
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     assert why_no_compile(CPU) is None
+
+
+def test_blocks_that_torch_cannot_compile_are_warned_of_and_auto_goes_on(compiler):
+    compiler(None)
+
+    def broken():
+        raise RuntimeError("PassManager::run failed")
+
+    with pytest.warns(UserWarning, match=r"the model's blocks \(PassManager::run failed\); training goes on without"):
+        choice = choose_compile("auto", CUDA, XL, 400_000, graphed=False, rehearse=broken)
+    assert not choice.on and choice.reason == "torch cannot (PassManager::run failed)"
+    assert choose_compile("auto", CUDA, XL, 400_000, graphed=False, rehearse=lambda: None).on
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("gspn-dit-ti-2", {"depth": 6, "global_layers": [0, 5]}), ("gspn-ti-2", {"depth": 5}), ("dit-ti-2", {})],
+)
+def test_blocks_are_rehearsed_forward_and_backward_before_a_run(name, options, monkeypatch):
+    """On a stand-in of the same kind: the model and torch's draws stay as they are."""
+    model = create_model(name, sample_size=8, **options)
+    ran = []
+
+    def compile_(block, **_):
+        block.register_forward_hook(lambda block, args, y: ran.append("forward"))
+        block.register_full_backward_hook(lambda block, *grads: ran.append("backward"))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    state = torch.get_rng_state()
+    rehearse_blocks(model, (2, 4, 8, 8), partial(torch.autocast, "cpu", torch.bfloat16))
+    assert ran == ["forward"] * 3 + ["backward"] * 3
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_failed_inside_a_compiler_is_said(monkeypatch):
+    def broken(graph, inputs):
+        raise NotImplementedError("no such operator on this GPU\nand much more")
+
+    def compile_(block, **_):
+        block._compiled_call_impl = torch.compile(block._call_impl, backend=broken)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    model = create_model("dit-ti-2", sample_size=8, depth=1)
+    said = failure_of(lambda: rehearse_blocks(model, (1, 4, 8, 8), nullcontext))
+    assert said == "no such operator on this GPU"
 
 
 def launched(device="cuda", processes=1, precision="bf16"):
