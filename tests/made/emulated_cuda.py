@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
-from gspn_dit.ops.build import CSRC, headers, recipe
+from gspn_dit.ops.build import CSRC, cuda_home, headers, recipe
 
 EMULATION = Path(__file__).parent / "cuda_emulation"
 SHARED_MEMORY = 227 * 1024  # of a Hopper block; less of it sends even small maps to the kernels for large ones
@@ -62,3 +65,21 @@ def emulated_kernels():
         half_built.replace(library)
     torch.ops.load_library(library)
     return torch.ops.gspn_dit_cuda
+
+
+def built_driver(name: str, on_gpu: bool, folder: Path) -> ctypes.CDLL:
+    """The library of tests/made/NAME.cu, which runs kernels by themselves: emulated, or on the GPU. Skips without."""
+    library = folder / f"{name}.so"
+    if on_gpu:
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        command = [cuda_home() / "bin" / "nvcc", "-arch=native", "-Xcompiler", "-fPIC", "-std=c++17"]
+    else:
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(compiler) is None:
+            pytest.skip("no C++ compiler")
+        flags = "-std=c++20", "-fPIC", "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"
+        command = [compiler, *flags, "-DGSPN_EMULATED_CUDA", f"-I{EMULATION}", "-x", "c++"]
+    source = EMULATION.parent / f"{name}.cu"
+    subprocess.run([*command, "-O2", "-shared", f"-I{CSRC}", source, "-o", library], check=True)
+    return ctypes.CDLL(str(library))

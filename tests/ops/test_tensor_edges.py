@@ -1,17 +1,11 @@
 """What tiles of a map need from each other (csrc/cuda/tensor_edges.h): emulated on the CPU, and on the GPU."""
 
 import ctypes
-import os
-import shutil
-import subprocess
 
 import pytest
 import torch
-from made.emulated_cuda import EMULATION, SHARED_MEMORY
+from made.emulated_cuda import SHARED_MEMORY, built_driver
 
-from gspn_dit.ops.build import CSRC, cuda_home
-
-DRIVER = EMULATION.parent / "tensor_edges.cu"
 TILE = 16
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  # ‖got - float64‖ / ‖float64‖: in tf32, stored in the dtype
 
@@ -19,19 +13,8 @@ TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  # ‖got - float64‖ /
 @pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def driver(request, tmp_path_factory):
     """(library, device) of the kernels by themselves."""
-    library = tmp_path_factory.mktemp("edges") / "driver.so"
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU")
-        command = [cuda_home() / "bin" / "nvcc", "-arch=native", "-Xcompiler", "-fPIC", "-std=c++17"]
-    else:
-        compiler = os.environ.get("CXX", "c++")
-        if shutil.which(compiler) is None:
-            pytest.skip("no C++ compiler")
-        flags = "-std=c++20", "-fPIC", "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"
-        command = [compiler, *flags, "-DGSPN_EMULATED_CUDA", f"-I{EMULATION}", "-x", "c++"]
-    subprocess.run([*command, "-O2", "-shared", f"-I{CSRC}", DRIVER, "-o", library], check=True)
-    return ctypes.CDLL(str(library)), "cuda" if request.param == "gpu" else "cpu"
+    library = built_driver("tensor_edges", request.param == "gpu", tmp_path_factory.mktemp("driver"))
+    return library, "cuda" if request.param == "gpu" else "cpu"
 
 
 def along_lines(tensor, direction):

@@ -4,45 +4,28 @@ What a lane holds of a matrix is written here from the PTX ISA's formulas ("matr
 """
 
 import ctypes
-import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from made.emulated_cuda import EMULATION
+from made.emulated_cuda import built_driver
 
-from gspn_dit.ops.build import CSRC, cuda_home
-
-DRIVER = EMULATION.parent / "tensor_instructions.cu"
 LANES = range(32)
 
 
 @pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request, tmp_path_factory):
     """(run, device): run(name, *operands) calls run_NAME of the driver."""
-    library = tmp_path_factory.mktemp("instructions") / "driver.so"
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU")
-        command = [cuda_home() / "bin" / "nvcc", "-arch=native", "-Xcompiler", "-fPIC", "-std=c++17"]
-    else:
-        compiler = os.environ.get("CXX", "c++")
-        if shutil.which(compiler) is None:
-            pytest.skip("no C++ compiler")
-        flags = "-std=c++20", "-fPIC", "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"
-        command = [compiler, *flags, "-DGSPN_EMULATED_CUDA", f"-I{EMULATION}", "-x", "c++"]
-    subprocess.run([*command, "-O1", "-shared", f"-I{CSRC}", DRIVER, "-o", library], check=True)
-    loaded = ctypes.CDLL(str(library))
+    library = built_driver("tensor_instructions", request.param == "gpu", tmp_path_factory.mktemp("driver"))
 
     def run(name, *operands):
         arguments = [ctypes.c_void_p(o.data_ptr()) if isinstance(o, torch.Tensor) else o for o in operands]
-        assert getattr(loaded, f"run_{name}")(*arguments) == 0
+        assert getattr(library, f"run_{name}")(*arguments) == 0
         if request.param == "gpu":
             torch.cuda.synchronize()
 
-    run.path = library
+    run.path = library._name
     return run, "cuda" if request.param == "gpu" else "cpu"
 
 
