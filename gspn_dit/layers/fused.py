@@ -38,7 +38,7 @@ def modulations(x: Tensor, modulation: Tensor, offset: Tensor | None = None) -> 
         offset: What the block adds to it, (B, 1, 1, 6, C) or (1, 1, 1, 6, C).
     """
     if take(x, modulation, offset):
-        offsets = [None] * len(PASSES) if offset is None else offset.split(PASSES, -2)
+        offsets = (None,) * len(PASSES) if offset is None else offset.split(PASSES, -2)
         return list(zip(modulation.split(PASSES, -2), offsets, strict=True))
     vectors = _vectors(modulation, offset)
     return [(vectors[:2], None), (vectors[2:5], None), (vectors[5:], None)]
@@ -77,9 +77,9 @@ def gated_residual_norm(
     return total, modulated_norm(total, others)
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)², the activation of Primer (arXiv 2109.08668), of a tensor of any shape."""
-    if take(x):
+def squared_relu(x: Tensor, as_composition: bool = False) -> Tensor:
+    """max(x, 0)², the activation of Primer (arXiv 2109.08668), of a tensor of any shape; by no kernel if so asked."""
+    if not as_composition and take(x):
         from gspn_dit.ops.passes import operators
 
         return operators.squared_relu(x)
@@ -119,6 +119,9 @@ def _vectors(modulation: Modulation, offset: Tensor | None) -> Sequence[Tensor]:
     return (modulation if offset is None else modulation + offset).unbind(-2)
 
 
-def _of_each(x: Tensor, vectors: Tensor | None) -> Tensor | None:
-    """A modulation or its offset for each image of x, (B, n, C), a view."""
-    return None if vectors is None else vectors.expand(len(x), *vectors.shape[1:]).view(len(x), *vectors.shape[-2:])
+def _of_each(x: Tensor, vectors: Modulation | None) -> Tensor | None:
+    """A modulation that :func:`take` takes, or its offset, for each image of x: (B, n, C), a view."""
+    if vectors is None:
+        return None
+    assert isinstance(vectors, Tensor)
+    return vectors.expand(len(x), *vectors.shape[1:]).view(len(x), *vectors.shape[-2:])

@@ -243,6 +243,31 @@ def test_machine_code_for_xl(capability, tmp_path):
             assert widths_but_128(code.stores) == (statistics if forward else {}), name
 
 
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.__version__.startswith("2.14"), reason="what a GPU is asked by another torch differs")
+@pytest.mark.parametrize("what", ["block", "tuned"])
+def test_what_torch_compile_generates_for_a_gpu(what):
+    """Of a block: its passes, and casts for the operator. Of its feed-forward half, tuned: two products, no more."""
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "made.code_for_a_gpu", what],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent)))},
+        capture_output=True,
+        text=True,
+    )
+    launched = re.findall(r"^ +(\w+)\.run\(", done.stdout, re.MULTILINE)
+    assert launched, done.stderr[-4000:]
+    if what == "block":
+        ours = [re.sub(r"_\d+$", "", name) for name in launched if not name.startswith("triton_")]
+        assert ours == ["norm_forward", "conv_forward", "norm_forward", "squared_relu_forward", "norm_forward"]
+        assert all("_to_copy" in name and "add" not in name for name in launched if name.startswith("triton_"))
+    else:
+        first, second = launched
+        assert first.startswith("triton_tem_fused_addmm_mul_relu") and second.startswith("triton_tem_fused_addmm")
+        assert "extern_kernels." not in done.stdout.partition("def call")[2]
+
+
 def widths_but_128(accesses):
     return {width: count for width, count in accesses.items() if width != 128}
 
