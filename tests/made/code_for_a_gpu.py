@@ -68,6 +68,7 @@ def pretend() -> None:
             "is_available": lambda: True,
             "current_device": lambda: 0,
             "device_count": lambda: 1,
+            "is_current_stream_capturing": lambda: False,
             "set_device": lambda device: None,
             "get_device_properties": lambda device=None: H100,
             "get_device_capability": lambda device=None: (9, 0),
