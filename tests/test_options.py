@@ -97,7 +97,8 @@ def own_options(kind):
 def test_every_option_of_every_command_is_explained(name):
     kind = VERBS[name].options if name in VERBS else importlib.import_module(f"benchmarks.{name}").Options
     for each in own_options(kind):
-        explained = {param.arg_name: param.description for param in docstring_parser.parse(each.__doc__ or "").params}
+        said = [docstring_parser.parse(kind.__doc__ or "") for kind in each.__mro__ if dataclasses.is_dataclass(kind)]
+        explained = {param.arg_name: param.description for page in said for param in page.params}
         for field in dataclasses.fields(each):
             assert explained.get(field.name), f"{each.__qualname__}.{field.name}"
 
