@@ -84,7 +84,16 @@ def test_yaml_words_are_words(tmp_path):
     assert options("--training.max-steps", "7", "--config", path).training.max_steps == 1000  # later ones win
 
 
-BENCHMARKS = ("block_budget", "depthwise", "higher", "operator", "quality", "resolution", "store")
+BENCHMARKS = (
+    "block_budget",
+    "classifier_throughput",
+    "depthwise",
+    "higher",
+    "operator",
+    "quality",
+    "resolution",
+    "store",
+)
 
 
 def own_options(kind):
