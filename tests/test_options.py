@@ -112,6 +112,28 @@ def test_every_option_of_every_command_is_explained(name):
             assert explained.get(field.name), f"{each.__qualname__}.{field.name}"
 
 
+@dataclasses.dataclass
+class Listed:
+    """Made options.
+
+    Args:
+        files: Several words.
+        count: A number.
+    """
+
+    files: list[str]
+    count: int = 1
+
+
+def test_bare_words_are_a_list_up_to_the_next_option():
+    for argv in (["a b.png", "[c].png", "--count", "2"], ["--count", "2", "a b.png", "[c].png"]):
+        assert parse(Listed, argv, positional=["files"], exit_on_error=False) == Listed(["a b.png", "[c].png"], 2)
+    assert parse(Listed, ["--files", "a,b"], positional=["files"], exit_on_error=False).files == ["a", "b"]
+    for argv, said in ((["a", "--count", "2", "b"], "'b' after --count 2"), (["-x"], "'-x'"), ([], "--files: missing")):
+        with pytest.raises(InputError, match=said):
+            parse(Listed, argv, positional=["files"], exit_on_error=False)
+
+
 @pytest.mark.parametrize("text", ["", "# nothing yet\n"])
 def test_an_empty_file_is_no_options(tmp_path, text):
     assert options("--config", written(tmp_path, text)) == Config()
