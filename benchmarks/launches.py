@@ -40,9 +40,9 @@ from gspn_dit.inference.graphed_model import GraphedModel
 from gspn_dit.models import create_model
 from gspn_dit.precision import autocast
 from gspn_dit.training.checkpoints import State
+from gspn_dit.training.diffusion import DiffusionTask
 from gspn_dit.training.ema import EMA, exponential
 from gspn_dit.training.latents import FromMoments
-from gspn_dit.training.parts import Run
 from gspn_dit.training.step import take_step
 from gspn_dit.training.step_graph import StepGraph
 from gspn_dit.training.stop_request import StopRequest
@@ -109,9 +109,10 @@ def training_step(options: Options, graphed: bool) -> Callable[[], object]:
     graph = StepGraph(recorder(accelerator.device), list(model.parameters())) if graphed else None
     state = State(model, wrapped, optimizer, EMA(model, exponential(config.training.ema_decay)), {}, "", graph)
     encoder = FromMoments(SimpleNamespace(scaling_factor=1.0, shift_factor=None, latents_mean=None, latents_std=None))
-    run = Run(config, accelerator, None, None, encoder, ClassLabels(CLASSES), objective, lambda: model, None, {}, None)
+    parts = (None, None, encoder, ClassLabels(CLASSES), objective, lambda: model, None, {}, None)
+    task = DiffusionTask(config, accelerator, *parts)
     batches, stop, step = Ahead(repeat(samples)), StopRequest(), iter(range(1, 10**9))
-    return lambda: take_step(run, state, batches, next(step), stop, may_skip=False)
+    return lambda: take_step(task, state, batches, next(step), stop, may_skip=False)
 
 
 def denoising(options: Options, graphed: bool, steps: int) -> Callable[[], Tensor]:

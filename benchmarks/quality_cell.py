@@ -31,8 +31,8 @@ from gspn_dit.storage.files import write_json
 from gspn_dit.storage.pictures import save_grid
 from gspn_dit.storage.run_folder import RunFolder
 from gspn_dit.training.checkpoints import load_checkpoint, save_checkpoint
+from gspn_dit.training.diffusion import DiffusionTask
 from gspn_dit.training.loop import learning_rate_at, load_batches, prepare
-from gspn_dit.training.parts import Run
 from gspn_dit.training.step import take_step
 from gspn_dit.training.stop_request import StopRequest
 from gspn_dit.training.stream import TrainingStream
@@ -152,7 +152,7 @@ class Cell:
         model.load_state_dict(self.state.ema.tensors)
         return model
 
-    def _run(self, config: Config, accelerator: Accelerator) -> Run:
+    def _run(self, config: Config, accelerator: Accelerator) -> DiffusionTask:
         """What the run is made of: as for `gspn-dit train`, but that the task makes the latents."""
         task, conditioning = self.task, ClassLabels(self.task.num_classes)
         source = Labelled(task.train, task.num_classes)
@@ -164,7 +164,7 @@ class Cell:
             horizontal_flip=task.horizontal_flip,
             seed=self.seed,
         )
-        return Run(
+        return DiffusionTask(
             config=config,
             accelerator=accelerator,
             source=source,

@@ -9,9 +9,12 @@ _EXPORTS = {
     "propagate": "gspn_dit.ops",
     "create_model": "gspn_dit.models",
     "list_models": "gspn_dit.models",
+    "create_classifier": "gspn_dit.models",
+    "list_classifiers": "gspn_dit.models",
     "DiT": "gspn_dit.models",
     "GSPN": "gspn_dit.models",
     "GSPNDiT": "gspn_dit.models",
+    "GSPNClassifier": "gspn_dit.models",
     "GSPNDiTPipeline": "gspn_dit.inference.pipeline",
     "ModelMixin": "diffusers",
 }

@@ -1,4 +1,4 @@
-"""The typed configuration of a training run."""
+"""The typed configuration of a training run: what every kind of training has, and what a diffusion model's has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 
@@ -84,8 +84,8 @@ class DiffusionConfig:
 
 
 @dataclass
-class TrainingConfig:
-    """Training: steps, optimiser, averages, and what is written when.
+class LoopConfig:
+    """Steps, optimiser, averages, and what is written when, of every training.
 
     Args:
         max_steps: Optimiser steps in total.
@@ -95,10 +95,12 @@ class TrainingConfig:
         adam_beta1: AdamW's first beta.
         adam_beta2: AdamW's second beta.
         weight_decay: AdamW's decoupled weight decay.
-        lr_schedule: After warm-up: `constant`, or `cosine` down to 0 at max_steps.
-        warmup_steps: Steps over which the learning rate rises linearly from 0.
+        lr_schedule: After warm-up: `constant`, or `cosine` down to min_learning_rate at the last step.
+        warmup_steps: Steps over which the learning rate rises linearly from warmup_learning_rate.
+        warmup_learning_rate: Where the warm-up begins.
+        min_learning_rate: Where the cosine ends.
         max_grad_norm: Clip the gradient's global norm to this; 0 for no clipping.
-        ema_decay: Decay of the exponential moving average (EMA) of the weights, which sampling uses.
+        ema_decay: Decay of the exponential moving average (EMA) of the weights, which a trained model is.
         posthoc_ema_every: Steps between snapshots of the power-function averages, from which
             `gspn-dit posthoc-ema` makes an average of any width; 0 for none.
         posthoc_ema_sigma_rels: Relative widths of those averages.
@@ -112,7 +114,6 @@ class TrainingConfig:
         cuda_graph: Replay a step's forward and backward pass as a CUDA graph; `auto` does so where a small model waits
             for its launches. Off by default: it has not run on a GPU yet.
         log_every: Steps between lines in metrics.csv and the trackers.
-        sample_every: Steps between sample grids; 0 for none.
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: How many of the newest checkpoints are kept.
         trackers: accelerate trackers, for example `[tensorboard]`.
@@ -127,6 +128,8 @@ class TrainingConfig:
     weight_decay: float = 0.0
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
+    warmup_learning_rate: float = 0.0
+    min_learning_rate: float = 0.0
     max_grad_norm: float = 0.0
     ema_decay: float = 0.9999
     posthoc_ema_every: int = 0
@@ -137,24 +140,19 @@ class TrainingConfig:
     compile_mode: CompileMode = "default"
     cuda_graph: Switch = False
     log_every: int = 100
-    sample_every: int = 10_000
     checkpoint_every: int = 10_000
     keep_checkpoints: int = 3
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
-        for key in (
-            "max_steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
+        for key in ("batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "1 or more")
-        for key in ("warmup_steps", "sample_every", "posthoc_ema_every", "max_grad_norm", "weight_decay"):
+        for key in ("warmup_steps", "posthoc_ema_every", "max_grad_norm", "weight_decay"):
             require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "0 or more")
         require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "a positive number")
+        for key in ("warmup_learning_rate", "min_learning_rate"):
+            within = 0 <= getattr(self, key) <= self.learning_rate
+            require(within, f"training.{key}", getattr(self, key), f"0 to the learning rate, {self.learning_rate:g}")
         for key in ("ema_decay", "adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, key) < 1, f"training.{key}", getattr(self, key), "a number in [0, 1)")
         given = self.posthoc_ema_sigma_rels
@@ -165,6 +163,22 @@ class TrainingConfig:
     def sigma_rels(self) -> list[float]:
         """Relative widths of the power-function averages to keep: none if there are to be no snapshots."""
         return self.posthoc_ema_sigma_rels if self.posthoc_ema_every else []
+
+
+@dataclass
+class TrainingConfig(LoopConfig):
+    """Training: steps, optimiser, averages, and what is written when.
+
+    Args:
+        sample_every: Steps between sample grids; 0 for none.
+    """
+
+    sample_every: int = 10_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_steps >= 1, "training.max_steps", self.max_steps, "1 or more")
+        require(self.sample_every >= 0, "training.sample_every", self.sample_every, "0 or more")
 
 
 @dataclass
@@ -232,13 +246,39 @@ class EvaluationConfig:
 
 
 @dataclass
-class Config:
-    """Run: everything that `train` needs, written beside its checkpoints as config.yaml.
+class RunConfig:
+    """Where any training's run is, and its seed; a kind of training has more.
 
     Args:
         output_dir: The run's folder.
         resume: `auto` continues the run in output_dir from its newest checkpoint (or starts it); `no` starts it.
         seed: Seed of the weights, the data order and every random draw.
+    """
+
+    output_dir: str = "runs/default"
+    resume: Literal["auto", "no"] = "no"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.output_dir != "", "output_dir", "", "a folder for the run")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number from 0 to 2147483647")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it as YAML, atomically."""
+        with replacing(path) as temporary:
+            temporary.write_text(yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file, with `--key value` strings over it. Raises :class:`InputError`."""
+        return parse(cls, ["--config", str(path), *overrides], exit_on_error=False)
+
+
+@dataclass
+class Config(RunConfig):
+    """Run: everything that `train` needs, written beside its checkpoints as config.yaml.
+
+    Args:
         model: Name, sizes and first weights of the network.
         data: Images or latents, and their VAE.
         diffusion: The objective.
@@ -247,29 +287,12 @@ class Config:
         evaluation: The quick score.
     """
 
-    output_dir: str = "runs/default"
-    resume: Literal["auto", "no"] = "no"
-    seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write it as YAML, atomically."""
-        with replacing(path) as temporary:
-            temporary.write_text(yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False))
-
-    def __post_init__(self) -> None:
-        require(self.output_dir != "", "output_dir", "", "a folder for the run")
-        require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number from 0 to 2147483647")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
-        """Read a YAML file, with `--key value` strings over it. Raises :class:`InputError`."""
-        return parse(cls, ["--config", str(path), *overrides], exit_on_error=False)
 
 
 def _plain(value: Any) -> Any:

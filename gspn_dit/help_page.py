@@ -28,7 +28,9 @@ def _explain_group(page: argparse.ArgumentParser, options: type, prefix: str) ->
     import docstring_parser
 
     said = docstring_parser.parse(options.__doc__ or "")
-    explained = {param.arg_name: " ".join((param.description or "").split()) for param in said.params}
+    kinds = [kind for kind in reversed(options.__mro__) if dataclasses.is_dataclass(kind)]
+    params = [param for kind in kinds for param in docstring_parser.parse(kind.__doc__ or "").params]
+    explained = {param.arg_name: " ".join((param.description or "").split()) for param in params}
     group, inner = page.add_argument_group((said.short_description or "options").rstrip(".")), []
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):

@@ -39,7 +39,7 @@ _SUCCESSORS = {
     "gspn_dit.training.evaluation": "gspn_dit.training.evaluator",
     "gspn_dit.training.linear_start": "gspn_dit.demo.linear_start",
     "gspn_dit.training.processes": "gspn_dit.processes and gspn_dit.training.stop_request",
-    "gspn_dit.training.setup": "gspn_dit.training.parts",
+    "gspn_dit.training.setup": "gspn_dit.training.diffusion",
     "gspn_dit.training.small_vae": "gspn_dit.demo.small_vae; the command is `gspn-dit small-vae`",
     "gspn_dit.weights": "gspn_dit.storage.packaged",
 }

@@ -8,6 +8,7 @@ chunk a number of lines that a scan runs over before it starts anew.
     fused          norms, residuals, activation and convolution that are one pass over the map each on a GPU
     feed_forward, convolution, norm, modulation, linear
     embeddings     patches, times, class labels and positions as vectors
+    drop_path      branches that training leaves out
     chunks         which layer's scans have which chunk, and the chunks at other sizes
 
 This package imports `gspn_dit.ops` and `gspn_dit.errors` alone.

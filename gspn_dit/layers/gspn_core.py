@@ -17,15 +17,19 @@ class GSPNCore(nn.Module):
     """Line scans in four directions with gates for every channel, (B, H, W, C) to (B, H, W, C).
 
     y = Σ_k s_k (u_k ⊙ h_k + D_k ⊙ x) over the directions k, where h_k is the scan of x, and the gates' logits, the
-    input gate λ, the output gate u and the skip D are linear in a proxy of C // 16 channels (arXiv 2501.12381). s_k is
-    one number per direction.
+    input gate λ, the output gate u and the skip D are linear in a proxy of few channels (arXiv 2501.12381). s_k is one
+    number per direction.
 
     Called as core(x, chunk=None); a chunk is the number of lines that a scan runs over, None the whole map.
+
+    Args:
+        width: Channels C.
+        rank: Channels of the proxy; None takes C // 16.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, rank: int | None = None) -> None:
         super().__init__()
-        rank = max(width // 16, 1)
+        rank = max(width // 16, 1) if rank is None else rank
         self.proxy = linear(width, rank, bias=False)
         # Xavier's bound goes by the wide output, so λ, u and D start small and so does the block's branch. Variance
         # preserving weights here, whose products are large and random, kept a small network from learning at all.

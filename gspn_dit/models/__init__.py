@@ -1,7 +1,8 @@
 """The networks, by name or by class: `dit` (the baseline), `gspn` (the paper's) and `gspn-dit` (this project's).
 
 A family is a file here: its class, its sizes and how the class is registered. The rest is what families share:
-`latent_model` (their base), `registry` (names), `macs` (what a forward costs).
+`latent_model` (their base), `registry` (names). `classifier` has the networks that classify images, with names of their
+own, and `features` their stages' maps. All models share `saved_model` and `macs` (what a forward costs).
 """
 
 from gspn_dit.exports import on_demand
@@ -17,6 +18,9 @@ _EXPORTS = {
     "create_model": "gspn_dit.models.registry",
     "list_models": "gspn_dit.models.registry",
     "register_model": "gspn_dit.models.registry",
+    "GSPNClassifier": "gspn_dit.models.classifier",
+    "create_classifier": "gspn_dit.models.classifier",
+    "list_classifiers": "gspn_dit.models.classifier",
 }
 
 __all__ = list(_EXPORTS)

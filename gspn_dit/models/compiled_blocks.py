@@ -8,16 +8,16 @@ the squared ReLU is no operator there, which nothing can be fused with, but its 
 
 from __future__ import annotations
 
+from diffusers import ModelMixin
 from torch import nn
 
 from gspn_dit.arguments import CompileMode
 from gspn_dit.layers.feed_forward import SquaredReLU
-from gspn_dit.models.latent_model import LatentModel
 
 TORCH_MODES: dict[CompileMode, str] = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def compile_blocks(model: LatentModel, mode: CompileMode = "default") -> None:
+def compile_blocks(model: ModelMixin, mode: CompileMode = "default") -> None:
     """Compile every block of a model by itself, for maps of one shape at a time."""
     _leave_to_inductor(model, mode)
     model.compile_repeated_blocks(dynamic=False, mode=TORCH_MODES[mode])

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from gspn_dit.errors import InputError, is_whole, not_none
 from gspn_dit.layers.chunks import chunk_by_layer
 from gspn_dit.layers.convolution import DepthwiseConv
+from gspn_dit.layers.drop_path import drop_path
 from gspn_dit.layers.embeddings import LabelEmbedding, TimestepEmbedding
 from gspn_dit.layers.gspn_core import GSPNCore
 from gspn_dit.layers.linear import linear
 from gspn_dit.layers.modulation import FinalLayer
-from gspn_dit.models.latent_model import LatentModel, check_one_each, require_count
+from gspn_dit.models.latent_model import LatentModel, check_one_each
 from gspn_dit.models.registry import register_model
+from gspn_dit.models.saved_model import require_count
 
 SIZES = {
     "ti": {"width": 192, "depth": 7},  # for small images: the digits
@@ -138,11 +140,4 @@ class GSPNBlock(nn.Module):
             x = self.join(torch.cat([x, not_none(kept)], dim=-1))
         y = self.core(self.conv_in(self.proj_in(self.norm(x))), chunk)
         y = self.conv_out(self.proj_core(y))
-        return x + self._drop(self.proj_out(y * F.relu(y)))
-
-    def _drop(self, branch: Tensor) -> Tensor:
-        """Stochastic depth (arXiv 1603.09382): leave the branch out for some samples, scale it up for the others."""
-        if not self.training or self.drop_chance == 0:
-            return branch
-        keep = 1 - self.drop_chance
-        return branch * branch.new_empty(len(branch), 1, 1, 1).bernoulli_(keep).div_(keep)
+        return x + drop_path(self.proj_out(y * F.relu(y)), self.drop_chance, self.training)

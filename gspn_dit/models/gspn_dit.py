@@ -16,8 +16,9 @@ from gspn_dit.layers.feed_forward import FeedForward, SquaredReLU
 from gspn_dit.layers.fused import gated_residual, gated_residual_norm, modulated_norm, modulations
 from gspn_dit.layers.linear import linear
 from gspn_dit.layers.mixers import MIXERS, Mixer, Projections
-from gspn_dit.models.latent_model import LatentModel, check_one_each, require_count
+from gspn_dit.models.latent_model import LatentModel, check_one_each
 from gspn_dit.models.registry import register_model
+from gspn_dit.models.saved_model import require_count
 
 SIZES = {
     "ti": {"width": 192, "depth": 6, "num_groups": 3},  # for small images: the digits

@@ -1,27 +1,21 @@
-"""The base of every family: latents to tokens and back, sizes, chunks of scans, and the habits of diffusers' models."""
+"""The base of every family: latents to tokens and back, sizes, and chunks of scans."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from numbers import Real
-from os import PathLike
-from typing import Any, Literal, Self, overload
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import is_accelerate_available
-from torch import Tensor, is_grad_enabled, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from gspn_dit.errors import InputError, is_whole
 from gspn_dit.layers.chunks import Chunk, scale_chunk
 from gspn_dit.layers.embeddings import PatchEmbedding
+from gspn_dit.models.saved_model import SavedModel, require_count
 
 
-class LatentModel(ModelMixin, ConfigMixin):
+class LatentModel(SavedModel):
     """A network over latents: model(latents, timesteps, …, chunk_scale=1.0) → prediction.
 
     A family decides what it is conditioned on: it names the arguments of its forward and makes their embedders.
@@ -41,7 +35,6 @@ class LatentModel(ModelMixin, ConfigMixin):
         InputError: A number below 1, or a sample size that the patch does not divide.
     """
 
-    _supports_gradient_checkpointing = True
     chunks: tuple[Chunk, ...] = ()
 
     def __init__(
@@ -55,54 +48,9 @@ class LatentModel(ModelMixin, ConfigMixin):
             "out_channels": out_channels,
         }.items():
             require_count(name, value)
-        self.gradient_checkpointing = False
         self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
         self.sample_height, self.sample_width = self._checked_sample_size(sample_size)
         self.x_embedder = PatchEmbedding(patch_size, in_channels, width)
-
-    @overload
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike, *, output_loading_info: Literal[True], **kwargs: Any
-    ) -> tuple[Self, dict[str, Any]]: ...
-
-    @overload
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self: ...
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any
-    ) -> Self | tuple[Self, dict[str, Any]]:
-        """As diffusers', but a folder without some of the weights is refused, where diffusers would leave them out.
-
-        Weights of another shape are refused too, unless `ignore_mismatched_sizes` asks for them to be left out.
-
-        Raises:
-            InputError: The folder lacks weights that the model has, or has them in another shape.
-        """
-        kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # which asks for accelerate, loudly
-        wants_info = kwargs.pop("output_loading_info", False)
-        may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-        remedy = "they are of another version: train or export it anew"
-        if info["mismatched_keys"] and not may_mismatch:
-            raise InputError(
-                f"{pretrained_model_name_or_path}: weights of another shape than the {cls.__name__}'s, "
-                f"such as {sorted(info['mismatched_keys'])[0][0]}",
-                remedy=remedy,
-            )
-        if missing := sorted(info["missing_keys"]):
-            raise InputError(
-                f"{pretrained_model_name_or_path}: {len(missing)} of the {cls.__name__}'s weights are not in it, "
-                f"such as {missing[0]}",
-                remedy=remedy,
-            )
-        dtype = kwargs.get("torch_dtype")  # some weights are smaller in the file
-        model = model.to(dtype if isinstance(dtype, torch.dtype) else torch.float32)
-        return (model, info) if wants_info else model
 
     def example_condition(self, batch: int) -> dict[str, Tensor]:
         """The named tensors that forward takes beside latents and timesteps, for `batch` samples, of any value.
@@ -110,6 +58,14 @@ class LatentModel(ModelMixin, ConfigMixin):
         Operations and memory are counted with them, by code that does not know what the family is conditioned on.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its forward is conditioned on")
+
+    def example_inputs(self, size: tuple[int, int], condition: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """All of forward's tensors for one sample: latents of that height and width, and a condition or the example."""
+        return {
+            "latents": torch.zeros(1, self.in_channels, *size, device=self.device),
+            "timesteps": torch.zeros(1, device=self.device),
+            **(self.example_condition(1) if condition is None else condition),
+        }
 
     def patchify(self, latents: Tensor) -> Tensor:
         """Latents (B, C_in, h, w) as tokens (B, H, W, C). Raises :class:`InputError` if they are misshapen."""
@@ -162,16 +118,6 @@ class LatentModel(ModelMixin, ConfigMixin):
         self.check_chunk_scale(scale)
         return self.chunks if scale == 1 else [scale_chunk(chunk, scale) for chunk in self.chunks]
 
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
-        """As diffusers', but for the default function: theirs asks for torch's version, which stops torch.compile."""
-        super().enable_gradient_checkpointing(gradient_checkpointing_func or partial(checkpoint, use_reentrant=False))
-
-    def run(self, block: nn.Module, *inputs: Tensor | Chunk) -> Tensor:
-        """A block, recomputed in the backward pass where `enable_gradient_checkpointing()` asked for it."""
-        if self.gradient_checkpointing and is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *inputs)
-        return block(*inputs)
-
     def _checked_sample_size(self, sample_size: int | Sequence[int]) -> tuple[int, int]:
         size = tuple(sample_size) if isinstance(sample_size, Sequence) else (sample_size, sample_size)
         p = self.patch_size
@@ -190,9 +136,3 @@ def check_one_each(latents: Tensor, **vectors: Tensor) -> None:
             raise InputError(f"give a tensor of one for each latent, ({batch},)", argument=name, value=value)
         if value.shape != (batch,):
             raise InputError(f"shape {tuple(value.shape)}", argument=name, wanted=f"one for each latent, ({batch},)")
-
-
-def require_count(name: str, value: object) -> None:
-    """Raise :class:`InputError` unless the value is a whole number from 1."""
-    if not is_whole(value) or value < 1:
-        raise InputError("give a whole number from 1", argument=name, value=value)

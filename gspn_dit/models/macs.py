@@ -8,29 +8,28 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from gspn_dit.models.classifier import GSPNClassifier
 from gspn_dit.models.latent_model import LatentModel
 
 
-def count_macs(model: LatentModel, latent_size: tuple[int, int], condition: Mapping[str, Tensor] | None = None) -> int:
-    """Multiply-accumulates of one forward pass of one sample, the unit that DiT's paper calls Gflops.
+def count_macs(
+    model: LatentModel | GSPNClassifier, size: tuple[int, int], condition: Mapping[str, Tensor] | None = None
+) -> int:
+    """Multiply-accumulates of one forward pass of one sample, the unit that DiT's and Swin's papers call FLOPs.
 
     Counted are matrix products, convolutions and the scans of :func:`gspn_dit.ops.propagate`; norms, activations and
     other elementwise work are not, as is usual. The model should be on the meta device: nothing need be computed.
 
     Args:
         model: One of this package's.
-        latent_size: Height and width of the latents, divisible by the model's patch.
-        condition: What the sample is to be, (1, …) on the model's device, by the names of the model's arguments; None
-            takes the model's `example_condition`.
+        size: Height and width of the latents, divisible by the model's patch, or of a classifier's image.
+        condition: What a sample of latents is to be, (1, …) on the model's device, by the names of the model's
+            arguments; None takes the model's `example_condition`.
     """
-    device = next(model.parameters()).device
-    latents = torch.zeros(1, model.in_channels, *latent_size, device=device)
-    timesteps = torch.zeros(1, device=device)
-    if condition is None:
-        condition = model.example_condition(1)
+    inputs = model.example_inputs(size) if condition is None else model.example_inputs(size, condition)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.gspn_dit.propagate: _propagate_flops})
     with counter, torch.no_grad():
-        model(latents, timesteps, **condition)
+        model(**inputs)
     return counter.get_total_flops() // 2
 
 

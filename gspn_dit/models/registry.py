@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gspn_dit.models.latent_model import LatentModel
 
 PATCHES = (1, 2, 4, 8)
+FAVOURITES = ("dit-xl-2", "gspn-xl-2", "gspn-dit-xl-2", "gspn-t", "gspn-grouped-t")  # for who names none by far
 
 Model = TypeVar("Model", bound="type[LatentModel]")
 
@@ -73,12 +74,7 @@ def create_model(name: str, **overrides: Any) -> LatentModel:
         InputError: An unknown name or override, or a value that the family cannot take.
     """
     preset = find_preset(name)
-    valid = [parameter for parameter in inspect.signature(preset.family.__init__).parameters if parameter != "self"]
-    for key, value in overrides.items():
-        if key not in valid:
-            raise NoSuchOption(
-                f"{name} has no such option", argument=key, value=value, remedy=f"choose from {', '.join(valid)}"
-            )
+    check_options(name, preset.family, overrides)
     return preset.family(**{**preset.numbers, **overrides})
 
 
@@ -86,14 +82,39 @@ def find_preset(name: str) -> Preset:
     """The class of a named model and its numbers. Raises :class:`InputError` for an unknown name."""
     presets = _registered()
     if name not in presets:
-        close = difflib.get_close_matches(name, presets, n=3, cutoff=0.5) or ["dit-xl-2", "gspn-xl-2", "gspn-dit-xl-2"]
-        raise InputError(
-            "no such model",
-            argument="name",
-            value=name,
-            remedy=f"did you mean {', '.join(close)}? `gspn-dit models` lists them all",
-        )
+        from gspn_dit.models.classifier import SIZES  # which imports this module
+
+        if name in SIZES:
+            raise InputError(
+                "is a classifier",
+                argument="name",
+                value=name,
+                wanted="a model of latents",
+                remedy="`create_classifier` makes it",
+            )
+        raise no_such_model(name, presets)
     return presets[name]
+
+
+def no_such_model(name: str, names: Collection[str]) -> InputError:
+    """The error for a name that is none of those."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [each for each in FAVOURITES if each in names]
+    return InputError(
+        "no such model",
+        argument="name",
+        value=name,
+        remedy=f"did you mean {', '.join(close)}? `gspn-dit models` lists them all",
+    )
+
+
+def check_options(name: str, model: type[object], overrides: Mapping[str, Any]) -> None:
+    """Raise :class:`NoSuchOption` for an override that the constructor of the model of that name does not take."""
+    valid = inspect.signature(model).parameters
+    for key, value in overrides.items():
+        if key not in valid:
+            raise NoSuchOption(
+                f"{name} has no such option", argument=key, value=value, remedy=f"choose from {', '.join(valid)}"
+            )
 
 
 def find_class(class_name: str | None) -> type[LatentModel] | None:

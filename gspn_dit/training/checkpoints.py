@@ -26,21 +26,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from gspn_dit.autoencoder.vae import NORMALISATION, NOT_HEEDED, is_same_place
-from gspn_dit.config import Config
-from gspn_dit.data import Source
+from gspn_dit.config import RunConfig
 from gspn_dit.errors import InputError
 from gspn_dit.launches import Choice
-from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.precision import Precision
 from gspn_dit.storage.files import save_tensors, sha256
 from gspn_dit.storage.run_folder import METADATA, Checkpoint, RunFolder
 from gspn_dit.training.ema import EMA
 from gspn_dit.training.sharding import copy_full, full_tensor, sharded_like
 from gspn_dit.training.step_graph import StepGraph
+from gspn_dit.training.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ class State:
         graph: The forward and backward pass as a CUDA graph, where that is how steps are done.
     """
 
-    model: LatentModel
+    model: ModelMixin
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA
@@ -119,7 +118,7 @@ class State:
 
 def save_checkpoint(
     accelerator: Accelerator,
-    config: Config,
+    config: RunConfig,
     state: State,
     class_names: list[str],
     metadata: dict[str, Any],
@@ -153,7 +152,7 @@ def save_checkpoint(
         _flush(temporary.path)
         shutil.rmtree(checkpoint.path, ignore_errors=True)
         temporary.path.rename(checkpoint.path)
-        for old in run.list_checkpoints()[: -config.training.keep_checkpoints]:
+        for old in run.list_checkpoints()[: -_value(config, "training.keep_checkpoints")]:
             # first to a hidden name: a removal that is cut short leaves no half checkpoint
             hidden = old.path.rename(folder / f".{old.name}.old")
             shutil.rmtree(hidden, ignore_errors=True)  # what the disk holds back goes with the next one
@@ -208,9 +207,7 @@ def collect(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return collected
 
 
-def checkpoint_to_resume(
-    config: Config, source: Source, vae_record: dict[str, Any], precision: Precision
-) -> Checkpoint | None:
+def checkpoint_to_resume(task: Task, precision: Precision) -> Checkpoint | None:
     """The newest checkpoint of the run that is whole; None if it has none at all.
 
     One that is damaged is said to be, and set aside as `damaged-step-…`; so are changes of options and of precision.
@@ -218,6 +215,7 @@ def checkpoint_to_resume(
     Raises:
         InputError: If the configuration or its data does not continue the run, or every checkpoint is damaged.
     """
+    config = task.config
     checkpoints = RunFolder(Path(config.output_dir)).list_checkpoints()
     if not checkpoints:
         return None
@@ -240,7 +238,7 @@ def checkpoint_to_resume(
             value=config.output_dir,
             remedy="restore one, or name another folder",
         )
-    check_resumable(checkpoint, config, source, vae_record)
+    check_resumable(checkpoint, task)
     say_changes(checkpoint, config, precision)
     for broken, problem in damaged.items():
         aside = broken.path.with_name(f"damaged-{broken.name}")
@@ -266,88 +264,48 @@ def damage(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def check_resumable(checkpoint: Checkpoint, config: Config, source: Source, vae_record: dict[str, Any]) -> None:
-    """Raise :class:`InputError` unless a configuration and its data continue the run that a checkpoint is of."""
-    saved = Config.load(checkpoint.config)
-    for key in (
-        "seed",
-        "model.name",
-        "model.overrides",
-        "diffusion.objective",
-        "data.image_size",
-        "training.batch_size",
-    ):
+def check_resumable(checkpoint: Checkpoint, task: Task) -> None:
+    """Raise :class:`InputError` unless a task continues the run that a checkpoint is of."""
+    config, images = task.config, task.images
+    saved = type(config).load(checkpoint.config)
+    for key in task.same_at_resume:
         before, now = _value(saved, key), _value(config, key)
         if before != now:
             raise InputError(
                 f"the run in {config.output_dir} has {before!r}", argument=key, value=now, remedy="set it back"
             )
-    missing = [sigma for sigma in config.training.sigma_rels if sigma not in saved.training.sigma_rels]
+    averaged = _value(saved, "training.sigma_rels")
+    missing = [sigma for sigma in task.options.sigma_rels if sigma not in averaged]
     if missing:
         raise InputError(
-            (
-                f"the run in {config.output_dir} has not averaged at {missing[0]:g} from its start, it "
-                f"has {saved.training.sigma_rels}"
-            ),
+            f"the run in {config.output_dir} has not averaged at {missing[0]:g} from its start, it has {averaged}",
             argument="training.posthoc_ema_sigma_rels",
             remedy="set them back (training.posthoc_ema_every=0 is none)",
         )
-    metadata = checkpoint.read_metadata()
-    of_before = {"name": saved.data.vae, "sha256": None, **NOT_HEEDED}
-    check_same_vae(metadata.get("vae") or of_before, vae_record, config)
-    num_images = metadata["num_images"]
+    task.check_data(checkpoint, saved)
+    num_images = checkpoint.read_metadata()["num_images"]
     class_names = checkpoint.read_class_names()
-    if (num_images, class_names) != (len(source), source.class_names):
-        pairs = enumerate(zip(class_names, source.class_names, strict=False))
+    if (num_images, class_names) != (len(images), images.class_names):
+        pairs = enumerate(zip(class_names, images.class_names, strict=False))
         others = (f" (class {i} was {before!r}, is {now!r})" for i, (before, now) in pairs if before != now)
         differ = next(others, "")
         raise InputError(
             (
-                f"it has {len(source)} images of {len(source.class_names)} classes, and the run in "
+                f"it has {len(images)} images of {len(images.class_names)} classes, and the run in "
                 f"{config.output_dir} began with {num_images} of {len(class_names)}{differ}"
             ),
             argument="data.source",
-            value=config.data.source,
+            value=_value(config, "data.source"),
             remedy="restore it",
         )
-
-
-def check_same_vae(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
-    """Raise :class:`InputError` unless latents of a run's data are those of the VAE that it began with.
-
-    Args:
-        before: The record of a checkpoint; of one from before there were any, the name, None for the hashes, and None
-            for the numbers of each channel, which were not heeded then.
-        now: That of the data.
-        config: The run's.
-    """
-    if before["sha256"] and now["sha256"]:
-        same = before["sha256"]["encoder"] == now["sha256"]["encoder"]
-    else:
-        same = is_same_place(before["name"], now["name"])
-    if not same:
-        raise InputError(
-            f"the run in {config.output_dir} has {before['name']!r}, and this is not the same",
-            argument="data.vae",
-            value=config.data.vae,
-            remedy="name that VAE, wherever it lies",
-        )
-    for key in NORMALISATION:
-        if before.get(key, now[key]) != now[key]:
-            raise InputError(
-                f"the latents' {key} is {now[key]}, and the run in {config.output_dir} began with {before[key]}",
-                argument="data.source",
-                value=config.data.source,
-                remedy="set it back",
-            )
 
 
 UNSAID = ("resume", "output_dir", "model.init_from")  # the last has no effect: the run has weights of its own
 
 
-def say_changes(checkpoint: Checkpoint, config: Config, precision: Precision) -> None:
+def say_changes(checkpoint: Checkpoint, config: RunConfig, precision: Precision) -> None:
     """Say which options differ from those that a checkpoint was made with, and whether the precision does."""
-    before, now = (flat_options(dataclasses.asdict(c)) for c in (Config.load(checkpoint.config), config))
+    before, now = (flat_options(dataclasses.asdict(c)) for c in (type(config).load(checkpoint.config), config))
     changed = [key for key in now if key not in UNSAID and before.get(key) != now[key]]
     if changed:
         changes = ", ".join(f"{key} {before.get(key)!r} → {now[key]!r}" for key in changed)
@@ -359,9 +317,10 @@ def say_changes(checkpoint: Checkpoint, config: Config, precision: Precision) ->
         logger.info(f"changed since {checkpoint.name}: mixed_precision {computed_in} → {precision.name}: {why}")
 
 
-def say_compile(checkpoint: Checkpoint, config: Config, choice: Choice) -> None:
+def say_compile(checkpoint: Checkpoint, config: RunConfig, choice: Choice) -> None:
     """Say if blocks are compiled now and were not when a checkpoint was made, or the other way round."""
-    saved = checkpoint.read_metadata().get("compile", Config.load(checkpoint.config).training.compile is True)
+    of_before = _value(type(config).load(checkpoint.config), "training.compile") is True
+    saved = checkpoint.read_metadata().get("compile", of_before)
     if saved != choice.on:
         words = {True: "on", False: "off"}
         why = choice.reason if choice.asked == "auto" else "as asked"
@@ -384,7 +343,7 @@ def last_good(run: str | os.PathLike) -> str:
     return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
 
-def _value(config: Config, key: str) -> Any:
+def _value(config: RunConfig, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
         value = getattr(value, name)

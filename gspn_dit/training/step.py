@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,15 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from gspn_dit.conditioning import Conditioning
-from gspn_dit.config import Config
 from gspn_dit.data.workers import Ahead
-from gspn_dit.diffusion import Batch
 from gspn_dit.training.checkpoints import State, last_good
-from gspn_dit.training.latents import LatentEncoder
-from gspn_dit.training.parts import Run
 from gspn_dit.training.sharding import full_tensor
 from gspn_dit.training.stop_request import StopRequest
+from gspn_dit.training.task import Task
 
 
 class NonFiniteLoss(RuntimeError):
@@ -29,12 +25,12 @@ class NonFiniteLoss(RuntimeError):
 
 
 def take_step(
-    run: Run, state: State, batches: Ahead[dict[str, Any]], step: int, stop: StopRequest, may_skip: bool
+    task: Task, state: State, batches: Ahead[Any], step: int, stop: StopRequest, may_skip: bool
 ) -> tuple[float, float, bool]:
     """One optimiser step: its loss, the gradient's norm before clipping, and whether any process is asked to stop.
 
     Args:
-        run: What is trained, and how.
+        task: What is trained, and how.
         state: What the step changes.
         batches: This process's micro-batches of the stream; as many are taken as a step accumulates, and the next is
             fetched while the device computes.
@@ -45,21 +41,21 @@ def take_step(
     Raises:
         NonFiniteLoss: On every process, before the weights, the optimiser or the averages have changed.
     """
-    config, accelerator, model, options = run.config, run.accelerator, state.wrapped, run.config.training
-    passes, seed = options.gradient_accumulation_steps, step_seed(config.seed, step, accelerator.process_index)
+    accelerator, model, options = task.accelerator, state.wrapped, task.options
+    passes, seed = options.gradient_accumulation_steps, step_seed(task.config.seed, step, accelerator.process_index)
     torch.manual_seed(seed)  # for what a model draws itself
 
-    def find_gradients(batch: Batch) -> Tensor:
+    def find_gradients(batch: Mapping[str, Any]) -> Tensor:
         with accelerator.autocast():
-            loss = run.objective.loss(model, batch).mean()
+            loss = task.loss(model, batch).mean()
         accelerator.backward(loss / passes)
         return loss.detach()
 
     losses, finite = [], []
     for micro in range(passes):
         samples = send_to_device(next(batches), accelerator.device, non_blocking=True)
-        batch = make_batch(samples, run.encoder, run.conditioning)
-        finite.append(batch["latents"].isfinite().all())
+        batch = task.batch(samples, step)
+        finite.append(task.is_finite(batch))
         if state.graph is not None:
             losses.append(state.graph.gradients(batch, find_gradients, seed))
             continue
@@ -74,7 +70,7 @@ def take_step(
     batches.fetch()  # before the one wait for the device, which is tolist()
     loss, finite, stopping, grad_norm = torch.cat([told, grad_norm.reshape(1)]).tolist()
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_skip):
-        raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, config))
+        raise NonFiniteLoss(_non_finite(loss, grad_norm, finite == 1, step, task))
     state.optimizer.step()
     if state.graph is None:
         state.optimizer.zero_grad()
@@ -99,21 +95,10 @@ def step_seed(seed: int, step: int, process: int) -> int:
     return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
 
 
-def make_batch(samples: dict[str, Any], encoder: LatentEncoder, conditioning: Conditioning) -> Batch:
-    """What the objective gets of samples of the stream: clean latents, and the condition, null where it is dropped."""
-    return Batch(
-        latents=encoder(samples),
-        noise=samples["noise"],
-        u=samples["u"],
-        condition=conditioning.drop(samples["condition"], samples["drop"]),
-        known=samples["condition"],
-    )
-
-
-def _non_finite(loss: float, grad_norm: float, finite: bool, step: int, config: Config) -> str:
+def _non_finite(loss: float, grad_norm: float, finite: bool, step: int, task: Task) -> str:
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {grad_norm}"
     remedy = "A lower training.learning_rate or clipping may help"
     if not finite:
-        what += f", as are latents of its batch from data.source={config.data.source!r},"
-        remedy = "Check the data: for a store, `gspn-dit encode --verify STORE`"
-    return f"{what} at step {step}, which was not taken; {last_good(config.output_dir)}. {remedy}"
+        data, remedy = task.blame_data()
+        what += f", as are {data},"
+    return f"{what} at step {step}, which was not taken; {last_good(task.config.output_dir)}. {remedy}"

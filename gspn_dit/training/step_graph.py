@@ -10,8 +10,8 @@ little of. Data, the exchange between processes, clipping, the optimiser and the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from gspn_dit.arguments import Switch
-from gspn_dit.config import TrainingConfig
+from gspn_dit.config import LoopConfig
 from gspn_dit.cuda_graphs import Recorder, reason_of
-from gspn_dit.diffusion import Batch
 from gspn_dit.errors import InputError, warn
 from gspn_dit.launches import Choice, Work
 
@@ -43,12 +42,12 @@ class StepGraph:
 
     def __init__(self, recorder: Recorder, parameters: list[nn.Parameter]) -> None:
         self._recorder, self._parameters = recorder, parameters
-        self._places: Batch | None = None
+        self._places: dict[str, Any] | None = None
         self._loss: Tensor | None = None
         self._launch: Callable[[], None] = _nothing
         self.failed = False
 
-    def gradients(self, batch: Batch, find: Callable[[Batch], Tensor], seed: int) -> Tensor:
+    def gradients(self, batch: Mapping[str, Any], find: Callable[[Mapping[str, Any]], Tensor], seed: int) -> Tensor:
         """The loss of a batch; its gradients are in place.
 
         Args:
@@ -71,8 +70,8 @@ class StepGraph:
         self._launch()
         return self._loss
 
-    def _record(self, batch: Batch, find: Callable[[Batch], Tensor], seed: int) -> None:
-        places = cast("Batch", tree_map(torch.clone, dict(batch)))
+    def _record(self, batch: Mapping[str, Any], find: Callable[[Mapping[str, Any]], Tensor], seed: int) -> None:
+        places = tree_map(torch.clone, dict(batch))
         self._places = places
 
         def work() -> Tensor:
@@ -94,7 +93,7 @@ class StepGraph:
             )
         self._loss = loss
 
-    def _fill(self, batch: Batch) -> None:
+    def _fill(self, batch: Mapping[str, Any]) -> None:
         """Copy a batch to where the recording reads it."""
         places, given = tree_flatten(self._places)[0], tree_flatten(dict(batch))[0]
         if [p.shape for p in places] != [g.shape for g in given]:
@@ -119,7 +118,7 @@ def _in_words(loss_and_norm: Tensor) -> str:
     return f"{loss:.4g} and {norm:.4g}"
 
 
-def choose_graph(asked: Switch, accelerator: Accelerator, options: TrainingConfig, work: Work) -> Choice:
+def choose_graph(asked: Switch, accelerator: Accelerator, options: LoopConfig, work: Work) -> Choice:
     """Whether a step is a CUDA graph: what is asked for, or for `auto` where launches bind it and nothing forbids it.
 
     Raises :class:`InputError` where one is asked for that cannot be.
@@ -143,7 +142,7 @@ def choose_graph(asked: Switch, accelerator: Accelerator, options: TrainingConfi
     return choice(True, "launches bind it")
 
 
-def why_no_graph(accelerator: Any, options: TrainingConfig) -> str | None:
+def why_no_graph(accelerator: Any, options: LoopConfig) -> str | None:
     """Why a step cannot be a CUDA graph; None if it can."""
     if accelerator.device.type != "cuda":
         return f"on {accelerator.device.type}"

@@ -1,4 +1,4 @@
-"""The training stream: item n is a function of (seed, n) alone.
+"""The stream of a diffusion training: item n is a function of (seed, n) alone.
 
 Everything random about a sample (which image, its mirroring, the posterior's and the diffusion's noise, its time,
 whether its condition is dropped) is drawn from a counter-based generator keyed by (seed, n). So a run continues exactly
@@ -7,22 +7,19 @@ from its step number, and sees the same samples whatever the number of processes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from gspn_dit.config import DataConfig
 from gspn_dit.data import LatentStore, Source, how_to_encode, is_latent_store, open_images
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.errors import InputError
 from gspn_dit.registry import quoted
-
-_ORDER = 1 << 63  # keys from here up are epochs' orders, below are samples
+from gspn_dit.training.positions import EpochOrder, generator_at
 
 
 def open_source(config: DataConfig, seed: int) -> Source:
@@ -108,17 +105,15 @@ class TrainingStream(Dataset):
         self.dropout = dropout
         self.horizontal_flip = horizontal_flip
         self.seed = seed
-        self._order = lru_cache(maxsize=2)(self._shuffled)
+        self.order = EpochOrder(len(source), seed)
 
     def __getitem__(self, n: int) -> dict[str, Tensor | dict[str, Tensor]]:
-        epoch, position = divmod(n, len(self.source))
-        index = int(self._order(epoch)[position])
-        rng = self._rng(n)
+        rng = generator_at(self.seed, n)
         flip = self.horizontal_flip and rng.random() < 0.5
         drop = rng.random() < self.dropout
         u = rng.random(dtype=np.float32)
         posterior_noise, noise = rng.standard_normal((2, *self.latent_shape), dtype=np.float32)
-        sample = self.source.sample(index, flip, self.condition_names)
+        sample = self.source.sample(self.order(n), flip, self.condition_names)
         known = {name: sample.pop(name) for name in self.source.condition_names if name in sample}
         return sample | {
             "posterior_noise": torch.from_numpy(posterior_noise),
@@ -127,55 +122,3 @@ class TrainingStream(Dataset):
             "condition": {name: known[name] for name in self.condition_names},
             "drop": torch.tensor(drop),
         }
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        return self._rng(_ORDER + epoch).permutation(len(self.source))
-
-    def _rng(self, key: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=np.array([self.seed, key], dtype=np.uint64)))
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_order"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._order = lru_cache(maxsize=2)(self._shuffled)
-
-
-class StepSampler(Sampler):
-    """The stream positions of this process's micro-batches, for steps [first, last): step s is positions [sB, sB + B).
-
-    Args:
-        first: Step to begin with.
-        last: Step to end before.
-        batch_size: B, over all processes and accumulation steps.
-        accumulation: Micro-batches per step.
-        rank: This process.
-        processes: How many there are.
-
-    Raises:
-        InputError: If the batch does not split evenly.
-    """
-
-    def __init__(self, first: int, last: int, *, batch_size: int, accumulation: int, rank: int, processes: int) -> None:
-        self.first, self.last = first, last
-        self.batch_size, self.accumulation, self.rank, self.processes = batch_size, accumulation, rank, processes
-        self.micro_batch, rest = divmod(batch_size, accumulation * processes)
-        if rest:
-            raise InputError(
-                argument="training.batch_size",
-                value=batch_size,
-                wanted=(
-                    f"a multiple of {accumulation * processes} ({accumulation} accumulation steps × "
-                    f"{processes} processes)"
-                ),
-            )
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first, self.last):
-            for micro in range(self.accumulation):
-                start = step * self.batch_size + (micro * self.processes + self.rank) * self.micro_batch
-                yield list(range(start, start + self.micro_batch))
-
-    def __len__(self) -> int:
-        return max(0, self.last - self.first) * self.accumulation

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from gspn_dit.config import Config
+from gspn_dit.config import RunConfig
 from gspn_dit.storage.pictures import load_image
 from gspn_dit.training.checkpoints import flat_options
+from gspn_dit.training.record import Record, note
 
 PROJECT = "gspn-dit"
 # What each calls a run's name; of TensorBoard's runs the folder tells.
@@ -24,7 +25,7 @@ RUN_NAMES = {
 LISTS = ("tensorboard", "wandb", "swanlab")  # take several images under a name
 
 
-def start_trackers(accelerator: Accelerator, config: Config) -> None:
+def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
     """Start the run's trackers, with its name and configuration; every process calls this."""
     options = flat_options(dataclasses.asdict(config))
     name = Path(config.output_dir).resolve().name
@@ -44,3 +45,11 @@ def track_samples(accelerator: Accelerator, path: Path, step: int) -> None:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             images = image[None] if tracker.name in LISTS else image
             tracker.log_images({"samples": images}, step, **layout)
+
+
+def note_scores(scores: Record, accelerator: Accelerator, row: dict[str, float]) -> None:
+    """Add a line to evaluation.csv and give it to the trackers; a failure is warned of."""
+    step = int(row["step"])
+    note(f"{scores.path.name} has no step {step}", scores.append, row)
+    named = {f"evaluation/{name}": row[name] for name in row if name != "step"}
+    note(f"the trackers have no step {step}", accelerator.log, named, step)

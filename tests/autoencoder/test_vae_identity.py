@@ -22,8 +22,8 @@ from gspn_dit.inference.export import main as export
 from gspn_dit.inference.loading import load_pipeline, load_transformer
 from gspn_dit.inference.sample import main as sample
 from gspn_dit.options import command, parse
+from gspn_dit.training.diffusion import open_latents
 from gspn_dit.training.loop import train
-from gspn_dit.training.parts import open_latents
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

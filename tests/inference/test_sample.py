@@ -26,7 +26,7 @@ from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.inference.sample import main
 from gspn_dit.options import command
 from gspn_dit.storage.pictures import save_npz
-from gspn_dit.training.parts import check_options
+from gspn_dit.training.diffusion import check_options
 
 SCRIPT = Path(__file__).parents[2] / "sample.py"
 

@@ -37,10 +37,11 @@ from gspn_dit.models.gspn_dit import GSPNDiTBlock
 from gspn_dit.progress import figure
 from gspn_dit.storage.pictures import save_image
 from gspn_dit.storage.run_folder import Checkpoint
+from gspn_dit.training.checks import check_launch
+from gspn_dit.training.diffusion import LABELS, start_from
 from gspn_dit.training.evaluator import draw_samples
 from gspn_dit.training.latents import FromImages, FromMoments
 from gspn_dit.training.loop import train
-from gspn_dit.training.parts import LABELS, check_launch, start_from
 from gspn_dit.training.record import draw_loss, log_ticks, running_mean
 from gspn_dit.training.step import NonFiniteLoss
 from gspn_dit.training.trackers import start_trackers, track_samples

@@ -15,11 +15,11 @@ from gspn_dit.data.encode import encode
 from gspn_dit.data.extras import Extra
 from gspn_dit.diffusion import create_objective
 from gspn_dit.training.checkpoints import State
+from gspn_dit.training.diffusion import DiffusionTask, make_batch
 from gspn_dit.training.ema import EMA, exponential
 from gspn_dit.training.latents import FromMoments
 from gspn_dit.training.loop import load_batches
-from gspn_dit.training.parts import Run
-from gspn_dit.training.step import make_batch, step_seed, take_step
+from gspn_dit.training.step import step_seed, take_step
 from gspn_dit.training.stop_request import StopRequest
 from gspn_dit.training.stream import TrainingStream
 
@@ -40,7 +40,8 @@ def begin(source, model, *, encoder, conditioning, objective, latent_shape, drop
         seed=0,
     )
     accelerator = Accelerator(cpu=True)
-    run = Run(config, accelerator, source, stream, encoder, conditioning, objective, lambda: model, None, {}, None)
+    parts = (source, stream, encoder, conditioning, objective, lambda: model, None, {}, None)
+    run = DiffusionTask(config, accelerator, *parts)
     wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=rate))
     return run, State(model, wrapped, optimizer, EMA(model, exponential(0.9)), {}, "")
 

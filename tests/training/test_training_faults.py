@@ -257,7 +257,7 @@ def test_sigterm_or_ctrl_c_saves_a_checkpoint_and_ends_the_run_well(tmp_path, st
     assert losses(run) == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("name", "presses"), [("open_run", 1), ("save_checkpoint", 2)])
+@pytest.mark.parametrize(("name", "presses"), [("open_task", 1), ("save_checkpoint", 2)])
 def test_ctrl_c_before_the_first_step_or_again_ends_at_once(tmp_path, store, name, presses):
     run, log = tmp_path / "runs" / "run", tmp_path / "log"
     process = start(options(run, store), log, asleep_in, name)

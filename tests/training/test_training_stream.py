@@ -13,7 +13,8 @@ from gspn_dit.data import LatentStore, open_images
 from gspn_dit.errors import InputError
 from gspn_dit.training.ema import EMA, exponential
 from gspn_dit.training.loop import learning_rate_at
-from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
+from gspn_dit.training.positions import StepSampler
+from gspn_dit.training.stream import TrainingStream, open_source
 
 
 def stream_of(folder, **changes):

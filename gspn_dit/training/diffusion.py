@@ -1,19 +1,21 @@
-"""What a run is made of, opened and checked before any step."""
+"""The training of a latent diffusion transformer: what it is made of, opened and checked before any step."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch import Tensor, nn
 
 from gspn_dit.autoencoder import downsampling, load_vae
 from gspn_dit.autoencoder.quality import (
@@ -24,6 +26,8 @@ from gspn_dit.autoencoder.quality import (
     warn_of_psnr,
 )
 from gspn_dit.autoencoder.vae import (
+    NORMALISATION,
+    NOT_HEEDED,
     adopt_normalisation,
     encode_moments,
     is_same_place,
@@ -31,19 +35,29 @@ from gspn_dit.autoencoder.vae import (
     vae_sha256,
 )
 from gspn_dit.conditioning import ClassLabels, Conditioning
-from gspn_dit.config import Config
+from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data.source import LatentSource, Source, is_of_latents
-from gspn_dit.diffusion import Objective, create_objective, create_scheduler
+from gspn_dit.diffusion import Batch, Objective, create_objective, create_scheduler
 from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.errors import InputError, not_none, renamed
-from gspn_dit.inference.loading import load_class_names, load_transformer
-from gspn_dit.inference.pipeline import unguided
+from gspn_dit.inference.loading import load_class_names, load_transformer, pipeline_of
+from gspn_dit.inference.pipeline import GSPNDiTPipeline, unguided
+from gspn_dit.inference.run_description import RunDescription
+from gspn_dit.launches import Work, work_of
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.registry import NoSuchOption
-from gspn_dit.training.evaluator import Evaluator
+from gspn_dit.storage.run_folder import Checkpoint, RunFolder
+from gspn_dit.training.compilation import rehearse_blocks
+from gspn_dit.training.ema import EMA
+from gspn_dit.training.evaluator import Evaluator, draw_samples
 from gspn_dit.training.latents import FromImages, FromMoments, LatentEncoder
-from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
+from gspn_dit.training.record import Record, note
+from gspn_dit.training.sharding import full_tensor
+from gspn_dit.training.stop_request import StopRequest
+from gspn_dit.training.stream import TrainingStream, open_source
+from gspn_dit.training.task import Task, steps_after
+from gspn_dit.training.trackers import note_scores, track_samples
 
 logger = logging.getLogger(__name__)
 OVERRIDES = "model.overrides."
@@ -52,8 +66,8 @@ LABELS = "y_embedder.embedding_table.weight"  # a row for each class and a last 
 
 
 @dataclass
-class Run:
-    """What a run is made of, the same at all its steps; what they change is its :class:`State`.
+class DiffusionTask(Task):
+    """A latent diffusion transformer and its data.
 
     Args:
         config: Its options.
@@ -81,8 +95,123 @@ class Run:
     vae_record: dict[str, Any]
     evaluator: Evaluator | None
 
+    same_at_resume = (
+        "seed",
+        "model.name",
+        "model.overrides",
+        "diffusion.objective",
+        "data.image_size",
+        "training.batch_size",
+    )
 
-def open_run(config: Config, accelerator: Accelerator) -> tuple[Run, LatentModel]:
+    @classmethod
+    def check(cls, config: Config) -> None:
+        check_options(config)
+
+    @classmethod
+    def open(cls, config: Config, accelerator: Accelerator) -> tuple[DiffusionTask, LatentModel]:
+        return open_task(config, accelerator)
+
+    @property
+    def name(self) -> str:
+        return self.config.model.name
+
+    @property
+    def images(self) -> Source:
+        return self.source
+
+    @property
+    def samples(self) -> TrainingStream:
+        return self.stream
+
+    @property
+    def options(self) -> TrainingConfig:
+        return self.config.training
+
+    @property
+    def num_workers(self) -> int:
+        return self.config.data.num_workers
+
+    def batch(self, samples: dict[str, Any], step: int) -> Batch:
+        return make_batch(samples, self.encoder, self.conditioning)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.objective.loss(model, batch)
+
+    def is_finite(self, batch: Batch) -> Tensor:
+        return batch["latents"].isfinite().all()
+
+    def blame_data(self) -> tuple[str, str]:
+        return (
+            f"latents of its batch from data.source={self.config.data.source!r}",
+            "Check the data: for a store, `gspn-dit encode --verify STORE`",
+        )
+
+    def work(self, model: LatentModel, images: int) -> Work:
+        return work_of(model, (images, *self.stream.latent_shape), training=True)
+
+    def rehearse(self, model: LatentModel, images: int, autocast: Callable[[], AbstractContextManager[object]]) -> None:
+        rehearse_blocks(model, (images, *self.stream.latent_shape), autocast, self.options.compile_mode)
+
+    def start(self, model: LatentModel) -> str | None:
+        if self.config.model.init_from is None:
+            return None
+        return start_from(model, self.config.model.init_from, self.source.class_names)
+
+    @property
+    def data_record(self) -> dict[str, Any]:
+        return {"vae": self.vae_record}
+
+    def check_data(self, checkpoint: Checkpoint, saved: Config) -> None:
+        of_before = {"name": saved.data.vae, "sha256": None, **NOT_HEEDED}
+        check_same_vae(checkpoint.read_metadata().get("vae") or of_before, self.vae_record, self.config)
+
+    @property
+    def score_columns(self) -> Sequence[str] | None:
+        return self.evaluator.columns if self.evaluator else None
+
+    def look(self, ema: EMA, step: int, scores: Record | None, stop: StopRequest) -> None:
+        """The grid of samples and the evaluation of a step, where they are due."""
+        config, accelerator = self.config, self.accelerator
+        drawn, scored = self.due(step, config.training.sample_every), self.due(step, config.evaluation.every)
+        if not drawn and not scored:
+            return
+        pipeline = averaged_pipeline(self, ema)
+        if drawn and accelerator.is_main_process:
+            path = RunFolder(Path(config.output_dir)).samples(step)
+            if draw_samples(pipeline, config, accelerator, path):
+                note(f"the trackers have no samples of step {step}", track_samples, accelerator, path, step)
+        accelerator.wait_for_everyone()
+        if scored and (row := not_none(self.evaluator).score(pipeline, step, stop)):
+            note_scores(not_none(scores), accelerator, row)  # of the main process, which alone has a row
+
+
+def averaged_pipeline(task: DiffusionTask, ema: EMA) -> GSPNDiTPipeline:
+    """The pipeline of the averaged weights, silent; it shares memory with them unless FSDP has split them.
+
+    Every process calls this: what is split comes together on all of them.
+    """
+    with torch.device("meta"):
+        model = task.build().eval()
+    model.load_state_dict({name: full_tensor(tensor) for name, tensor in ema.tensors.items()}, assign=True)
+    described = RunDescription.of(dataclasses.asdict(task.config))
+    pipeline = pipeline_of(described, model, task.vae, task.source.class_names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_batch(samples: dict[str, Any], encoder: LatentEncoder, conditioning: Conditioning) -> Batch:
+    """What the objective gets of samples of the stream: clean latents, and the condition, null where it is dropped."""
+    return Batch(
+        latents=encoder(samples),
+        noise=samples["noise"],
+        u=samples["u"],
+        condition=conditioning.drop(samples["condition"], samples["drop"]),
+        known=samples["condition"],
+    )
+
+
+def open_task(config: Config, accelerator: Accelerator) -> tuple[DiffusionTask, LatentModel]:
     """Open everything a configuration names, and make its network, freshly initialised, on the device.
 
     Raises :class:`InputError` for what cannot be.
@@ -91,7 +220,7 @@ def open_run(config: Config, accelerator: Accelerator) -> tuple[Run, LatentModel
         objective = create_objective(config.diffusion.objective, time_sampling=config.diffusion.time_sampling)
     with renamed(source="data.source", image_size="data.image_size", vae="data.vae"):
         source = open_source(config.data, config.seed)
-    steps_from(0, config, accelerator)  # refuses a batch that does not split evenly
+    steps_after(0, config.training, accelerator)  # refuses a batch that does not split evenly
     with renamed(vae="data.vae"):
         vae, encoder, latent_shape, record = open_latents(config, source, accelerator.device)
     set_seed(config.seed)
@@ -127,23 +256,8 @@ def open_run(config: Config, accelerator: Accelerator) -> tuple[Run, LatentModel
         seed=config.seed,
     )
     evaluator = Evaluator(config, accelerator, source.class_names) if config.evaluation.every else None
-    run = Run(config, accelerator, source, stream, encoder, conditioning, objective, build, vae, record, evaluator)
-    return run, model
-
-
-def steps_from(step: int, config: Config, accelerator: Accelerator) -> StepSampler:
-    """Which samples this process takes at each of the steps after `step`.
-
-    Raises :class:`InputError` for a batch that does not split evenly.
-    """
-    return StepSampler(
-        step,
-        config.training.max_steps,
-        batch_size=config.training.batch_size,
-        accumulation=config.training.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
+    parts = (source, stream, encoder, conditioning, objective, build, vae, record, evaluator)
+    return DiffusionTask(config, accelerator, *parts), model
 
 
 def start_from(model: LatentModel, path: str, class_names: list[str]) -> str | None:
@@ -210,60 +324,36 @@ def check_options(config: Config) -> None:
             logger.info(f"samples are drawn at guidance_scale 1: {unguided(dropout)}", extra={"stderr": True})
     if taken := sorted({"sample_size", "in_channels", "out_channels", "num_classes"} & config.model.overrides.keys()):
         raise InputError("the data and the objective set it", argument=OVERRIDES + taken[0], remedy="leave it out")
-    if config.training.mixed_precision == "fp16" and PartialState().device.type == "cpu":
-        raise InputError(
-            "needs an accelerator",
-            argument="training.mixed_precision",
-            value="fp16",
-            remedy="on the CPU use 'bf16' or 'no'",
-        )
-    trackers = [tracker.value for tracker in get_available_trackers()]
-    for name in config.training.trackers:
-        if name not in trackers:
-            raise InputError(
-                f"{name!r} is not installed here",
-                argument="training.trackers",
-                remedy=f"there are {', '.join(trackers)}",
-            )
 
 
-def check_launch(accelerator: Accelerator) -> None:
-    """Raise :class:`InputError` for a way of sharing training that checkpoints and averages do not know."""
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+def check_same_vae(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
+    """Raise :class:`InputError` unless latents of a run's data are those of the VAE that it began with.
+
+    Args:
+        before: The record of a checkpoint; of one from before there were any, the name, None for the hashes, and None
+            for the numbers of each channel, which were not heeded then.
+        now: That of the data.
+        config: The run's.
+    """
+    if before["sha256"] and now["sha256"]:
+        same = before["sha256"]["encoder"] == now["sha256"]["encoder"]
+    else:
+        same = is_same_place(before["name"], now["name"])
+    if not same:
         raise InputError(
-            argument="distributed_type",
-            value=accelerator.distributed_type.value,
-            wanted="several processes as they are, or FSDP2",
+            f"the run in {config.output_dir} has {before['name']!r}, and this is not the same",
+            argument="data.vae",
+            value=config.data.vae,
+            remedy="name that VAE, wherever it lies",
         )
-    if accelerator.distributed_type is DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise InputError(
-            argument="fsdp_version",
-            value=1,
-            wanted="2",
-            remedy="launch with --fsdp_version 2 or configs/accelerate/fsdp.yaml",
-        )
-    if accelerator.is_fsdp2:
-        plugin = accelerator.state.fsdp_plugin
-        if plugin.activation_checkpointing:  # accelerate's renames weights and drops other blocks when it goes back
+    for key in NORMALISATION:
+        if before.get(key, now[key]) != now[key]:
             raise InputError(
-                argument="fsdp_activation_checkpointing",
-                value=True,
-                wanted="false, and --training.gradient-checkpointing true instead",
+                f"the latents' {key} is {now[key]}, and the run in {config.output_dir} began with {before[key]}",
+                argument="data.source",
+                value=config.data.source,
+                remedy="set it back",
             )
-        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-            raise InputError(
-                argument="fsdp_offload_params",
-                value=True,
-                wanted="false",
-                remedy="averages and samples are for the GPUs' memory",
-            )
-    if accelerator.device.type == "mps":
-        raise InputError(
-            "lacks the float64 that training needs",
-            argument="device",
-            value="mps",
-            remedy="set ACCELERATE_USE_CPU=true",
-        )
 
 
 Opened = tuple[AutoencoderKL | None, LatentEncoder, tuple[int, int, int], dict[str, Any]]
