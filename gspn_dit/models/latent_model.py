@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
 from os import PathLike
-from typing import Any, Literal, Self, overload
+from typing import Any, ClassVar, Literal, Self, overload
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -36,6 +36,8 @@ class LatentModel(ModelMixin, ConfigMixin):
     Attributes:
         chunks: Lines or window that each block's scans run over, None for the whole map; empty in a family without
             scans.
+        of_before: By the name of an option, what a configuration means that was saved without it. An option whose
+            default has changed is named here, so that what was saved before stays what it was.
 
     Raises:
         InputError: A number below 1, or a sample size that the patch does not divide.
@@ -43,6 +45,7 @@ class LatentModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     chunks: tuple[Chunk, ...] = ()
+    of_before: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self, *, width: int, sample_size: int | Sequence[int], patch_size: int, in_channels: int, out_channels: int
@@ -59,6 +62,11 @@ class LatentModel(ModelMixin, ConfigMixin):
         self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
         self.sample_height, self.sample_width = self._checked_sample_size(sample_size)
         self.x_embedder = PatchEmbedding(patch_size, in_channels, width)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> tuple[dict[str, Any], ...]:
+        """As diffusers', for a configuration that may have been saved before there were all options: `of_before`."""
+        return super().extract_init_dict({**cls.of_before, **config_dict}, **kwargs)
 
     @overload
     @classmethod

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ from gspn_dit.inference.loading import load_class_names, load_transformer
 from gspn_dit.inference.pipeline import unguided
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.models.registry import NoSuchOption
+from gspn_dit.models.registry import NoSuchOption, find_preset
+from gspn_dit.storage.run_folder import RunFolder
 from gspn_dit.training.evaluator import Evaluator
 from gspn_dit.training.latents import FromImages, FromMoments, LatentEncoder
 from gspn_dit.training.stream import StepSampler, TrainingStream, open_source
@@ -95,6 +98,8 @@ def open_run(config: Config, accelerator: Accelerator) -> tuple[Run, LatentModel
     with renamed(vae="data.vae"):
         vae, encoder, latent_shape, record = open_latents(config, source, accelerator.device)
     set_seed(config.seed)
+    with renamed(name="model.name"):
+        options = as_begun(config)
     build = partial(
         create_model,
         config.model.name,
@@ -102,7 +107,7 @@ def open_run(config: Config, accelerator: Accelerator) -> tuple[Run, LatentModel
         in_channels=latent_shape[0],
         out_channels=objective.out_channels(latent_shape[0]),
         num_classes=len(source.class_names),
-        **config.model.overrides,
+        **options,
     )
     try:
         with renamed(OVERRIDES, name="model.name"):
@@ -129,6 +134,18 @@ def open_run(config: Config, accelerator: Accelerator) -> tuple[Run, LatentModel
     evaluator = Evaluator(config, accelerator, source.class_names) if config.evaluation.every else None
     run = Run(config, accelerator, source, stream, encoder, conditioning, objective, build, vae, record, evaluator)
     return run, model
+
+
+def as_begun(config: Config) -> dict[str, Any]:
+    """`model.overrides`, and the options of a run to resume whose defaults have changed since it began."""
+    overrides, of_before = config.model.overrides, find_preset(config.model.name).family.of_before
+    for checkpoint in reversed(RunFolder(Path(config.output_dir)).list_checkpoints()):
+        try:
+            saved = json.loads(checkpoint.ema_config.read_text())
+        except (OSError, ValueError):  # it is damaged, which resuming says
+            continue
+        return {option: saved.get(option, meaning) for option, meaning in of_before.items()} | overrides
+    return overrides
 
 
 def steps_from(step: int, config: Config, accelerator: Accelerator) -> StepSampler:
