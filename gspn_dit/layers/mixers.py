@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
-from gspn_dit.layers.chunks import Chunk
+from gspn_dit.layers.chunks import Chunk, scan_options
 from gspn_dit.layers.convolution import DepthwiseConv
 from gspn_dit.layers.linear import linear
 from gspn_dit.layers.norm import group_rms_norm, without_autocast
-from gspn_dit.layers.windows import Window
 from gspn_dit.ops import propagate
 from gspn_dit.ops.reference import DIRECTIONS
 
@@ -176,7 +175,6 @@ class GSPNMixer(Mixer):
         gates, input_gate = self.token_gates(value)
         dtype = torch.promote_types(value.dtype, torch.float32)
         decay, scale = self.channel_factors(dtype)
-        window = chunk if isinstance(chunk, Window) else None
         return propagate(
             value,
             gates,
@@ -184,9 +182,7 @@ class GSPNMixer(Mixer):
             decay=decay,
             scale=scale,
             direct=None if direct is None else direct.to(dtype),
-            chunk=None if isinstance(chunk, Window) else chunk,
-            window=window and window.side,
-            shift=window.shift if window else 0,
+            **scan_options(chunk),
         )
 
     def channel_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

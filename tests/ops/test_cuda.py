@@ -169,7 +169,7 @@ def test_long_lines_and_many_channels_agree_on_the_gpu(kernel, shape, dtype):
     check(kernel, *operands(*sizes, dtype=dtype, device="cuda"), chunk, list(range(sizes[4])))
 
 
-# H, W, window, shift: maps of whole windows and others, grids that begin with a part of one, axes shorter than a window.
+# H, W, window, shift: whole windows and others, grids that begin with a part of one, axes shorter than a window.
 WINDOWS = [
     (6, 5, 1, 0),
     (17, 20, 3, 2),
