@@ -53,8 +53,6 @@ struct Spans {
     const Int next = (n + 1) * size - missing;
     return next < length ? next : length;
   }
-  // Which span has token i.
-  GSPN_INLINE Int at(Int i) const { return is_cut() ? (i + missing) / size : 0; }
   // Whether token i is the first or the last of its span; no division where the axis is whole.
   GSPN_INLINE bool is_first(Int i) const { return i == 0 || (is_cut() && (i + missing) % size == 0); }
   GSPN_INLINE bool is_last(Int i) const { return i + 1 == length || (is_cut() && (i + 1 + missing) % size == 0); }

@@ -56,9 +56,10 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
   // gates of position `tid`, prepared one line ahead
   RawGates<T> ahead{};
   const bool prepares = kShared && tid < scan.positions;
+  const Sides own_sides(scan, tid);
   const auto prepare = [&](int n) {
     if (!prepares || n >= scan.length) return;
-    const Weights<float> w = n ? ahead.weights(scan, tid) : Weights<float>{0.f, 0.f, 0.f};
+    const Weights<float> w = n ? ahead.weights(own_sides) : Weights<float>{0.f, 0.f, 0.f};
     gates.weights[n % 2 * scan.positions + tid] = make_float4(w.minus, w.centre, w.plus, load(ahead.input_gate));
     if (n + 1 < scan.length) ahead.read(call, scan, k, scan.line(n + 1), tid, scan.group);
   };

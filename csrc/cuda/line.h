@@ -44,6 +44,16 @@ struct LineScan : ScanOrder<int> {
   }
 };
 
+// Which neighbours a position has. It is asked once for a position that a thread keeps from line to line.
+struct Sides {
+  bool minus, plus;
+
+  GSPN_DEVICE Sides(const Lines<int>& map, int position)
+      : minus(map.has_minus(position)), plus(map.has_plus(position)) {}
+  GSPN_DEVICE explicit Sides(uint32_t bits) : minus(bits & 1), plus(bits >> 1 & 1) {}
+  GSPN_DEVICE uint32_t bits() const { return uint32_t(minus) | uint32_t(plus) << 1; }
+};
+
 // A token's gates as they are read, not normalised yet.
 template <typename T>
 struct RawGates {
@@ -59,9 +69,8 @@ struct RawGates {
     input_gate = *gate_at(call.input_gate, 4, scan.batch, row, column, k, group);
     if (call.output_gate.data) output_gate = *gate_at(call.output_gate, 4, scan.batch, row, column, k, group);
   }
-  GSPN_DEVICE Weights<float> weights(const LineScan& scan, int position) const {
-    return normalise(load(minus), load(centre), load(plus), float(scan.has_minus(position)),
-                     float(scan.has_plus(position)));
+  GSPN_DEVICE Weights<float> weights(const Sides& has) const {
+    return normalise(load(minus), load(centre), load(plus), float(has.minus), float(has.plus));
   }
 };
 

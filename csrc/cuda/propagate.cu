@@ -3,8 +3,9 @@
 // Calls in 16-bit elements run on tensor cores where cuda/tensor.cu takes them. What follows runs the others.
 //
 // Map kernels (cuda/map_*.h): a map whose lines have up to 32 tokens is held in a block's memory, if two blocks or one
-// fit on a multiprocessor; x is then read once and y written once. Forward, a larger map is cut into tiles of 32 × 32
-// tokens, after a pass that writes h at their edges (cuda/edges.h). Walk kernels (cuda/walk.h) run the rest line by
+// fit on a multiprocessor; x is then read once and y written once. So is a tile of whole windows of up to 32 tokens.
+// Forward, another larger map is cut into tiles of 32 × 32 tokens, after a pass that writes h at their edges
+// (cuda/edges.h). Walk kernels (cuda/walk.h) run the rest line by
 // line, one direction after another: backward on larger maps, lines of more than 512 tokens, a single direction of a
 // large map, channels that do not lie side by side.
 #include "propagate.h"
@@ -42,25 +43,37 @@ bool gates_vectorise(const Problem& p, const Strided<T>& gates, const Strided<T>
   return vectorises(p, gates, 5, n) && vectorises(p, input_gate, 4, n) && vectorises(p, output_gate, 4, n);
 }
 
+// Whether the elements of a tile's lines are counted in int.
+bool fits_int(const Problem& p) { return kLongestLine * p.width * p.channels < INT32_MAX; }
+
 // A map kernel's plan: `parts` is 0 if the map does not fit, or a layout stands in the way.
 struct MapChoice {
-  MapPlan plan{};
-  int line = 0;  // 16 or 32
+  MapPlan plan;
+  int line;  // 16 or 32
   size_t shared_bytes = 0;
-  int64_t blocks = 0, tiles = 0;
+  int64_t blocks = 0;
   explicit operator bool() const { return plan.parts > 0; }
+  bool linked() const { return plan.grid.linked; }
+
+  // Of a map that is not chosen yet.
+  explicit MapChoice(const Problem& p)
+      : plan{0, 0, 0, TileGrid(p, longest_line(p)), false, false, false}, line(longest_line(p)) {}
+
+ private:
+  // The longest line in a block, rounded up: of the map, or of a window.
+  static int longest_line(const Problem& p) {
+    const int64_t longest = p.height > p.width ? p.height : p.width;
+    return (p.window && p.window < longest ? p.window : longest) <= 16 ? 16 : kLongestLine;
+  }
 };
 
 // bytes(line, height, width, parts) is a block's shared memory, width_of_warp(line) a warp's channels.
 template <typename Bytes, typename WarpWidth>
 MapChoice choose_map(const Problem& p, const SharedMemory& memory, int max_parts, Bytes bytes,
                      WarpWidth width_of_warp) {
-  MapChoice choice;
-  const int64_t longest = p.height > p.width ? p.height : p.width;
-  choice.line = longest <= 16 ? 16 : 32;
+  MapChoice choice(p);
   const int warp_channels = width_of_warp(choice.line);
-  const int tile = longest < kLongestLine ? int(longest) : kLongestLine;
-  const int height = p.height < tile ? int(p.height) : tile, width = p.width < tile ? int(p.width) : tile;
+  const int height = choice.plan.grid.rows.size, width = choice.plan.grid.columns.size;
   constexpr int64_t kReserved = 1024;  // of a block, by the system
   for (const int blocks_at_once : {2, 1}) {  // two: one block reads while another scans
     for (int parts = max_parts; parts >= 1; parts /= 2) {
@@ -72,10 +85,8 @@ MapChoice choose_map(const Problem& p, const SharedMemory& memory, int max_parts
       choice.plan.parts = parts;
       choice.plan.domain = domain(p);
       choice.plan.domain_slabs = int(divide_up(domain(p), parts * warp_channels));
-      choice.plan.tile = tile;
       choice.shared_bytes = size;
-      choice.tiles = divide_up(p.height, tile) * divide_up(p.width, tile);
-      choice.blocks = p.batch * (p.channels / domain(p)) * choice.plan.domain_slabs * choice.tiles;
+      choice.blocks = p.batch * (p.channels / domain(p)) * choice.plan.domain_slabs * choice.plan.grid.count();
       return choice;
     }
   }
@@ -99,9 +110,10 @@ MapChoice choose_map(const Forward<T>& call, const SharedMemory& memory) {
   constexpr int kN = Lanes<16, 4>::kLaneChannels;
   const Problem& p = call.problem;
   const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
-  if (!contiguous(call.y, p)) return {};
+  const MapChoice none(p);
+  if (!contiguous(call.y, p) || !fits_int(p)) return none;
   if (!shares_gates(p) && !(aligned && gates_vectorise(p, call.gates, call.input_gate, call.output_gate, kN)))
-    return {};
+    return none;
   MapChoice choice = choose_map(p, memory, 2, [&](int line, int height, int width, int parts) {
     return line == 32 ? map_forward_bytes<Long>(height, width, parts, sizeof(T))
            : is_narrow(p) ? map_forward_bytes<Narrow>(height, width, parts, sizeof(T))
@@ -110,9 +122,8 @@ MapChoice choose_map(const Forward<T>& call, const SharedMemory& memory) {
   choice.plan.vector_x = aligned && vectorises(p, call.x, 3, kN);
   choice.plan.vector_y = aligned;
   const int64_t longest = p.height > p.width ? p.height : p.width;
-  const bool edges_fit = longest <= kEdgeThreads && int64_t(edge_bytes(p)) <= memory.of_a_block &&
-                         kLongestLine * p.width * p.channels < INT32_MAX;
-  if (choice.tiles > 1 && !(choice.plan.vector_x && edges_fit && p.num_directions > 1)) return {};
+  const bool edges_fit = longest <= kEdgeThreads && int64_t(edge_bytes(p)) <= memory.of_a_block;
+  if (choice.linked() && !(choice.plan.vector_x && edges_fit && p.num_directions > 1)) return none;
   return choice;
 }
 
@@ -121,10 +132,11 @@ MapChoice choose_map(const Backward<T>& call, const SharedMemory& memory) {
   constexpr int kN = Lanes<16, 2>::kLaneChannels;
   const Problem& p = call.problem;
   const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
-  if (!contiguous(call.grad_x, p) || p.height > kLongestLine || p.width > kLongestLine) return {};
+  const MapChoice none(p);
+  if (!contiguous(call.grad_x, p) || none.linked() || !fits_int(p)) return none;
   if (!shares_gates(p) && !(aligned && gates_vectorise(p, call.gates, call.input_gate, call.output_gate, kN) &&
                             gates_vectorise(p, call.grad_gates, call.grad_input_gate, call.grad_output_gate, kN)))
-    return {};
+    return none;
   MapChoice choice = choose_map(p, memory, 4, [&](int line, int height, int width, int parts) {
     return line == 16 ? map_backward_bytes<16>(height, width, parts, sizeof(T))
                       : map_backward_bytes<32>(height, width, parts, sizeof(T));
@@ -339,7 +351,7 @@ int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
     if (tensor_takes(call, memory)) return tensor_scratch(call);
   }
   const MapChoice map = choose_map(call, memory);
-  if (map) return map.tiles > 1 ? EdgeLayout(call.problem, map.plan.tile).elements : 0;
+  if (map) return map.linked() ? EdgeLayout(call.problem, kLongestLine).elements : 0;
   return call.problem.num_directions > 1 && sizeof(T) < sizeof(float) ? elements(call.problem) : 0;
 }
 
@@ -353,8 +365,8 @@ static const char* run_scans(const Forward<T>& call, const SharedMemory& memory,
       return describe(launch(kernel, map.blocks, threads, map.shared_bytes, stream, call, map.plan, edges));
     };
     const bool shared = shares_gates(p);
-    if (map.tiles > 1) {
-      const EdgeLayout layout(p, map.plan.tile);
+    if (map.linked()) {
+      const EdgeLayout layout(p, kLongestLine);
       for (int k = 0; k < p.num_directions; ++k) {
         edges.line[k] = scratch + layout.line[k];
         edges.side[k] = scratch + layout.side[k];
@@ -428,7 +440,8 @@ int64_t backward_rows(const Backward<T>& call, const SharedMemory& memory) {
   if constexpr (sizeof(T) == 2) {
     if (tensor_takes(call, memory)) return tensor_backward_rows(call.problem);
   }
-  return call.problem.batch * (choose_map(call, memory) ? 1 : most_chunks(call.problem));
+  const MapChoice map = choose_map(call, memory);
+  return call.problem.batch * (map ? map.plan.grid.count() : most_chunks(call.problem));
 }
 
 template <typename T>

@@ -21,6 +21,7 @@
 
 #include "cuda/device.h"
 #include "cuda/tensor_core.h"
+#include "cuda/tile_grid.h"
 #include "scan.h"
 
 namespace gspn {
@@ -268,29 +269,6 @@ struct PositionEnds {
   GSPN_DEVICE PositionEnds(const Lines<int>& map, int first) : ends(borders(map.windows, first)) {}
   GSPN_DEVICE bool has_minus(int i) const { return !(ends >> i & 1); }
   GSPN_DEVICE bool has_plus(int i) const { return !(ends >> (i + 1) & 1); }
-};
-
-// How tiles of up to `side` rows and columns lie on a map: from its first token on; or, where windows of at most `side`
-// tokens cut it, so that each has whole windows.
-struct TileGrid {
-  Spans<int> rows, columns;  // each tile has a span of either
-  int down, across;          // how many there are of them
-  bool linked;               // whether tiles have scans in common, and need each other's edges
-
-  GSPN_INLINE TileGrid(const Problem& p, int side)
-      : rows(int(p.height), step(p, side), border(p, side)), columns(int(p.width), step(p, side), border(p, side)),
-        down(rows.count()), across(columns.count()), linked(!has_windows(p, side) && down * across > 1) {}
-  GSPN_INLINE int count() const { return down * across; }
-
- private:
-  static GSPN_INLINE bool has_windows(const Problem& p, int side) { return p.window > 0 && p.window <= side; }
-  static GSPN_INLINE int step(const Problem& p, int side) {
-    return has_windows(p, side) ? side / int(p.window) * int(p.window) : side;
-  }
-  // Where the second tile begins: the first lacks what the first window lacks.
-  static GSPN_INLINE int border(const Problem& p, int side) {
-    return has_windows(p, side) && p.shift ? step(p, side) - int(p.window - p.shift) : 0;
-  }
 };
 
 // The block's tile and group. Neighbouring blocks have neighbouring groups, whose gates share sectors of memory.

@@ -31,15 +31,17 @@ def wanted() -> bool:
 def disagreement(kernel: FusesTail, device: torch.device) -> str | None:
     """What the kernel computes otherwise than the reference, in words; None if nothing.
 
-    Two maps: one is a single tile, the other four with edges between them, each with a tail and two groups of 64.
+    Three maps: a single tile, four tiles with edges between them, and four of shifted windows without; each with a tail
+    and two groups of 64.
     """
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         return _disagreement(kernel, device)
 
 
 def _disagreement(kernel: FusesTail, device: torch.device) -> str | None:
-    for height, width in ((16, 16), (18, 20)):
+    for height, width, window, shift in ((16, 16, 0, 0), (18, 20, 0, 0), (18, 20, 5, 2)):
         call, direct, grad = _example(height, width, device)
+        call = call._replace(window=window, shift=shift)
         y, inverse_rms = kernel.forward_with_tail(call, direct)
         got = y, *kernel.backward_with_tail(grad, y, inverse_rms, call, direct)
         want = _by_reference(call, direct, grad)
@@ -47,7 +49,8 @@ def _disagreement(kernel: FusesTail, device: torch.device) -> str | None:
             distance = ((one.float() - other).norm() / other.norm().clamp_min(1e-9)).item() if one.numel() else 0.0
             if not distance < TOLERANCE:  # NaN is a disagreement, too
                 of = name if name == "y" else f"the gradient of {name}"
-                return f"on {height} × {width} tokens {of} is {distance:.2g} of its norm away from the reference's"
+                where = f"on {height} × {width} tokens{f' in windows of {window}' if window else ''}"
+                return f"{where} {of} is {distance:.2g} of its norm away from the reference's"
     return None
 
 
