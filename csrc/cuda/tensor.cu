@@ -134,6 +134,14 @@ int64_t tensor_scratch(const Backward<T>& call) {
 int64_t tensor_backward_rows(const Problem& p) { return tiles(p); }
 
 template <typename T>
+TailShare tensor_tail_share(const TailBackward<T>& passes) {
+  const Problem& p = passes.problem;
+  if (!vectorises(p, passes.y, 3, 8) || !vectorises(p, passes.grad_y, 3, 8)) return TailShare::kNone;
+  // edges are made of the gradient of the sum, so it has to be there before the tiles
+  return is_one_tile(p) ? TailShare::kAll : TailShare::kDirect;
+}
+
+template <typename T>
 const char* run_tensor_backward(const Backward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   const Problem& p = call.problem;
@@ -166,6 +174,7 @@ const char* run_tensor_backward(const Backward<T>& call, const SharedMemory& mem
   template const char* run_tensor_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);       \
   template bool tensor_takes<T>(const Backward<T>&, const SharedMemory&);                                  \
   template int64_t tensor_scratch<T>(const Backward<T>&);                                                  \
+  template TailShare tensor_tail_share<T>(const TailBackward<T>&);                                         \
   template const char* run_tensor_backward<T>(const Backward<T>&, const SharedMemory&, float*, void*);
 GSPN_INSTANTIATE(BFloat16)
 GSPN_INSTANTIATE(Float16)
