@@ -57,7 +57,7 @@ int64_t backward_bytes(const Backward<T>& call, bool both_senses) {
 template <typename T>
 TensorBackwardPlan plan_backward(const Backward<T>& call, const SharedMemory& memory) {
   const Problem& p = call.problem;
-  TensorBackwardPlan plan{{-1, -1, -1, -1}, false, false, false};
+  TensorBackwardPlan plan{channels_of(p), {-1, -1, -1, -1}, false, false, false};
   for (int k = 0; k < p.num_directions; ++k) plan.k[p.directions[k]] = k;
   plan.both_senses = backward_bytes(call, true) <= memory.of_a_block;
   plan.wide_gates = gates_side_by_side(p, call.gates, call.input_gate);

@@ -12,6 +12,7 @@ namespace gspn {
 
 // What the host decides; see cuda/tensor.cu.
 struct TensorBackwardPlan {
+  int channels;      // of a group
   int k[4];          // of every direction: which one of the call it is, or -1
   bool both_senses;  // whether shared memory has room for both senses of an axis at once
   // Whether a site's gates in the four directions, or their gradients, lie side by side: see gates_side_by_side().
@@ -120,7 +121,7 @@ GSPN_DEVICE void copy_edges(char* memory, const TileEdges<T>& hidden, const Tile
                             Place place_of_sense) {
   using Map = typename Memory::Map;
   constexpr int kUnits = Map::kUnits;
-  const int channels = int(p.channels / p.groups), unit = threadIdx.x % kUnits;
+  const int channels = plan.channels, unit = threadIdx.x % kUnits;
   const bool real = unit * 8 < channels;
   const int64_t channel = tile.group * channels + (real ? unit * 8 : 0);
   const int first_line = map.line_of(tile.row, tile.column), first_position = map.position_of(tile.row, tile.column);
@@ -179,12 +180,12 @@ struct TileColumn {
   }
 };
 
-// A tail, backward, in shared memory, where its map has been copied to the place of dx: y, or the gradient of y if dy
-// is that of the sum of the scans already. Forms the latter in the place of dy (see tail_backward() in cuda/tail.h), and
-// begins dx with d times the gradient of y. Every thread takes part, with its own units of sites; leaves every warp's
-// sums for the gradient of d.
+// A tail, backward, in shared memory. What it takes has been copied to the place of dx: y, or the gradient of y where
+// kGrad has that of the scans' sum already. With y, kGrad has the gradient of y before, and that of the sum after (see
+// tail_backward() in cuda/tail.h). dx begins as d times the gradient of y. Every thread takes part, with its own units
+// of sites; each warp's sums for the gradient of d are left in kDirectSums.
 template <typename Memory, typename T, typename Column>
-GSPN_DEVICE void tail_backward(char* memory, const Column& own, bool has_y, float inverse_channels) {
+GSPN_DEVICE void begin_with_tail(char* memory, const Column& own, bool has_y, float inverse_channels) {
   using Map = typename Memory::Map;
   constexpr int kUnits = Map::kUnits;
   const float* const inverse_rms = reinterpret_cast<const float*>(memory + Memory::kInverseRms);
@@ -218,7 +219,8 @@ GSPN_DEVICE void tail_backward(char* memory, const Column& own, bool has_y, floa
 #pragma unroll
     for (int width = kWarp / 2; width >= kUnits; width /= 2) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], width);
   }
-  float* const of_warp = reinterpret_cast<float*>(memory + Memory::kDirectSums + threadIdx.x / kWarp * Memory::kChannelBytes);
+  const int warp = threadIdx.x / kWarp;
+  float* const of_warp = reinterpret_cast<float*>(memory + Memory::kDirectSums + warp * Memory::kChannelBytes);
   if (threadIdx.x % kWarp < kUnits) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) of_warp[own.unit * 8 + i] = sums[i];
@@ -262,7 +264,7 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
   const TensorTile tile(p, blockIdx.x);
   char* const memory = shared_memory();
   float* const factors = reinterpret_cast<float*>(memory + Memory::kFactors);
-  const int channels = int(p.channels / p.groups);
+  const int channels = plan.channels;
   const auto place_of_sense = [&](int sense) {
     return Memory::kSenses + (plan.both_senses ? sense : 0) * Memory::kSenseBytes;
   };
@@ -311,10 +313,10 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
     if (!tile.has(row, column)) return;
     read_gates<kGates>(site_gates[j], call, plan, tile, tile.row + row, tile.column + column);
   });
-  for (int i = threadIdx.x; i < 4 * 2 * channels; i += kThreads) {
-    const int direction = i / 2 / channels, which = i / channels % 2, c = i % channels;
-    factors[(direction * 2 + which) * kUnits * 8 + c] =
-        of_channel(which ? call.scale : call.decay, p, max(plan.k[direction], 0), tile.group * channels + c);
+  for (unsigned i = threadIdx.x; i < 4 * 2 * kUnits * 8; i += kThreads) {
+    const int direction = i / (2 * kUnits * 8), which = i / (kUnits * 8) % 2, c = i % (kUnits * 8);
+    if (c < channels)
+      factors[i] = of_channel(which ? call.scale : call.decay, p, max(plan.k[direction], 0), tile.group * channels + c);
   }
   for (int sense = 0; sense < (plan.both_senses ? 2 : 1); ++sense) {
     Records::write_zeros(of_sense(sense) + Memory::kForward, kTileSites);
@@ -378,18 +380,17 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
     if (first) {
       wait_copies_but<0>();  // dy, and what the tail takes
       if (call.tail.direct)
-        tail_backward<Memory, T>(memory, column_of_thread, call.tail.y.data != nullptr, 1.f / float(channels));
+        begin_with_tail<Memory, T>(memory, column_of_thread, call.tail.y.data != nullptr, reciprocal(float(channels)));
       __syncthreads();
       if (call.tail.direct && threadIdx.x < channels) {
         float sum = 0.f;
         for (int w = 0; w < kThreads / kWarp; ++w)
           sum += reinterpret_cast<const float*>(memory + Memory::kDirectSums)[w * kUnits * 8 + threadIdx.x];
-        const int64_t row = blockIdx.x / unsigned(p.groups);
-        call.tail.grad_direct[row * p.channels + tile.group * channels + threadIdx.x] = sum;
+        call.tail.grad_direct[tile.number * p.channels + tile.group * channels + threadIdx.x] = sum;
       }
     }
-    // Two senses meet in the middle, and go on after a barrier, so that one at a time adds to a line's dx. Both scans go
-    // back, so down reads the last lines first.
+    // Two senses meet in the middle, and go on after a barrier, so that one at a time adds to a line's dx. Both scans
+    // go back, so down reads the last lines first.
     float carry[2][4] = {};
     if (kTiled && scans) scan.load_edge(carry, Memory::kCarry);
     FactorProducts products = {};
@@ -402,7 +403,7 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
       from += sense ? count : -count, count = scan.lines - count;
     }
     if (scans) {
-      const int64_t row = int64_t(blockIdx.x / unsigned(p.groups)) * p.num_directions + k;
+      const int64_t row = int64_t(tile.number) * p.num_directions + k;
       const int64_t first_channel = row * p.channels + tile.group * channels + warp * kWarpRows;
       scan.write(call.grad_decay, call.grad_scale, first_channel, products);
     }
@@ -418,7 +419,7 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
         float sums[4] = {}, input = 0.f, output = 0.f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-          if (w * kWarpRows >= channels) break;
+          if (w == 3 && channels == 48) break;  // a warp without channels
           const int at = Map::offset(row, column, 2 * w);
           const char* const from = of_sense(sense) + Memory::kHidden;
           float of_warp[4];

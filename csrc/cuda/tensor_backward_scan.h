@@ -125,8 +125,8 @@ struct TensorScan {
   const float (&decay)[2], (&scale)[2];  // of a lane's channels g and g + 8
   const FactorPairs<T>&decay_pairs, &scale_pairs;
   // Where a lane's operands and results are, but for the line. In a map: its row of the matrices of a piece (`swapped`:
-  // the second exchanged with the third). In h: `hidden` to add to it, and the lane's sums of positions g and g + 8, see
-  // write_sums().
+  // the second exchanged with the third). In h: `hidden` to add to it, and the lane's sums of positions g and g + 8,
+  // see write_sums().
   int piece, swapped, hidden, hidden_swapped, hidden_sums[2];
   int input, output;
   FragmentLane forward_records, adjoint_records;
@@ -366,8 +366,8 @@ struct TensorScan {
   }
 
   // Writes a line's sums over the warp's channels in the place of its h. Of a site, the first unit of 16 bytes has
-  // those for dW, four floats as Records has them of a row; the second has those for dλ and du, see input_sum(). Numbers
-  // that lie beyond the tile are not written. at: of hidden_sums, which have each lane's half of a unit.
+  // those for dW, four floats as Records has them of a row; the second has those for dλ and du, see input_sum().
+  // Numbers that lie beyond the tile are not written. at: of hidden_sums, which have each lane's half of a unit.
   GSPN_DEVICE void write_sums(const int (&at)[2], const float (&weights)[2][4], const float (&input)[2][4],
                               const float (&output)[2][4]) const {
     const int g = adjoint_records.channel, t = adjoint_records.pair, d = 2 * t - g;
