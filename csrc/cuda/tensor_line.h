@@ -90,13 +90,16 @@ struct Records {
     for (int i = threadIdx.x; i <= pieces; i += blockDim.x)
       *reinterpret_cast<float4*>(data + i * kPieceBytes) = make_float4(0.f, 0.f, 0.f, 0.f);
   }
-  // Where the n-th of a position's four floats lies, in bytes from the records of its piece.
-  static GSPN_DEVICE unsigned at(unsigned position, unsigned n) {
+  // Where the n-th of a position's four floats lies, in bytes from the records of its piece. Int: of unsigned numbers a
+  // remainder is a mask.
+  template <typename Int>
+  static GSPN_DEVICE Int at(Int position, Int n) {
     return position % 8 * 32 + n / 2 * 16 + position / 8 * 8 + n % 2 * 4;
   }
   // The same of the number for its neighbour -1, 0 or +1.
-  static GSPN_DEVICE unsigned of_neighbour(unsigned position, int neighbour) {
-    return at(position, unsigned(neighbour + 2) - position % 2);
+  template <typename Int>
+  static GSPN_DEVICE Int of_neighbour(Int position, int neighbour) {
+    return at(position, Int(neighbour + 2) - position % 2);
   }
   // Writes a position's row; `position` counts from the piece's first.
   static GSPN_DEVICE void write(char* piece, int position, const Weights<float>& row) {
@@ -119,7 +122,7 @@ struct Records {
     // in the place of what is left out, the 0 that no position writes
     put(before ? of_neighbour(position - 1, 1) : of_neighbour(position, -1), before ? row.minus : 0.f);
     put(behind ? of_neighbour(position + 1, -1) : of_neighbour(position, 1), behind ? row.plus : 0.f);
-    put(at(position, position % 2 ? 3 : 0), 0.f);
+    put(at(position, position % 2 ? 3u : 0u), 0.f);
   }
 };
 
@@ -128,7 +131,7 @@ struct Records {
 struct Words {
   static constexpr int kPieceWords = kPiece;
 
-  static GSPN_DEVICE unsigned at(unsigned position) { return position % 8 * 2 + position / 8; }
+  static GSPN_DEVICE int at(int position) { return position % 8 * 2 + position / 8; }
   template <typename T>
   static GSPN_DEVICE void write(uint32_t* piece, int position, T value) {
     piece[at(position)] = uint32_t(value.bits) * 0x00010001u;
