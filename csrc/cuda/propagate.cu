@@ -408,7 +408,19 @@ const char* run_tail_backward(const TailBackward<T>& call, void* stream) {
   });
 }
 
-int64_t direct_rows(const Problem& p) { return divide_up(p.batch * p.height * p.width, kTokensOfARow); }
+template <typename T>
+TailShare tail_share(const Backward<T>& call, const TailBackward<T>& passes, const SharedMemory& memory) {
+  if constexpr (sizeof(T) == 2) {
+    if (tensor_takes(call, memory)) return tensor_tail_share(passes);
+  }
+  return TailShare::kNone;
+}
+
+int64_t pass_rows(const Problem& p) { return divide_up(p.batch * p.height * p.width, kTokensOfARow); }
+
+int64_t direct_rows(const Problem& p, TailShare inside) {
+  return inside == TailShare::kNone ? pass_rows(p) : tensor_backward_rows(p);
+}
 
 template <typename T>
 const char* run_direct_backward(const TailBackward<T>& call, void* stream) {
@@ -416,7 +428,7 @@ const char* run_direct_backward(const TailBackward<T>& call, void* stream) {
   const bool vector = p.channels % 4 == 0 && vectorises(p, call.x, 3, 4) && vectorises(p, call.grad_y, 3, 4) &&
                       vectorises(p, call.grad_x, 3, 4) && aligned(call.direct);
   return with_channels(p, vector, [&](auto n, auto index) {
-    const int64_t blocks = divide_up(direct_rows(p) * (p.channels / n), kTailThreads);
+    const int64_t blocks = divide_up(pass_rows(p) * (p.channels / n), kTailThreads);
     return describe(launch(direct_backward<T, n, decltype(index)>, blocks, kTailThreads, 0,
                            static_cast<cudaStream_t>(stream), call));
   });
@@ -495,6 +507,7 @@ const char* unusable() {
   template const char* refusal<T>(const Forward<T>&, const SharedMemory&, bool);                          \
   template int64_t forward_scratch<T>(const Forward<T>&, const SharedMemory&);                           \
   template const char* run_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);            \
+  template TailShare tail_share<T>(const Backward<T>&, const TailBackward<T>&, const SharedMemory&);     \
   template const char* run_tail_backward<T>(const TailBackward<T>&, void*);                              \
   template const char* run_direct_backward<T>(const TailBackward<T>&, void*);                            \
   template int64_t backward_scratch<T>(const Backward<T>&, const SharedMemory&);                         \

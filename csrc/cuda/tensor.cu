@@ -57,7 +57,7 @@ int64_t backward_bytes(const Backward<T>& call, bool both_senses) {
 template <typename T>
 TensorBackwardPlan plan_backward(const Backward<T>& call, const SharedMemory& memory) {
   const Problem& p = call.problem;
-  TensorBackwardPlan plan{{-1, -1, -1, -1}, false, false, false, grid_of(p)};
+  TensorBackwardPlan plan{channels_of(p), {-1, -1, -1, -1}, false, false, false, grid_of(p)};
   for (int k = 0; k < p.num_directions; ++k) plan.k[p.directions[k]] = k;
   plan.both_senses = backward_bytes(call, true) <= memory.of_a_block;
   plan.wide_gates = gates_side_by_side(p, call.gates, call.input_gate);
@@ -133,6 +133,14 @@ int64_t tensor_scratch(const Backward<T>& call) {
 int64_t tensor_backward_rows(const Problem& p) { return tiles(p); }
 
 template <typename T>
+TailShare tensor_tail_share(const TailBackward<T>& passes) {
+  const Problem& p = passes.problem;
+  if (!vectorises(p, passes.y, 3, 8) || !vectorises(p, passes.grad_y, 3, 8)) return TailShare::kNone;
+  // edges are made of the gradient of the sum, so it has to be there before the tiles
+  return has_linked_tiles(p) ? TailShare::kDirect : TailShare::kAll;
+}
+
+template <typename T>
 const char* run_tensor_backward(const Backward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   const Problem& p = call.problem;
@@ -165,6 +173,7 @@ const char* run_tensor_backward(const Backward<T>& call, const SharedMemory& mem
   template const char* run_tensor_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);       \
   template bool tensor_takes<T>(const Backward<T>&, const SharedMemory&);                                  \
   template int64_t tensor_scratch<T>(const Backward<T>&);                                                  \
+  template TailShare tensor_tail_share<T>(const TailBackward<T>&);                                         \
   template const char* run_tensor_backward<T>(const Backward<T>&, const SharedMemory&, float*, void*);
 GSPN_INSTANTIATE(BFloat16)
 GSPN_INSTANTIATE(Float16)

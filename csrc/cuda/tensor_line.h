@@ -91,9 +91,16 @@ struct Records {
     for (int i = threadIdx.x; i <= pieces; i += blockDim.x)
       *reinterpret_cast<float4*>(data + i * kPieceBytes) = make_float4(0.f, 0.f, 0.f, 0.f);
   }
-  // Where the n-th of a position's four floats lies, in bytes from the records of its piece.
-  static GSPN_DEVICE int at(int position, int n) {
+  // Where the n-th of a position's four floats lies, in bytes from the records of its piece. Int: of unsigned numbers a
+  // remainder is a mask.
+  template <typename Int>
+  static GSPN_DEVICE Int at(Int position, Int n) {
     return position % 8 * 32 + n / 2 * 16 + position / 8 * 8 + n % 2 * 4;
+  }
+  // The same of the number for its neighbour -1, 0 or +1.
+  template <typename Int>
+  static GSPN_DEVICE Int of_neighbour(Int position, int neighbour) {
+    return at(position, Int(neighbour + 2) - position % 2);
   }
   // Writes a position's row; `position` counts from the piece's first.
   static GSPN_DEVICE void write(char* piece, int position, const Weights<float>& row) {
@@ -105,17 +112,18 @@ struct Records {
   }
   // Writes one number of a position's row: of its neighbour -1, 0 or +1.
   static GSPN_DEVICE void write_one(char* piece, int position, int neighbour, float value) {
-    *reinterpret_cast<float*>(piece + at(position, neighbour + 2 - position % 2)) = value;
+    *reinterpret_cast<float*>(piece + of_neighbour(position, neighbour)) = value;
   }
   // Writes column `position` of a matrix as a row of the transposed one, of which this piece is all: what lies beyond
   // its 16 positions is left out. One thread writes for each position of the piece; no two write the same number.
-  static GSPN_DEVICE void write_transposed(char* piece, int position, const Weights<float>& row) {
-    write_one(piece, position, 0, row.centre);
-    if (position > 0) write_one(piece, position - 1, 1, row.minus);
-    else write_one(piece, position, -1, 0.f);
-    if (position + 1 < kPiece) write_one(piece, position + 1, -1, row.plus);
-    else write_one(piece, position, 1, 0.f);
-    *reinterpret_cast<float*>(piece + at(position, position % 2 ? 3 : 0)) = 0.f;
+  static GSPN_DEVICE void write_transposed(char* piece, unsigned position, const Weights<float>& row) {
+    const bool before = position > 0, behind = position + 1 < kPiece;
+    const auto put = [&](unsigned at, float value) { *reinterpret_cast<float*>(piece + at) = value; };
+    put(of_neighbour(position, 0), row.centre);
+    // in the place of what is left out, the 0 that no position writes
+    put(before ? of_neighbour(position - 1, 1) : of_neighbour(position, -1), before ? row.minus : 0.f);
+    put(behind ? of_neighbour(position + 1, -1) : of_neighbour(position, 1), behind ? row.plus : 0.f);
+    put(at(position, position % 2 ? 3u : 0u), 0.f);
   }
 };
 
@@ -275,12 +283,14 @@ struct PositionEnds {
 struct TensorTile {
   int64_t batch;
   int group, row, column, height, width;  // its first row and column, and its size
+  unsigned number;                        // among the tiles of all images
 
   GSPN_DEVICE TensorTile(const Problem& p, const TileGrid& grid, unsigned block) {
     const unsigned groups = unsigned(p.groups), tiles = unsigned(grid.count());
     group = int(block % groups);
-    const unsigned tile = block / groups % tiles;
-    batch = block / groups / tiles;
+    number = block / groups;
+    const unsigned tile = number % tiles;
+    batch = number / tiles;
     const int down = int(tile / unsigned(grid.across)), across = int(tile % unsigned(grid.across));
     row = grid.rows.begin(down), height = grid.rows.end(down) - row;
     column = grid.columns.begin(across), width = grid.columns.end(across) - column;

@@ -21,6 +21,7 @@ from gspn_dit.ops.registry import choose, find, register, unregister
 from gspn_dit.ops.tail import EPSILON, apply_tail, tail_backward
 from gspn_dit.ops.tensor_core_check import disagreement
 
+ALL_DIRECTIONS = [0, 1, 2, 3]
 LITTLE_MEMORY = 30 * 1024  # bytes of shared memory
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # ‖got - float64‖ / ‖float64‖
 # On tensor cores, gradients are sums of products of two rounded numbers.
@@ -433,6 +434,59 @@ def test_norm_and_direct_path_take_any_strides(kernel):
         check_tail(kernel, Call(view, *tensors), direct[1:17], grad.mean().expand_as(grad))
 
 
+# On tensor cores: one tile, where the tail's backward pass is inside the scans', and several.
+TAIL_ON_TENSOR_CORES = [
+    # B, H, W, C, K, G, chunk
+    (2, 16, 16, 64, 4, 1, 0),
+    (1, 13, 11, 96, 4, 2, 5),
+    (1, 5, 7, 64, 4, 2, 1),
+    (2, 6, 1, 32, 4, 2, 0),
+    (1, 18, 20, 48, 4, 1, 16),
+    (1, 34, 6, 32, 4, 2, 0),
+]
+
+
+@pytest.mark.parametrize("shape", TAIL_ON_TENSOR_CORES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norm_and_direct_path_on_tensor_cores(kernel, shape, dtype):
+    *sizes, chunk = shape
+    x, gates, input_gate, output_gate, decay, scale, grad = operands(*sizes, dtype=dtype, device=device_of(kernel))
+    direct = torch.linspace(-2, 2, sizes[3], device=device_of(kernel))
+    check_tail(kernel, Call(x, gates, input_gate, output_gate, decay, scale, chunk, ALL_DIRECTIONS), direct, grad)
+    check_tail(kernel, Call(x, gates, input_gate, None, None, scale, chunk, ALL_DIRECTIONS), direct, grad)
+
+
+@pytest.mark.parametrize("directions", [[2, 3], [1, 3], [3, 0, 2]], ids=str)
+@pytest.mark.parametrize("shape", [(1, 12, 15), (1, 18, 5)], ids=str)
+def test_norm_and_direct_path_on_tensor_cores_of_any_directions(kernel, shape, directions):
+    *tensors, grad = operands(*shape, 64, len(directions), 2, dtype=torch.bfloat16, device=device_of(kernel))
+    direct = torch.linspace(2, -1, 64, device=device_of(kernel))
+    check_tail(kernel, Call(*tensors, 0, directions), direct, grad)
+
+
+@pytest.mark.parametrize("kilobytes", [163, 99])  # of an A100's blocks, and of consumer cards'
+def test_norm_and_direct_path_on_devices_with_less_shared_memory(emulates, kilobytes):
+    kernel = EmulatedCuda(kilobytes * 1024)
+    for height, channels in ((13, 64), (13, 32), (18, 64)):
+        *tensors, grad = operands(1, height, 11, channels, 4, 1, dtype=torch.bfloat16)
+        direct = torch.linspace(-1, 2, channels)
+        check_tail(kernel, Call(*tensors, 5, ALL_DIRECTIONS), direct, grad)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 9), (1, 18, 20)], ids=str)
+def test_nan_in_the_gradient_of_the_result_shows(kernel, shape):
+    """In all channels of the group, since the norm is of them all, and in no other group."""
+    *tensors, grad = operands(*shape, 64, 1, 2, dtype=torch.bfloat16, device=device_of(kernel))
+    direct, call = torch.ones(64, device=device_of(kernel)), Call(*tensors, 0, [0])
+    y, inverse_rms = kernel.forward_with_tail(call, direct)
+    grad[0, 3, 4, 5] = torch.nan
+    dx, *_, grad_decay, grad_scale, grad_direct = kernel.backward_with_tail(grad, y, inverse_rms, call, direct)
+    assert dx[0, :4, 4, :32].isnan().all() and grad_decay[0, :32].isnan().all() and grad_scale[0, :32].isnan().all()
+    for of_channels in dx, grad_decay, grad_scale:
+        assert not of_channels[..., 32:].isnan().any()
+    assert grad_direct.isnan().nonzero().tolist() == [[5]]
+
+
 def check_tail(kernel, call, direct, grad):
     """y, 1 / rms and gradients against the plain tail in float64, around scans that are tested alone."""
     tolerance = TOLERANCE[call.x.dtype]
@@ -514,7 +568,6 @@ def test_a_dtype_without_a_kernel_is_refused(kernel):
         kernel.forward(call)
 
 
-ALL_DIRECTIONS = [0, 1, 2, 3]
 # Groups of 16, 32, 48 and 64 channels, on tensor cores in 16-bit elements: maps in one tile and in several.
 TENSOR_SHAPES = [
     (1, 16, 16, 64, 4, 1, 0),
