@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gspn_dit.arguments import CompileMode
 from gspn_dit.options import command, require
 
 DATA = ("digits", "photos", "reach-32", "reach-64")  # of benchmarks.quality
@@ -53,6 +54,7 @@ class BlockBudgetOptions:
         pixels: Side of the images.
         batch: Images; by default 4 on the CPU, 64 on a GPU.
         dtype: float32 or bfloat16; by default the latter where the device has instructions for it.
+        compile_mode: How the compiled block is compiled, as in `training.compile_mode`.
         threads: Threads of the CPU.
         out: Also write the tables to this Markdown file.
     """
@@ -63,6 +65,7 @@ class BlockBudgetOptions:
     pixels: int = 256
     batch: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
+    compile_mode: CompileMode = "default"
     threads: int = 2
     out: str | None = None
 
@@ -345,6 +348,7 @@ class ResolutionOptions:
         pixels: Sides of the images, multiples of 64, in the order of measuring; what has a target comes first.
         dtypes: float32, bfloat16 or both, out of which every model gets its faster one; by default both on a CPU that
             multiplies in bfloat16, float32 on another, bfloat16 on a GPU.
+        max_autotune: Also try every model with blocks compiled in the mode max-autotune.
         threads: Threads of the CPU.
         repeats: Most timed calls of each measurement; at least 3, and none after 3 seconds.
         time_budget: Seconds after which no measurement is begun and the one under way is given up.
@@ -355,6 +359,7 @@ class ResolutionOptions:
     size: Literal["s", "b", "l", "xl"] | None = None
     pixels: list[int] | None = None
     dtypes: list[Literal["float32", "bfloat16"]] | None = None
+    max_autotune: bool = False
     threads: int = 2
     repeats: int = 15
     time_budget: float = 3600.0

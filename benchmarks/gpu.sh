@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# benchmarks/gpu.sh OUT [--seconds N] [--state FOLDER] [PART...]: everything that needs a GPU, on a machine with a CUDA
+# benchmarks/gpu.sh OUT [--seconds N] [--state FOLDER] [--max-autotune] [PART...]: everything that needs a GPU, on a machine with a CUDA
 # torch and nvcc.
 #
 #   tests      the GPU tests of the kernels; of passes over a block's maps, and of CUDA graphs
@@ -18,6 +18,10 @@
 # last lines are what is reached of the targets and a table of what became of every step; the exit status is 1 if any
 # failed, was not finished or was not run.
 #
+# With --max-autotune, budget has blocks compiled in that mode, in files of their own, and models tries it beside the
+# other settings of each model. Compiling then takes minutes, most of them to time products; what they are is kept on
+# the machine, so the same command goes on there.
+#
 # PYTHON names the interpreter (python3). It needs torch and what this package needs; what it lacks is said at once, and
 # the parts that need it are left out. --state keeps the checkpoints of train elsewhere than in OUT/train/state, DATA
 # names other data for it: photos, or a folder with Fashion-MNIST's files. In a copy without git,
@@ -26,10 +30,10 @@
 set -uo pipefail
 all=(tests operator budget models profile sanitizer train)
 wrong() { # wrong WORDS...: refuse the command line
-  echo "benchmarks/gpu.sh: $*; usage: benchmarks/gpu.sh OUT [--seconds N] [--state FOLDER] [PART...], PART out of ${all[*]}" >&2
+  echo "benchmarks/gpu.sh: $*; usage: benchmarks/gpu.sh OUT [--seconds N] [--state FOLDER] [--max-autotune] [PART...], PART out of ${all[*]}" >&2
   exit 2
 }
-seconds=240 out='' state='' parts=()
+seconds=240 out='' state='' mode=default tuned='' parts=()
 while [ $# -gt 0 ]; do
   case $1 in
     --seconds) seconds=${2:-none} && shift ;;
@@ -39,6 +43,7 @@ while [ $# -gt 0 ]; do
       state=$2 && shift
       ;;
     --state=*) state=${1#*=} ;;
+    --max-autotune) mode=max-autotune tuned=-tuned ;;
     -*) wrong "$1: no such option" ;;
     *) if [ -z "$out" ]; then out=$1; else parts+=("$1"); fi ;;
   esac
@@ -144,15 +149,16 @@ budget() {
   local name kind
   for kind in forward training; do
     for name in gspn-dit-xl-2 dit-xl-2; do
-      step "block-$name-$kind" "$python" -m benchmarks.block_budget --device cuda --name "$name" --step "$kind" \
-        --out "$out/block-$name-$kind.md"
+      step "block-$name-$kind$tuned" "$python" -m benchmarks.block_budget --device cuda --name "$name" --step "$kind" \
+        --compile-mode "$mode" --out "$out/block-$name-$kind$tuned.md"
     done
   done
   step depthwise "$python" -m benchmarks.depthwise --device cuda --out "$out/depthwise.md"
 }
 
 models() { # a case takes half a minute and more, most of it to compile
-  step models "$python" -m benchmarks.resolution --device cuda --time-budget "$(within 15)" --out "$out/resolution-cuda"
+  step "models$tuned" "$python" -m benchmarks.resolution --device cuda --time-budget "$(within 15)" \
+    ${tuned:+--max-autotune true} --out "$out/resolution-cuda"
 }
 
 profile() { # the operator first: whole models take as long to compile as two cases of it take to count

@@ -4,8 +4,9 @@
 training step of every model at every size, each in a process of its own, and writes PREFIX.json, PREFIX.md and
 PREFIX.png after every measurement; what benchmarks/targets.yaml asks for comes first. What PREFIX.json already holds is
 kept: the same command goes on where the last one stopped; delete the file to measure anew. Every model gets its best
-settings, those that are fastest at TRIAL_PIXELS: eager or torch.compile, and on the CPU float32 or bfloat16. On a GPU
-all is bfloat16, and DiT has the faster of torch's flash and cuDNN attention.
+settings, those that are fastest at TRIAL_PIXELS: eager or torch.compile, and on the CPU float32 or bfloat16; with
+`--max-autotune true` also torch.compile in that mode, which takes longer to compile. On a GPU all is bfloat16, and DiT
+has the faster of torch's flash and cuDNN attention.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from benchmarks.machine import machine
 from benchmarks.resolution_case import LONGEST_WHOLE, Case
 from benchmarks.result_files import noted, origin, saved_rows, write_rows, write_text
 from benchmarks.tables import figure, header, ratio, row
+from gspn_dit.arguments import CompileMode
 from gspn_dit.storage.files import replacing
 
 STEPS = ("forward", "training")
@@ -97,6 +99,9 @@ class Results:
         options = self.options
         name, overrides = models(options.size)[model]
         pixels = TRIAL_PIXELS if TRIAL_PIXELS in options.pixels else min(options.pixels)
+        compilings: list[tuple[bool, CompileMode]] = [(False, "default"), (True, "default")]
+        if options.max_autotune:
+            compilings.append((True, "max-autotune"))
         return [
             Case(
                 model,
@@ -110,8 +115,9 @@ class Results:
                 options.threads,
                 options.repeats,
                 overrides,
+                mode,
             )
-            for dtype, compiled in product(options.dtypes, (False, True))
+            for dtype, (compiled, mode) in product(options.dtypes, compilings)
         ]
 
     def cases(self) -> Iterator[Case]:
@@ -128,7 +134,8 @@ class Results:
         """A model's case at a size, with its best settings; the last of its trials' while those are incomplete."""
         best, last = self.best(model, step), self.trials(model, step)[-1]
         if best is not None:
-            last = replace(last, dtype=best["dtype"], compiled=best["compiled"])
+            mode = best.get("compile_mode", "default")  # of rows from before there was a choice
+            last = replace(last, dtype=best["dtype"], compiled=best["compiled"], compile_mode=mode)
         return replace(last, pixels=pixels, batch=batch_of(self.options.device, pixels))
 
     def row(self, model: str, step: str, pixels: int) -> dict[str, Any] | None:

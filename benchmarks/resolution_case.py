@@ -22,10 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.memory import peak_bytes
 from benchmarks.random_model import random_model
 from benchmarks.timing import FEWEST, paced
+from gspn_dit.arguments import CompileMode
 from gspn_dit.diffusion import Batch, create_objective
 from gspn_dit.layers.chunks import Chunk
 from gspn_dit.layers.windows import Window
 from gspn_dit.models import DiT
+from gspn_dit.models.compiled_blocks import compile_blocks
 from gspn_dit.models.latent_model import LatentModel
 
 LONGEST_WHOLE = 10.0  # seconds of a call; a model that takes longer is put together from its blocks
@@ -46,6 +48,7 @@ class Case:
         compiled: Whether the blocks go through torch.compile.
         device, threads: cpu or cuda; threads of the CPU.
         repeats: The most calls timed.
+        compile_mode: How blocks are compiled, if they are.
     """
 
     model: str
@@ -59,11 +62,13 @@ class Case:
     threads: int = 2
     repeats: int = 15
     overrides: dict[str, Any] = field(default_factory=dict)
+    compile_mode: CompileMode = "default"
 
     @property
     def settings(self) -> str:
         """The settings in words."""
-        return f"{self.dtype}, {'compiled' if self.compiled else 'eager'}"
+        mode = "" if self.compile_mode == "default" else f" with {self.compile_mode}"
+        return f"{self.dtype}, {f'compiled{mode}' if self.compiled else 'eager'}"
 
     @property
     def key(self) -> str:
@@ -128,7 +133,7 @@ def model_of(case: Case) -> LatentModel:
     if isinstance(model, DiT):
         add_positions_in_the_stream_dtype(model)
     if case.compiled:
-        model.compile_repeated_blocks(dynamic=False)
+        compile_blocks(model, case.compile_mode)
     return model
 
 

@@ -14,6 +14,9 @@ MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 Switch = bool | Literal["auto"]
 """Whether to do what only changes speed; `auto` leaves it to a rule (:mod:`gspn_dit.launches`)."""
 
+CompileMode = Literal["default", "max-autotune"]
+"""How blocks are compiled: see :mod:`gspn_dit.models.compiled_blocks`."""
+
 
 def check_switch(argument: str, value: object) -> None:
     """Raise :class:`InputError` for what is no :data:`Switch`."""

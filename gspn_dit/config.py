@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from gspn_dit.arguments import MixedPrecision, Switch, check_guidance, check_num_inference_steps
+from gspn_dit.arguments import CompileMode, MixedPrecision, Switch, check_guidance, check_num_inference_steps
 from gspn_dit.data.sources import SOURCES, split_name
 from gspn_dit.evaluation.classifiers import check_features
 from gspn_dit.options import parse, require
@@ -107,6 +107,8 @@ class TrainingConfig:
         gradient_checkpointing: Recompute blocks in the backward pass to save memory.
         compile: Run the model's blocks through torch.compile; `auto` does so on CUDA in runs that are long enough to
             pay for it.
+        compile_mode: How they are compiled: `default`, or `max-autotune`, which times every product with what follows
+            it in several ways on the device at hand; it takes much longer to compile, and has not run on a GPU yet.
         cuda_graph: Replay a step's forward and backward pass as a CUDA graph; `auto` does so where a small model waits
             for its launches. Off by default: it has not run on a GPU yet.
         log_every: Steps between lines in metrics.csv and the trackers.
@@ -132,6 +134,7 @@ class TrainingConfig:
     mixed_precision: MixedPrecision = "auto"
     gradient_checkpointing: bool = False
     compile: Switch = "auto"
+    compile_mode: CompileMode = "default"
     cuda_graph: Switch = False
     log_every: int = 100
     sample_every: int = 10_000

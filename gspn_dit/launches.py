@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gspn_dit.arguments import Switch
+from gspn_dit.arguments import CompileMode, Switch
 
 if TYPE_CHECKING:
     from gspn_dit.models.latent_model import LatentModel
@@ -34,6 +34,7 @@ COMPILED_SHARE = 1.215 / 1.684  # of a block's time, gspn-dit-xl-2 on an H100 (d
 # The repeated blocks of Flux, forward alone, compile in 9.6 s on an H100 (PyTorch's blog, "torch.compile and
 # Diffusers"). With the backward pass three times that is reckoned with, and twice for what nobody has measured.
 COMPILE_SECONDS = 2 * 3 * 9.6
+TUNING = 5  # times as long, for some twenty kernels of each product are compiled and timed; not measured
 CAPTURE_SECONDS = 0.3  # three forwards, a wait for the GPU, and the cache of memory emptied; not measured
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,9 @@ def work_of(model: LatentModel, latents: Sequence[int], training: bool = False) 
     return Work(len(model.blocks), sum(p.numel() for p in model.blocks.parameters()), tokens, training)
 
 
-def compile_pays(work: Work, steps: int, graphed: bool, passes: int = 1) -> tuple[bool, str]:
+def compile_pays(
+    work: Work, steps: int, graphed: bool, passes: int = 1, mode: CompileMode = "default"
+) -> tuple[bool, str]:
     """Whether steps that are still to do save more than compiling the blocks costs, and the two in words.
 
     Args:
@@ -119,11 +122,11 @@ def compile_pays(work: Work, steps: int, graphed: bool, passes: int = 1) -> tupl
         steps: How many are left.
         graphed: Whether a step is a CUDA graph, so that the host's launches cost nothing any more.
         passes: Forward and backward passes in a step.
+        mode: How blocks are compiled; `max-autotune` is reckoned to save no more and to take longer.
     """
     saved = (1 - COMPILED_SHARE) * passes * work.step_seconds(graphed) * steps
-    pays = saved > COMPILE_SECONDS
-    found = f"{steps:,} steps save about {in_time(saved)}, compiling takes about {in_time(COMPILE_SECONDS)}"
-    return pays, found
+    takes = COMPILE_SECONDS * (TUNING if mode == "max-autotune" else 1)
+    return saved > takes, f"{steps:,} steps save about {in_time(saved)}, compiling takes about {in_time(takes)}"
 
 
 def calls_before_capture(work: Work) -> int | None:

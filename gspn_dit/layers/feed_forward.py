@@ -71,7 +71,13 @@ class FeedForward(nn.Module):
 
 
 class SquaredReLU(nn.Module):
-    """max(x, 0)², the activation of Primer (arXiv 2109.08668)."""
+    """max(x, 0)², the activation of Primer (arXiv 2109.08668).
+
+    Attributes:
+        fusable: Whether torch.compile may make it a part of the product before it, which it can of the composition.
+    """
+
+    fusable: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return squared_relu(x)
+        return squared_relu(x, as_composition=self.fusable and torch.compiler.is_compiling())

@@ -5,11 +5,14 @@ where Triton is missing or does not work, and on other makers' devices; elsewher
 computes the same in float32 and rounds once, at the end, where the composition rounds after each step. GSPN_DIT_FUSED=0
 in the environment turns the kernels off.
 
-A map is (B, H, W, C). Shift, scale and gate are (B, 1, 1, C) or (1, 1, 1, C); of other shapes that broadcast, or of a
-branch in another shape than x, the composition runs everywhere.
+A map is (B, H, W, C). A modulation is the vectors that a pass needs, in the order gate, shift, scale: as one tensor
+(B, 1, 1, n, C) or (1, 1, 1, n, C), and maybe a second one, the offset, that is to be added to it; or as n tensors that
+broadcast with the map. Of the latter, and of a branch in another shape than x, the composition runs everywhere.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,39 +22,64 @@ from gspn_dit.layers.norm import without_autocast
 from gspn_dit.ops.passes import take
 
 EPSILON = 1e-6
+PASSES = (2, 3, 1)  # vectors of a block's three passes: shift and scale; gate, shift and scale; gate
+
+Modulation = Tensor | Sequence[Tensor]
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulations(x: Tensor, modulation: Tensor, offset: Tensor | None = None) -> list[tuple[Modulation, Tensor | None]]:
+    """What the three passes of a block over the map x take for `modulation` and `offset`.
+
+    An offset is added once for all three, unless each of their kernels does so by the way.
+
+    Args:
+        x: The block's input.
+        modulation: Shift, scale and gate of one half, then of the other, (B, 1, 1, 6, C).
+        offset: What the block adds to it, (B, 1, 1, 6, C) or (1, 1, 1, 6, C).
+    """
+    if take(x, modulation, offset):
+        offsets = (None,) * len(PASSES) if offset is None else offset.split(PASSES, -2)
+        return list(zip(modulation.split(PASSES, -2), offsets, strict=True))
+    vectors = _vectors(modulation, offset)
+    return [(vectors[:2], None), (vectors[2:5], None), (vectors[5:], None)]
+
+
+def modulated_norm(x: Tensor, modulation: Modulation, offset: Tensor | None = None) -> Tensor:
     """Adaptive LayerNorm (DiT, arXiv 2212.09748, section 3.2): a norm over channels, times 1 + scale, plus shift."""
-    if take(x, shift, scale):
+    if take(x, modulation, offset):
         from gspn_dit.ops.passes import operators
 
-        return operators.modulated_norm(x, _vectors(shift, x), _vectors(scale, x))[0]
+        return operators.modulated_norm(x, _of_each(x, modulation), _of_each(x, offset))[0]
+    shift, scale = _vectors(modulation, offset)
     return _layer_norm(x) * (1 + scale) + shift
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+def gated_residual(x: Tensor, branch: Tensor, modulation: Modulation, offset: Tensor | None = None) -> Tensor:
     """x + gate · branch, the end of half a block."""
-    if branch.shape == x.shape and take(x, gate):
+    if branch.shape == x.shape and take(x, modulation, offset):
         from gspn_dit.ops.passes import operators
 
-        return operators.gated_residual(x, branch, _vectors(gate, x))
+        return operators.gated_residual(x, branch, _of_each(x, modulation), _of_each(x, offset))
+    (gate,) = _vectors(modulation, offset)
     return x + gate * branch
 
 
-def gated_residual_norm(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def gated_residual_norm(
+    x: Tensor, branch: Tensor, modulation: Modulation, offset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x + gate · branch, and its modulated norm: the end of half a block and the start of the next."""
-    if branch.shape == x.shape and take(x, gate, shift, scale):
+    if branch.shape == x.shape and take(x, modulation, offset):
         from gspn_dit.ops.passes import operators
 
-        return operators.gated_residual_norm(x, branch, *(_vectors(part, x) for part in (gate, shift, scale)))[:2]
-    total = gated_residual(x, branch, gate)
-    return total, modulated_norm(total, shift, scale)
+        return operators.gated_residual_norm(x, branch, _of_each(x, modulation), _of_each(x, offset))[:2]
+    gate, *others = _vectors(modulation, offset)
+    total = gated_residual(x, branch, [gate])
+    return total, modulated_norm(total, others)
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)², the activation of Primer (arXiv 2109.08668), of a tensor of any shape."""
-    if take(x):
+def squared_relu(x: Tensor, as_composition: bool = False) -> Tensor:
+    """max(x, 0)², the activation of Primer (arXiv 2109.08668), of a tensor of any shape; by no kernel if so asked."""
+    if not as_composition and take(x):
         from gspn_dit.ops.passes import operators
 
         return operators.squared_relu(x)
@@ -84,6 +112,16 @@ def _layer_norm(x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=EPSILON)
 
 
-def _vectors(part: Tensor, x: Tensor) -> Tensor:
-    """A modulation's part as one vector for each image of x, (B, C), a view."""
-    return part.expand(len(x), *part.shape[1:]).view(len(x), x.shape[-1])
+def _vectors(modulation: Modulation, offset: Tensor | None) -> Sequence[Tensor]:
+    """A modulation, with its offset added, as tensors that broadcast with the map."""
+    if not isinstance(modulation, Tensor):
+        return modulation
+    return (modulation if offset is None else modulation + offset).unbind(-2)
+
+
+def _of_each(x: Tensor, vectors: Modulation | None) -> Tensor | None:
+    """A modulation that :func:`take` takes, or its offset, for each image of x: (B, n, C), a view."""
+    if vectors is None:
+        return None
+    assert isinstance(vectors, Tensor)
+    return vectors.expand(len(x), *vectors.shape[1:]).view(len(x), *vectors.shape[-2:])

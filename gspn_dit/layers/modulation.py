@@ -21,5 +21,4 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, zero=True))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(modulated_norm(x, shift, scale))
+        return self.linear(modulated_norm(x, self.adaLN_modulation(condition).unflatten(-1, (2, -1))))

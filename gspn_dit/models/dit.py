@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gspn_dit.errors import InputError
 from gspn_dit.layers.embeddings import LabelEmbedding, TimestepEmbedding, sincos_positions
 from gspn_dit.layers.feed_forward import FeedForward
-from gspn_dit.layers.fused import gated_residual, gated_residual_norm, modulated_norm
+from gspn_dit.layers.fused import gated_residual, gated_residual_norm, modulated_norm, modulations
 from gspn_dit.layers.linear import linear
 from gspn_dit.layers.modulation import FinalLayer
 from gspn_dit.models.latent_model import LatentModel, check_one_each, require_count
@@ -122,10 +122,10 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, zero=True))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        y = self.attn(modulated_norm(x, shift1, scale1))
-        x, y = gated_residual_norm(x, y, gate1, shift2, scale2)
-        return gated_residual(x, self.mlp(y), gate2)
+        first, second, last = modulations(x, self.adaLN_modulation(condition).unflatten(-1, (6, -1)))
+        y = self.attn(modulated_norm(x, *first))
+        x, y = gated_residual_norm(x, y, *second)
+        return gated_residual(x, self.mlp(y), *last)
 
 
 class Attention(nn.Module):

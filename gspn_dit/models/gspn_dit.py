@@ -13,7 +13,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.layers.chunks import Chunk, as_windows, chunk_by_layer
 from gspn_dit.layers.embeddings import LabelEmbedding, TimestepEmbedding
 from gspn_dit.layers.feed_forward import FeedForward, SquaredReLU
-from gspn_dit.layers.fused import gated_residual, gated_residual_norm, modulated_norm
+from gspn_dit.layers.fused import gated_residual, gated_residual_norm, modulated_norm, modulations
 from gspn_dit.layers.linear import linear
 from gspn_dit.layers.mixers import MIXERS, Mixer, Projections
 from gspn_dit.models.latent_model import LatentModel, check_one_each, require_count
@@ -145,11 +145,10 @@ class GSPNDiTBlock(nn.Module):
         self.modulation = nn.Sequential(linear(rank, 6 * width, zero=True), nn.Unflatten(-1, (6, width)))
 
     def forward(self, x: Tensor, modulation: Tensor, block_condition: Tensor, chunk: Chunk = None) -> Tensor:
-        modulation = modulation + self.modulation(block_condition)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(-2)
-        y = self.mixer(modulated_norm(x, shift1, scale1), chunk)
-        x, y = gated_residual_norm(x, y, gate1, shift2, scale2)
-        return gated_residual(x, self.mlp(y), gate2)
+        first, second, last = modulations(x, modulation, self.modulation(block_condition))
+        y = self.mixer(modulated_norm(x, *first), chunk)
+        x, y = gated_residual_norm(x, y, *second)
+        return gated_residual(x, self.mlp(y), *last)
 
 
 class SharedFinalLayer(nn.Module):
@@ -161,5 +160,4 @@ class SharedFinalLayer(nn.Module):
         self.linear = linear(width, patch_values, zero=True)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        shift, scale = (modulation[..., :2, :] + self.modulation_offset).unbind(-2)
-        return self.linear(modulated_norm(x, shift, scale))
+        return self.linear(modulated_norm(x, modulation[..., :2, :], self.modulation_offset[None, None, None]))

@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager
 import torch
 from accelerate.utils import gather_object
 
-from gspn_dit.arguments import Switch
+from gspn_dit.arguments import CompileMode, Switch
 from gspn_dit.cuda_graphs import reason_of
 from gspn_dit.errors import InputError, warn
 from gspn_dit.launches import Choice, Work, compile_pays
+from gspn_dit.models.compiled_blocks import compile_blocks
 from gspn_dit.models.latent_model import LatentModel
 
 # Of a model of the same kind as another: the fewest blocks that every family takes, the last one with global scans.
@@ -30,6 +31,7 @@ def choose_compile(
     graphed: bool,
     passes: int = 1,
     rehearse: Callable[[], None] | None = None,
+    mode: CompileMode = "default",
 ) -> Choice:
     """Whether to compile: what is asked for, or for `auto` where it pays and torch can. Every process calls this.
 
@@ -42,18 +44,20 @@ def choose_compile(
         passes: Passes in a step.
         rehearse: Compiles and runs blocks of the model, as :func:`rehearse_blocks`; for `auto`, which goes on without
             where that fails, with a warning.
+        mode: `training.compile_mode`.
 
     Raises :class:`InputError` if compiling is asked for on a GPU, and torch cannot.
     """
 
     def choice(on: bool, reason: str) -> Choice:
-        return Choice("compile", asked, on, reason, "blocks are compiled", "blocks are not compiled")
+        doing = "blocks are compiled" + (f" with {mode}" if mode != "default" else "")
+        return Choice("compile", asked, on, reason, doing, "blocks are not compiled")
 
     if device.type != "cuda":
         return choice(asked is True, "" if asked != "auto" else f"on {device.type}")
     if asked is False:
         return choice(False, "")
-    pays, found = compile_pays(work, steps, graphed, passes)
+    pays, found = compile_pays(work, steps, graphed, passes, mode)
     if asked == "auto" and not pays:
         return choice(False, found)
     reason = _first_of_all(why_no_compile(device))
@@ -88,7 +92,10 @@ def failure_of(work: Callable[[], object]) -> str | None:
 
 
 def rehearse_blocks(
-    model: LatentModel, latents: Sequence[int], autocast: Callable[[], AbstractContextManager[object]]
+    model: LatentModel,
+    latents: Sequence[int],
+    autocast: Callable[[], AbstractContextManager[object]],
+    mode: CompileMode = "default",
 ) -> None:
     """Compile new blocks of a model's kind and width, SMALLEST["depth"], and run them forward and backward once.
 
@@ -98,12 +105,13 @@ def rehearse_blocks(
         model: What will be trained; it stays as it is.
         latents: The shape (B, C, h, w) of what it will be called with.
         autocast: Makes the context in which it will be called.
+        mode: How its blocks will be compiled.
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         smaller = {name: number for name, number in SMALLEST.items() if name in model.config}
         small = type(model).from_config({**model.config, **smaller}).to(device).train()
-        small.compile_repeated_blocks(dynamic=False)
+        compile_blocks(small, mode)
         x, timesteps = torch.zeros(*latents, device=device), torch.zeros(latents[0], device=device)
         with autocast():
             y = small(x, timesteps, **small.example_condition(latents[0]))

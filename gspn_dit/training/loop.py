@@ -38,6 +38,7 @@ from gspn_dit.inference.loading import pipeline_of
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.inference.run_description import RunDescription
 from gspn_dit.launches import Choice, work_of
+from gspn_dit.models.compiled_blocks import compile_blocks
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.processes import SharedInputError, agreed_precision, on_every_process, on_main_process
 from gspn_dit.progress import figure, progress
@@ -263,7 +264,8 @@ def choose_speed(run: Run, model: LatentModel, checkpoint: Checkpoint | None) ->
             steps,
             graph.on,
             passes,
-            lambda: rehearse_blocks(model, latents, accelerator.autocast),
+            lambda: rehearse_blocks(model, latents, accelerator.autocast, options.compile_mode),
+            options.compile_mode,
         )
     )
     if accelerator.is_main_process:
@@ -295,7 +297,7 @@ def prepare(run: Run, model: LatentModel, is_new: bool, compiled: bool | None = 
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if options.compile is True if compiled is None else compiled:
-        model.compile_repeated_blocks(dynamic=False)  # a run's batches are of one shape
+        compile_blocks(model, options.compile_mode)  # a run's batches are of one shape
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=options.learning_rate,

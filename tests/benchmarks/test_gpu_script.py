@@ -158,6 +158,20 @@ def test_each_part_has_four_minutes_unless_it_is_told_otherwise(script):
     assert f"--data fashion --state {script.out}/elsewhere" in runs[1]
 
 
+def test_the_mode_of_compiling_is_passed_on_and_measured_beside_the_default(script):
+    script("budget", "models")
+    done, calls = script("--max-autotune", "budget", "models")
+    assert (done.returncode, calls) == (
+        0,
+        ["gspn_dit.ops", *["benchmarks.block_budget"] * 4, "benchmarks.resolution"],
+    )
+    whole = script.whole.read_text().splitlines()
+    budgets = [line for line in whole if "block_budget" in line]
+    assert ["--compile-mode default" in line for line in budgets] == [True] * 4 + [False] * 4
+    assert all("--compile-mode max-autotune" in line and line.endswith("-tuned.md") for line in budgets[4:])
+    assert ["--max-autotune true" in line for line in whole if "benchmarks.resolution" in line] == [False, True]
+
+
 def test_a_training_goes_on_each_time(script):
     for _ in range(2):
         done, calls = script("train")

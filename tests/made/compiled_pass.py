@@ -32,12 +32,11 @@ class Compiled:
 def kernels_of_a_block(channels: int, capability: int, folder: Path) -> dict[str, Compiled]:
     """All passes of a block over bfloat16 maps of 16 × 16 tokens, forward and backward, by name."""
     block = triton.next_power_of_2(channels)
-    norms = dict.fromkeys(("tokens", "channels", "gate_stride", "scale_stride"), COUNT)
+    norms = dict.fromkeys(("tokens", "channels", "modulation_stride", "offset_stride"), COUNT) | dict(OFFSET=True)
     forward = norms | dict(
-        dict.fromkeys(("x", "branch", "gate", "shift", "scale", "total", "y"), MAP),
+        dict.fromkeys(("x", "branch", "modulation", "offset", "total", "y"), MAP),
         mean=SUMS,
         inverse=SUMS,
-        shift_stride=COUNT,
         RESIDUAL=True,
         NORM=True,
         EPS=norm.EPSILON,
@@ -46,7 +45,7 @@ def kernels_of_a_block(channels: int, capability: int, folder: Path) -> dict[str
     )
     backward = norms | dict(
         dict.fromkeys(
-            ("total", "branch", "gate", "scale", "grad_total", "grad_y", "grad_x", "grad_branch"),
+            ("total", "branch", "modulation", "offset", "grad_total", "grad_y", "grad_x", "grad_branch"),
             MAP,
         ),
         mean=SUMS,
@@ -63,12 +62,12 @@ def kernels_of_a_block(channels: int, capability: int, folder: Path) -> dict[str
     conv = filters | dict(x=MAP, weight=MAP, bias=MAP, y=MAP, TURNED=False, ROWS=convolution.ROWS)
     weights = filters | dict(x=MAP, grad=MAP, sums=SUMS, rows=COUNT, rows_each=COUNT)
     elements = dict(x=MAP, count=COUNT, BLOCK=activation.BLOCK)
-    no_residual = dict(RESIDUAL=False, branch=None, gate=None)
-    no_norm = dict(NORM=False, scale=None, mean=None, inverse=None)
+    no_residual = dict(RESIDUAL=False, branch=None)
+    no_norm = dict(NORM=False, mean=None, inverse=None)
     calls: dict[str, tuple[Any, dict[str, Any], int]] = {
         "gated_residual_norm": (norm.norm_forward, forward, norm.WARPS),
         "modulated_norm": (norm.norm_forward, forward | no_residual | dict(total=None), norm.WARPS),
-        "gated_residual": (norm.norm_forward, forward | no_norm | dict(y=None, shift=None), norm.WARPS),
+        "gated_residual": (norm.norm_forward, forward | no_norm | dict(y=None), norm.WARPS),
         "gated_residual_norm backward": (norm.norm_backward, backward, norm.WARPS),
         "modulated_norm backward": (
             norm.norm_backward,

@@ -59,52 +59,71 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def modulation(batch: int, channels: int, parts: int, dtype: torch.dtype) -> list[Tensor]:
-    """Parts of one modulation, (B, 1, 1, C) each, as a block has them: not contiguous."""
-    return list(random(batch, 1, 1, parts, channels, dtype=dtype).unbind(-2))
+def modulation(batch: int, channels: int, vectors: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A pass's part of a modulation, (B, 1, 1, n, C), as a block has it: not contiguous."""
+    return random(batch, 1, 1, 6, channels, dtype=dtype)[..., 1 : 1 + vectors, :]
 
 
+@pytest.mark.parametrize("with_offset", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", MAPS)
-def test_norms_and_residuals(shape, dtype):
-    gate, shift, scale = modulation(shape[0], shape[-1], 3, dtype)
+def test_norms_and_residuals(shape, dtype, with_offset):
     x, branch = random(*shape, dtype=dtype), random(*shape, dtype=dtype).flip(0, 1) + 1
-    compare(fused.modulated_norm, x, shift, scale)
-    compare(fused.gated_residual, x, branch, gate)
-    compare(fused.gated_residual_norm, x, branch, gate, shift, scale)
+    for function, *maps, vectors in (
+        (fused.modulated_norm, x, 2),
+        (fused.gated_residual, x, branch, 1),
+        (fused.gated_residual_norm, x, branch, 3),
+    ):
+        given = modulation(shape[0], shape[-1], vectors, dtype)
+        compare(function, *maps, given, given.flip(0, -1) if with_offset else None)
 
 
 def test_many_tokens_are_several_slices_of_several_tiles(monkeypatch):
     monkeypatch.setattr(norm, "FORWARD_TILE", 64)
     monkeypatch.setattr(norm, "BACKWARD_TILE", 64)
-    test_norms_and_residuals((2, 5, 9, 17), torch.float32)
+    test_norms_and_residuals((2, 5, 9, 17), torch.float32, True)
 
 
 def test_a_modulation_may_be_expanded_and_of_another_dtype():
     x, branch = random(3, 4, 4, 24, dtype=torch.bfloat16), random(3, 4, 4, 24, dtype=torch.bfloat16)
-    shift, scale, gate = (part.expand(3, 1, 1, 24) for part in modulation(1, 24, 3, torch.float32))
-    compare(fused.modulated_norm, x, shift, scale)
-    compare(fused.gated_residual_norm, x.float(), branch, gate.bfloat16(), shift, scale)
+    one, offset = modulation(1, 24, 3), modulation(3, 24, 3, torch.bfloat16)
+    given = one.expand(3, 1, 1, 3, 24)
+    compare(fused.modulated_norm, x, given[..., :2, :])
+    compare(fused.modulated_norm, x, offset[..., :2, :], one[..., :2, :])
+    compare(fused.gated_residual_norm, x.float(), branch, given, offset)
     with kernels():
-        assert fused.modulated_norm(x, shift, scale).dtype == torch.float32
-        assert fused.gated_residual(x, branch, gate.bfloat16()).dtype == torch.bfloat16
-        one = fused.modulated_norm(x, shift[:1], scale[:1])
-        assert torch.equal(one, fused.modulated_norm(x, shift, scale))
+        assert fused.modulated_norm(x, given[..., :2, :]).dtype == torch.float32
+        assert fused.modulated_norm(x, offset[..., :2, :], one[..., :2, :]).dtype == torch.float32
+        assert fused.gated_residual(x, branch, offset[..., :1, :]).dtype == torch.bfloat16
+        for each, every in zip(*(fused.gated_residual_norm(x, branch, some) for some in (one, given)), strict=True):
+            assert torch.equal(each, every)
+
+
+def test_an_offset_is_added_before_anything_is_rounded():
+    """A bfloat16 gate of 256 + 1, which its type has no number for, times a branch of 1."""
+    x, ones = torch.zeros(1, 2, 2, 8, dtype=torch.bfloat16), torch.ones(1, 2, 2, 8)
+    gate, offset = (torch.full((1, 1, 1, 1, 8), value, dtype=torch.bfloat16) for value in (256, 1))
+    with kernels():
+        assert (fused.gated_residual(x, ones, gate, offset) == 257).all()
+
+
+def test_vectors_of_an_image_may_lie_anywhere():
+    x, branch = random(2, 3, 3, 16), random(2, 3, 3, 16).flip(0)
+    given = random(2, 1, 1, 16, 3).transpose(-1, -2)
+    compare(fused.gated_residual_norm, x, branch, given, random(3, 2, 1, 1, 16).permute(1, 2, 3, 0, 4))
 
 
 def test_a_permuted_map():
-    gate, shift, scale = modulation(2, 16, 3, torch.float32)
     x = random(2, 16, 5, 3).permute(0, 2, 3, 1)
-    compare(fused.gated_residual_norm, x, random(2, 5, 3, 16), gate, shift, scale)
+    compare(fused.gated_residual_norm, x, random(2, 5, 3, 16), modulation(2, 16, 3))
     compare(fused.depthwise_conv, x, random(16, 1, 3, 3), random(16))
     compare(fused.squared_relu, x)
 
 
 def test_either_result_may_go_unused():
-    gate, shift, scale = modulation(2, 16, 3, torch.float32)
-    x, branch = random(2, 4, 4, 16), random(2, 4, 4, 16).flip(0)
+    x, branch, given = random(2, 4, 4, 16), random(2, 4, 4, 16).flip(0), modulation(2, 16, 3)
     for use in (0, 1):
-        compare(lambda *operands, use=use: fused.gated_residual_norm(*operands)[use], x, branch, gate, shift, scale)
+        compare(lambda *operands, use=use: fused.gated_residual_norm(*operands)[use], x, branch, given, given.flip(0))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -118,8 +137,7 @@ def test_nan_shows():
     x[0, 0, 0, 3] = torch.nan
     with kernels():
         assert fused.squared_relu(x).isnan().sum() == 1
-        shift, scale = modulation(1, 16, 2, torch.float32)
-        assert fused.modulated_norm(x, shift, scale).isnan().sum() == 16
+        assert fused.modulated_norm(x, modulation(1, 16, 2)).isnan().sum() == 16
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -163,15 +181,21 @@ def test_a_model_and_its_gradients(name):
 
 def test_operators_are_sound():
     """Schemas, fake kernels and autograd registrations, as torch checks them."""
-    gate, shift, scale = (part[:, 0, 0].contiguous().requires_grad_() for part in modulation(2, 16, 3, torch.float32))
     x, branch = random(2, 3, 3, 16).requires_grad_(), random(2, 3, 3, 16).requires_grad_()
+    one, two, three = (modulation(2, 16, vectors)[:, 0, 0].requires_grad_() for vectors in (1, 2, 3))
     checks = ("test_schema", "test_autograd_registration")
     with kernels():
         for operator, operands in {
-            operators.modulated_norm: (x, shift, scale),
-            operators.gated_residual: (x, branch, gate),
-            operators.gated_residual_norm: (x, branch, gate, shift, scale),
+            operators.modulated_norm: (x, two),
+            operators.gated_residual: (x, branch, one),
+            operators.gated_residual_norm: (x, branch, three),
             operators.squared_relu: (x,),
             operators.depthwise_conv: (x, random(16, 1, 3, 3).requires_grad_(), random(16).requires_grad_()),
+        }.items():
+            torch.library.opcheck(operator, operands, test_utils=checks)
+        for operator, operands in {
+            operators.modulated_norm: (x, two, two.detach().clone().requires_grad_()),
+            operators.gated_residual: (x, branch, one, one.detach().clone().requires_grad_()),
+            operators.gated_residual_norm: (x, branch, three, three.detach().clone().requires_grad_()),
         }.items():
             torch.library.opcheck(operator, operands, test_utils=checks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import operator
 import os
 import re
 import subprocess
@@ -35,12 +36,27 @@ def test_torch_compile_does_not_look_into_what_a_gpu_is():
 
 def test_the_composition_is_what_it_says():
     x, branch = torch.randn(2, 3, 5, 16), torch.randn(2, 3, 5, 16)
-    gate, shift, scale = torch.randn(2, 1, 1, 3, 16).unbind(-2)
-    total, y = fused.gated_residual_norm(x, branch, gate, shift, scale)
-    assert torch.equal(total, fused.gated_residual(x, branch, gate))
+    modulation = torch.randn(2, 1, 1, 3, 16)
+    gate, shift, scale = modulation.unbind(-2)
+    total, y = fused.gated_residual_norm(x, branch, modulation)
+    assert torch.equal(total, fused.gated_residual(x, branch, [gate]))
     normal = (total - total.mean(-1, keepdim=True)) / (total.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(y, normal * (1 + scale) + shift)
-    assert torch.equal(y, fused.modulated_norm(total, shift, scale))
+    assert torch.equal(y, fused.modulated_norm(total, modulation[..., 1:, :]))
+
+
+def test_an_offset_is_added_to_the_modulation_of_each_pass():
+    x, branch = torch.randn(2, 3, 5, 16), torch.randn(2, 3, 5, 16)
+    modulation, offset = torch.randn(2, 1, 1, 6, 16), torch.randn(1, 1, 1, 6, 16)
+
+    def block(first, second, last):
+        total, y = fused.gated_residual_norm(x, fused.modulated_norm(x, *first) * branch, *second)
+        return fused.gated_residual(total, y, *last)
+
+    y = block(*fused.modulations(x, modulation, offset))
+    assert torch.equal(y, block(*fused.modulations(x, modulation + offset)))
+    assert torch.equal(y, block(*zip(modulation.split((2, 3, 1), -2), offset.split((2, 3, 1), -2), strict=True)))
+    assert not torch.equal(y, block(*fused.modulations(x, modulation)))
 
 
 @pytest.fixture
@@ -123,13 +139,16 @@ def test_kernels_are_tried_while_torch_compile_traces(tried):
 def test_modulations_that_are_no_vectors_are_left_to_the_composition(gpu, tried):
     tried(lambda x: x.relu().square())
     x = gpu(64, 32, 32, 64)
-    for shape in (64, 1, 1, 64), (1, 1, 1, 64):
-        assert take(x, gpu(*shape))
-    for shape in (64, 32, 32, 64), (64, 1, 32, 64), (64, 1, 1, 1), (1, 64), (64,), (1, 1, 64), ():
-        assert not take(x, gpu(64, 1, 1, 64), gpu(*shape))
-        assert fused.modulated_norm(x, gpu(64, 1, 1, 64), gpu(*shape)).shape == x.shape
-        assert fused.gated_residual_norm(x, x, *[gpu(*shape)] * 3)[1].shape == x.shape
-    assert fused.gated_residual(x, gpu(1, 32, 32, 64), gpu(1, 1, 1, 64)).shape == x.shape  # a branch of another shape
+    for shape in (64, 1, 1, 3, 64), (1, 1, 1, 3, 64):
+        assert take(x, gpu(*shape)) and take(x, gpu(*shape), gpu(1, 1, 1, 3, 64)) and take(x, gpu(*shape), None)
+    for shape in (64, 32, 32, 3, 64), (64, 1, 32, 3, 64), (64, 1, 1, 3, 1), (3, 64), (1, 1, 3, 64):
+        assert not take(x, gpu(*shape)) and not take(x, gpu(1, 1, 1, 3, 64), gpu(*shape))
+        assert fused.gated_residual_norm(x, x, gpu(*shape))[1].shape == x.shape
+        assert fused.gated_residual_norm(x, x, gpu(64, 1, 1, 3, 64), gpu(*shape))[1].shape == x.shape
+    for shape in (64, 1, 1, 64), (64, 32, 32, 64), (1, 64), (64,), (1,), ():
+        assert not take(x, [gpu(*shape)] * 2)
+        assert fused.modulated_norm(x, [gpu(*shape)] * 2).shape == x.shape
+    assert fused.gated_residual(x, gpu(1, 32, 32, 64), gpu(1, 1, 1, 1, 64)).shape == x.shape  # a branch's other shape
     assert not take(gpu()) and fused.squared_relu(gpu()).shape == ()
 
 
@@ -156,6 +175,37 @@ with FakeTensorMode(), torch.device("cuda"):
         environment = os.environ | {"GSPN_DIT_FUSED": value}
         done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.split() == answer.split()
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["gspn-dit-ti-2", "dit-ti-2"])
+def test_a_compiled_block_hands_views_of_its_modulation_to_the_passes(name, monkeypatch):
+    """Between the model's modulation, or the linear layer of the block's own, and a pass nothing is computed."""
+    monkeypatch.setattr(fused, "take", lambda x, *modulations: True)
+    block, operands = block_and_operands(name)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        raise NotImplementedError("nothing is to be run")
+
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        torch.compile(block, backend=backend, fullgraph=True)(*operands)
+    found = []
+    for node in graphs[0].graph.nodes:
+        if "norm" in str(node.target) or "gated" in str(node.target):
+            maps = 1 if node.target is torch.ops.gspn_dit.modulated_norm.default else 2
+            found += [origin(operand) for operand in node.args[maps:] if operand is not None]
+    linear = "<built-in function linear>"
+    assert found == (["L_modulation_", linear] * 3 if name.startswith("gspn") else [linear] * 3)
+
+
+def origin(node):
+    """The target of what a node is a view of."""
+    while node.target in ("split", "expand", "view", "unflatten", operator.getitem):
+        node = node.args[0]
+    return str(node.target)
 
 
 @needs_triton
@@ -193,6 +243,31 @@ def test_machine_code_for_xl(capability, tmp_path):
             assert widths_but_128(code.stores) == (statistics if forward else {}), name
 
 
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.__version__.startswith("2.14"), reason="what a GPU is asked by another torch differs")
+@pytest.mark.parametrize("what", ["block", "tuned"])
+def test_what_torch_compile_generates_for_a_gpu(what):
+    """Of a block: its passes, and casts for the operator. Of its feed-forward half, tuned: two products, no more."""
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "made.code_for_a_gpu", what],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent)))},
+        capture_output=True,
+        text=True,
+    )
+    launched = re.findall(r"^ +(\w+)\.run\(", done.stdout, re.MULTILINE)
+    assert launched, done.stderr[-4000:]
+    if what == "block":
+        ours = [re.sub(r"_\d+$", "", name) for name in launched if not name.startswith("triton_")]
+        assert ours == ["norm_forward", "conv_forward", "norm_forward", "squared_relu_forward", "norm_forward"]
+        assert all("_to_copy" in name and "add" not in name for name in launched if name.startswith("triton_"))
+    else:
+        first, second = launched
+        assert first.startswith("triton_tem_fused_addmm_mul_relu") and second.startswith("triton_tem_fused_addmm")
+        assert "extern_kernels." not in done.stdout.partition("def call")[2]
+
+
 def widths_but_128(accesses):
     return {width: count for width, count in accesses.items() if width != 128}
 
@@ -201,7 +276,7 @@ MAP = (2, 16, 16, 192)
 DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
-def block_on_gpu(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+def block_and_operands(name: str) -> tuple[torch.nn.Module, list[torch.Tensor]]:
     torch.manual_seed(0)
     block = create_model(name, depth=2).blocks[0]
     for parameter in block.parameters():
@@ -210,7 +285,11 @@ def block_on_gpu(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, list[t
     condition = [torch.randn(2, 1, 1, 6, width), torch.randn(2, 1, 1, width // 4)]
     if name.startswith("dit"):
         condition = [torch.randn(2, 1, 1, width)]
-    operands = [torch.randn(MAP), *condition]
+    return block, [torch.randn(MAP), *condition]
+
+
+def block_on_gpu(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    block, operands = block_and_operands(name)
     return block.to("cuda", dtype), [operand.to("cuda", dtype).requires_grad_() for operand in operands]
 
 
@@ -268,16 +347,20 @@ def test_each_pass_on_a_gpu(shape, dtype, monkeypatch):
     monkeypatch.setattr(passes, "SMALLEST_EAGER", 0)
     torch.manual_seed(0)
     channels = shape[-1]
-    gate, shift, scale = torch.randn(shape[0], 1, 1, 3, channels, dtype=dtype).unbind(-2)
+    modulation, offset = torch.randn(2, shape[0], 1, 1, 6, channels, dtype=dtype)
+    first, second, last = zip(modulation.split(fused.PASSES, -2), offset.split(fused.PASSES, -2), strict=True)
     x, branch = torch.randn(2, *shape, dtype=dtype)
     weight, bias = torch.randn(channels, 1, 3, 3, dtype=dtype), torch.randn(channels, dtype=dtype)
-    for function, operands in {
-        fused.modulated_norm: (x, shift, scale),
-        fused.gated_residual: (x, branch, gate),
-        fused.gated_residual_norm: (x, branch, gate, shift, scale),
-        fused.squared_relu: (x,),
-        fused.depthwise_conv: (x, weight, bias),
-    }.items():
+    for function, *operands in (
+        (fused.modulated_norm, x, *first),
+        (fused.modulated_norm, x, first[0]),
+        (fused.gated_residual, x, branch, *last),
+        (fused.gated_residual, x, branch, last[0]),
+        (fused.gated_residual_norm, x, branch, *second),
+        (fused.gated_residual_norm, x, branch, second[0]),
+        (fused.squared_relu, x),
+        (fused.depthwise_conv, x, weight, bias),
+    ):
         exact = gradients(function, [operand.double() for operand in operands])
         for value, reference in zip(gradients(function, [o.cuda() for o in operands]), exact, strict=True):
             error = (value.cpu().double() - reference).abs().max() / reference.abs().max()

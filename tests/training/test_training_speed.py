@@ -185,6 +185,25 @@ def test_the_options(tmp_path, option, default):
         parse(Config, [f"--training.{option}", "often"], exit_on_error=False)
 
 
+def test_the_mode_is_one_of_two():
+    assert parse(Config, []).training.compile_mode == "default"
+    assert parse(Config, ["--training.compile_mode", "max-autotune"]).training.compile_mode == "max-autotune"
+    with pytest.raises(InputError, match=r"^--training\.compile-mode.*wanted default or max-autotune"):
+        parse(Config, ["--training.compile_mode", "reduce-overhead"], exit_on_error=False)
+
+
+def test_a_mode_that_takes_longer_to_compile_pays_later_and_is_said(compiler):
+    compiler(None)
+
+    def choice(asked, steps, mode):
+        return choose_compile(asked, CUDA, XL, steps, False, 1, None, mode)
+
+    assert choice("auto", 3_000, "default").on and not choice("auto", 3_000, "max-autotune").on
+    assert choice("auto", 400_000, "max-autotune").on
+    assert choice(True, 1, "max-autotune").doing == "blocks are compiled with max-autotune"
+    assert choice(True, 1, "default").doing == "blocks are compiled"
+
+
 class Model(torch.nn.Module):
     """Two weights, and a draw of its own."""
 
@@ -328,10 +347,13 @@ def test_a_training_by_graph_is_the_same_to_the_bit_and_goes_on_as_the_other(tmp
 
 @pytest.mark.usefixtures("as_a_command_says_it")
 def test_what_is_chosen_is_said_and_a_resume_may_choose_otherwise(tmp_path, store, monkeypatch, capsys):
+    def compile_(self, **options):
+        compiled.append((type(self).__name__, options["mode"]))
+
     def steps(last, on, reason, *changes):
         choice = lambda asked, *_: loop.Choice("compile", asked, on, reason, "compiled", "not compiled")  # noqa: E731
         monkeypatch.setattr(loop, "choose_compile", choice)
-        monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(type(self).__name__))
+        monkeypatch.setattr(torch.nn.Module, "compile", compile_)
         train(config(tmp_path / "run", store, "--resume", "auto", "--training.max_steps", last, *changes))
         AcceleratorState._reset_state(reset_partial_state=True)
         newest = list_checkpoints(tmp_path / "run")[-1]
@@ -346,11 +368,15 @@ def test_what_is_chosen_is_said_and_a_resume_may_choose_otherwise(tmp_path, stor
         ["changed since step-0000001: compile off → on: it pays", "compiled (compile auto: it pays)"],
         "auto",
     )
-    assert compiled == ["GSPNDiTBlock"] * 2  # the blocks, not the model
+    assert compiled == [("GSPNDiTBlock", "default")] * 2  # the blocks, not the model
     said, kept = steps(3, True, "", "--training.compile", "true")
     assert said[0].endswith("training.compile 'auto' → True") and said[1:] == ["compiled (compile true)"]
     assert kept is True
-    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3]
+    compiled.clear()
+    said, _ = steps(4, True, "", "--training.compile", "true", "--training.compile_mode", "max-autotune")
+    assert "changed since step-0000003: " in said[0] and "compile_mode 'default' → 'max-autotune'" in said[0]
+    assert compiled == [("GSPNDiTBlock", "max-autotune-no-cudagraphs")] * 2
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 @pytest.mark.usefixtures("as_a_command_says_it")

@@ -16,7 +16,7 @@ import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -38,11 +38,11 @@ WANTED = os.environ.get("GSPN_DIT_FUSED", "1") != "0"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def take(x: Tensor, *vectors: Tensor) -> bool:
+def take(x: Tensor, *modulations: Tensor | Sequence[Tensor] | None) -> bool:
     """Whether the kernels run on a map (..., C): on NVIDIA GPUs since Ampere, where Triton works, unless turned off.
 
-    Under torch.compile on maps of any size, else on those of at least SMALLEST_EAGER elements. Parts of a modulation
-    must be vectors for the images of x, (B, ..., C), in all as many dimensions: B or 1, then ones, then C.
+    Under torch.compile on maps of any size, else on those of at least SMALLEST_EAGER elements. A modulation, if it is
+    given, must be one tensor of vectors for the images of x.
     """
     return (
         x.device.type == "cuda"
@@ -52,18 +52,22 @@ def take(x: Tensor, *vectors: Tensor) -> bool:
         and 0 < x.shape[-1] <= MOST_CHANNELS
         and x.numel() > 0
         and (torch.compiler.is_compiling() or x.numel() >= SMALLEST_EAGER)
-        and all(is_vector(part, x) for part in vectors)
+        and all(given is None or are_vectors(given, x) for given in modulations)
         and runs_kernels(x.device)
     )
 
 
-def is_vector(part: Tensor, x: Tensor) -> bool:
-    """Whether a part of a modulation is one vector of channels for each image of x, or one for all."""
+def are_vectors(modulation: Tensor | Sequence[Tensor], x: Tensor) -> bool:
+    """Whether a modulation is some vectors of channels for each image of x (B, ..., C), or the same for all.
+
+    It has a dimension more than x: B or 1, then ones, then the number of vectors, then C.
+    """
     return (
-        part.dim() == x.dim() > 1
-        and part.shape[0] in (1, x.shape[0])
-        and part.shape[-1] == x.shape[-1]
-        and all(size == 1 for size in part.shape[1:-1])
+        isinstance(modulation, Tensor)
+        and modulation.dim() == x.dim() + 1 > 2
+        and modulation.shape[0] in (1, x.shape[0])
+        and modulation.shape[-1] == x.shape[-1]
+        and all(size == 1 for size in modulation.shape[1:-2])
     )
 
 

@@ -10,11 +10,14 @@ Backward, with g = (1 + scale) dy and means over the channels of the token:
 
 The sums run over the tokens of an image. A program adds up a slice of them, and `Tensor.sum` the slices, so the order
 is always the same. In a residual, t = x + gate · branch takes x's place, and dbranch = gate dt, dgate = Σ branch dt.
+
+Gate, shift and scale are the vectors of an image in a modulation, in this order, those that there are. Where an offset
+is given, of the same shape, it is added to them here, in float32; so both have the same gradient.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton
@@ -33,30 +36,42 @@ SLICE_TOKENS = 8  # at least, so that sums are small beside the map
 
 
 @triton.jit
-def _vector(vector, image, stride, channel, channels):
-    """A modulation vector's channels for an image, (1, BLOCK) in float32."""
-    pointer = vector + image.to(tl.int64) * stride + channel
-    return tl.load(pointer, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+def _vector(
+    modulation,
+    offset,
+    number: tl.constexpr,
+    image,
+    modulation_stride,
+    offset_stride,
+    channel,
+    channels,
+    OFFSET: tl.constexpr,
+):
+    """A vector of an image's modulation, (1, BLOCK) in float32."""
+    at, there = number * channels + channel, channel < channels
+    vector = tl.load(modulation + image.to(tl.int64) * modulation_stride + at, mask=there, other=0.0).to(tl.float32)
+    if OFFSET:
+        vector += tl.load(offset + image.to(tl.int64) * offset_stride + at, mask=there, other=0.0).to(tl.float32)
+    return vector[None, :]
 
 
 @triton.jit
 def norm_forward(
     x,
     branch,
-    gate,
-    shift,
-    scale,
+    modulation,
+    offset,
     total,
     y,
     mean,
     inverse,
     tokens,
     channels,
-    gate_stride,
-    shift_stride,
-    scale_stride,
+    modulation_stride,
+    offset_stride,
     RESIDUAL: tl.constexpr,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -72,7 +87,8 @@ def norm_forward(
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         added = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
-        value += _vector(gate, image, gate_stride, channel, channels) * added
+        gate = _vector(modulation, offset, 0, image, modulation_stride, offset_stride, channel, channels, OFFSET)
+        value += gate * added
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + at, rounded, mask=inside)
         value = rounded.to(tl.float32)  # the norm is of what the next layers read
@@ -80,8 +96,13 @@ def norm_forward(
         m = tl.sum(value, 1) / channels
         centred = tl.where(inside, value - m[:, None], 0.0)
         r = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + EPS)
-        factor = 1.0 + _vector(scale, image, scale_stride, channel, channels)
-        result = centred * r[:, None] * factor + _vector(shift, image, shift_stride, channel, channels)
+        shift = _vector(
+            modulation, offset, RESIDUAL, image, modulation_stride, offset_stride, channel, channels, OFFSET
+        )
+        scale = _vector(
+            modulation, offset, RESIDUAL + 1, image, modulation_stride, offset_stride, channel, channels, OFFSET
+        )
+        result = centred * r[:, None] * (1.0 + scale) + shift
         tl.store(y + at, result.to(y.dtype.element_ty), mask=inside)
         tl.store(mean + row, m, mask=token < tokens)
         tl.store(inverse + row, r, mask=token < tokens)
@@ -91,8 +112,8 @@ def norm_forward(
 def norm_backward(
     total,
     branch,
-    gate,
-    scale,
+    modulation,
+    offset,
     mean,
     inverse,
     grad_total,
@@ -104,10 +125,11 @@ def norm_backward(
     channels,
     slices,
     slice_tokens,
-    gate_stride,
-    scale_stride,
+    modulation_stride,
+    offset_stride,
     RESIDUAL: tl.constexpr,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -125,9 +147,11 @@ def norm_backward(
     sum_shift = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_scale = tl.zeros((ROWS, BLOCK), tl.float32)
     if RESIDUAL:
-        g = _vector(gate, image, gate_stride, channel, channels)
+        g = _vector(modulation, offset, 0, image, modulation_stride, offset_stride, channel, channels, OFFSET)
     if NORM:
-        factor = 1.0 + _vector(scale, image, scale_stride, channel, channels)
+        factor = 1.0 + _vector(
+            modulation, offset, RESIDUAL + 1, image, modulation_stride, offset_stride, channel, channels, OFFSET
+        )
     for start in range(first, last, ROWS):
         token = start + tl.arange(0, ROWS)
         inside = (token < last)[:, None] & there[None, :]
@@ -163,29 +187,28 @@ def norm_backward(
 
 @on_its_device
 def forward(
-    x: Tensor,
-    residual: tuple[Tensor, Tensor] | None,
-    modulation: tuple[Tensor, Tensor] | None,
+    x: Tensor, branch: Tensor | None, modulation: Tensor, offset: Tensor | None, norm: bool
 ) -> tuple[Any, Any, Any, Any]:
     """The total, its modulated norm, mean and 1 / deviation of each token, float32; None where it is not asked for.
 
     Args:
         x: (B, ..., C).
-        residual: Branch (as x) and gate (B, C), to be added; None for a norm of x.
-        modulation: Shift and scale (B, C) of the norm; None for a residual alone.
+        branch: What is added to x, of its shape; None for a norm of x.
+        modulation: Gate, if there is a branch, then shift and scale, if there is a norm, (B, n, C).
+        offset: What is added to the modulation, of its shape.
+        norm: Whether there is a norm.
     """
-    x = x.contiguous()
+    x, modulation, offset = x.contiguous(), _side_by_side(modulation), _side_by_side(offset)
     batch, channels = x.shape[0], x.shape[-1]
     tokens = x.numel() // (batch * channels)
-    total = y = mean = inverse = branch = gate = shift = scale = None
-    dtype = x.dtype
-    if residual is not None:
-        branch, gate = residual[0].contiguous(), _side_by_side(residual[1])
-        dtype = torch.promote_types(dtype, torch.promote_types(branch.dtype, gate.dtype))
+    total = y = mean = inverse = None
+    dtype = torch.promote_types(x.dtype, modulation.dtype)
+    if offset is not None:
+        dtype = torch.promote_types(dtype, offset.dtype)
+    if branch is not None:
+        branch, dtype = branch.contiguous(), torch.promote_types(dtype, branch.dtype)
         total = torch.empty_like(x, dtype=dtype)
-    if modulation is not None:
-        shift, scale = map(_side_by_side, modulation)
-        dtype = torch.promote_types(dtype, torch.promote_types(shift.dtype, scale.dtype))
+    if norm:
         y = torch.empty_like(x, dtype=dtype)
         mean, inverse = (x.new_empty((batch, tokens), dtype=torch.float32) for _ in range(2))
     block = triton.next_power_of_2(channels)
@@ -193,20 +216,19 @@ def forward(
     wrap_triton(norm_forward)[(batch * triton.cdiv(tokens, rows),)](
         x,
         branch,
-        gate,
-        shift,
-        scale,
+        modulation,
+        offset,
         total,
         y,
         mean,
         inverse,
         tokens,
         channels,
-        0 if gate is None else gate.stride(0),
-        0 if shift is None else shift.stride(0),
-        0 if scale is None else scale.stride(0),
-        RESIDUAL=residual is not None,
-        NORM=modulation is not None,
+        modulation.stride(0),
+        0 if offset is None else offset.stride(0),
+        RESIDUAL=branch is not None,
+        NORM=norm,
+        OFFSET=offset is not None,
         EPS=EPSILON,
         ROWS=rows,
         BLOCK=block,
@@ -220,44 +242,43 @@ def backward(
     grad_total: Tensor | None,
     grad_y: Tensor | None,
     total: Tensor,
-    residual: tuple[Tensor, Tensor] | None,
-    norm: tuple[Tensor, Tensor, Tensor] | None,
+    branch: Tensor | None,
+    modulation: Tensor,
+    offset: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None,
     dtype: torch.dtype,
 ) -> tuple[Any, Any, Tensor]:
-    """Gradients of x (in `dtype`; None for a residual alone, whose grad_total it is) and of the branch, and sums.
+    """Gradients of x (in `dtype`; None for a residual alone, whose grad_total it is), branch and modulation.
 
-    The sums are (B, n, C) in float32: the gradients of the gate, if there is a residual, and of shift and scale, if
-    there is a norm.
+    The last are sums, (B, n, C) in float32, and those of the offset, too.
 
     Args:
-        grad_total, grad_y: Gradients of what :func:`forward` returned; the first not without a residual, the second not
-            without a norm.
+        grad_total, grad_y: Gradients of what :func:`forward` returned; the first is there with a branch, the second
+            with a norm.
         total: What was normalised; without a norm any map of that shape.
-        residual: Branch and gate, as in :func:`forward`.
-        norm: Scale, mean and 1 / deviation, as in :func:`forward`.
+        branch, modulation, offset: As in :func:`forward`.
+        statistics: Mean and 1 / deviation, if there is a norm.
     """
-    total = total.contiguous()
+    total, modulation, offset = total.contiguous(), _side_by_side(modulation), _side_by_side(offset)
     batch, channels = total.shape[0], total.shape[-1]
     tokens = total.numel() // (batch * channels)
-    branch = gate = scale = mean = inverse = grad_x = grad_branch = None
-    if residual is not None and grad_total is not None:
-        branch, gate = residual[0].contiguous(), _side_by_side(residual[1])
-        grad_total = grad_total.contiguous()
+    mean = inverse = grad_x = grad_branch = None
+    if branch is not None and grad_total is not None:
+        branch, grad_total = branch.contiguous(), grad_total.contiguous()
         grad_branch = torch.empty_like(branch)
-    if norm is not None and grad_y is not None:
-        scale, mean, inverse = _side_by_side(norm[0]), norm[1], norm[2]
+    if statistics is not None and grad_y is not None:
+        mean, inverse = statistics
         grad_y = grad_y.contiguous()
         grad_x = torch.empty_like(total, dtype=dtype)
     slices = max(1, min(SLICES // batch, triton.cdiv(tokens, SLICE_TOKENS)))
     slice_tokens = triton.cdiv(tokens, slices)
-    kinds = (residual is not None) + 2 * (norm is not None)
-    sums = total.new_empty((batch, slices, kinds, channels), dtype=torch.float32)
+    sums = total.new_empty((batch, slices, modulation.shape[1], channels), dtype=torch.float32)
     block = triton.next_power_of_2(channels)
     wrap_triton(norm_backward)[(batch * slices,)](
         total,
         branch,
-        gate,
-        scale,
+        modulation,
+        offset,
         mean,
         inverse,
         grad_total,
@@ -269,10 +290,11 @@ def backward(
         channels,
         slices,
         slice_tokens,
-        0 if gate is None else gate.stride(0),
-        0 if scale is None else scale.stride(0),
-        RESIDUAL=residual is not None,
-        NORM=norm is not None,
+        modulation.stride(0),
+        0 if offset is None else offset.stride(0),
+        RESIDUAL=branch is not None,
+        NORM=statistics is not None,
+        OFFSET=offset is not None,
         ROWS=max(1, BACKWARD_TILE // block),
         BLOCK=block,
         num_warps=WARPS,
@@ -280,6 +302,14 @@ def backward(
     return grad_x, grad_branch, sums.sum(1)
 
 
-def _side_by_side(vectors: Tensor) -> Tensor:
-    """Vectors (B, C) with their channels side by side, any distance between two vectors."""
-    return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+@overload
+def _side_by_side(vectors: Tensor) -> Tensor: ...
+@overload
+def _side_by_side(vectors: None) -> None: ...
+def _side_by_side(vectors: Tensor | None) -> Tensor | None:
+    """Vectors (B, n, C) of an image side by side, any distance between two images'."""
+    if vectors is None:
+        return None
+    _, count, channels = vectors.shape
+    together = vectors.stride(2) == 1 and (count == 1 or vectors.stride(1) == channels)
+    return vectors if together else vectors.contiguous()

@@ -17,34 +17,41 @@ from gspn_dit.ops.passes import activation, convolution, norm
 
 
 @triton_op("gspn_dit::modulated_norm", mutates_args=())
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The modulated norm of x (B, ..., C), shift and scale (B, C); mean and 1 / deviation of each token (B, N)."""
-    _, y, mean, inverse = norm.forward(x, None, (shift, scale))
+def modulated_norm(x: Tensor, modulation: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The modulated norm of x (B, ..., C), and the mean and 1 / deviation of each token (B, N).
+
+    Shift and scale are (B, 2, C), and so is the offset that is added to them.
+    """
+    _, y, mean, inverse = norm.forward(x, None, modulation, offset, norm=True)
     return y, mean, inverse
 
 
 @triton_op("gspn_dit::modulated_norm_backward", mutates_args=())
 def modulated_norm_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, inverse: Tensor
+    grad: Tensor, x: Tensor, modulation: Tensor, offset: Tensor | None, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and those of shift and scale, (B, 2, C) in float32."""
-    grad_x, _, sums = norm.backward(None, grad, x, None, (scale, mean, inverse), x.dtype)
+    grad_x, _, sums = norm.backward(None, grad, x, None, modulation, offset, (mean, inverse), x.dtype)
     return grad_x, sums
 
 
 def _save_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
-    (x, shift, scale), (_, mean, inverse) = inputs, output
-    ctx.save_for_backward(x, scale, mean, inverse)
-    ctx.shift_dtype = shift.dtype
+    _, mean, inverse = output
+    ctx.save_for_backward(*inputs, mean, inverse)
     ctx.set_materialize_grads(False)
 
 
 def _norm_gradients(ctx: Any, grad: Tensor | None, *unused: None) -> tuple:
     if grad is None:
         return None, None, None
-    x, scale, mean, inverse = ctx.saved_tensors
-    grad_x, sums = modulated_norm_backward(grad, x, scale, mean, inverse)
-    return grad_x, sums[:, 0].to(ctx.shift_dtype), sums[:, 1].to(scale.dtype)
+    x, modulation, offset, mean, inverse = ctx.saved_tensors
+    grad_x, sums = modulated_norm_backward(grad, x, modulation, offset, mean, inverse)
+    return grad_x, *_of_both(sums, modulation, offset)
+
+
+def _of_both(sums: Tensor, modulation: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a modulation and its offset."""
+    return sums.to(modulation.dtype), None if offset is None else sums.to(offset.dtype)
 
 
 modulated_norm.register_autograd(_norm_gradients, setup_context=_save_norm)
@@ -52,10 +59,10 @@ modulated_norm.register_autograd(_norm_gradients, setup_context=_save_norm)
 
 @triton_op("gspn_dit::gated_residual_norm", mutates_args=())
 def gated_residual_norm(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+    x: Tensor, branch: Tensor, modulation: Tensor, offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x + gate · branch, then as :func:`modulated_norm` of that."""
-    return norm.forward(x, (branch, gate), (shift, scale))
+    """x + gate · branch, then as :func:`modulated_norm` of that; gate, shift and scale are (B, 3, C)."""
+    return norm.forward(x, branch, modulation, offset, norm=True)
 
 
 @triton_op("gspn_dit::gated_residual_norm_backward", mutates_args=())
@@ -64,60 +71,61 @@ def gated_residual_norm_backward(
     grad: Tensor,
     total: Tensor,
     branch: Tensor,
-    gate: Tensor,
-    scale: Tensor,
+    modulation: Tensor,
+    offset: Tensor | None,
     mean: Tensor,
     inverse: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, in `dtype`, and of the branch, and those of gate, shift and scale, (B, 3, C) in float32."""
-    return norm.backward(grad_total, grad, total, (branch, gate), (scale, mean, inverse), dtype)
+    return norm.backward(grad_total, grad, total, branch, modulation, offset, (mean, inverse), dtype)
 
 
 def _save_residual_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
-    (x, branch, gate, shift, scale), (total, _, mean, inverse) = inputs, output
-    ctx.save_for_backward(total, branch, gate, scale, mean, inverse)
-    ctx.dtype, ctx.shift_dtype = x.dtype, shift.dtype
+    (x, *others), (total, _, mean, inverse) = inputs, output
+    ctx.save_for_backward(total, *others, mean, inverse)
+    ctx.dtype = x.dtype
     ctx.set_materialize_grads(False)
 
 
 def _residual_norm_gradients(ctx: Any, grad_total: Tensor | None, grad: Tensor | None, *unused: None) -> tuple:
-    total, branch, gate, scale, mean, inverse = ctx.saved_tensors
+    total, branch, modulation, offset, mean, inverse = ctx.saved_tensors
     grad_total = torch.zeros_like(total) if grad_total is None else grad_total
     grad = torch.zeros_like(total) if grad is None else grad
     grad_x, grad_branch, sums = gated_residual_norm_backward(
-        grad_total, grad, total, branch, gate, scale, mean, inverse, ctx.dtype
+        grad_total, grad, total, branch, modulation, offset, mean, inverse, ctx.dtype
     )
-    to_gate, to_shift, to_scale = sums.unbind(1)
-    return grad_x, grad_branch, to_gate.to(gate.dtype), to_shift.to(ctx.shift_dtype), to_scale.to(scale.dtype)
+    return grad_x, grad_branch, *_of_both(sums, modulation, offset)
 
 
 gated_residual_norm.register_autograd(_residual_norm_gradients, setup_context=_save_residual_norm)
 
 
 @triton_op("gspn_dit::gated_residual", mutates_args=())
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate · branch of maps (B, ..., C) and a gate (B, C)."""
-    return norm.forward(x, (branch, gate), None)[0]
+def gated_residual(x: Tensor, branch: Tensor, modulation: Tensor, offset: Tensor | None = None) -> Tensor:
+    """x + gate · branch of maps (B, ..., C); the gate and the offset that is added to it are (B, 1, C)."""
+    return norm.forward(x, branch, modulation, offset, norm=False)[0]
 
 
 @triton_op("gspn_dit::gated_residual_backward", mutates_args=())
-def gated_residual_backward(grad: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the branch, and of the gate, (B, C) in float32; x has that of the result."""
-    _, grad_branch, sums = norm.backward(grad, None, grad, (branch, gate), None, grad.dtype)
-    return grad_branch, sums[:, 0].clone()
+def gated_residual_backward(
+    grad: Tensor, branch: Tensor, modulation: Tensor, offset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the branch, and of the gate, (B, 1, C) in float32; x has that of the result."""
+    _, grad_branch, sums = norm.backward(grad, None, grad, branch, modulation, offset, None, grad.dtype)
+    return grad_branch, sums
 
 
 def _save_residual(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, branch, gate = inputs
-    ctx.save_for_backward(branch, gate)
+    x, *others = inputs
+    ctx.save_for_backward(*others)
     ctx.dtype = x.dtype
 
 
 def _residual_gradients(ctx: Any, grad: Tensor) -> tuple:
-    branch, gate = ctx.saved_tensors
-    grad_branch, grad_gate = gated_residual_backward(grad, branch, gate)
-    return grad.to(ctx.dtype), grad_branch, grad_gate.to(gate.dtype)
+    branch, modulation, offset = ctx.saved_tensors
+    grad_branch, sums = gated_residual_backward(grad, branch, modulation, offset)
+    return grad.to(ctx.dtype), grad_branch, *_of_both(sums, modulation, offset)
 
 
 gated_residual.register_autograd(_residual_gradients, setup_context=_save_residual)
