@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
   // neighbouring blocks have different directions, which read the same x: it is in the cache
   const int k = launched.k[blockIdx.x % unsigned(launched.directions)];
   WalkPlan plan = launched.slabs;
-  plan.direction = p.directions[k];
+  plan.order = ScanOrder<int>(p, p.directions[k]);
   const LineScan scan(p, plan, blockIdx.x / unsigned(launched.directions));
 
   const int tid = threadIdx.x, warp = tid / kWarp, warps = blockDim.x / kWarp, lane = tid % kWarp;

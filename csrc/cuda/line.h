@@ -10,7 +10,8 @@ struct WalkPlan {
   int slab_bits;     // a block's slab is 2^slab_bits channels wide, up to 32
   int domain;        // no slab crosses a multiple of this many channels: C / G, or C where G = C
   int domain_slabs;  // slabs in a domain
-  int k, direction;  // the scan
+  int k;             // the scan
+  ScanOrder<int> order;  // its direction's: computed by the host, so that it takes no registers
 
   GSPN_INLINE int slab() const { return 1 << slab_bits; }
 };
@@ -21,7 +22,7 @@ struct LineScan : ScanOrder<int> {
   int64_t batch;
   int slab_index, group, channel, channels;  // the slab: its first channel in the map, and how many channels it has
 
-  GSPN_DEVICE LineScan(const Problem& p, const WalkPlan& plan, unsigned block) : ScanOrder<int>(p, plan.direction) {
+  GSPN_DEVICE LineScan(const Problem& p, const WalkPlan& plan, unsigned block) : ScanOrder<int>(plan.order) {
     const int count = chunks.count(), slabs = plan.domain_slabs * (int(p.channels) / plan.domain);
     slab_index = int(block % slabs);  // neighbouring blocks have neighbouring slabs, which share sectors of memory
     chunk_index = int(block / slabs % count);
@@ -49,7 +50,11 @@ struct Sides {
   bool minus, plus;
 
   GSPN_DEVICE Sides(const Lines<int>& map, int position)
-      : minus(map.has_minus(position)), plus(map.has_plus(position)) {}
+      : minus(position > 0), plus(position + 1 < map.positions) {
+    if (!map.windows.is_cut()) return;
+    const unsigned size = unsigned(map.windows.size), in_window = unsigned(position + map.windows.missing) % size;
+    minus = minus && in_window > 0, plus = plus && in_window + 1 < size;
+  }
   GSPN_DEVICE explicit Sides(uint32_t bits) : minus(bits & 1), plus(bits >> 1 & 1) {}
   GSPN_DEVICE uint32_t bits() const { return uint32_t(minus) | uint32_t(plus) << 1; }
 };

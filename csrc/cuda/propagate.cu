@@ -159,13 +159,13 @@ WalkPlan plan_walk(const Problem& p, const Strided<const T>& x, int k, int64_t w
   while (bits > 0 && ((1 << bits) / 2 >= domain(p) || (longest << bits) > widest_line)) --bits;
   const bool tokens_side_by_side = x.stride[3] != 1 && x.stride[lines_are_rows(direction) ? 2 : 1] == 1;
   if (tokens_side_by_side && !shares_gates(p)) bits = 0;
-  return {bits, domain(p), int(divide_up(domain(p), 1 << bits)), k, direction};
+  return {bits, domain(p), int(divide_up(domain(p), 1 << bits)), k, ScanOrder<int>(p, direction)};
 }
 
 using Order = ScanOrder<int64_t>;
 
 int64_t walk_blocks(const Problem& p, const WalkPlan& plan) {
-  return p.batch * (p.channels / plan.domain) * plan.domain_slabs * Order(p, plan.direction).chunks.count();
+  return p.batch * (p.channels / plan.domain) * plan.domain_slabs * plan.order.chunks.count();
 }
 
 int round_to_warps(int64_t threads) { return int(divide_up(threads, kWarp) * kWarp); }
@@ -227,7 +227,7 @@ template <typename T>
 WalkLaunch plan_walk_backward(const Problem& p, const Strided<const T>& x, int k, const SharedMemory& memory) {
   const int64_t widest = widest_backward(memory);
   const WalkPlan plan = plan_walk(p, x, k, widest < 8192 ? widest : 8192);
-  const int64_t width = Order(p, plan.direction).positions * plan.slab();
+  const int64_t width = int64_t(plan.order.positions) * plan.slab();
   const int threads = round_to_warps(width < 512 ? width : 512);
   const int64_t floats = 6 * width > 2 * threads ? 6 * width : 2 * threads;
   return {plan, threads, size_t(floats) * sizeof(float), shares_gates(p), 0};
@@ -277,14 +277,14 @@ const char* launch_edges(const Forward<T>& call, const Edges& edges, cudaStream_
   constexpr int kSlabBits = 4, kSlab = 1 << kSlabBits;
   static_assert(kSlab == EdgeLanes::kWarpChannels, "a block of edge_scan scans a warp's channels");
   for (const bool rows : {true, false}) {  // all directions at once where rows and columns are as many
-    EdgePlan plan{{kSlabBits, domain(p), int(divide_up(domain(p), kSlab)), 0, 0}, 0, {}};
+    const ScanOrder<int> order(p, rows ? kDown : kRight);
+    EdgePlan plan{{kSlabBits, domain(p), int(divide_up(domain(p), kSlab)), 0, order}, 0, {}};
     const bool square = p.height == p.width;
     if (square && !rows) break;
     for (int k = 0; k < p.num_directions; ++k)
       if (square || lines_are_rows(p.directions[k]) == rows) plan.k[plan.directions++] = k;
     if (plan.directions == 0) continue;
-    plan.slabs.direction = p.directions[plan.k[0]];
-    const int64_t positions = Lines<int64_t>(p, rows).positions, warps = divide_up(positions, EdgeLanes::kLine);
+    const int64_t positions = order.positions, warps = divide_up(positions, EdgeLanes::kLine);
     const size_t bytes = (shares_gates(p) ? LineGates::bytes(int(positions)) : 0) + LineEnds::bytes(int(warps));
     const int64_t blocks = walk_blocks(p, plan.slabs) * plan.directions;
     const char* error = describe(

@@ -168,8 +168,6 @@ __global__ void __launch_bounds__(512)
   const float scale = own < scan.channels ? of_channel(call.scale, call.problem, k, scan.channel + own) : 1.f;
   float decay_sum = 0.f, scale_sum = 0.f;
   float* const products = reinterpret_cast<float*>(shared_memory());  // two lines of (minus, centre, plus)
-  const int64_t tokens = call.problem.height * call.problem.width;
-
   for (int n = scan.length - 1; n >= 0; --n) {
     __syncthreads();
     const int line = scan.line(n), line_before = n ? scan.line(n - 1) : 0;
@@ -238,7 +236,8 @@ __global__ void __launch_bounds__(512)
           for (int s = 0; s < kNumSums; ++s) sums[s] += __shfl_xor_sync(kAllLanes, sums[s], lanes);
         if (real && c == 0) {
           const int64_t rows = call.problem.groups * partial.group_rows;
-          const int64_t first = ((scan.batch * call.problem.num_directions + k) * rows + scan.slab_index) * tokens;
+          const int64_t first = ((scan.batch * call.problem.num_directions + k) * rows + scan.slab_index) *
+                                call.problem.height * call.problem.width;
           const int64_t token = scan.row(line, position) * call.problem.width + scan.column(line, position);
           float* to = partial.data + (first + token) * kNumSums;
 #pragma unroll
