@@ -1,6 +1,6 @@
-// Backward on a map, or a tile of whole windows, that fits into a block's memory. h is computed again: a first sweep keeps it at the end of every
-// stage. Then the stages run from the last to the first, each forward once more with its lines kept, and back with the
-// gradient.
+// Backward on a map, or a tile of whole windows, that fits into a block's memory. h is computed again: a first sweep
+// keeps it at the end of every stage. Then the stages run from the last to the first, each forward once more with its
+// lines kept, and back with the gradient.
 #pragma once
 
 #include "cuda/map_forward.h"
@@ -150,7 +150,7 @@ GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, cons
     for (int i = 0; i < shared_out(L::kPositions * kNumSums, L::kSegmentLanes); ++i) {
       const int q = (first + i) / kNumSums, sum = (first + i) % kNumSums, position = at.segment * L::kPositions + q;
       if (first + i >= limit || position >= axis.positions) continue;
-      const int token = axis.row(line, position) * int(call.problem.width) + axis.column(line, position);
+      const int64_t token = axis.row(line, position) * call.problem.width + axis.column(line, position);
       adjoint.sums[token * kNumSums + sum] = sums[i];
     }
   }

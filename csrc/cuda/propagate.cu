@@ -5,9 +5,8 @@
 // Map kernels (cuda/map_*.h): a map whose lines have up to 32 tokens is held in a block's memory, if two blocks or one
 // fit on a multiprocessor; x is then read once and y written once. So is a tile of whole windows of up to 32 tokens.
 // Forward, another larger map is cut into tiles of 32 × 32 tokens, after a pass that writes h at their edges
-// (cuda/edges.h). Walk kernels (cuda/walk.h) run the rest line by
-// line, one direction after another: backward on larger maps, lines of more than 512 tokens, a single direction of a
-// large map, channels that do not lie side by side.
+// (cuda/edges.h). Walk kernels (cuda/walk.h) run the rest line by line, one direction after another: backward on larger
+// maps, lines of more than 512 tokens, a single direction of a large map, channels that do not lie side by side.
 #include "propagate.h"
 
 #include "cuda/edges.h"

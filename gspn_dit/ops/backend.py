@@ -82,7 +82,8 @@ class Backend(Protocol):
     def supports(self, call: Call, backward: bool = False) -> str | None:
         """Why it cannot run the forward pass of this call, or its backward pass, in words; None if it can.
 
-        Asked before each pass, where the status is available. The answer depends on these arguments alone. Another
+        Asked before each pass, where the status is available. None promises that every field of the call is heeded:
+        what has no windows says so where `call.window` is not 0. The answer depends on these arguments alone. Another
         backend may run the other pass: the gradients are computed from the operands.
         """
         ...

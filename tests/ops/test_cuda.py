@@ -214,6 +214,23 @@ def test_windows_on_tensor_cores_of_any_directions(kernel, shape, directions):
     check(kernel, *tensors, 0, directions, window, shift)
 
 
+# One map of tiles that begin with windows, where the tail's backward pass is inside, and one of tiles with edges.
+@pytest.mark.parametrize("shape", [(21, 18, 8, 3), (18, 39, 20, 13)], ids=str)
+def test_norm_and_direct_path_in_windows_on_tensor_cores(kernel, shape):
+    """Gates as the mixers make them, x and dy as parts of wider maps."""
+    height, width, window, shift = shape
+    x, gates, input_gate, _, decay, scale, grad = operands(
+        2, height, width, 32, 4, 2, dtype=torch.bfloat16, device=device_of(kernel)
+    )
+    both = torch.cat([gates.permute(0, 1, 2, 5, 3, 4).flatten(-2), input_gate.transpose(3, 4)], -1)
+    logits, input_gate = both[..., :12].unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3), both[..., 12:].transpose(3, 4)
+    x, grad = (torch.cat([tensor, tensor], -1)[..., 32:] for tensor in (x, grad))
+    direct = torch.linspace(-2, 2, 32, device=device_of(kernel))
+    call = Call(x, logits, input_gate, None, decay, scale, window=window, shift=shift)
+    check(kernel, *call.operands, grad, 0, ALL_DIRECTIONS, window, shift)
+    check_tail(kernel, call, direct, grad)
+
+
 @pytest.mark.parametrize("directions", [[1], [3], [2, 1], [3, 0, 2], [1, 0], [2, 3]], ids=str)
 def test_any_directions_in_any_order(kernel, directions):
     x, gates, input_gate, output_gate, decay, scale, grad = operands(
