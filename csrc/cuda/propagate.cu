@@ -336,7 +336,7 @@ const char* refusal(const Forward<T>& call, const SharedMemory& memory, bool bac
 template <typename T>
 int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
   if constexpr (sizeof(T) == 2) {
-    if (tensor_takes(call, memory)) return tensor_scratch(call);
+    if (tensor_takes(call, memory)) return tensor_scratch(call, memory);
   }
   const MapChoice map = choose_map(call, memory);
   if (map) return map.tiles > 1 ? EdgeLayout(call.problem, map.plan.tile).elements : 0;
