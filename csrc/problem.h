@@ -10,7 +10,9 @@ namespace gspn {
 
 struct Problem {
   int64_t batch, height, width, channels, groups;
-  int64_t chunk;  // lines of a chunk; 0: the whole map is one
+  int64_t chunk;   // lines of a chunk; 0: the whole map is one
+  int64_t window;  // side of a window in tokens; 0: there are none, as always with chunks
+  int64_t shift;   // row and column of the first border between windows; 0: that of the map
   int num_directions;
   int directions[4];  // gspn::Direction
 };

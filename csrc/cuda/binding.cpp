@@ -82,15 +82,16 @@ std::pair<Tensor, Tensor> forward(const gspn::Operands& operands, const ChannelF
 }
 
 Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& input_gate, const OptionalTensor& output_gate,
-                 const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions) {
-  return forward({x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}, {}).first;
+                 const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, int64_t window, int64_t shift,
+                 at::IntArrayRef directions) {
+  return forward({x, gates, input_gate, output_gate, chunk, window, shift, directions}, {decay, scale}, {}).first;
 }
 
 std::tuple<Tensor, Tensor> propagate_with_tail(const Tensor& x, const Tensor& gates, const Tensor& input_gate,
                                                const OptionalTensor& output_gate, const OptionalTensor& decay,
-                                               const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions,
-                                               const Tensor& direct) {
-  return forward({x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}, direct);
+                                               const OptionalTensor& scale, int64_t chunk, int64_t window,
+                                               int64_t shift, at::IntArrayRef directions, const Tensor& direct) {
+  return forward({x, gates, input_gate, output_gate, chunk, window, shift, directions}, {decay, scale}, direct);
 }
 
 std::array<Tensor, 6> backward(const Tensor& grad, const gspn::Operands& operands, ChannelFactors factors) {
@@ -113,18 +114,19 @@ std::array<Tensor, 6> backward(const Tensor& grad, const gspn::Operands& operand
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward(
     const Tensor& grad, const Tensor& x, const Tensor& gates, const Tensor& input_gate,
     const OptionalTensor& output_gate, const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk,
-    at::IntArrayRef directions) {
+    int64_t window, int64_t shift, at::IntArrayRef directions) {
   return std::tuple_cat(
-      backward(grad, {x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}));
+      backward(grad, {x, gates, input_gate, output_gate, chunk, window, shift, directions}, {decay, scale}));
 }
 
 // The gradients of propagate_backward, and that of direct.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward_with_tail(
     const Tensor& grad, const Tensor& y, const Tensor& inverse_rms, const Tensor& x, const Tensor& gates,
     const Tensor& input_gate, const OptionalTensor& output_gate, const OptionalTensor& decay,
-    const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions, const Tensor& direct) {
+    const OptionalTensor& scale, int64_t chunk, int64_t window, int64_t shift, at::IntArrayRef directions,
+    const Tensor& direct) {
   const Device device(x);
-  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
+  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, window, shift, directions);
   const Tensor per_channel = direct.contiguous(), grad_scanned = fresh(x);
   std::array<Tensor, 6> grads;
   Tensor grad_direct;
@@ -147,11 +149,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_bac
 // Why the kernels cannot run a call, or nothing: forward, and unless `backward` is false also backward. Launches
 // nothing.
 std::string refusal(const Tensor& x, const Tensor& gates, const Tensor& input_gate, const OptionalTensor& output_gate,
-                    const OptionalTensor&, const OptionalTensor&, int64_t chunk, at::IntArrayRef directions,
-                    bool backward) {
+                    const OptionalTensor&, const OptionalTensor&, int64_t chunk, int64_t window, int64_t shift,
+                    at::IntArrayRef directions, bool backward) {
   if (!kElementTypes.has(x)) return kElementTypes.refusal(x);
   const Device device(x);
-  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
+  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, window, shift, directions);
   const char* reason = nullptr;
   kElementTypes.with_element(x, [&](auto element) {
     reason = gspn::refusal(operands.call<gspn::Forward<decltype(element)>>(), device.memory, backward);
@@ -168,7 +170,7 @@ TORCH_LIBRARY(gspn_dit_cuda, m) {
   m.def(gspn::kPropagateBackwardWithTail, propagate_backward_with_tail);
   m.def(
       "refusal(Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay, Tensor? scale, int chunk,"
-      " int[] directions, bool backward=True) -> str",
+      " int window, int shift, int[] directions, bool backward=True) -> str",
       refusal);
   m.def("unusable(Tensor on_device) -> str", [](const Tensor& on_device) {
     const Device device(on_device);

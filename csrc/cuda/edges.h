@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
         for (int i = 0; i < kC; ++i) {
           w[i] = Weights<float>{0.f, 0.f, 0.f};
           if (n)
-            w[i] = normalise(minus[i], centre[i], plus[i], float(first + q > 0),
-                             float(first + q + 1 < scan.positions));
+            w[i] = normalise(minus[i], centre[i], plus[i], float(scan.has_minus(first + q)),
+                             float(scan.has_plus(first + q)));
         }
       }
 #pragma unroll

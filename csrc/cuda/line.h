@@ -22,11 +22,11 @@ struct LineScan : ScanOrder<int> {
   int slab_index, group, channel, channels;  // the slab: its first channel in the map, and how many channels it has
 
   GSPN_DEVICE LineScan(const Problem& p, const WalkPlan& plan, unsigned block) : ScanOrder<int>(p, plan.direction) {
-    const int chunks = num_chunks(), slabs = plan.domain_slabs * (int(p.channels) / plan.domain);
+    const int count = chunks.count(), slabs = plan.domain_slabs * (int(p.channels) / plan.domain);
     slab_index = int(block % slabs);  // neighbouring blocks have neighbouring slabs, which share sectors of memory
-    chunk_index = int(block / slabs % chunks);
-    batch = int64_t(block) / chunks / slabs;
-    first = chunk_index * chunk;
+    chunk_index = int(block / slabs % count);
+    batch = int64_t(block) / count / slabs;
+    first = chunks.begin(chunk_index);
     length = chunk_lines(chunk_index);
     group = slab_index / plan.domain_slabs;
     channel = group * plan.domain + slab_index % plan.domain_slabs * plan.slab();
@@ -60,8 +60,8 @@ struct RawGates {
     if (call.output_gate.data) output_gate = *gate_at(call.output_gate, 4, scan.batch, row, column, k, group);
   }
   GSPN_DEVICE Weights<float> weights(const LineScan& scan, int position) const {
-    return normalise(load(minus), load(centre), load(plus), float(position > 0),
-                     float(position + 1 < scan.positions));
+    return normalise(load(minus), load(centre), load(plus), float(scan.has_minus(position)),
+                     float(scan.has_plus(position)));
   }
 };
 

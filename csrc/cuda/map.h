@@ -153,9 +153,9 @@ struct Axis {
   GSPN_DEVICE int stage_begin(int stage) const { return min(stage * stage_lines, lines); }
   GSPN_DEVICE int stage_end(int stage) const { return min((stage + 1) * stage_lines, lines); }
   // Whether the scan restarts at a line, which then has no line before.
-  GSPN_DEVICE bool restarts(int line, int sense) const { return map.starts_chunk(first_line + line, sense); }
-  GSPN_DEVICE bool has_minus(int position) const { return first_position + position > 0; }
-  GSPN_DEVICE bool has_plus(int position) const { return first_position + position + 1 < map.positions; }
+  GSPN_DEVICE bool restarts(int line, int sense) const { return map.restarts(first_line + line, sense); }
+  GSPN_DEVICE bool has_minus(int position) const { return map.has_minus(first_position + position); }
+  GSPN_DEVICE bool has_plus(int position) const { return map.has_plus(first_position + position); }
   GSPN_DEVICE int row(int line, int position) const { return map.row(first_line + line, first_position + position); }
   GSPN_DEVICE int column(int line, int position) const {
     return map.column(first_line + line, first_position + position);

@@ -153,7 +153,7 @@ WalkPlan plan_walk(const Problem& p, const Strided<const T>& x, int k, int64_t w
 using Order = ScanOrder<int64_t>;
 
 int64_t walk_blocks(const Problem& p, const WalkPlan& plan) {
-  return p.batch * (p.channels / plan.domain) * plan.domain_slabs * Order(p, plan.direction).num_chunks();
+  return p.batch * (p.channels / plan.domain) * plan.domain_slabs * Order(p, plan.direction).chunks.count();
 }
 
 int round_to_warps(int64_t threads) { return int(divide_up(threads, kWarp) * kWarp); }

@@ -16,6 +16,7 @@ struct TensorBackwardPlan {
   bool both_senses;  // whether shared memory has room for both senses of an axis at once
   // Whether a site's gates in the four directions, or their gradients, lie side by side: see gates_side_by_side().
   bool wide_gates, wide_grads;
+  TileGrid grid;
 };
 
 // Whether a group's gates of all four directions, or their gradients, lie side by side in the order of gspn::Direction,
@@ -136,7 +137,7 @@ GSPN_DEVICE void copy_edges(char* memory, const TileEdges<T>& hidden, const Tile
     for (int i = threadIdx.x / kUnits; i < 2 * kTileSites; i += Memory::kThreads / kUnits) {
       // beside the tile: h on the line before each of its lines in reading order, carry of each line
       const int line = first_line + i / 2, behind = i % 2, before = line + (sense ? 1 : -1);
-      const bool has_tile = real && (behind ? at + 1 < tiles : at > 0);
+      const bool has_tile = real && plan.grid.linked && (behind ? at + 1 < tiles : at > 0);
       const int place = i / 2 * Memory::kSideLine + (behind * kUnits + unit) * 16;
       const auto side = [&](int line, int number) {
         return ((tile.batch * map.lines + line) * 2 * tiles + number) * p.channels;
@@ -149,7 +150,7 @@ GSPN_DEVICE void copy_edges(char* memory, const TileEdges<T>& hidden, const Tile
         return ((tile.batch * line_tiles + tile_of_lines) * map.positions + first_position + i) * p.channels;
       };
       const int from = line_at + (sense ? 1 : -1), row = Map::offset(0, i, unit);
-      const bool inside = real && first_position + i < map.positions;
+      const bool inside = real && plan.grid.linked && first_position + i < map.positions;
       copy(Memory::kStart + row, hidden.line[k], edge(from), inside && from >= 0 && from < line_tiles);
       const bool continued = sense ? line_at > 0 : line_at + 1 < line_tiles;
       copy(Memory::kCarry + row, carried.line[k], edge(line_at), inside && continued);
@@ -186,10 +187,10 @@ struct SiteOnAxis {
   bool has_minus, has_plus;
   AxisGates gates;
 
-  GSPN_DEVICE SiteOnAxis(const Lines<int>& map, const TensorTile& tile, int row, int column, const AxisGates (&of)[2])
-      : line(map.line_of(row, column)), position(map.position_of(row, column)) {
-    const int on_map = map.position_of(tile.row, tile.column) + position;
-    has_minus = on_map > 0, has_plus = on_map + 1 < map.positions;
+  GSPN_DEVICE SiteOnAxis(const Lines<int>& map, const PositionEnds& on_line, int row, int column,
+                         const AxisGates (&of)[2])
+      : line(map.line_of(row, column)), position(map.position_of(row, column)),
+        has_minus(on_line.has_minus(position)), has_plus(on_line.has_plus(position)) {
 #pragma unroll
     for (int i = 0; i < 3; ++i) gates.logits[i] = map.rows ? of[0].logits[i] : of[1].logits[i];
     gates.input = map.rows ? of[0].input : of[1].input;
@@ -201,7 +202,7 @@ struct SiteOnAxis {
   }
 };
 
-// kTiled: the map may be larger than a tile; hidden and carried are its edges (cuda/tensor_edges.h), and carried has
+// kTiled: scans may cross the borders of tiles; hidden and carried are its edges (cuda/tensor_edges.h), and carried has
 // been computed without s. kGates: u is there.
 template <typename T, int kUnits, bool kTiled, bool kGates>
 __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
   constexpr int kWarps = Memory::kWarps, kThreads = Memory::kThreads;
   constexpr int kOwnSites = kTileSites * kTileSites / kThreads;
   const Problem& p = call.problem;
-  const TensorTile tile(p, blockIdx.x);
+  const TensorTile tile(p, plan.grid, blockIdx.x);
   char* const memory = shared_memory();
   float* const factors = reinterpret_cast<float*>(memory + Memory::kFactors);
   const int channels = int(p.channels / p.groups);
@@ -273,9 +274,10 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
     const int first_line = lines.line_of(tile.row, tile.column);
     if constexpr (kTiled) copy_edges<Memory>(memory, hidden, carried, p, plan, tile, lines, runs, place_of_sense);
     const Continues continues[2] = {Continues(lines, first_line, false), Continues(lines, first_line, true)};
+    const PositionEnds on_line(lines, lines.position_of(tile.row, tile.column));
 
     each_site([&](int row, int column, int j) {
-      const SiteOnAxis<T> site(lines, tile, row, column, site_gates[j]);
+      const SiteOnAxis<T> site(lines, on_line, row, column, site_gates[j]);
 #pragma unroll
       for (int sense = 0; sense < 2; ++sense) {
         if (!runs(sense)) continue;
@@ -337,7 +339,7 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
 
     each_site([&](int row, int column, int j) {
       if (!tile.has(row, column)) return;
-      const SiteOnAxis<T> site(lines, tile, row, column, site_gates[j]);
+      const SiteOnAxis<T> site(lines, on_line, row, column, site_gates[j]);
       AxisGates grads = {};
 #pragma unroll
       for (int sense = 0; sense < 2; ++sense) {

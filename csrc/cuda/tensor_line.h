@@ -213,18 +213,23 @@ GSPN_DEVICE void advance_parts(float (&line)[kParts][4], const float (&driven)[k
   }
 }
 
+// The borders of an axis' spans among 16 tokens from `first` on: bit i stands for one before token first + i, of which
+// the last bit is 16.
+GSPN_DEVICE uint32_t borders(const Spans<int>& spans, int first) {
+  const int into = spans.is_cut() ? (first + spans.missing) % spans.size : first;  // a division is slow
+  uint32_t bits = first == 0;
+  for (int i = into ? spans.size - into : 0; i <= kTileSites; i += spans.size) bits |= 1u << i;
+  const int left = spans.length - first;
+  if (left <= kTileSites) bits |= 1u << left;
+  return bits;
+}
+
 // For 16 lines of the map from `first` on: whether a scan goes on at line first + i, or restarts there.
 struct Continues {
   uint32_t restarts;
 
-  GSPN_DEVICE Continues(const Lines<int>& map, int first, bool reversed) : restarts(0) {
-    // restarts are `chunk` lines apart; a division is slow
-    const int into = map.chunk == map.lines ? first : first % map.chunk;
-    for (int i = reversed ? map.chunk - 1 - into : into ? map.chunk - into : 0; i < kTileSites; i += map.chunk)
-      restarts |= 1u << i;
-    const int last = map.lines - 1 - first;
-    if (reversed && last < kTileSites) restarts |= 1u << last;
-  }
+  GSPN_DEVICE Continues(const Lines<int>& map, int first, bool reversed)
+      : restarts(borders(map.chunks, first) >> reversed) {}
   GSPN_DEVICE bool at(int i) const { return !(restarts >> i & 1); }
 };
 
@@ -256,21 +261,51 @@ struct TileMemory {
   static GSPN_DEVICE int matrix_unit(int lane, int warp) { return 2 * warp + lane / 8 % 2; }
 };
 
+// For 16 positions of a line from `first` on: which neighbours position first + i has.
+struct PositionEnds {
+  uint32_t ends;  // bit i: first + i begins a line, or a window's part of one; bit i + 1: it ends one
+
+  GSPN_DEVICE PositionEnds(const Lines<int>& map, int first) : ends(borders(map.windows, first)) {}
+  GSPN_DEVICE bool has_minus(int i) const { return !(ends >> i & 1); }
+  GSPN_DEVICE bool has_plus(int i) const { return !(ends >> (i + 1) & 1); }
+};
+
+// How tiles of up to `side` rows and columns lie on a map: from its first token on; or, where windows of at most `side`
+// tokens cut it, so that each has whole windows.
+struct TileGrid {
+  Spans<int> rows, columns;  // each tile has a span of either
+  int down, across;          // how many there are of them
+  bool linked;               // whether tiles have scans in common, and need each other's edges
+
+  GSPN_INLINE TileGrid(const Problem& p, int side)
+      : rows(int(p.height), step(p, side), border(p, side)), columns(int(p.width), step(p, side), border(p, side)),
+        down(rows.count()), across(columns.count()), linked(!has_windows(p, side) && down * across > 1) {}
+  GSPN_INLINE int count() const { return down * across; }
+
+ private:
+  static GSPN_INLINE bool has_windows(const Problem& p, int side) { return p.window > 0 && p.window <= side; }
+  static GSPN_INLINE int step(const Problem& p, int side) {
+    return has_windows(p, side) ? side / int(p.window) * int(p.window) : side;
+  }
+  // Where the second tile begins: the first lacks what the first window lacks.
+  static GSPN_INLINE int border(const Problem& p, int side) {
+    return has_windows(p, side) && p.shift ? step(p, side) - int(p.window - p.shift) : 0;
+  }
+};
+
 // The block's tile and group. Neighbouring blocks have neighbouring groups, whose gates share sectors of memory.
 struct TensorTile {
   int64_t batch;
   int group, row, column, height, width;  // its first row and column, and its size
 
-  GSPN_DEVICE TensorTile(const Problem& p, unsigned block) {
-    const unsigned groups = unsigned(p.groups), across = unsigned(p.width + kTileSites - 1) / kTileSites;
-    const unsigned down = unsigned(p.height + kTileSites - 1) / kTileSites;
+  GSPN_DEVICE TensorTile(const Problem& p, const TileGrid& grid, unsigned block) {
+    const unsigned groups = unsigned(p.groups), tiles = unsigned(grid.count());
     group = int(block % groups);
-    const unsigned tile = block / groups % (across * down);
-    batch = block / groups / (across * down);
-    row = int(tile / across) * kTileSites;
-    column = int(tile % across) * kTileSites;
-    height = min(kTileSites, int(p.height) - row);
-    width = min(kTileSites, int(p.width) - column);
+    const unsigned tile = block / groups % tiles;
+    batch = block / groups / tiles;
+    const int down = int(tile / unsigned(grid.across)), across = int(tile % unsigned(grid.across));
+    row = grid.rows.begin(down), height = grid.rows.end(down) - row;
+    column = grid.columns.begin(across), width = grid.columns.end(across) - column;
   }
   GSPN_DEVICE bool has(int r, int c) const { return r < height && c < width; }
 };

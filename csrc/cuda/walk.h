@@ -22,7 +22,7 @@ struct Accumulation {
 };
 
 // Chunks of an image, in the directions that have most: rows of the sums for f and s.
-GSPN_INLINE int64_t most_chunks(const Problem& p) { return Lines<int64_t>(p, p.height > p.width).num_chunks(); }
+GSPN_INLINE int64_t most_chunks(const Problem& p) { return Lines<int64_t>(p, p.height > p.width).chunks.count(); }
 
 // What h of one item takes from its token.
 struct Step {
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(512)
     scale_sum += products[threads + t];
   }
   // not scan.chunk_index, for which there is no register in the loop
-  const int64_t row = scan.batch * most_chunks(call.problem) + unsigned(scan.first) / unsigned(scan.chunk);
+  const int64_t row = scan.batch * most_chunks(call.problem) + unsigned(scan.first + scan.chunks.missing) / unsigned(scan.chunks.size);
   const int64_t to = (row * call.problem.num_directions + k) * call.problem.channels + scan.channel + own;
   if (call.grad_decay) call.grad_decay[to] = decay_sum;
   if (call.grad_scale) call.grad_scale[to] = scale_sum;

@@ -85,18 +85,19 @@ def distance(got, want):
     return ((got.double() - want).norm() / (scale if scale > 1e-9 else 1.0)).item()
 
 
-def check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, chunk, directions):
+def check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, chunk, directions, window=0, shift=0):
     """Outputs and gradients against the reference in float64."""
     long = 10 if max(x.shape[1:3]) > 500 else 1  # rounding adds up over a long history
     tensors = (x, gates, input_gate, output_gate, decay, scale)
     exact = [None if t is None else t.double() for t in tensors]
-    want = Reference().forward(Call(*exact, chunk, directions))
-    call = Call(*tensors, chunk, directions)
+    options = chunk, window, shift, directions
+    want = Reference().forward(Call(*exact, *options))
+    call = Call(*tensors, *options)
     assert kernel.supports(call) is None
     y = kernel.forward(call)
     assert y.dtype == x.dtype and y.stride() == torch.empty_like(x).stride()
     assert distance(y, want) < TOLERANCE[x.dtype] * long
-    wants = Reference().backward(grad.double(), Call(*exact, chunk, directions))
+    wants = Reference().backward(grad.double(), Call(*exact, *options))
     gots = kernel.backward(grad, call)
     for name, got, want in zip(OPERANDS, gots, wants, strict=True):
         assert got.shape == want.shape
@@ -168,6 +169,49 @@ def test_long_lines_and_many_channels_agree_on_the_gpu(kernel, shape, dtype):
     check(kernel, *operands(*sizes, dtype=dtype, device="cuda"), chunk, list(range(sizes[4])))
 
 
+# H, W, window, shift: maps of whole windows and others, grids that begin with a part of one, axes shorter than a window.
+WINDOWS = [
+    (6, 5, 1, 0),
+    (17, 20, 3, 2),
+    (16, 24, 8, 4),
+    (21, 7, 8, 0),
+    (35, 18, 16, 8),
+    (12, 33, 12, 5),
+    (41, 23, 20, 7),
+    (18, 39, 20, 13),
+    (34, 66, 32, 16),
+]
+
+
+@pytest.mark.parametrize("groups", [1, 8], ids=["shared gates", "own gates"])
+@pytest.mark.parametrize("shape", WINDOWS, ids=str)
+def test_windows_in_exact_kernels(kernel, shape, groups):
+    height, width, window, shift = shape
+    tensors = operands(1, height, width, 8, 4, groups, device=device_of(kernel))
+    check(kernel, *tensors, 0, [0, 1, 2, 3], window, shift)
+    x, gates, input_gate, *_, grad = operands(1, height, width, 8, 1, groups, device=device_of(kernel))
+    check(kernel, x, gates, input_gate, None, None, None, grad, 0, [3], window, shift)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", WINDOWS, ids=str)
+def test_windows_on_tensor_cores(kernel, shape, dtype):
+    height, width, window, shift = shape
+    x, gates, input_gate, output_gate, decay, scale, grad = operands(
+        1, height, width, 32, 4, 2, dtype=dtype, device=device_of(kernel)
+    )
+    check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, 0, [0, 1, 2, 3], window, shift)
+    check(kernel, x, gates, input_gate, None, decay, scale, grad, 0, [0, 1, 2, 3], window, shift)
+
+
+@pytest.mark.parametrize("directions", [[1], [2], [3, 0, 2]], ids=str)
+@pytest.mark.parametrize("shape", [(21, 18, 8, 3), (18, 39, 20, 13)], ids=str)
+def test_windows_on_tensor_cores_of_any_directions(kernel, shape, directions):
+    height, width, window, shift = shape
+    tensors = operands(1, height, width, 64, len(directions), 1, dtype=torch.bfloat16, device=device_of(kernel))
+    check(kernel, *tensors, 0, directions, window, shift)
+
+
 @pytest.mark.parametrize("directions", [[1], [3], [2, 1], [3, 0, 2], [1, 0], [2, 3]], ids=str)
 def test_any_directions_in_any_order(kernel, directions):
     x, gates, input_gate, output_gate, decay, scale, grad = operands(
@@ -195,8 +239,8 @@ def test_gates_side_by_side_give_the_same_bits(kernel, shape):
     x, gates, input_gate, _, decay, scale, _ = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
     both = torch.cat([gates.permute(0, 1, 2, 5, 3, 4).flatten(-2), input_gate.transpose(3, 4)], -1)
     logits = both[..., :12].unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3)
-    together = kernel.forward(Call(x, logits, both[..., 12:].transpose(3, 4), None, decay, scale, 0, [0, 1, 2, 3]))
-    assert torch.equal(together, kernel.forward(Call(x, gates, input_gate, None, decay, scale, 0, [0, 1, 2, 3])))
+    together = kernel.forward(Call(x, logits, both[..., 12:].transpose(3, 4), None, decay, scale))
+    assert torch.equal(together, kernel.forward(Call(x, gates, input_gate, None, decay, scale)))
 
 
 def test_part_of_a_wider_map_on_tensor_cores(kernel):
@@ -223,9 +267,8 @@ def test_the_tail_in_bfloat16(kernel, shape):
     *tensors, _ = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
     groups = shape[-1]
     direct = torch.randn(shape[3], generator=torch.Generator().manual_seed(1)).to(device_of(kernel))
-    native = torch.ops.gspn_dit_cuda
-    y, inverse_rms = native.propagate_with_tail(*tensors, 0, [0, 1, 2, 3], direct)
-    sums = Reference().forward(Call(*(t.double() for t in tensors), 0, [0, 1, 2, 3])).unflatten(-1, (groups, -1))
+    y, inverse_rms = kernel.forward_with_tail(Call(*tensors), direct)
+    sums = Reference().forward(Call(*(t.double() for t in tensors))).unflatten(-1, (groups, -1))
     want = (sums.square().mean(-1) + 1e-6).rsqrt()
     assert distance(inverse_rms, want) < TOLERANCE[torch.bfloat16]
     want = (sums * want[..., None]).flatten(-2) + direct.double() * tensors[0].double()
@@ -378,7 +421,7 @@ def test_norm_and_direct_path_agree_with_the_plain_ones(kernel, shape, dtype):
     *sizes, chunk = shape
     *tensors, grad = operands(*sizes, dtype=dtype, device=device_of(kernel))
     direct = torch.linspace(-2, 2, sizes[3], device=device_of(kernel))
-    check_tail(kernel, Call(*tensors, chunk, range(sizes[4])), direct, grad)
+    check_tail(kernel, Call(*tensors, chunk=chunk, directions=range(sizes[4])), direct, grad)
 
 
 def test_norm_and_direct_path_take_any_strides(kernel):
@@ -405,7 +448,7 @@ def check_tail(kernel, call, direct, grad):
     saved = [t.double() for t in (grad, y, inverse_rms)]
     grad_scanned, grad_direct = tail_backward(*saved, exact[0], direct.double())
     grad_scanned = grad_scanned.to(call.x.dtype).double()  # as the scans' backward pass reads it
-    wants = [*Reference().backward(grad_scanned, Call(*exact, call.chunk, call.directions)), grad_direct]
+    wants = [*Reference().backward(grad_scanned, Call(*exact, *call.options)), grad_direct]
     wants[0] = wants[0] + direct.double() * saved[0]
     for name, got, other, wanted in zip((*OPERANDS, "direct"), gots, again, wants, strict=True):
         assert torch.equal(got, other), name
@@ -425,7 +468,7 @@ def test_a_group_of_zeros_has_the_inverse_root_of_epsilon(kernel):
 @pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 40, 36, 24, 4, 2)], ids=str)
 def test_gradients_are_the_same_bits_twice(kernel, shape):
     *tensors, grad = operands(*shape, device=device_of(kernel))
-    first, second = (kernel.backward(grad, Call(*tensors, 0, [0, 1, 2, 3])) for _ in range(2))
+    first, second = (kernel.backward(grad, Call(*tensors)) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
@@ -433,7 +476,7 @@ def test_gradients_are_the_same_bits_twice(kernel, shape):
 @pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 20, 18, 32, 4, 2)], ids=str)
 def test_results_on_tensor_cores_are_the_same_bits_twice(kernel, shape):
     *tensors, _ = operands(*shape, dtype=torch.float16, device=device_of(kernel))
-    first, second = (kernel.forward(Call(*tensors, 0, [0, 1, 2, 3])) for _ in range(2))
+    first, second = (kernel.forward(Call(*tensors)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -517,8 +560,8 @@ def test_gradients_of_gates_side_by_side(kernel, shape):
     x, gates, input_gate, _, decay, scale, grad = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
     both = torch.cat([gates.permute(0, 1, 2, 5, 3, 4).flatten(-2), input_gate.transpose(3, 4)], -1)
     logits = both[..., :12].unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3)
-    side_by_side = Call(x, logits, both[..., 12:].transpose(3, 4), None, decay, scale, 4, ALL_DIRECTIONS)
-    apart = Call(x, gates, input_gate, None, decay, scale, 4, ALL_DIRECTIONS)
+    side_by_side = Call(x, logits, both[..., 12:].transpose(3, 4), None, decay, scale, chunk=4)
+    apart = Call(x, gates, input_gate, None, decay, scale, chunk=4)
     for got, want in zip(kernel.backward(grad, side_by_side), kernel.backward(grad, apart), strict=True):
         assert torch.equal(got, want)
 
@@ -533,9 +576,9 @@ def test_gradients_on_devices_with_less_shared_memory(emulates, shape, channels,
         tensors = operands(*shape, channels, len(directions), 1, dtype=torch.bfloat16)
         check(kernel, *tensors, 5, directions)
     *tensors, grad = operands(*shape, channels, 4, 1, dtype=torch.bfloat16)
-    decay_gradient = kernel.backward(grad, Call(*tensors, 5, ALL_DIRECTIONS))[4]
+    decay_gradient = kernel.backward(grad, Call(*tensors, chunk=5))[4]
     exact = [t.double() for t in tensors]
-    wanted = Reference().backward(grad.double(), Call(*exact, 5, ALL_DIRECTIONS))[4]
+    wanted = Reference().backward(grad.double(), Call(*exact, chunk=5))[4]
     summed_in_float32 = distance(decay_gradient, wanted) < 1e-5
     assert summed_in_float32 == (channels == 64 and kilobytes == 99)
 
@@ -543,7 +586,7 @@ def test_gradients_on_devices_with_less_shared_memory(emulates, shape, channels,
 @pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 20, 18, 32, 4, 2)], ids=str)
 def test_gradients_on_tensor_cores_are_the_same_bits_twice(kernel, shape):
     *tensors, grad = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
-    first, second = (kernel.backward(grad, Call(*tensors, 0, ALL_DIRECTIONS)) for _ in range(2))
+    first, second = (kernel.backward(grad, Call(*tensors)) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
@@ -552,7 +595,7 @@ def test_gradients_on_tensor_cores_are_the_same_bits_twice(kernel, shape):
 def test_nan_in_a_gradient_shows(kernel, shape):
     *tensors, grad = operands(*shape, 32, 1, 1, dtype=torch.bfloat16, device=device_of(kernel))
     grad[0, 3, 4, 5] = torch.nan
-    dx, *_, grad_decay, grad_scale = kernel.backward(grad, Call(*tensors, 0, [0]))
+    dx, *_, grad_decay, grad_scale = kernel.backward(grad, Call(*tensors, directions=[0]))
     assert dx[0, :4, 4, 5].isnan().all()
     assert not dx[..., :5].isnan().any() and not dx[..., 6:].isnan().any()  # channels keep to themselves
     for of_channels in grad_decay, grad_scale:
