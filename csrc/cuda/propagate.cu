@@ -347,7 +347,7 @@ const char* refusal(const Forward<T>& call, const SharedMemory& memory, bool bac
 template <typename T>
 int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
   if constexpr (sizeof(T) == 2) {
-    if (tensor_takes(call, memory)) return tensor_scratch(call);
+    if (tensor_takes(call, memory)) return tensor_scratch(call, memory);
   }
   const MapChoice map = choose_map(call, memory);
   if (map) return map.linked() ? EdgeLayout(call.problem, kLongestLine).elements : 0;

@@ -5,7 +5,7 @@
 
 #include "cuda/launching.h"
 #include "cuda/tensor_backward.h"
-#include "cuda/tensor_forward.h"
+#include "cuda/tensor_wide.h"
 
 namespace gspn {
 namespace {
@@ -65,6 +65,41 @@ TensorBackwardPlan plan_backward(const Backward<T>& call, const SharedMemory& me
   return plan;
 }
 
+// What runs a forward call.
+enum class ForwardKernels {
+  kTiles,        // tensor_forward() on tiles of up to 16 × 16 tokens that need nothing of each other
+  kWideTiles,    // tensor_wide() on such tiles of up to 32 × 32
+  kLinkedTiles,  // tensor_edges(), then tensor_forward() on tiles of 16 × 16
+  kNone,         // what it needs does not fit into the device's memory
+};
+
+// Bytes of a block's shared memory.
+template <typename T>
+int64_t forward_bytes(const Forward<T>& call) {
+  return with_mode(call, [&](auto mode) {
+    return with_units(call.problem, [&](auto units) {
+      return int64_t(ForwardMemory<decltype(units)::value, decltype(mode)::value>::kBytes);
+    });
+  });
+}
+template <typename T, typename Run>
+auto with_wide_memory(const Forward<T>& call, Run run) {
+  return with_units(call.problem, [&](auto units) {
+    constexpr int kUnits = decltype(units)::value;
+    if (call.output_gate.data) return run(WideMemory<kUnits, true>());
+    return run(WideMemory<kUnits, false>());
+  });
+}
+template <typename T>
+ForwardKernels choose_forward(const Forward<T>& call, const SharedMemory& memory) {
+  const Problem& p = call.problem;
+  const bool tile_fits = forward_bytes(call) <= memory.of_a_block;
+  if (!has_linked_tiles(p)) return tile_fits ? ForwardKernels::kTiles : ForwardKernels::kNone;
+  const int64_t wide_bytes = with_wide_memory(call, [](auto wide) { return int64_t(decltype(wide)::kBytes); });
+  if (!TileGrid(p, kWideSites).linked && wide_bytes <= memory.of_a_block) return ForwardKernels::kWideTiles;
+  return tile_fits && tile_edges_fit(p, memory) ? ForwardKernels::kLinkedTiles : ForwardKernels::kNone;
+}
+
 std::atomic<bool> tensor_cores_are_used{true};
 
 }  // namespace
@@ -75,20 +110,14 @@ template <typename T>
 bool tensor_takes(const Forward<T>& call, const SharedMemory& memory) {
   const Problem& p = call.problem;
   const int channels = channels_of(p);
-  const bool fits = with_mode(call, [&](auto mode) {
-    return with_units(p, [&](auto units) {
-      return ForwardMemory<decltype(units)::value, decltype(mode)::value>::kBytes <= memory.of_a_block;
-    });
-  });
-  return tensor_cores_are_used && fits && p.groups < p.channels && channels % kWarpRows == 0 && channels <= 64 &&
-         vectorises(p, call.x, 3, 8) &&
-         vectorises(p, call.y, 3, 8) &&
-         (!has_linked_tiles(p) || tile_edges_fit(p, memory));
+  return tensor_cores_are_used && p.groups < p.channels && channels % kWarpRows == 0 && channels <= 64 &&
+         vectorises(p, call.x, 3, 8) && vectorises(p, call.y, 3, 8) &&
+         choose_forward(call, memory) != ForwardKernels::kNone;
 }
 
 template <typename T>
-int64_t tensor_scratch(const Forward<T>& call) {
-  if (!has_linked_tiles(call.problem)) return 0;
+int64_t tensor_scratch(const Forward<T>& call, const SharedMemory& memory) {
+  if (choose_forward(call, memory) != ForwardKernels::kLinkedTiles) return 0;
   return divide_up(TileEdgeLayout(call.problem).elements * int64_t(sizeof(T)), sizeof(float));
 }
 
@@ -96,9 +125,20 @@ template <typename T>
 const char* run_tensor_forward(const Forward<T>& call, const SharedMemory& memory, float* scratch, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   const Problem& p = call.problem;
+  const ForwardKernels kernels = choose_forward(call, memory);
+  if (kernels == ForwardKernels::kWideTiles) {
+    WidePlan plan{channels_of(p), TileGrid(p, kWideSites), {-1, -1, -1, -1}};
+    for (int k = 0; k < p.num_directions; ++k) plan.k[p.directions[k]] = k;
+    return with_wide_memory(call, [&](auto wide) {
+      using Memory = decltype(wide);
+      return describe(launch(tensor_wide<T, Memory::Map::kUnits, Memory::kHasGates>,
+                             p.batch * plan.grid.count() * p.groups, Memory::kThreads, Memory::kBytes, stream, call,
+                             plan));
+    });
+  }
   T* const any = const_cast<T*>(call.x.data);  // a valid address, from which nothing is read
   TileEdges<T> edges{{any, any, any, any}, {any, any, any, any}};
-  if (has_linked_tiles(p)) {
+  if (kernels == ForwardKernels::kLinkedTiles) {
     edges = TileEdgeLayout(p).at(reinterpret_cast<T*>(scratch), p);
     if (const char* error = describe(launch_tile_edges(call, edges, memory, stream))) return error;
   }
@@ -108,8 +148,8 @@ const char* run_tensor_forward(const Forward<T>& call, const SharedMemory& memor
       constexpr int kUnits = decltype(units)::value;
       constexpr TensorMode kMode = decltype(mode)::value;
       using Memory = ForwardMemory<kUnits, kMode>;
-      return describe(launch(tensor_forward<T, kUnits, kMode>, tiles(p) * p.groups, Memory::kThreads, Memory::kBytes, stream, call,
-                             edges, plan));
+      return describe(launch(tensor_forward<T, kUnits, kMode>, tiles(p) * p.groups, Memory::kThreads, Memory::kBytes,
+                             stream, call, edges, plan));
     });
   });
 }
@@ -169,7 +209,7 @@ const char* run_tensor_backward(const Backward<T>& call, const SharedMemory& mem
 
 #define GSPN_INSTANTIATE(T)                                                                                \
   template bool tensor_takes<T>(const Forward<T>&, const SharedMemory&);                                   \
-  template int64_t tensor_scratch<T>(const Forward<T>&);                                                   \
+  template int64_t tensor_scratch<T>(const Forward<T>&, const SharedMemory&);                              \
   template const char* run_tensor_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);       \
   template bool tensor_takes<T>(const Backward<T>&, const SharedMemory&);                                  \
   template int64_t tensor_scratch<T>(const Backward<T>&);                                                  \

@@ -17,7 +17,7 @@ bool tensor_takes(const Backward<T>& call, const SharedMemory& memory);
 
 // float32 elements of scratch that such a call needs.
 template <typename T>
-int64_t tensor_scratch(const Forward<T>& call);
+int64_t tensor_scratch(const Forward<T>& call, const SharedMemory& memory);
 template <typename T>
 int64_t tensor_scratch(const Backward<T>& call);
 // Rows of the sums for f and s, and for direct, that it writes, all of them.

@@ -242,14 +242,14 @@ struct Continues {
   GSPN_DEVICE bool at(int i) const { return !(restarts >> i & 1); }
 };
 
-// A tile of 16 × 16 sites in shared memory: kChannels 16-bit elements of each, in units of 16 bytes. Units are
+// A tile of kSites × kSites sites in shared memory: kChannels 16-bit elements of each, in units of 16 bytes. Units are
 // exchanged within 128 bytes so that 8 neighbouring sites (from an even multiple of 8 on) of a row, or of a column,
 // lie in different banks. Sites of 48 channels have room for 64.
-template <int kChannels>
+template <int kChannels, int kSites = kTileSites>
 struct TileMemory {
   static constexpr int kUnits = (kChannels == 48 ? 64 : kChannels) / 8;
   static constexpr int kTogether = 8 / kUnits;  // sites in 128 bytes
-  static constexpr int kRowBytes = kTileSites * kUnits * 16, kBytes = kTileSites * kRowBytes;
+  static constexpr int kRowBytes = kSites * kUnits * 16, kBytes = kSites * kRowBytes;
 
   static GSPN_DEVICE int offset(int row, int column, int unit) {
     const int group = column / kTogether, place = column % kTogether * kUnits + unit;

@@ -170,6 +170,36 @@ def test_long_lines_and_many_channels_agree_on_the_gpu(kernel, shape, dtype):
     check(kernel, *operands(*sizes, dtype=dtype, device="cuda"), chunk, list(range(sizes[4])))
 
 
+# Lines of 17 to 32 tokens: forward, a block has all of a map.
+WIDE_SHAPES = [
+    (1, 17, 32, 64, 4, 1, 0),
+    (1, 20, 24, 48, 4, 2, 16),
+    (2, 32, 32, 16, 4, 2, 20),
+    (1, 31, 9, 32, 4, 1, 2),
+    (1, 32, 30, 64, 4, 1, 1),
+    (1, 19, 25, 32, 1, 2, 0),
+]
+
+
+@pytest.mark.parametrize("shape", WIDE_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_wide_maps_on_tensor_cores(kernel, shape, dtype):
+    *sizes, chunk = shape
+    x, gates, input_gate, output_gate, decay, scale, grad = operands(*sizes, dtype=dtype, device=device_of(kernel))
+    directions = list(range(sizes[4]))
+    check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, chunk, directions)
+    check(kernel, x, gates, input_gate, None, decay, scale, grad, chunk, directions)
+    check(kernel, x, gates, input_gate, None, None, None, grad, chunk, directions)
+
+
+@pytest.mark.parametrize("directions", [[0], [1], [2], [3], [1, 0], [3, 2], [2, 1], [1, 2, 3]], ids=str)
+def test_any_directions_of_wide_maps(kernel, directions):
+    """Where there is one sense of an axis, or one axis, something else adds to the sum first."""
+    *tensors, _ = operands(1, 19, 30, 32, len(directions), 1, dtype=torch.bfloat16, device=device_of(kernel))
+    want = Reference().forward(Call(*(t.double() for t in tensors), directions=directions))
+    assert distance(kernel.forward(Call(*tensors, directions=directions)), want) < TOLERANCE[torch.bfloat16]
+
+
 # H, W, window, shift: whole windows and others, grids that begin with a part of one, axes shorter than a window.
 WINDOWS = [
     (6, 5, 1, 0),
@@ -244,15 +274,16 @@ def test_any_directions_in_any_order(kernel, directions):
 
 
 @pytest.mark.parametrize("directions", [[3], [2, 1], [3, 0, 2]], ids=str)
-def test_any_directions_in_any_order_on_tensor_cores(kernel, directions):
+@pytest.mark.parametrize("width", [18, 34])
+def test_any_directions_in_any_order_on_tensor_cores(kernel, width, directions):
     x, gates, input_gate, output_gate, decay, scale, grad = operands(
-        1, 13, 18, 32, len(directions), 2, dtype=torch.bfloat16, device=device_of(kernel)
+        1, 13, width, 32, len(directions), 2, dtype=torch.bfloat16, device=device_of(kernel)
     )
     check(kernel, x, gates, input_gate, None, decay, scale, grad, 3, directions)
     check(kernel, x, gates, input_gate, output_gate, None, None, grad, 0, directions)
 
 
-@pytest.mark.parametrize("shape", [(1, 13, 11, 64, 4, 1), (1, 18, 5, 64, 4, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 13, 11, 64, 4, 1), (1, 34, 5, 64, 4, 2)], ids=str)
 def test_gates_side_by_side_give_the_same_bits(kernel, shape):
     """As the mixers make them, a group's 16 numbers are read at once; here, they are not copied to be so."""
     x, gates, input_gate, _, decay, scale, _ = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
@@ -262,16 +293,17 @@ def test_gates_side_by_side_give_the_same_bits(kernel, shape):
     assert torch.equal(together, kernel.forward(Call(x, gates, input_gate, None, decay, scale)))
 
 
-def test_part_of_a_wider_map_on_tensor_cores(kernel):
+@pytest.mark.parametrize("width", [11, 18, 34])
+def test_part_of_a_wider_map_on_tensor_cores(kernel, width):
     x, gates, input_gate, output_gate, decay, scale, grad = operands(
-        1, 13, 18, 32, 4, 2, dtype=torch.bfloat16, device=device_of(kernel)
+        1, 13, width, 32, 4, 2, dtype=torch.bfloat16, device=device_of(kernel)
     )
     part_of_more = torch.cat([x, x], dim=-1)[..., 32:]
     group_by_group = gates.permute(0, 1, 2, 5, 3, 4).contiguous().permute(0, 1, 2, 4, 5, 3)
     check(kernel, part_of_more, group_by_group, input_gate, output_gate, decay, scale, grad, 4, [0, 1, 2, 3])
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 9), (1, 18, 20)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 9), (1, 18, 20), (1, 18, 34)], ids=str)
 def test_nan_shows(kernel, shape):
     x, gates, input_gate, *_ = operands(*shape, 16, 1, 1, dtype=torch.bfloat16, device=device_of(kernel))
     x[0, 3, 4, 5] = torch.nan
@@ -280,7 +312,9 @@ def test_nan_shows(kernel, shape):
     assert not y[..., :5].isnan().any() and not y[..., 6:].isnan().any()  # channels keep to themselves
 
 
-@pytest.mark.parametrize("shape", [(2, 13, 11, 32, 4, 2), (1, 18, 20, 16, 4, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 13, 11, 32, 4, 2), (1, 18, 20, 64, 4, 1), (1, 31, 9, 48, 4, 2), (1, 18, 34, 16, 4, 1)], ids=str
+)
 def test_the_tail_in_bfloat16(kernel, shape):
     """y / rms + direct x: as part of a kernel on tensor cores, or in a pass after exact ones."""
     *tensors, _ = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
@@ -372,7 +406,9 @@ def test_any_strides(kernel, groups):
 
 @pytest.mark.parametrize("direction", range(4))
 @pytest.mark.parametrize("chunk", [0, 1, 3])
-@pytest.mark.parametrize(("h", "w", "dtype"), [(7, 5, torch.float32), (7, 5, torch.bfloat16), (18, 20, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("h", "w", "dtype"), [(7, 5, torch.float32), *((*size, torch.bfloat16) for size in [(7, 5), (18, 20), (18, 34)])]
+)
 def test_ones_count_the_lines_of_the_chunk(kernel, direction, chunk, h, w, dtype):
     gates = torch.randn(1, h, w, 1, 3, 2, device=device_of(kernel), dtype=dtype)
     ones = torch.ones(1, h, w, 4 if dtype == torch.float32 else 32, device=device_of(kernel), dtype=dtype)
@@ -842,6 +878,18 @@ def test_forward_on_tensor_cores_multiplies_there_and_moves_16_bytes_at_a_time(m
         assert across in (within, 2 * within), name  # where parts meet, and tiles
         assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", code), name  # x
         assert re.search(r"STG\.E\.128", code), name  # y
+
+
+@pytest.mark.slow
+def test_wide_forward_on_tensor_cores_multiplies_there_and_moves_16_bytes_at_a_time(machine_code):
+    kernels = [(name, code) for name, code in machine_code["tensor"] if "tensor_wide" in name]
+    assert len(kernels) == 2 * 2 * 3 * 2  # targets, elements, sizes of a group, with an output gate or without
+    for name, code in kernels:
+        for depth in ("1688.F32.TF32", "1684.F32.TF32", r"1688.F32(.BF16)? "):  # W d, its borders; λ x
+            assert re.search(rf"HMMA\.{depth}", code), name
+        assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", code), name  # x
+        assert re.search(r"STG\.E\.128", code), name  # y
+        assert not re.search(r"\b(ATOM|RED)", code), name
 
 
 @pytest.mark.slow
