@@ -513,8 +513,8 @@ def test_norm_and_direct_path_on_tensor_cores(kernel, shape, dtype):
     *sizes, chunk = shape
     x, gates, input_gate, output_gate, decay, scale, grad = operands(*sizes, dtype=dtype, device=device_of(kernel))
     direct = torch.linspace(-2, 2, sizes[3], device=device_of(kernel))
-    check_tail(kernel, Call(x, gates, input_gate, output_gate, decay, scale, chunk, ALL_DIRECTIONS), direct, grad)
-    check_tail(kernel, Call(x, gates, input_gate, None, None, scale, chunk, ALL_DIRECTIONS), direct, grad)
+    check_tail(kernel, Call(x, gates, input_gate, output_gate, decay, scale, chunk), direct, grad)
+    check_tail(kernel, Call(x, gates, input_gate, None, None, scale, chunk), direct, grad)
 
 
 @pytest.mark.parametrize("directions", [[2, 3], [1, 3], [3, 0, 2]], ids=str)
@@ -522,7 +522,7 @@ def test_norm_and_direct_path_on_tensor_cores(kernel, shape, dtype):
 def test_norm_and_direct_path_on_tensor_cores_of_any_directions(kernel, shape, directions):
     *tensors, grad = operands(*shape, 64, len(directions), 2, dtype=torch.bfloat16, device=device_of(kernel))
     direct = torch.linspace(2, -1, 64, device=device_of(kernel))
-    check_tail(kernel, Call(*tensors, 0, directions), direct, grad)
+    check_tail(kernel, Call(*tensors, directions=directions), direct, grad)
 
 
 @pytest.mark.parametrize("kilobytes", [163, 99])  # of an A100's blocks, and of consumer cards'
@@ -531,14 +531,14 @@ def test_norm_and_direct_path_on_devices_with_less_shared_memory(emulates, kilob
     for height, channels in ((13, 64), (13, 32), (18, 64)):
         *tensors, grad = operands(1, height, 11, channels, 4, 1, dtype=torch.bfloat16)
         direct = torch.linspace(-1, 2, channels)
-        check_tail(kernel, Call(*tensors, 5, ALL_DIRECTIONS), direct, grad)
+        check_tail(kernel, Call(*tensors, chunk=5), direct, grad)
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 9), (1, 18, 20)], ids=str)
 def test_nan_in_the_gradient_of_the_result_shows(kernel, shape):
     """In all channels of the group, since the norm is of them all, and in no other group."""
     *tensors, grad = operands(*shape, 64, 1, 2, dtype=torch.bfloat16, device=device_of(kernel))
-    direct, call = torch.ones(64, device=device_of(kernel)), Call(*tensors, 0, [0])
+    direct, call = torch.ones(64, device=device_of(kernel)), Call(*tensors, directions=[0])
     y, inverse_rms = kernel.forward_with_tail(call, direct)
     grad[0, 3, 4, 5] = torch.nan
     dx, *_, grad_decay, grad_scale, grad_direct = kernel.backward_with_tail(grad, y, inverse_rms, call, direct)
