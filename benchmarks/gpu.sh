@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# benchmarks/gpu.sh OUT [--seconds N] [--state FOLDER] [--max-autotune] [PART...]: everything that needs a GPU, on a machine with a CUDA
-# torch and nvcc.
+# benchmarks/gpu.sh OUT [--seconds N] [--state FOLDER] [--max-autotune] [PART...]: everything that needs a GPU, on a
+# machine with a CUDA torch and nvcc.
 #
 #   tests      the GPU tests of the kernels; of passes over a block's maps, and of CUDA graphs
 #   operator   speed of the operator beside the byte floor, attention and slower peers

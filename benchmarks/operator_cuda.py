@@ -75,7 +75,8 @@ def errors(case: Case) -> dict[str, float]:
     exact = [tensor.requires_grad_() for tensor in exact]
     *gated, decay, scale, direct = case.arguments(exact)
     directions = [list(DIRECTIONS).index(direction) for direction in case.directions]
-    y = propagate_reference(Call(*gated, None, decay, scale, case.chunk or 0, directions))
+    cut: dict[str, Any] = {"window": case.window, "shift": case.shift} if case.window else {"chunk": case.chunk or 0}
+    y = propagate_reference(Call(*gated, None, decay, scale, **cut, directions=directions))
     if direct is not None:
         y = group_rms_norm(y, case.groups) + direct * exact[0]
     wants = [y.detach(), *(torch.autograd.grad(y, exact, grad[:1].double()) if case.trains else ())]
@@ -207,7 +208,7 @@ def measure(case: Case, bandwidth: float, repeats: int) -> dict[str, Any]:
         "side": case.side,
         "channels": case.channels,
         "groups": case.groups,
-        "chunk": case.chunk,
+        "scans": case.scans,
         "directions": len(case.directions),
         "dtype": str(case.dtype).removeprefix("torch."),
         "floor_bytes": case.floor_bytes,
@@ -246,7 +247,7 @@ def kernel_names(case: Case) -> dict[str, Any]:
 COLUMNS = (
     "case",
     "B, side, C, G",
-    "chunk",
+    "scans",
     "forward ms",
     "floor ms",
     "fraction",
@@ -295,7 +296,7 @@ def markdown(figures: dict[str, Any]) -> str:
     cells = [
         f"{figures['case']} ({figures['dtype']}, {figures['directions']} directions)",
         f"{figures['batch']}, {figures['side']}, {figures['channels']}, {figures['groups']}",
-        figures["chunk"] or "global",
+        figures["scans"],
         number(forward["device_ms"]) + ("" if forward["captured"] else " (eager)"),
         number(figures["floor_ms"]),
         f"{figures['floor_ms'] / forward['device_ms']:.0%}",

@@ -24,6 +24,8 @@ from benchmarks.random_model import random_model
 from benchmarks.timing import FEWEST, paced
 from gspn_dit.arguments import CompileMode
 from gspn_dit.diffusion import Batch, create_objective
+from gspn_dit.layers.chunks import Chunk
+from gspn_dit.layers.windows import Window
 from gspn_dit.models import DiT
 from gspn_dit.models.compiled_blocks import compile_blocks
 from gspn_dit.models.latent_model import LatentModel
@@ -145,9 +147,11 @@ def add_positions_in_the_stream_dtype(model: DiT) -> None:
     model._positions = lambda x: positions(x).to(x.dtype)  # type: ignore[method-assign]
 
 
-def block_kind(block: nn.Module, chunk: int | None) -> str:
-    """What tells the blocks of a model apart in cost: the lines a scan runs over, and whether windows are shifted."""
-    shifted = getattr(getattr(block, "mixer", None), "shifted", False)
+def block_kind(block: nn.Module, chunk: Chunk) -> str:
+    """What tells the blocks of a model apart in cost: what a scan runs over, and whether windows are shifted."""
+    if isinstance(chunk, Window):
+        return f"window {chunk.side}{', shifted' if chunk.shifted else ''}"
+    shifted = getattr(getattr(block, "mixer", None), "shifted", False)  # of window attention
     return f"chunk {chunk or 'the map'}{', shifted' if shifted else ''}"
 
 

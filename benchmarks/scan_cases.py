@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Case:
     channels: int
     groups: int
     chunk: int | None
+    window: int | None = None
+    shift: int = 0
     directions: tuple[str, ...] = FOUR
     dtype: torch.dtype = torch.bfloat16
     sites_innermost: bool = False
@@ -35,7 +38,14 @@ class Case:
     @property
     def key(self) -> str:
         """The name of the row in the results' JSON."""
-        return f"{self.name}, {f'chunk {self.chunk}' if self.chunk else 'global'}"
+        return f"{self.name}, {self.scans}"
+
+    @property
+    def scans(self) -> str:
+        """What the scans run over, in words."""
+        if self.window:
+            return f"window {self.window}{f' from {self.shift}' if self.shift else ''}"
+        return f"chunk {self.chunk}" if self.chunk else "global"
 
     @property
     def floor_bytes(self) -> int:
@@ -80,10 +90,9 @@ class Case:
     def run(self, operands: list[Tensor], backend: str) -> Tensor:
         """The operator on a set of operands."""
         *gated, decay, scale, direct = self.arguments(operands)
-        options = {"direct": direct} if self.tail else {}
-        return propagate(
-            *gated, decay=decay, scale=scale, **options, chunk=self.chunk, directions=self.directions, backend=backend
-        )
+        options: dict[str, Any] = {"direct": direct} if self.tail else {}
+        options |= {"window": self.window, "shift": self.shift} if self.window else {"chunk": self.chunk}
+        return propagate(*gated, decay=decay, scale=scale, **options, directions=self.directions, backend=backend)
 
     def train(self, operands: list[Tensor], grad: Tensor, backend: str) -> tuple[Tensor, ...]:
         """Forward and backward: the gradients of a set of operands."""
@@ -98,13 +107,25 @@ def cases() -> Iterator[Case]:
     for chunk in (32, None):
         yield Case("16K px", 1, 1024, 1152, 18, chunk, trains=False)
     yield Case(
-        "GSPN-2: 1024², 8 ch", 16, 1024, 8, 8, None, ("down",), torch.float32, sites_innermost=True, factors=False
+        "GSPN-2: 1024², 8 ch",
+        16,
+        1024,
+        8,
+        8,
+        None,
+        directions=("down",),
+        dtype=torch.float32,
+        sites_innermost=True,
+        factors=False,
     )
-    if "direct" in inspect.signature(propagate).parameters:
+    options = inspect.signature(propagate).parameters  # of the code that is measured, which may be older
+    if "direct" in options:
         for pixels in (256, 512, 1024):
             yield Case(f"{pixels} px, norm and direct path", maps[pixels], pixels // 16, 1152, 18, None, tail=True)
-    for pixels in (1024, 2048):  # longer than the chunk that the models' local layers have
+    for pixels in (1024, 2048):  # larger than the windows that the models' local layers have
         yield Case(f"{pixels} px", maps[pixels], pixels // 16, 1152, 18, 32)
+        if "window" in options:  # in the layers whose grid is shifted
+            yield Case(f"{pixels} px", maps[pixels], pixels // 16, 1152, 18, None, window=32, shift=16)
     yield Case("256 px, without f and s", 64, 16, 1152, 18, None, factors=False)
     yield Case("256 px, 16 channels a group", 64, 16, 1152, 72, None)
     yield Case("256 px, a gate a channel", 64, 16, 1152, 1152, 2, factors=False)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from gspn_dit.layers.chunks import Chunk, scan_options
 from gspn_dit.layers.convolution import DepthwiseConv
 from gspn_dit.layers.mixers import NUM_DIRECTIONS, GSPNMixer, Mixer
 from gspn_dit.models import GSPNDiT
@@ -81,12 +82,13 @@ def two_directions(model: GSPNDiT) -> None:
 def scan_only(mixer: GSPNMixer, chosen: slice) -> None:
     """A mixer of some of its four directions."""
 
-    def scan(value: Tensor, chunk: int | None = None, *, direct: Tensor | None = None) -> Tensor:
+    def scan(value: Tensor, chunk: Chunk = None, *, direct: Tensor | None = None) -> Tensor:
         gates, input_gate = mixer.token_gates(value)
         decay, scale = mixer.channel_factors(torch.promote_types(value.dtype, torch.float32))
         of_tokens = gates[:, :, :, chosen], input_gate[:, :, :, chosen]
         of_channels = {"decay": decay[chosen], "scale": scale[chosen], "direct": direct}
-        return propagate(value, *of_tokens, **of_channels, chunk=chunk, directions=ALL_DIRECTIONS[chosen])
+        cut = scan_options(chunk)
+        return propagate(value, *of_tokens, **of_channels, **cut, directions=ALL_DIRECTIONS[chosen])
 
     mixer.scan = scan
 

@@ -14,19 +14,20 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 constexpr const char* kPropagate =
     "propagate(Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay, Tensor? scale, int chunk,"
-    " int[] directions) -> Tensor";
+    " int window, int shift, int[] directions) -> Tensor";
 constexpr const char* kPropagateBackward =
     "propagate_backward(Tensor grad, Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay,"
-    " Tensor? scale, int chunk, int[] directions) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+    " Tensor? scale, int chunk, int window, int shift, int[] directions)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 
 // The same with the tail; forward also gives inverse_rms, backward the gradient of direct.
 constexpr const char* kPropagateWithTail =
     "propagate_with_tail(Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay, Tensor? scale,"
-    " int chunk, int[] directions, Tensor direct) -> (Tensor, Tensor)";
+    " int chunk, int window, int shift, int[] directions, Tensor direct) -> (Tensor, Tensor)";
 constexpr const char* kPropagateBackwardWithTail =
     "propagate_backward_with_tail(Tensor grad, Tensor y, Tensor inverse_rms, Tensor x, Tensor gates, Tensor input_gate,"
-    " Tensor? output_gate, Tensor? decay, Tensor? scale, int chunk, int[] directions, Tensor direct)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+    " Tensor? output_gate, Tensor? decay, Tensor? scale, int chunk, int window, int shift, int[] directions,"
+    " Tensor direct) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 
 template <typename T>
 constexpr at::ScalarType kDtype = at::kFloat;
@@ -105,19 +106,21 @@ struct ChannelFactors {
 struct Operands {
   const at::Tensor &x, &gates, &input_gate;
   const at::Tensor output_gate;  // undefined for 1
-  int64_t chunk;
+  int64_t chunk, window, shift;
   at::IntArrayRef directions;
 
   Operands(const at::Tensor& x_, const at::Tensor& gates_, const at::Tensor& input_gate_,
-           const OptionalTensor& output_gate_, int64_t chunk_, at::IntArrayRef directions_)
+           const OptionalTensor& output_gate_, int64_t chunk_, int64_t window_, int64_t shift_,
+           at::IntArrayRef directions_)
       : x(x_), gates(gates_), input_gate(input_gate_), output_gate(output_gate_.value_or(at::Tensor())), chunk(chunk_),
-        directions(directions_) {}
+        window(window_), shift(shift_), directions(directions_) {}
 
   template <typename Call>
   Call call() const {
     using T = typename Call::Element;
     Call call{};
-    call.problem = {x.size(0), x.size(1), x.size(2), x.size(3), input_gate.size(4), chunk, int(directions.size()), {}};
+    call.problem = {x.size(0), x.size(1), x.size(2), x.size(3), input_gate.size(4), chunk, window, shift,
+                    int(directions.size()), {}};
     for (size_t k = 0; k < directions.size(); ++k) call.problem.directions[k] = int(directions[k]);
     call.x = strided<const T>(x), call.gates = strided<const T>(gates);
     call.input_gate = strided<const T>(input_gate), call.output_gate = strided<const T>(output_gate);

@@ -10,7 +10,9 @@ namespace gspn {
 
 struct Problem {
   int64_t batch, height, width, channels, groups;
-  int64_t chunk;  // lines of a chunk; 0: the whole map is one
+  int64_t chunk;   // lines of a chunk; 0: the whole map is one
+  int64_t window;  // side of a window in tokens; 0: there are none, as always with chunks
+  int64_t shift;   // row and column of the first border between windows; 0: that of the map
   int num_directions;
   int directions[4];  // gspn::Direction
 };
@@ -73,6 +75,15 @@ struct Forward {
   float* inverse_rms;  // (B, H, W, G), contiguous, where direct is given
 };
 
+// The part of a tail that a backward kernel computes with the scans' pass, or null `direct`.
+template <typename T>
+struct TailInside {
+  const float *direct, *inverse_rms;  // as in Forward
+  Strided<const T> y;                 // null data where grad_y of Backward is the gradient of the sum already
+  Strided<const T> grad_y;            // the gradient of y
+  float* grad_direct;                 // (rows, C): sums over parts of the tokens
+};
+
 template <typename T>
 struct Backward {
   using Element = T;
@@ -84,6 +95,7 @@ struct Backward {
   Strided<T> grad_output_gate;  // null data where output_gate has none
   // (rows, K, C): sums over parts of the tokens, whose rows the binding adds up; the kernels say how many rows.
   Accumulator<T>*grad_decay, *grad_scale;
+  TailInside<T> tail;
 };
 
 // The tail of a call, backward: what comes before the scans' backward pass, and what comes after it.

@@ -138,7 +138,7 @@ void unscan_line(const SlabGates& gates, const Backward<T>& call, const Scan& sc
     if (before) {
       const A *centre = before + j * width, *minus = centre - width, *plus = centre + width;
       A *to = carry_before + j * width, *to_minus = to - width, *to_plus = to + width;
-      if constexpr (!shared) normalise_range(token, width, j > 0, j + 1 < scan.positions);
+      if constexpr (!shared) normalise_range(token, width, scan.has_minus(j), scan.has_plus(j));
       const auto w_minus = gate(kWeightMinus), w_centre = gate(kWeightCentre), w_plus = gate(kWeightPlus);
       A s_minus = 0, s_centre = 0, s_plus = 0;
 #pragma omp simd reduction(+ : s_minus, s_centre, s_plus)
@@ -179,14 +179,14 @@ void backward_slab(const Backward<T>& call, const SlabGates& gates, Workspace<A>
   for (int k = 0; k < p.num_directions; ++k) {
     const Scan scan(p, p.directions[k]);
     const int64_t line_size = (scan.positions + 2) * width, grad_size = SlabGates::shared ? scan.positions : width;
-    A *history = work.history.get(scan.chunk * line_size), *lines = work.lines.get(2 * line_size + width);
+    A *history = work.history.get(scan.chunks.size * line_size), *lines = work.lines.get(2 * line_size + width);
     const SlabFactors<A> factors(call, work.factors, k, channel, width);
     A* grads_data = work.grads.get(kLogitMinus * grad_size);
     Gates<A> grads{};
     for (int f = 0; f < kLogitMinus; ++f) grads.field[f] = grads_data + f * grad_size;
     const auto h = [&](int64_t n) { return history + n * line_size + width; };
-    for (int64_t n = 0; n < scan.chunk; ++n) padded_line(history + n * line_size, scan.positions, width);
-    for (int64_t c = 0; c < scan.num_chunks(); ++c) {
+    for (int64_t n = 0; n < scan.chunks.size; ++n) padded_line(history + n * line_size, scan.positions, width);
+    for (int64_t c = 0; c < scan.chunks.count(); ++c) {
       for (int64_t n = 0; n < scan.chunk_lines(c); ++n)
         rescan_line<kWidth>(gates, call, scan, k, scan.line(c, n), x, factors.decay,
                             n ? h(n - 1) : (const A*)nullptr, h(n));

@@ -58,15 +58,16 @@ std::pair<Tensor, Tensor> forward(const gspn::Operands& operands, const ChannelF
 }
 
 Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& input_gate, const OptionalTensor& output_gate,
-                 const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions) {
-  return forward({x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}, {}).first;
+                 const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, int64_t window, int64_t shift,
+                 at::IntArrayRef directions) {
+  return forward({x, gates, input_gate, output_gate, chunk, window, shift, directions}, {decay, scale}, {}).first;
 }
 
 std::tuple<Tensor, Tensor> propagate_with_tail(const Tensor& x, const Tensor& gates, const Tensor& input_gate,
                                                const OptionalTensor& output_gate, const OptionalTensor& decay,
-                                               const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions,
-                                               const Tensor& direct) {
-  return forward({x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}, direct);
+                                               const OptionalTensor& scale, int64_t chunk, int64_t window,
+                                               int64_t shift, at::IntArrayRef directions, const Tensor& direct) {
+  return forward({x, gates, input_gate, output_gate, chunk, window, shift, directions}, {decay, scale}, direct);
 }
 
 std::array<Tensor, 6> backward(const Tensor& grad, const gspn::Operands& operands, ChannelFactors factors) {
@@ -87,16 +88,17 @@ std::array<Tensor, 6> backward(const Tensor& grad, const gspn::Operands& operand
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward(
     const Tensor& grad, const Tensor& x, const Tensor& gates, const Tensor& input_gate,
     const OptionalTensor& output_gate, const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk,
-    at::IntArrayRef directions) {
+    int64_t window, int64_t shift, at::IntArrayRef directions) {
   return std::tuple_cat(
-      backward(grad, {x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}));
+      backward(grad, {x, gates, input_gate, output_gate, chunk, window, shift, directions}, {decay, scale}));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward_with_tail(
     const Tensor& grad, const Tensor& y, const Tensor& inverse_rms, const Tensor& x, const Tensor& gates,
     const Tensor& input_gate, const OptionalTensor& output_gate, const OptionalTensor& decay,
-    const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions, const Tensor& direct) {
-  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
+    const OptionalTensor& scale, int64_t chunk, int64_t window, int64_t shift, at::IntArrayRef directions,
+    const Tensor& direct) {
+  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, window, shift, directions);
   const Tensor per_channel = direct.contiguous(), grad_scanned = fresh(x);
   const int64_t lines = x.size(0) * x.size(1);
   const Tensor sums = x.new_empty({lines, x.size(3)}, x.options().dtype(at::kFloat));

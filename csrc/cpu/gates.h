@@ -90,16 +90,17 @@ class GroupGates {
     for (int k = 0; k < problem_.num_directions; ++k) {
       const Scan scan(problem_, problem_.directions[k]);
       const Gates<A> map = fields(k);
-      const auto beyond_the_map = [&](int minus, int plus, A value) {
-        for (int64_t i = 0; i < scan.lines; ++i) {
-          map.field[minus][i * scan.positions] = value;
-          map.field[plus][(i + 1) * scan.positions - 1] = value;
-        }
+      const auto across_borders = [&](int minus, int plus, A value) {  // of the map and between windows
+        for (int64_t i = 0; i < scan.lines; ++i)
+          for (int64_t n = 0; n < scan.windows.count(); ++n) {
+            map.field[minus][i * scan.positions + scan.windows.begin(n)] = value;
+            map.field[plus][i * scan.positions + scan.windows.end(n) - 1] = value;
+          }
       };
-      // All tokens in one loop: a logit of -∞ gives a neighbour beyond the map a tiny weight, which is then set to 0.
-      beyond_the_map(kLogitMinus, kLogitPlus, -std::numeric_limits<A>::infinity());
+      // All tokens in one loop: a logit of -∞ gives a neighbour across a border a tiny weight, which is then set to 0.
+      across_borders(kLogitMinus, kLogitPlus, -std::numeric_limits<A>::infinity());
       normalise_range(map, scan.lines * scan.positions, true, true);
-      beyond_the_map(kWeightMinus, kWeightPlus, A(0));
+      across_borders(kWeightMinus, kWeightPlus, A(0));
       if (Call::kIsBackward && !kHasOutputGate)
         std::fill_n(map.field[kOutputGate], scan.lines * scan.positions, A(1));
     }
@@ -259,8 +260,8 @@ struct TokenWeights {
       : minus(token.field[kLogitMinus]),
         centre(token.field[kLogitCentre]),
         plus(token.field[kLogitPlus]),
-        has_minus(position > 0),
-        has_plus(position + 1 < scan.positions) {}
+        has_minus(scan.has_minus(position)),
+        has_plus(scan.has_plus(position)) {}
   Weights<A> GSPN_INLINE operator[](int64_t c) const {
     return normalise(minus[c], centre[c], plus[c], has_minus, has_plus);
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/vector.h"
+#include "scan.h"
 
 namespace gspn {
 
@@ -63,22 +64,22 @@ struct OwnLine {
 // Advances h by one line. `h` holds the line before (kStart: there is none) and is overwritten: kVectors of channels
 // per token, and a position of zeros after the last. `value(j, v)` returns x; `emit(j, v, u, h)` receives the result.
 template <int kVectors, bool kStart, typename Line, typename A, typename Value, typename Emit>
-GSPN_INLINE void scan_line(const Line& line, int64_t positions, const Vector<A> (&decay)[kVectors], A* h, Value value,
-                           Emit emit) {
+GSPN_INLINE void scan_line(const Line& line, const Lines<int64_t>& map, const Vector<A> (&decay)[kVectors], A* h,
+                           Value value, Emit emit) {
   using V = Vector<A>;
   const auto at = [&](int64_t j, int v) { return h + (j * kVectors + v) * V::kLanes; };
   V minus[kVectors], centre[kVectors];  // of the line before: the neighbours stay in registers as j advances
   if constexpr (!kStart)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) minus[v] = A(0), centre[v] = V::load(at(0, v));
-  for (int64_t j = 0; j < positions; ++j) {
+  for (int64_t j = 0; j < map.positions; ++j) {
     const auto token = line.token(j);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       V now = token.input_gate(v) * value(j, v);
       if constexpr (!kStart) {
         const V plus = V::load(at(j + 1, v));
-        now = advance(token.weights(v, j > 0, j + 1 < positions), minus[v], centre[v], plus, decay[v], now);
+        now = advance(token.weights(v, map.has_minus(j), map.has_plus(j)), minus[v], centre[v], plus, decay[v], now);
         minus[v] = centre[v];
         centre[v] = plus;
       }

@@ -113,7 +113,7 @@ struct ForwardPass {
       decay[v] = of_channels(call.decay, k, v);
       scale[v] = of_channels(call.scale, k, v);
     }
-    for (int64_t c = 0; c < scan.num_chunks(); ++c)
+    for (int64_t c = 0; c < scan.chunks.count(); ++c)
       for (int64_t n = 0; n < scan.chunk_lines(c); ++n) {
         const int64_t line = scan.line(c, n), row = scan.row(line, 0), column = scan.column(line, 0);
         const T* from = map_at(call.x, b, row, column, channel);
@@ -140,8 +140,8 @@ struct ForwardPass {
           else sum.store(kept);
         };
         const auto line_gates = gates.template along<kWhole>(call, scan, k, line, channel, channels);
-        if (n) scan_line<kVectors, false>(line_gates, scan.positions, decay, h, value, emit);
-        else scan_line<kVectors, true>(line_gates, scan.positions, decay, h, value, emit);
+        if (n) scan_line<kVectors, false>(line_gates, scan, decay, h, value, emit);
+        else scan_line<kVectors, true>(line_gates, scan, decay, h, value, emit);
       }
     if (past_caches) V::finish_streams();
   }

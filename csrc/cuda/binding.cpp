@@ -2,8 +2,6 @@
 // scratch, and launches the kernels on the current stream of the tensors' device.
 #include "binding.h"
 
-#include <array>
-
 #include <torch/library.h>
 
 #if defined(GSPN_EMULATED_CUDA)
@@ -22,6 +20,7 @@ namespace {
 using at::Tensor;
 using gspn::ChannelFactors;
 using gspn::OptionalTensor;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // of the operands
 
 constexpr gspn::ElementTypes<float, gspn::BFloat16, gspn::Float16> kElementTypes{
     "float32, bfloat16 or float16 on CUDA"};
@@ -82,76 +81,95 @@ std::pair<Tensor, Tensor> forward(const gspn::Operands& operands, const ChannelF
 }
 
 Tensor propagate(const Tensor& x, const Tensor& gates, const Tensor& input_gate, const OptionalTensor& output_gate,
-                 const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions) {
-  return forward({x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}, {}).first;
+                 const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk, int64_t window, int64_t shift,
+                 at::IntArrayRef directions) {
+  return forward({x, gates, input_gate, output_gate, chunk, window, shift, directions}, {decay, scale}, {}).first;
 }
 
 std::tuple<Tensor, Tensor> propagate_with_tail(const Tensor& x, const Tensor& gates, const Tensor& input_gate,
                                                const OptionalTensor& output_gate, const OptionalTensor& decay,
-                                               const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions,
-                                               const Tensor& direct) {
-  return forward({x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}, direct);
+                                               const OptionalTensor& scale, int64_t chunk, int64_t window,
+                                               int64_t shift, at::IntArrayRef directions, const Tensor& direct) {
+  return forward({x, gates, input_gate, output_gate, chunk, window, shift, directions}, {decay, scale}, direct);
 }
 
-std::array<Tensor, 6> backward(const Tensor& grad, const gspn::Operands& operands, ChannelFactors factors) {
+// What the backward pass of a call with a tail takes beside the gradient of y.
+struct TailOperands {
+  const Tensor &y, &inverse_rms, &direct;
+};
+
+// The gradients of the operands, and that of direct where there is a tail: without, it is undefined.
+std::pair<Gradients, Tensor> backward(const Tensor& grad, const gspn::Operands& operands, ChannelFactors factors,
+                                      const TailOperands* tail) {
+  using gspn::TailShare;
   const Tensor& x = operands.x;
   const Device device(x);
   const gspn::Gradients grads(operands, fresh);
+  const Tensor direct = tail ? tail->direct.contiguous() : Tensor();
+  Tensor grad_scanned, direct_sums, grad_direct;
   kElementTypes.with_element(x, [&](auto element) {
     using T = decltype(element);
     auto call = operands.call<gspn::Backward<T>>();
     call.grad_y = gspn::strided<const T>(grad);
     grads.give_to(call);
+    gspn::TailBackward<T> passes{};
+    TailShare inside = TailShare::kNone;
+    if (tail) {
+      passes = gspn::tail_backward<T>(operands, grad, tail->y, tail->inverse_rms, direct);
+      inside = gspn::tail_share(call, passes, device.memory);
+      direct_sums = scratch(x, gspn::direct_rows(call.problem, inside) * x.size(3)).view({-1, x.size(3)});
+      passes.grad_x = call.grad_x, passes.grad_direct = static_cast<float*>(direct_sums.data_ptr());
+      if (inside != TailShare::kNone)
+        call.tail = {passes.direct, passes.inverse_rms, passes.y, passes.grad_y, passes.grad_direct};
+      if (inside != TailShare::kAll) {
+        grad_scanned = fresh(x);
+        passes.grad_scanned = gspn::strided<T>(grad_scanned);
+        check(gspn::run_tail_backward(passes, device.stream));
+        call.grad_y = gspn::strided<const T>(grad_scanned), call.tail.y.data = nullptr;
+      }
+    }
     factors.make_sums(gspn::backward_rows(call, device.memory));
     factors.give_to(call);
     const Tensor memory = scratch(x, gspn::backward_scratch(call, device.memory));
     check(gspn::run_backward(call, device.memory, static_cast<float*>(memory.data_ptr()), device.stream));
+    if (tail && inside == TailShare::kNone) check(gspn::run_direct_backward(passes, device.stream));
   });
-  return {grads.x, grads.gates, grads.input_gate, grads.output_gate, factors.grad_decay(x), factors.grad_scale(x)};
+  if (tail) {
+    grad_direct = at::empty_like(tail->direct);
+    at::sum_out(grad_direct, direct_sums, {0});
+  }
+  return {{grads.x, grads.gates, grads.input_gate, grads.output_gate, factors.grad_decay(x), factors.grad_scale(x)},
+          grad_direct};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& gates, const Tensor& input_gate,
-    const OptionalTensor& output_gate, const OptionalTensor& decay, const OptionalTensor& scale, int64_t chunk,
-    at::IntArrayRef directions) {
-  return std::tuple_cat(
-      backward(grad, {x, gates, input_gate, output_gate, chunk, directions}, {decay, scale}));
+Gradients propagate_backward(const Tensor& grad, const Tensor& x, const Tensor& gates, const Tensor& input_gate,
+                             const OptionalTensor& output_gate, const OptionalTensor& decay,
+                             const OptionalTensor& scale, int64_t chunk, int64_t window, int64_t shift,
+                             at::IntArrayRef directions) {
+  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, window, shift, directions);
+  return backward(grad, operands, {decay, scale}, nullptr).first;
 }
 
 // The gradients of propagate_backward, and that of direct.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> propagate_backward_with_tail(
     const Tensor& grad, const Tensor& y, const Tensor& inverse_rms, const Tensor& x, const Tensor& gates,
     const Tensor& input_gate, const OptionalTensor& output_gate, const OptionalTensor& decay,
-    const OptionalTensor& scale, int64_t chunk, at::IntArrayRef directions, const Tensor& direct) {
-  const Device device(x);
-  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
-  const Tensor per_channel = direct.contiguous(), grad_scanned = fresh(x);
-  std::array<Tensor, 6> grads;
-  Tensor grad_direct;
-  kElementTypes.with_element(x, [&](auto element) {
-    using T = decltype(element);
-    auto tail = gspn::tail_backward<T>(operands, grad, y, inverse_rms, per_channel);
-    tail.grad_scanned = gspn::strided<T>(grad_scanned);
-    check(gspn::run_tail_backward(tail, device.stream));
-    grads = backward(grad_scanned, operands, {decay, scale});
-    const Tensor sums = scratch(x, gspn::direct_rows(tail.problem) * x.size(3)).view({-1, x.size(3)});
-    tail.grad_x = gspn::strided<T>(grads[0]);
-    tail.grad_direct = static_cast<float*>(sums.data_ptr());
-    check(gspn::run_direct_backward(tail, device.stream));
-    grad_direct = at::empty_like(direct);
-    at::sum_out(grad_direct, sums, {0});
-  });
+    const OptionalTensor& scale, int64_t chunk, int64_t window, int64_t shift, at::IntArrayRef directions,
+    const Tensor& direct) {
+  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, window, shift, directions);
+  const TailOperands tail{y, inverse_rms, direct};
+  const auto [grads, grad_direct] = backward(grad, operands, {decay, scale}, &tail);
   return std::tuple_cat(grads, std::make_tuple(grad_direct));
 }
 
 // Why the kernels cannot run a call, or nothing: forward, and unless `backward` is false also backward. Launches
 // nothing.
 std::string refusal(const Tensor& x, const Tensor& gates, const Tensor& input_gate, const OptionalTensor& output_gate,
-                    const OptionalTensor&, const OptionalTensor&, int64_t chunk, at::IntArrayRef directions,
-                    bool backward) {
+                    const OptionalTensor&, const OptionalTensor&, int64_t chunk, int64_t window, int64_t shift,
+                    at::IntArrayRef directions, bool backward) {
   if (!kElementTypes.has(x)) return kElementTypes.refusal(x);
   const Device device(x);
-  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, directions);
+  const gspn::Operands operands(x, gates, input_gate, output_gate, chunk, window, shift, directions);
   const char* reason = nullptr;
   kElementTypes.with_element(x, [&](auto element) {
     reason = gspn::refusal(operands.call<gspn::Forward<decltype(element)>>(), device.memory, backward);
@@ -168,7 +186,7 @@ TORCH_LIBRARY(gspn_dit_cuda, m) {
   m.def(gspn::kPropagateBackwardWithTail, propagate_backward_with_tail);
   m.def(
       "refusal(Tensor x, Tensor gates, Tensor input_gate, Tensor? output_gate, Tensor? decay, Tensor? scale, int chunk,"
-      " int[] directions, bool backward=True) -> str",
+      " int window, int shift, int[] directions, bool backward=True) -> str",
       refusal);
   m.def("unusable(Tensor on_device) -> str", [](const Tensor& on_device) {
     const Device device(on_device);

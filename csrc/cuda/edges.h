@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
   // neighbouring blocks have different directions, which read the same x: it is in the cache
   const int k = launched.k[blockIdx.x % unsigned(launched.directions)];
   WalkPlan plan = launched.slabs;
-  plan.direction = p.directions[k];
+  plan.order = ScanOrder<int>(p, p.directions[k]);
   const LineScan scan(p, plan, blockIdx.x / unsigned(launched.directions));
 
   const int tid = threadIdx.x, warp = tid / kWarp, warps = blockDim.x / kWarp, lane = tid % kWarp;
@@ -56,9 +56,10 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
   // gates of position `tid`, prepared one line ahead
   RawGates<T> ahead{};
   const bool prepares = kShared && tid < scan.positions;
+  const Sides own_sides(scan, tid);
   const auto prepare = [&](int n) {
     if (!prepares || n >= scan.length) return;
-    const Weights<float> w = n ? ahead.weights(scan, tid) : Weights<float>{0.f, 0.f, 0.f};
+    const Weights<float> w = n ? ahead.weights(own_sides) : Weights<float>{0.f, 0.f, 0.f};
     gates.weights[n % 2 * scan.positions + tid] = make_float4(w.minus, w.centre, w.plus, load(ahead.input_gate));
     if (n + 1 < scan.length) ahead.read(call, scan, k, scan.line(n + 1), tid, scan.group);
   };
@@ -104,8 +105,8 @@ __global__ void __launch_bounds__(kEdgeThreads, 1)
         for (int i = 0; i < kC; ++i) {
           w[i] = Weights<float>{0.f, 0.f, 0.f};
           if (n)
-            w[i] = normalise(minus[i], centre[i], plus[i], float(first + q > 0),
-                             float(first + q + 1 < scan.positions));
+            w[i] = normalise(minus[i], centre[i], plus[i], float(scan.has_minus(first + q)),
+                             float(scan.has_plus(first + q)));
         }
       }
 #pragma unroll

@@ -35,12 +35,12 @@ __global__ void __launch_bounds__(256)
     const ScanOrder<int> scan(p, p.directions[k]);
     const int line = scan.line_of(int(row), int(column)), position = scan.position_of(int(row), int(column));
     Weights<float> grad{0.f, 0.f, 0.f};
-    if (!scan.starts_chunk(line, scan.reversed)) {
+    if (!scan.restarts(line, scan.reversed)) {
       const T* logits = gate_at(call.gates, 5, b, row, column, k, g);
       const int64_t next = call.gates.stride[4];
       const float minus = load(logits[0]), centre = load(logits[next]), plus = load(logits[2 * next]);
       const Weights<float> w =
-          normalise(minus, centre, plus, float(position > 0), float(position + 1 < scan.positions));
+          normalise(minus, centre, plus, float(scan.has_minus(position)), float(scan.has_plus(position)));
       grad = normalise_backward(minus, centre, plus, w, Weights<float>{sum[kSumMinus], sum[kSumCentre], sum[kSumPlus]});
     }
     T* to = gate_at(call.grad_gates, 5, b, row, column, k, g);

@@ -24,8 +24,14 @@ int64_t backward_scratch(const Backward<T>& call, const SharedMemory& memory);
 template <typename T>
 int64_t backward_rows(const Backward<T>& call, const SharedMemory& memory);
 
+// What run_backward() computes of a tail, given its passes: nothing, so that both run beside it; what follows the
+// scans, so that run_tail_backward() runs before it; or all.
+enum class TailShare { kNone, kDirect, kAll };
+template <typename T>
+TailShare tail_share(const Backward<T>& call, const TailBackward<T>& passes, const SharedMemory& memory);
+
 // Rows of grad_direct.
-int64_t direct_rows(const Problem& problem);
+int64_t direct_rows(const Problem& problem, TailShare inside);
 
 // Null, or what went wrong: a refusal, or an error of CUDA.
 // With `direct`: y = sum / rms + direct x of each group's channels, 1 / rms = 1 / sqrt(mean square + kTailEpsilon).

@@ -10,7 +10,8 @@ struct WalkPlan {
   int slab_bits;     // a block's slab is 2^slab_bits channels wide, up to 32
   int domain;        // no slab crosses a multiple of this many channels: C / G, or C where G = C
   int domain_slabs;  // slabs in a domain
-  int k, direction;  // the scan
+  int k;             // the scan
+  ScanOrder<int> order;  // its direction's: computed by the host, so that it takes no registers
 
   GSPN_INLINE int slab() const { return 1 << slab_bits; }
 };
@@ -21,12 +22,12 @@ struct LineScan : ScanOrder<int> {
   int64_t batch;
   int slab_index, group, channel, channels;  // the slab: its first channel in the map, and how many channels it has
 
-  GSPN_DEVICE LineScan(const Problem& p, const WalkPlan& plan, unsigned block) : ScanOrder<int>(p, plan.direction) {
-    const int chunks = num_chunks(), slabs = plan.domain_slabs * (int(p.channels) / plan.domain);
+  GSPN_DEVICE LineScan(const Problem& p, const WalkPlan& plan, unsigned block) : ScanOrder<int>(plan.order) {
+    const int count = chunks.count(), slabs = plan.domain_slabs * (int(p.channels) / plan.domain);
     slab_index = int(block % slabs);  // neighbouring blocks have neighbouring slabs, which share sectors of memory
-    chunk_index = int(block / slabs % chunks);
-    batch = int64_t(block) / chunks / slabs;
-    first = chunk_index * chunk;
+    chunk_index = int(block / slabs % count);
+    batch = int64_t(block) / count / slabs;
+    first = chunks.begin(chunk_index);
     length = chunk_lines(chunk_index);
     group = slab_index / plan.domain_slabs;
     channel = group * plan.domain + slab_index % plan.domain_slabs * plan.slab();
@@ -44,6 +45,20 @@ struct LineScan : ScanOrder<int> {
   }
 };
 
+// Which neighbours a position has. It is asked once for a position that a thread keeps from line to line.
+struct Sides {
+  bool minus, plus;
+
+  GSPN_DEVICE Sides(const Lines<int>& map, int position)
+      : minus(position > 0), plus(position + 1 < map.positions) {
+    if (!map.windows.is_cut()) return;
+    const unsigned size = unsigned(map.windows.size), in_window = unsigned(position + map.windows.missing) % size;
+    minus = minus && in_window > 0, plus = plus && in_window + 1 < size;
+  }
+  GSPN_DEVICE explicit Sides(uint32_t bits) : minus(bits & 1), plus(bits >> 1 & 1) {}
+  GSPN_DEVICE uint32_t bits() const { return uint32_t(minus) | uint32_t(plus) << 1; }
+};
+
 // A token's gates as they are read, not normalised yet.
 template <typename T>
 struct RawGates {
@@ -59,9 +74,8 @@ struct RawGates {
     input_gate = *gate_at(call.input_gate, 4, scan.batch, row, column, k, group);
     if (call.output_gate.data) output_gate = *gate_at(call.output_gate, 4, scan.batch, row, column, k, group);
   }
-  GSPN_DEVICE Weights<float> weights(const LineScan& scan, int position) const {
-    return normalise(load(minus), load(centre), load(plus), float(position > 0),
-                     float(position + 1 < scan.positions));
+  GSPN_DEVICE Weights<float> weights(const Sides& has) const {
+    return normalise(load(minus), load(centre), load(plus), float(has.minus), float(has.plus));
   }
 };
 

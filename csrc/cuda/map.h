@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/gates.h"
+#include "cuda/tile_grid.h"
 
 namespace gspn {
 
@@ -29,7 +30,7 @@ struct MapPlan {
   int parts;          // warps side by side along the channels: a block's slab is parts · kWarpChannels wide
   int domain;         // no slab crosses a multiple of this many channels: C / G where a group shares gates, else C
   int domain_slabs;   // slabs in a domain
-  int tile;           // a block's tile has this many rows and columns of the map, or fewer at its end
+  TileGrid grid;      // a block has a tile of the map
   // Whether a lane's channels of x, of y (and dx), of dy lie side by side and aligned.
   bool vector_x, vector_y, vector_grad;
 };
@@ -38,16 +39,10 @@ struct MapPlan {
 struct Tile {
   int row, column, height, width;  // its first row and column, and its size
 
-  GSPN_DEVICE Tile(const Problem& p, const MapPlan& plan) {
-    const int across = (int(p.width) + plan.tile - 1) / plan.tile, down = (int(p.height) + plan.tile - 1) / plan.tile;
-    const int index = blockIdx.x % unsigned(across * down);
-    row = index / across * plan.tile;
-    column = index % across * plan.tile;
-    height = min(plan.tile, int(p.height) - row);
-    width = min(plan.tile, int(p.width) - column);
-  }
-  static GSPN_DEVICE int count(const Problem& p, const MapPlan& plan) {
-    return ((int(p.width) + plan.tile - 1) / plan.tile) * ((int(p.height) + plan.tile - 1) / plan.tile);
+  GSPN_DEVICE explicit Tile(const TileGrid& grid) {
+    const int index = blockIdx.x % unsigned(grid.count()), down = index / grid.across, across = index % grid.across;
+    row = grid.rows.begin(down), height = grid.rows.end(down) - row;
+    column = grid.columns.begin(across), width = grid.columns.end(across) - column;
   }
 };
 
@@ -60,7 +55,7 @@ struct Channels {
 
   GSPN_DEVICE Channels(const Problem& p, const MapPlan& plan, int part_of_warp) {
     const int slabs = plan.domain_slabs * (int(p.channels) / plan.domain);
-    const int block = int(blockIdx.x / unsigned(Tile::count(p, plan)));
+    const int block = int(blockIdx.x / unsigned(plan.grid.count()));
     batch = block / slabs;
     slab = block % slabs;
     group = slab / plan.domain_slabs;
@@ -153,9 +148,9 @@ struct Axis {
   GSPN_DEVICE int stage_begin(int stage) const { return min(stage * stage_lines, lines); }
   GSPN_DEVICE int stage_end(int stage) const { return min((stage + 1) * stage_lines, lines); }
   // Whether the scan restarts at a line, which then has no line before.
-  GSPN_DEVICE bool restarts(int line, int sense) const { return map.starts_chunk(first_line + line, sense); }
-  GSPN_DEVICE bool has_minus(int position) const { return first_position + position > 0; }
-  GSPN_DEVICE bool has_plus(int position) const { return first_position + position + 1 < map.positions; }
+  GSPN_DEVICE bool restarts(int line, int sense) const { return map.restarts(first_line + line, sense); }
+  GSPN_DEVICE bool has_minus(int position) const { return map.has_minus(first_position + position); }
+  GSPN_DEVICE bool has_plus(int position) const { return map.has_plus(first_position + position); }
   GSPN_DEVICE int row(int line, int position) const { return map.row(first_line + line, first_position + position); }
   GSPN_DEVICE int column(int line, int position) const {
     return map.column(first_line + line, first_position + position);

@@ -1,6 +1,6 @@
-// Backward on a map that fits into a block's memory. h is computed again: a first sweep keeps it at the end of every
-// stage. Then the stages run from the last to the first, each forward once more with its lines kept, and back with the
-// gradient.
+// Backward on a map, or a tile of whole windows, that fits into a block's memory. h is computed again: a first sweep
+// keeps it at the end of every stage. Then the stages run from the last to the first, each forward once more with its
+// lines kept, and back with the gradient.
 #pragma once
 
 #include "cuda/map_forward.h"
@@ -38,10 +38,12 @@ template <typename L>
 struct FactorSums {
   float decay[L::kLaneChannels] = {}, scale[L::kLaneChannels] = {};
 
-  // Adds up the lanes that share a line, and writes the sums to this image's row of (B, K, C).
+  // Adds up the lanes that share a line, and writes the sums to this tile's row of (rows, K, C).
   template <typename T>
-  GSPN_DEVICE void write(const Backward<T>& call, const Channels<L>& at, int k) {
-    const int64_t first = (at.batch * call.problem.num_directions + k) * call.problem.channels + at.channel;
+  GSPN_DEVICE void write(const Backward<T>& call, const MapPlan& plan, const Channels<L>& at, int k) {
+    const unsigned tiles = plan.grid.count();
+    const int64_t row = at.batch * tiles + blockIdx.x % tiles;
+    const int64_t first = (row * call.problem.num_directions + k) * call.problem.channels + at.channel;
 #pragma unroll
     for (int c = 0; c < L::kLaneChannels; ++c) {
 #pragma unroll
@@ -148,7 +150,7 @@ GSPN_DEVICE void retreat_line(LineValues<L>& carry, const LineValues<L>& h, cons
     for (int i = 0; i < shared_out(L::kPositions * kNumSums, L::kSegmentLanes); ++i) {
       const int q = (first + i) / kNumSums, sum = (first + i) % kNumSums, position = at.segment * L::kPositions + q;
       if (first + i >= limit || position >= axis.positions) continue;
-      const int token = axis.row(line, position) * walk.shape.width + axis.column(line, position);
+      const int64_t token = axis.row(line, position) * call.problem.width + axis.column(line, position);
       adjoint.sums[token * kNumSums + sum] = sums[i];
     }
   }
@@ -168,7 +170,7 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
                                                     const __grid_constant__ MapPlan plan, const PartialSums partial) {
   using L = Lanes<kLine, 2>;
   const Problem& p = call.problem;
-  const Tile tile(p, plan);  // all of the map
+  const Tile tile(plan.grid);
   const MapShape<L> shape(tile.height, tile.width, plan.parts);
   const int warp = threadIdx.x / kWarp, sense = warp % 2;
   const Channels<L> at(p, plan, warp / 2);
@@ -211,7 +213,8 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
       kept.put(L::kStageLines + i, h);
     }
     LineValues<L> carry = {};
-    Adjoint<L, T> adjoint{x, dy, dx, call.grad_x.data + at.batch * (tokens * p.channels) + at.channel, false, false,
+    const int64_t first_token = at.batch * tokens + tile.row * p.width + tile.column;
+    Adjoint<L, T> adjoint{x, dy, dx, call.grad_x.data + first_token * p.channels + at.channel, false, false,
                           plan.vector_y, nullptr};
     if constexpr (kShared) {
       const int64_t row = int64_t(at.slab) * plan.parts + at.part;
@@ -246,7 +249,7 @@ __global__ void __launch_bounds__(256, 1) map_backward(const __grid_constant__ B
           for (int c = 0; c < L::kLaneChannels; ++c) h[q][c] = h_before[q][c];
       }
     }
-    if (k >= 0) factor_sums.write(call, at, k);
+    if (k >= 0) factor_sums.write(call, plan, at, k);
   }
 }
 

@@ -18,7 +18,7 @@ struct Edges {
   float* side[4];  // (B, lines, 2 · tiles along the positions, C): first and last position of every tile
 };
 
-// Where the tile is all of the map: there are no values beyond it.
+// Where no scan crosses a tile's border: there are no values beyond it.
 template <typename L>
 struct NoHalo {
   GSPN_DEVICE NoHalo(const Edges&, const Problem&, const MapPlan&, const Axis<L>&, const Channels<L>&, int) {}
@@ -39,7 +39,7 @@ struct Halo {
 
   GSPN_DEVICE Halo(const Edges& edges, const Problem& p, const MapPlan& plan, const Axis<L>& axis_,
                    const Channels<L>& at, int sense_)
-      : channels(p.channels), axis(axis_), sense(sense_), tile(plan.tile), segment(at.segment), next() {
+      : channels(p.channels), axis(axis_), sense(sense_), tile(L::kLine), segment(at.segment), next() {
     const int k = axis.direction(sense), tiles_along = (axis.map.positions + tile - 1) / tile;
     const int line_tiles = (axis.map.lines + tile - 1) / tile;
     const bool real = k >= 0 && at.room() > 0;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(128, 1)
     map_forward(const __grid_constant__ Forward<T> call, const __grid_constant__ MapPlan plan,
                 const __grid_constant__ Edges edges) {
   const Problem& p = call.problem;
-  const Tile tile(p, plan);
+  const Tile tile(plan.grid);
   const MapShape<L> shape(tile.height, tile.width, plan.parts);
   const int warp = threadIdx.x / kWarp, sense = warp % 2;
   const Channels<L> at(p, plan, warp / 2);

@@ -3,10 +3,10 @@
 // Calls in 16-bit elements run on tensor cores where cuda/tensor.cu takes them. What follows runs the others.
 //
 // Map kernels (cuda/map_*.h): a map whose lines have up to 32 tokens is held in a block's memory, if two blocks or one
-// fit on a multiprocessor; x is then read once and y written once. Forward, a larger map is cut into tiles of 32 × 32
-// tokens, after a pass that writes h at their edges (cuda/edges.h). Walk kernels (cuda/walk.h) run the rest line by
-// line, one direction after another: backward on larger maps, lines of more than 512 tokens, a single direction of a
-// large map, channels that do not lie side by side.
+// fit on a multiprocessor; x is then read once and y written once. So is a tile of whole windows of up to 32 tokens.
+// Forward, another larger map is cut into tiles of 32 × 32 tokens, after a pass that writes h at their edges
+// (cuda/edges.h). Walk kernels (cuda/walk.h) run the rest line by line, one direction after another: backward on larger
+// maps, lines of more than 512 tokens, a single direction of a large map, channels that do not lie side by side.
 #include "propagate.h"
 
 #include "cuda/edges.h"
@@ -42,25 +42,37 @@ bool gates_vectorise(const Problem& p, const Strided<T>& gates, const Strided<T>
   return vectorises(p, gates, 5, n) && vectorises(p, input_gate, 4, n) && vectorises(p, output_gate, 4, n);
 }
 
+// Whether the elements of a tile's lines are counted in int.
+bool fits_int(const Problem& p) { return kLongestLine * p.width * p.channels < INT32_MAX; }
+
 // A map kernel's plan: `parts` is 0 if the map does not fit, or a layout stands in the way.
 struct MapChoice {
-  MapPlan plan{};
-  int line = 0;  // 16 or 32
+  MapPlan plan;
+  int line;  // 16 or 32
   size_t shared_bytes = 0;
-  int64_t blocks = 0, tiles = 0;
+  int64_t blocks = 0;
   explicit operator bool() const { return plan.parts > 0; }
+  bool linked() const { return plan.grid.linked; }
+
+  // Of a map that is not chosen yet.
+  explicit MapChoice(const Problem& p)
+      : plan{0, 0, 0, TileGrid(p, longest_line(p)), false, false, false}, line(longest_line(p)) {}
+
+ private:
+  // The longest line in a block, rounded up: of the map, or of a window.
+  static int longest_line(const Problem& p) {
+    const int64_t longest = p.height > p.width ? p.height : p.width;
+    return (p.window && p.window < longest ? p.window : longest) <= 16 ? 16 : kLongestLine;
+  }
 };
 
 // bytes(line, height, width, parts) is a block's shared memory, width_of_warp(line) a warp's channels.
 template <typename Bytes, typename WarpWidth>
 MapChoice choose_map(const Problem& p, const SharedMemory& memory, int max_parts, Bytes bytes,
                      WarpWidth width_of_warp) {
-  MapChoice choice;
-  const int64_t longest = p.height > p.width ? p.height : p.width;
-  choice.line = longest <= 16 ? 16 : 32;
+  MapChoice choice(p);
   const int warp_channels = width_of_warp(choice.line);
-  const int tile = longest < kLongestLine ? int(longest) : kLongestLine;
-  const int height = p.height < tile ? int(p.height) : tile, width = p.width < tile ? int(p.width) : tile;
+  const int height = choice.plan.grid.rows.size, width = choice.plan.grid.columns.size;
   constexpr int64_t kReserved = 1024;  // of a block, by the system
   for (const int blocks_at_once : {2, 1}) {  // two: one block reads while another scans
     for (int parts = max_parts; parts >= 1; parts /= 2) {
@@ -72,10 +84,8 @@ MapChoice choose_map(const Problem& p, const SharedMemory& memory, int max_parts
       choice.plan.parts = parts;
       choice.plan.domain = domain(p);
       choice.plan.domain_slabs = int(divide_up(domain(p), parts * warp_channels));
-      choice.plan.tile = tile;
       choice.shared_bytes = size;
-      choice.tiles = divide_up(p.height, tile) * divide_up(p.width, tile);
-      choice.blocks = p.batch * (p.channels / domain(p)) * choice.plan.domain_slabs * choice.tiles;
+      choice.blocks = p.batch * (p.channels / domain(p)) * choice.plan.domain_slabs * choice.plan.grid.count();
       return choice;
     }
   }
@@ -99,9 +109,10 @@ MapChoice choose_map(const Forward<T>& call, const SharedMemory& memory) {
   constexpr int kN = Lanes<16, 4>::kLaneChannels;
   const Problem& p = call.problem;
   const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
-  if (!contiguous(call.y, p)) return {};
+  const MapChoice none(p);
+  if (!contiguous(call.y, p) || !fits_int(p)) return none;
   if (!shares_gates(p) && !(aligned && gates_vectorise(p, call.gates, call.input_gate, call.output_gate, kN)))
-    return {};
+    return none;
   MapChoice choice = choose_map(p, memory, 2, [&](int line, int height, int width, int parts) {
     return line == 32 ? map_forward_bytes<Long>(height, width, parts, sizeof(T))
            : is_narrow(p) ? map_forward_bytes<Narrow>(height, width, parts, sizeof(T))
@@ -110,9 +121,8 @@ MapChoice choose_map(const Forward<T>& call, const SharedMemory& memory) {
   choice.plan.vector_x = aligned && vectorises(p, call.x, 3, kN);
   choice.plan.vector_y = aligned;
   const int64_t longest = p.height > p.width ? p.height : p.width;
-  const bool edges_fit = longest <= kEdgeThreads && int64_t(edge_bytes(p)) <= memory.of_a_block &&
-                         kLongestLine * p.width * p.channels < INT32_MAX;
-  if (choice.tiles > 1 && !(choice.plan.vector_x && edges_fit && p.num_directions > 1)) return {};
+  const bool edges_fit = longest <= kEdgeThreads && int64_t(edge_bytes(p)) <= memory.of_a_block;
+  if (choice.linked() && !(choice.plan.vector_x && edges_fit && p.num_directions > 1)) return none;
   return choice;
 }
 
@@ -121,10 +131,11 @@ MapChoice choose_map(const Backward<T>& call, const SharedMemory& memory) {
   constexpr int kN = Lanes<16, 2>::kLaneChannels;
   const Problem& p = call.problem;
   const bool aligned = p.channels % kN == 0 && domain(p) % kN == 0;
-  if (!contiguous(call.grad_x, p) || p.height > kLongestLine || p.width > kLongestLine) return {};
+  const MapChoice none(p);
+  if (!contiguous(call.grad_x, p) || none.linked() || !fits_int(p)) return none;
   if (!shares_gates(p) && !(aligned && gates_vectorise(p, call.gates, call.input_gate, call.output_gate, kN) &&
                             gates_vectorise(p, call.grad_gates, call.grad_input_gate, call.grad_output_gate, kN)))
-    return {};
+    return none;
   MapChoice choice = choose_map(p, memory, 4, [&](int line, int height, int width, int parts) {
     return line == 16 ? map_backward_bytes<16>(height, width, parts, sizeof(T))
                       : map_backward_bytes<32>(height, width, parts, sizeof(T));
@@ -147,13 +158,13 @@ WalkPlan plan_walk(const Problem& p, const Strided<const T>& x, int k, int64_t w
   while (bits > 0 && ((1 << bits) / 2 >= domain(p) || (longest << bits) > widest_line)) --bits;
   const bool tokens_side_by_side = x.stride[3] != 1 && x.stride[lines_are_rows(direction) ? 2 : 1] == 1;
   if (tokens_side_by_side && !shares_gates(p)) bits = 0;
-  return {bits, domain(p), int(divide_up(domain(p), 1 << bits)), k, direction};
+  return {bits, domain(p), int(divide_up(domain(p), 1 << bits)), k, ScanOrder<int>(p, direction)};
 }
 
 using Order = ScanOrder<int64_t>;
 
 int64_t walk_blocks(const Problem& p, const WalkPlan& plan) {
-  return p.batch * (p.channels / plan.domain) * plan.domain_slabs * Order(p, plan.direction).num_chunks();
+  return p.batch * (p.channels / plan.domain) * plan.domain_slabs * plan.order.chunks.count();
 }
 
 int round_to_warps(int64_t threads) { return int(divide_up(threads, kWarp) * kWarp); }
@@ -215,7 +226,7 @@ template <typename T>
 WalkLaunch plan_walk_backward(const Problem& p, const Strided<const T>& x, int k, const SharedMemory& memory) {
   const int64_t widest = widest_backward(memory);
   const WalkPlan plan = plan_walk(p, x, k, widest < 8192 ? widest : 8192);
-  const int64_t width = Order(p, plan.direction).positions * plan.slab();
+  const int64_t width = int64_t(plan.order.positions) * plan.slab();
   const int threads = round_to_warps(width < 512 ? width : 512);
   const int64_t floats = 6 * width > 2 * threads ? 6 * width : 2 * threads;
   return {plan, threads, size_t(floats) * sizeof(float), shares_gates(p), 0};
@@ -265,14 +276,14 @@ const char* launch_edges(const Forward<T>& call, const Edges& edges, cudaStream_
   constexpr int kSlabBits = 4, kSlab = 1 << kSlabBits;
   static_assert(kSlab == EdgeLanes::kWarpChannels, "a block of edge_scan scans a warp's channels");
   for (const bool rows : {true, false}) {  // all directions at once where rows and columns are as many
-    EdgePlan plan{{kSlabBits, domain(p), int(divide_up(domain(p), kSlab)), 0, 0}, 0, {}};
+    const ScanOrder<int> order(p, rows ? kDown : kRight);
+    EdgePlan plan{{kSlabBits, domain(p), int(divide_up(domain(p), kSlab)), 0, order}, 0, {}};
     const bool square = p.height == p.width;
     if (square && !rows) break;
     for (int k = 0; k < p.num_directions; ++k)
       if (square || lines_are_rows(p.directions[k]) == rows) plan.k[plan.directions++] = k;
     if (plan.directions == 0) continue;
-    plan.slabs.direction = p.directions[plan.k[0]];
-    const int64_t positions = Lines<int64_t>(p, rows).positions, warps = divide_up(positions, EdgeLanes::kLine);
+    const int64_t positions = order.positions, warps = divide_up(positions, EdgeLanes::kLine);
     const size_t bytes = (shares_gates(p) ? LineGates::bytes(int(positions)) : 0) + LineEnds::bytes(int(warps));
     const int64_t blocks = walk_blocks(p, plan.slabs) * plan.directions;
     const char* error = describe(
@@ -336,10 +347,10 @@ const char* refusal(const Forward<T>& call, const SharedMemory& memory, bool bac
 template <typename T>
 int64_t forward_scratch(const Forward<T>& call, const SharedMemory& memory) {
   if constexpr (sizeof(T) == 2) {
-    if (tensor_takes(call, memory)) return tensor_scratch(call);
+    if (tensor_takes(call, memory)) return tensor_scratch(call, memory);
   }
   const MapChoice map = choose_map(call, memory);
-  if (map) return map.tiles > 1 ? EdgeLayout(call.problem, map.plan.tile).elements : 0;
+  if (map) return map.linked() ? EdgeLayout(call.problem, kLongestLine).elements : 0;
   return call.problem.num_directions > 1 && sizeof(T) < sizeof(float) ? elements(call.problem) : 0;
 }
 
@@ -353,8 +364,8 @@ static const char* run_scans(const Forward<T>& call, const SharedMemory& memory,
       return describe(launch(kernel, map.blocks, threads, map.shared_bytes, stream, call, map.plan, edges));
     };
     const bool shared = shares_gates(p);
-    if (map.tiles > 1) {
-      const EdgeLayout layout(p, map.plan.tile);
+    if (map.linked()) {
+      const EdgeLayout layout(p, kLongestLine);
       for (int k = 0; k < p.num_directions; ++k) {
         edges.line[k] = scratch + layout.line[k];
         edges.side[k] = scratch + layout.side[k];
@@ -396,7 +407,19 @@ const char* run_tail_backward(const TailBackward<T>& call, void* stream) {
   });
 }
 
-int64_t direct_rows(const Problem& p) { return divide_up(p.batch * p.height * p.width, kTokensOfARow); }
+template <typename T>
+TailShare tail_share(const Backward<T>& call, const TailBackward<T>& passes, const SharedMemory& memory) {
+  if constexpr (sizeof(T) == 2) {
+    if (tensor_takes(call, memory)) return tensor_tail_share(passes);
+  }
+  return TailShare::kNone;
+}
+
+int64_t pass_rows(const Problem& p) { return divide_up(p.batch * p.height * p.width, kTokensOfARow); }
+
+int64_t direct_rows(const Problem& p, TailShare inside) {
+  return inside == TailShare::kNone ? pass_rows(p) : tensor_backward_rows(p);
+}
 
 template <typename T>
 const char* run_direct_backward(const TailBackward<T>& call, void* stream) {
@@ -404,7 +427,7 @@ const char* run_direct_backward(const TailBackward<T>& call, void* stream) {
   const bool vector = p.channels % 4 == 0 && vectorises(p, call.x, 3, 4) && vectorises(p, call.grad_y, 3, 4) &&
                       vectorises(p, call.grad_x, 3, 4) && aligned(call.direct);
   return with_channels(p, vector, [&](auto n, auto index) {
-    const int64_t blocks = divide_up(direct_rows(p) * (p.channels / n), kTailThreads);
+    const int64_t blocks = divide_up(pass_rows(p) * (p.channels / n), kTailThreads);
     return describe(launch(direct_backward<T, n, decltype(index)>, blocks, kTailThreads, 0,
                            static_cast<cudaStream_t>(stream), call));
   });
@@ -428,7 +451,8 @@ int64_t backward_rows(const Backward<T>& call, const SharedMemory& memory) {
   if constexpr (sizeof(T) == 2) {
     if (tensor_takes(call, memory)) return tensor_backward_rows(call.problem);
   }
-  return call.problem.batch * (choose_map(call, memory) ? 1 : most_chunks(call.problem));
+  const MapChoice map = choose_map(call, memory);
+  return call.problem.batch * (map ? map.plan.grid.count() : most_chunks(call.problem));
 }
 
 template <typename T>
@@ -482,6 +506,7 @@ const char* unusable() {
   template const char* refusal<T>(const Forward<T>&, const SharedMemory&, bool);                          \
   template int64_t forward_scratch<T>(const Forward<T>&, const SharedMemory&);                           \
   template const char* run_forward<T>(const Forward<T>&, const SharedMemory&, float*, void*);            \
+  template TailShare tail_share<T>(const Backward<T>&, const TailBackward<T>&, const SharedMemory&);     \
   template const char* run_tail_backward<T>(const TailBackward<T>&, void*);                              \
   template const char* run_direct_backward<T>(const TailBackward<T>&, void*);                            \
   template int64_t backward_scratch<T>(const Backward<T>&, const SharedMemory&);                         \

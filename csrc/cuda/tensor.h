@@ -17,11 +17,15 @@ bool tensor_takes(const Backward<T>& call, const SharedMemory& memory);
 
 // float32 elements of scratch that such a call needs.
 template <typename T>
-int64_t tensor_scratch(const Forward<T>& call);
+int64_t tensor_scratch(const Forward<T>& call, const SharedMemory& memory);
 template <typename T>
 int64_t tensor_scratch(const Backward<T>& call);
-// Rows of the sums for f and s that it writes, all of them.
+// Rows of the sums for f and s, and for direct, that it writes, all of them.
 int64_t tensor_backward_rows(const Problem& p);
+
+// What run_tensor_backward() computes of a call's tail, if it takes the call: see kernel.h.
+template <typename T>
+TailShare tensor_tail_share(const TailBackward<T>& passes);
 
 // Null, or an error of CUDA.
 template <typename T>

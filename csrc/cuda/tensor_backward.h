@@ -12,10 +12,12 @@ namespace gspn {
 
 // What the host decides; see cuda/tensor.cu.
 struct TensorBackwardPlan {
+  int channels;      // of a group
   int k[4];          // of every direction: which one of the call it is, or -1
   bool both_senses;  // whether shared memory has room for both senses of an axis at once
   // Whether a site's gates in the four directions, or their gradients, lie side by side: see gates_side_by_side().
   bool wide_gates, wide_grads;
+  TileGrid grid;
 };
 
 // Whether a group's gates of all four directions, or their gradients, lie side by side in the order of gspn::Direction,
@@ -120,7 +122,7 @@ GSPN_DEVICE void copy_edges(char* memory, const TileEdges<T>& hidden, const Tile
                             Place place_of_sense) {
   using Map = typename Memory::Map;
   constexpr int kUnits = Map::kUnits;
-  const int channels = int(p.channels / p.groups), unit = threadIdx.x % kUnits;
+  const int channels = plan.channels, unit = threadIdx.x % kUnits;
   const bool real = unit * 8 < channels;
   const int64_t channel = tile.group * channels + (real ? unit * 8 : 0);
   const int first_line = map.line_of(tile.row, tile.column), first_position = map.position_of(tile.row, tile.column);
@@ -136,7 +138,7 @@ GSPN_DEVICE void copy_edges(char* memory, const TileEdges<T>& hidden, const Tile
     for (int i = threadIdx.x / kUnits; i < 2 * kTileSites; i += Memory::kThreads / kUnits) {
       // beside the tile: h on the line before each of its lines in reading order, carry of each line
       const int line = first_line + i / 2, behind = i % 2, before = line + (sense ? 1 : -1);
-      const bool has_tile = real && (behind ? at + 1 < tiles : at > 0);
+      const bool has_tile = real && plan.grid.linked && (behind ? at + 1 < tiles : at > 0);
       const int place = i / 2 * Memory::kSideLine + (behind * kUnits + unit) * 16;
       const auto side = [&](int line, int number) {
         return ((tile.batch * map.lines + line) * 2 * tiles + number) * p.channels;
@@ -149,7 +151,7 @@ GSPN_DEVICE void copy_edges(char* memory, const TileEdges<T>& hidden, const Tile
         return ((tile.batch * line_tiles + tile_of_lines) * map.positions + first_position + i) * p.channels;
       };
       const int from = line_at + (sense ? 1 : -1), row = Map::offset(0, i, unit);
-      const bool inside = real && first_position + i < map.positions;
+      const bool inside = real && plan.grid.linked && first_position + i < map.positions;
       copy(Memory::kStart + row, hidden.line[k], edge(from), inside && from >= 0 && from < line_tiles);
       const bool continued = sense ? line_at > 0 : line_at + 1 < line_tiles;
       copy(Memory::kCarry + row, carried.line[k], edge(line_at), inside && continued);
@@ -179,6 +181,53 @@ struct TileColumn {
   }
 };
 
+// A tail, backward, in shared memory. What it takes has been copied to the place of dx: y, or the gradient of y where
+// kGrad has that of the scans' sum already. With y, kGrad has the gradient of y before, and that of the sum after (see
+// tail_backward() in cuda/tail.h). dx begins as d times the gradient of y. Every thread takes part, with its own units
+// of sites; each warp's sums for the gradient of d are left in kDirectSums.
+template <typename Memory, typename T, typename Column>
+GSPN_DEVICE void begin_with_tail(char* memory, const Column& own, bool has_y, float inverse_channels) {
+  using Map = typename Memory::Map;
+  constexpr int kUnits = Map::kUnits;
+  const float* const inverse_rms = reinterpret_cast<const float*>(memory + Memory::kInverseRms);
+  const float* const direct = reinterpret_cast<const float*>(memory + Memory::kDirect) + own.unit * 8;
+  float sums[8] = {};
+  for (int row = own.row; row < kTileSites; row += Column::kRows) {
+    const int at = Map::offset(row, own.column, own.unit);
+    uint4* const place = reinterpret_cast<uint4*>(memory + Memory::kGradX + at);
+    float x[8], grad[8], map[8];
+    unpack_vector<T>(*reinterpret_cast<const uint4*>(memory + Memory::kX + at), x);
+    unpack_vector<T>(*place, map);
+    if (has_y) {
+      uint4* const scanned = reinterpret_cast<uint4*>(memory + Memory::kGrad + at);
+      unpack_vector<T>(*scanned, grad);
+      float normed[8], mean = 0.f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) normed[i] = map[i] - direct[i] * x[i], mean += grad[i] * normed[i], map[i] = grad[i];
+#pragma unroll
+      for (int width = kUnits / 2; width >= 1; width /= 2) mean += __shfl_xor_sync(kAllLanes, mean, width);
+      const float r = inverse_rms[row * kTileSites + own.column], along = r * mean * inverse_channels;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) grad[i] = r * grad[i] - along * normed[i];
+      *scanned = pack_vector<T>(grad);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i] += map[i] * x[i], map[i] *= direct[i];
+    *place = pack_vector<T>(map);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+#pragma unroll
+    for (int width = kWarp / 2; width >= kUnits; width /= 2) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], width);
+  }
+  const int warp = threadIdx.x / kWarp;
+  float* const of_warp = reinterpret_cast<float*>(memory + Memory::kDirectSums + warp * Memory::kChannelBytes);
+  if (threadIdx.x % kWarp < kUnits) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) of_warp[own.unit * 8 + i] = sums[i];
+  }
+}
+
 // A site's place on the lines of one axis, and its gates there.
 template <typename T>
 struct SiteOnAxis {
@@ -186,10 +235,10 @@ struct SiteOnAxis {
   bool has_minus, has_plus;
   AxisGates gates;
 
-  GSPN_DEVICE SiteOnAxis(const Lines<int>& map, const TensorTile& tile, int row, int column, const AxisGates (&of)[2])
-      : line(map.line_of(row, column)), position(map.position_of(row, column)) {
-    const int on_map = map.position_of(tile.row, tile.column) + position;
-    has_minus = on_map > 0, has_plus = on_map + 1 < map.positions;
+  GSPN_DEVICE SiteOnAxis(const Lines<int>& map, const PositionEnds& on_line, int row, int column,
+                         const AxisGates (&of)[2])
+      : line(map.line_of(row, column)), position(map.position_of(row, column)),
+        has_minus(on_line.has_minus(position)), has_plus(on_line.has_plus(position)) {
 #pragma unroll
     for (int i = 0; i < 3; ++i) gates.logits[i] = map.rows ? of[0].logits[i] : of[1].logits[i];
     gates.input = map.rows ? of[0].input : of[1].input;
@@ -201,7 +250,7 @@ struct SiteOnAxis {
   }
 };
 
-// kTiled: the map may be larger than a tile; hidden and carried are its edges (cuda/tensor_edges.h), and carried has
+// kTiled: scans may cross the borders of tiles; hidden and carried are its edges (cuda/tensor_edges.h), and carried has
 // been computed without s. kGates: u is there.
 template <typename T, int kUnits, bool kTiled, bool kGates>
 __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
@@ -209,13 +258,14 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
                     const __grid_constant__ TileEdges<T> hidden, const __grid_constant__ TileEdges<T> carried) {
   using Memory = BackwardMemory<kUnits, kTiled>;
   using Map = typename Memory::Map;
+  using Scan = TensorScan<T, kUnits, kTiled, kGates>;
   constexpr int kWarps = Memory::kWarps, kThreads = Memory::kThreads;
   constexpr int kOwnSites = kTileSites * kTileSites / kThreads;
   const Problem& p = call.problem;
-  const TensorTile tile(p, blockIdx.x);
+  const TensorTile tile(p, plan.grid, blockIdx.x);
   char* const memory = shared_memory();
   float* const factors = reinterpret_cast<float*>(memory + Memory::kFactors);
-  const int channels = int(p.channels / p.groups);
+  const int channels = plan.channels;
   const auto place_of_sense = [&](int sense) {
     return Memory::kSenses + (plan.both_senses ? sense : 0) * Memory::kSenseBytes;
   };
@@ -225,12 +275,30 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
   column_of_thread.each(call.x, tile, channels, [&](int at, const T* from, bool real) {
     copy_async_or_zero(memory + Memory::kX + at, real ? from : call.x.data, real);
   });
+  if (call.tail.direct) {
+    for (int i = threadIdx.x; i < kTileSites * kTileSites && call.tail.y.data; i += kThreads) {
+      const int row = i / kTileSites, column = i % kTileSites;
+      float* const to = reinterpret_cast<float*>(memory + Memory::kInverseRms) + i;
+      const int64_t token = (tile.batch * p.height + tile.row + row) * p.width + tile.column + column;
+      if (tile.has(row, column)) copy_async<4>(to, call.tail.inverse_rms + token * p.groups + tile.group);
+      else *to = 0.f;
+    }
+    for (int c = threadIdx.x; c < kUnits * 8; c += kThreads)
+      reinterpret_cast<float*>(memory + Memory::kDirect)[c] =
+          c < channels ? call.tail.direct[tile.group * channels + c] : 0.f;
+  }
   commit_copies();
   column_of_thread.each(call.grad_y, tile, channels, [&](int at, const T* from, bool real) {
     copy_async_or_zero(memory + Memory::kGrad + at, real ? from : call.grad_y.data, real);
-    // dx beyond the map is added to, too, where a NaN would spread
-    if (!real) *reinterpret_cast<uint4*>(memory + Memory::kGradX + at) = uint4{0u, 0u, 0u, 0u};
+    // what dx begins as, also beyond the map, where a NaN would spread
+    if (!call.tail.direct) *reinterpret_cast<uint4*>(memory + Memory::kGradX + at) = uint4{0u, 0u, 0u, 0u};
   });
+  if (call.tail.direct) {
+    const Strided<const T>& map = call.tail.y.data ? call.tail.y : call.tail.grad_y;
+    column_of_thread.each(map, tile, channels, [&](int at, const T* from, bool real) {
+      copy_async_or_zero(memory + Memory::kGradX + at, real ? from : map.data, real);
+    });
+  }
   commit_copies();
   // A thread has whole sites of the tile.
   AxisGates site_gates[kOwnSites][2] = {};
@@ -246,10 +314,10 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
     if (!tile.has(row, column)) return;
     read_gates<kGates>(site_gates[j], call, plan, tile, tile.row + row, tile.column + column);
   });
-  for (int i = threadIdx.x; i < 4 * 2 * channels; i += kThreads) {
-    const int direction = i / 2 / channels, which = i / channels % 2, c = i % channels;
-    factors[(direction * 2 + which) * kUnits * 8 + c] =
-        of_channel(which ? call.scale : call.decay, p, max(plan.k[direction], 0), tile.group * channels + c);
+  for (unsigned i = threadIdx.x; i < 4 * 2 * kUnits * 8; i += kThreads) {
+    const int direction = i / (2 * kUnits * 8), which = i / (kUnits * 8) % 2, c = i % (kUnits * 8);
+    if (c < channels)
+      factors[i] = of_channel(which ? call.scale : call.decay, p, max(plan.k[direction], 0), tile.group * channels + c);
   }
   for (int sense = 0; sense < (plan.both_senses ? 2 : 1); ++sense) {
     Records::write_zeros(of_sense(sense) + Memory::kForward, kTileSites);
@@ -267,15 +335,15 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
       return (plan.both_senses || sense == pass % 2) &&
              (rows ? (sense ? plan.k[kUp] : plan.k[kDown]) : (sense ? plan.k[kLeft] : plan.k[kRight])) >= 0;
     };
-    const bool both = runs(0) && runs(1);
     if (!runs(0) && !runs(1)) continue;
     const Lines<int> lines(p, rows);
     const int first_line = lines.line_of(tile.row, tile.column);
     if constexpr (kTiled) copy_edges<Memory>(memory, hidden, carried, p, plan, tile, lines, runs, place_of_sense);
     const Continues continues[2] = {Continues(lines, first_line, false), Continues(lines, first_line, true)};
+    const PositionEnds on_line(lines, lines.position_of(tile.row, tile.column));
 
     each_site([&](int row, int column, int j) {
-      const SiteOnAxis<T> site(lines, tile, row, column, site_gates[j]);
+      const SiteOnAxis<T> site(lines, on_line, row, column, site_gates[j]);
 #pragma unroll
       for (int sense = 0; sense < 2; ++sense) {
         if (!runs(sense)) continue;
@@ -307,45 +375,53 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
     const float decay[2] = {decays[fragment.channel], decays[fragment.channel + 8]};
     const float scale[2] = {scales[fragment.channel], scales[fragment.channel + 8]};
     const FactorPairs<T> decay_pairs(decays, fragment), scale_pairs(scales, fragment);
-    const TensorScan<T, kUnits, kTiled, kGates> scan(memory, place_of_sense(sense), fragment, goes_on, rows, sense,
-                                                     lines.line_of(tile.height, tile.width), warp, decay, scale,
-                                                     decay_pairs, scale_pairs);
-    if (scans) scan.forward();
-    if (!kTiled && first) {
-      wait_copies_but<0>();  // dy
+    const Scan scan(memory, place_of_sense(sense), fragment, goes_on, rows, sense,
+                    lines.line_of(tile.height, tile.width), warp, decay, scale, decay_pairs, scale_pairs);
+    const bool restarts = scan.restarts();
+    if (scans) restarts ? scan.template forward<true>() : scan.template forward<false>();
+    if (first) {
+      wait_copies_but<0>();  // dy, and what the tail takes
+      if (call.tail.direct)
+        begin_with_tail<Memory, T>(memory, column_of_thread, call.tail.y.data != nullptr, reciprocal(float(channels)));
       __syncthreads();
+      if (call.tail.direct && threadIdx.x < channels) {
+        float sum = 0.f;
+        for (int w = 0; w < kThreads / kWarp; ++w)
+          sum += reinterpret_cast<const float*>(memory + Memory::kDirectSums)[w * kUnits * 8 + threadIdx.x];
+        call.tail.grad_direct[tile.number * p.channels + tile.group * channels + threadIdx.x] = sum;
+      }
     }
-    // Two senses meet in the middle, and go on after a barrier: each line has one that begins its dx, and one that
-    // adds. Both scans go back, so down reads the last lines first.
-    const int half_lines = sense ? scan.lines / 2 : scan.lines - scan.lines / 2;
+    // Two senses meet in the middle, and go on after a barrier, so that one at a time adds to a line's dx. Both scans
+    // go back, so down reads the last lines first.
     float carry[2][4] = {};
     if (kTiled && scans) scan.load_edge(carry, Memory::kCarry);
     FactorProducts products = {};
-    const int last = sense ? 0 : scan.lines - 1;
-    if (scans && first) scan.template back<false>(last, half_lines, carry, products);
-    if (scans && !first) scan.template back<true>(last, half_lines, carry, products);
-    __syncthreads();
-    const int middle = sense ? half_lines : scan.lines - 1 - half_lines;
-    if (scans && first && !both) scan.template back<false>(middle, scan.lines - half_lines, carry, products);
-    if (scans && !(first && !both)) scan.template back<true>(middle, scan.lines - half_lines, carry, products);
-    __syncthreads();
+    int from = sense ? 0 : scan.lines - 1, count = sense ? scan.lines / 2 : scan.lines - scan.lines / 2;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      if (scans && restarts) scan.template back<true>(from, count, carry, products);
+      if (scans && !restarts) scan.template back<false>(from, count, carry, products);
+      __syncthreads();
+      from += sense ? count : -count, count = scan.lines - count;
+    }
     if (scans) {
-      const int64_t row = int64_t(blockIdx.x / unsigned(p.groups)) * p.num_directions + k;
+      const int64_t row = int64_t(tile.number) * p.num_directions + k;
       const int64_t first_channel = row * p.channels + tile.group * channels + warp * kWarpRows;
       scan.write(call.grad_decay, call.grad_scale, first_channel, products);
     }
 
     each_site([&](int row, int column, int j) {
       if (!tile.has(row, column)) return;
-      const SiteOnAxis<T> site(lines, tile, row, column, site_gates[j]);
+      const SiteOnAxis<T> site(lines, on_line, row, column, site_gates[j]);
       AxisGates grads = {};
 #pragma unroll
       for (int sense = 0; sense < 2; ++sense) {
         if (!runs(sense)) continue;
+        const bool odd = site.position % 2;
         float sums[4] = {}, input = 0.f, output = 0.f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-          if (w * kWarpRows >= channels) break;
+          if (w == 3 && channels == 48) break;  // a warp without channels
           const int at = Map::offset(row, column, 2 * w);
           const char* const from = of_sense(sense) + Memory::kHidden;
           float of_warp[4];
@@ -353,10 +429,9 @@ __global__ void __launch_bounds__(BackwardMemory<kUnits, kTiled>::kThreads, 1)
 #pragma unroll
           for (int i = 0; i < 4; ++i) sums[i] += of_warp[i];
           const float* const others = reinterpret_cast<const float*>(from + (at ^ 16));
-          input += others[0];
-          if constexpr (kGates) output += others[1];
+          input += others[Scan::input_sum(odd)];
+          if constexpr (kGates) output += others[Scan::output_sum(odd)];
         }
-        const int odd = site.position % 2;
         Weights<float> grad{0.f, 0.f, 0.f};
         if (continues[sense].at(site.line)) {
           // what lies beyond the map has not been written

@@ -24,16 +24,20 @@
 
 namespace gspn {
 
-// Shared memory: x, dy and dx, f and s, and then for each of the senses that run at once its h and gates. kUnits:
-// TileMemory<>::kUnits of the group's channels.
+// Shared memory: x, dy and dx, f and s, what a tail has, and then for each of the senses that run at once its h and
+// gates. kUnits: TileMemory<>::kUnits of the group's channels.
 template <int kUnits, bool kTiled>
 struct BackwardMemory {
   using Map = TileMemory<kUnits * 8>;
   static constexpr int kWarps = kUnits / 2;  // of a sense, each with 16 channels
   static constexpr int kThreads = 32 * (kUnits > 4 ? kUnits : 4);  // more than scan where groups are small
   static constexpr int kX = 0, kGrad = Map::kBytes, kGradX = 2 * Map::kBytes;
-  static constexpr int kFactors = 3 * Map::kBytes;  // [direction][f, s][channel]
-  static constexpr int kSenses = kFactors + 4 * 2 * kUnits * 8 * 4;  // a multiple of 128, as all maps: see at()
+  static constexpr int kChannelBytes = kUnits * 8 * 4;  // of a float a channel
+  static constexpr int kFactors = 3 * Map::kBytes;      // [direction][f, s][channel]
+  static constexpr int kDirect = kFactors + 4 * 2 * kChannelBytes, kInverseRms = kDirect + kChannelBytes;
+  static constexpr int kDirectSums = kInverseRms + kTileSites * kTileSites * 4;  // [warp][channel]
+  // a multiple of 128, as all maps: see at()
+  static constexpr int kSenses = (kDirectSums + kThreads / kWarp * kChannelBytes + 127) / 128 * 128;
   // of a sense
   static constexpr int kHidden = 0, kForward = Map::kBytes, kAdjoint = kForward + Records::bytes(kTileSites);
   static constexpr int kInput = kAdjoint + Records::bytes(kTileSites);
@@ -87,8 +91,9 @@ struct FactorPairs {
   }
 };
 
-// What a step forward reads from shared memory, one line ahead of its use.
+// What a step forward reads from shared memory, one line ahead of its use. `here`: at(line, piece).
 struct ForwardOperands {
+  int here;
   uint32_t x[4];
   uint2 input;
   LineOperands<2> d;
@@ -96,6 +101,7 @@ struct ForwardOperands {
 
 // What a step back reads from shared memory one line ahead of its use: the rest is used later in the step.
 struct AdjointOperands {
+  int here;
   uint32_t grad[4];
   uint2 output;
   LineOperands<2> d;
@@ -119,8 +125,9 @@ struct TensorScan {
   const float (&decay)[2], (&scale)[2];  // of a lane's channels g and g + 8
   const FactorPairs<T>&decay_pairs, &scale_pairs;
   // Where a lane's operands and results are, but for the line. In a map: its row of the matrices of a piece (`swapped`:
-  // the second exchanged with the third), and the first units of positions g and g + 8. `hidden`: the same in h.
-  int piece, swapped, hidden_piece, hidden_swapped, hidden_sums[2];
+  // the second exchanged with the third). In h: `hidden` to add to it, and the lane's sums of positions g and g + 8,
+  // see write_sums().
+  int piece, swapped, hidden, hidden_swapped, hidden_sums[2];
   int input, output;
   FragmentLane forward_records, adjoint_records;
   int edge, side_beside, side_rows, carry_side;  // of tiles: see the constructor
@@ -134,10 +141,12 @@ struct TensorScan {
     const int lane = threadIdx.x % kWarp;
     piece = Map::position_offset(rows, Map::matrix_position(lane), Map::matrix_unit(lane, warp));
     swapped = Map::position_offset(rows, lane % 16, 2 * warp + lane / 16);
-    hidden_piece = own + Memory::kHidden + piece, hidden_swapped = own + Memory::kHidden + swapped;
+    hidden = own + Memory::kHidden, hidden_swapped = hidden + swapped;
+    const int g = fragment.channel, t = fragment.pair, d = 2 * t - g;
+    const int second = d == 0 || d == 1 || (g == 7 && t == 0) ? 8 : 0;  // of a unit's four floats, the last two
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      hidden_sums[i] = own + Memory::kHidden + Map::position_offset(rows, fragment.channel + 8 * i, 2 * warp);
+      hidden_sums[i] = hidden + Map::position_offset(rows, g + 8 * i, 2 * warp) + second;
     input = own + Memory::kInput + fragment.channel * 8, output = own + Memory::kOutput + fragment.channel * 8;
     forward_records.band += own + Memory::kForward, forward_records.corner += own + Memory::kForward;
     adjoint_records.band += own + Memory::kAdjoint, adjoint_records.corner += own + Memory::kAdjoint;
@@ -197,21 +206,27 @@ struct TensorScan {
     }
   }
 
-  // Leaves h of every line in shared memory.
+  GSPN_DEVICE int first_read() const { return reversed ? lines - 1 : 0; }
+  // Whether a line restarts the scan but for the first one that is read: else f is the same for all lines.
+  GSPN_DEVICE bool restarts() const { return continues.restarts & ((1u << lines) - 1u) & ~(1u << first_read()); }
+
+  // Leaves h of every line in shared memory. kRestarts: restarts().
+  template <bool kRestarts>
   GSPN_DEVICE void forward() const {
     float h[2][4] = {};
-    if constexpr (kTiled) load_edge(h, Memory::kStart);
+    if (kTiled && continues.at(first_read())) load_edge(h, Memory::kStart);
     const int direction = reversed ? -1 : 1;
     const auto load = [&](ForwardOperands& to, int line) {
-      load_matrices<true>(to.x, memory + Memory::kX + at(line, piece));
+      to.here = at(line, piece);
+      load_matrices<true>(to.x, memory + Memory::kX + to.here);
       to.input = words(input, line);
       to.d.load(Records::piece(memory, line), forward_records);
     };
     each_line<ForwardOperands>(
-        reversed ? lines - 1 : 0, lines, direction, load,
+        first_read(), lines, direction, load,
         [&](int line, const ForwardOperands& now, ForwardOperands& ahead) {
           load(ahead, next(line, direction));
-          const float goes_on = continues.at(line) ? 1.f : 0.f;
+          const float goes_on = kRestarts && !continues.at(line) ? 0.f : 1.f;
           const float factor[2] = {goes_on * decay[0], goes_on * decay[1]};
           float driven[2][4];
           drive<T>(driven, now.x, now.input, forward_records);
@@ -226,18 +241,18 @@ struct TensorScan {
           }
           uint32_t packed[4];
           pack_piece(packed, h);
-          store_matrices<true>(memory + at(line, hidden_piece), packed);
+          store_matrices<true>(memory + now.here + hidden, packed);
         });
     __syncwarp();
   }
 
-  // `count` lines from `line` on, against the scan's sense. kTouched: whether another direction has begun their dx.
-  // carry: from the line after, and then for the line before.
-  template <bool kTouched>
+  // `count` lines from `line` on, against the scan's sense. carry: from the line after, and then for the line before.
+  template <bool kRestarts>
   GSPN_DEVICE void back(int line, int count, float (&carry)[2][4], FactorProducts& products) const {
     const int direction = reversed ? 1 : -1;
     const auto load = [&](AdjointOperands& to, int line) {
-      load_matrices<true>(to.grad, memory + Memory::kGrad + at(line, piece));
+      to.here = at(line, piece);
+      load_matrices<true>(to.grad, memory + Memory::kGrad + to.here);
       if constexpr (kGates) to.output = words(output, line);
       else to.output = uint2{kOnes<T>, kOnes<T>};
       to.d.load(Records::piece(memory, line), adjoint_records);
@@ -245,30 +260,31 @@ struct TensorScan {
     each_line<AdjointOperands>(line, count, direction, load,
                                [&](int line, const AdjointOperands& now, AdjointOperands& ahead) {
                                  load(ahead, next(line, direction));
-                                 step_back<kTouched>(line, next(line, direction), carry, products, now);
+                                 step_back<kRestarts>(line, ahead.here, carry, products, now);
                                });
   }
 
-  template <bool kTouched>
-  GSPN_DEVICE void step_back(int line, int line_before, float (&carry)[2][4], FactorProducts& products,
+  // before: at(the line before, piece).
+  template <bool kRestarts>
+  GSPN_DEVICE void step_back(int line, int before, float (&carry)[2][4], FactorProducts& products,
                              const AdjointOperands& now) const {
-    const int here = at(line, piece);
-    uint32_t x[4], hidden[4], hidden_before[4], dx_before[4];
-    load_matrices<true>(hidden, memory + at(line, hidden_swapped));
+    const int here = now.here;
+    uint32_t x[4], h[4], hidden_before[4], dx_before[4];
+    load_matrices<true>(h, memory + at(line, hidden_swapped));
     load_matrices<false>(x, memory + Memory::kX + here);
-    int before = at(line_before, hidden_piece);
+    before += hidden;
     uint32_t hidden_beside[2];
     if constexpr (kTiled) {
-      if (line == (reversed ? lines - 1 : 0)) before = Memory::kStart + edge;
+      if (line == first_read()) before = Memory::kStart + edge;
       load_matrices<false>(hidden_beside, memory + side_rows + line * Memory::kSideLine);
     }
     load_matrices<false>(hidden_before, memory + before);
-    if constexpr (kTouched) load_matrices<true>(dx_before, memory + Memory::kGradX + here);
+    load_matrices<true>(dx_before, memory + Memory::kGradX + here);
     const uint2 input_words = words(input, line);
     uint32_t grad[4], hidden_rows[4];  // as operands of products over channels
     if constexpr (kGates) {
       load_matrices<false>(grad, memory + Memory::kGrad + at(line, swapped));
-      load_matrices<false>(hidden_rows, memory + at(line, hidden_piece));
+      load_matrices<false>(hidden_rows, memory + here + hidden);
     }
 
     float driven[2][4], d[2][4];  // u dy
@@ -277,7 +293,7 @@ struct TensorScan {
     pack_piece(carried, carry);
 #pragma unroll
     for (int c = 0; c < 8; ++c) d[c / 4][c % 4] = decay[c % 4 / 2] * carry[c / 4][c % 4] + driven[c / 4][c % 4];
-    hand_back(carry, d, now.d, continues.at(line) ? 1.f : 0.f);
+    hand_back(carry, d, now.d, kRestarts && !continues.at(line) ? 0.f : 1.f);
     if constexpr (kTiled) {
       const float at_first = adjoint_records.pair == 0, at_last = adjoint_records.pair == 3;
       float beside[2];
@@ -290,7 +306,7 @@ struct TensorScan {
     if constexpr (kGates) pack_piece(gated, driven);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t of_channels[2] = {hidden[2 * half], hidden[2 * half + 1]};
+      const uint32_t of_channels[2] = {h[2 * half], h[2 * half + 1]};
       mma_k16<T>(products.decay[half], carried, of_channels);
       mma_k16<T>(products.scale[half], gated, of_channels);
     }
@@ -299,8 +315,8 @@ struct TensorScan {
     for (int c = 0; c < 8; ++c) d[c / 4][c % 4] *= scale[c % 4 / 2];
     uint32_t dh[4];
     pack_piece(dh, d);
-    float dx[2][4] = {};
-    if constexpr (kTouched) drive<T>(dx, dx_before, uint2{kOnes<T>, kOnes<T>}, adjoint_records);
+    float dx[2][4];
+    drive<T>(dx, dx_before, uint2{kOnes<T>, kOnes<T>}, adjoint_records);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const uint32_t a[2] = {dh[2 * part], dh[2 * part + 1]};
@@ -327,7 +343,7 @@ struct TensorScan {
       for (int i = 0; i < 2; ++i) hidden_beside[i] = decay_pairs.scale(hidden_beside[i], i);
       float of_beside[4] = {};
       mma_k16<T>(of_beside, dh_rows, hidden_beside);
-      if (threadIdx.x % kWarp == 0) *reinterpret_cast<float*>(memory + sums[0] + 4) = of_beside[0];
+      if (threadIdx.x % kWarp == 0) *reinterpret_cast<float*>(memory + sums[0] - 4) = of_beside[0];
       if (threadIdx.x % kWarp == kWarp - 1) *reinterpret_cast<float*>(memory + sums[1] + 8) = of_beside[3];
     }
   }
@@ -350,31 +366,27 @@ struct TensorScan {
   }
 
   // Writes a line's sums over the warp's channels in the place of its h. Of a site, the first unit of 16 bytes has
-  // those for dW, four floats as Records has them of a row; the second has those for dλ and du. Numbers that lie beyond
-  // the tile are not written.
+  // those for dW, four floats as Records has them of a row; the second has those for dλ and du, see input_sum().
+  // Numbers that lie beyond the tile are not written. at: of hidden_sums, which have each lane's half of a unit.
   GSPN_DEVICE void write_sums(const int (&at)[2], const float (&weights)[2][4], const float (&input)[2][4],
                               const float (&output)[2][4]) const {
     const int g = adjoint_records.channel, t = adjoint_records.pair, d = 2 * t - g;
     const auto put = [&](int place, float first, float second) {
       *reinterpret_cast<float2*>(memory + place) = make_float2(first, second);
     };
-    const int half = (d >= 0) * 8;
-    if (d >= -2 && d <= 1) put(at[0] + half, weights[0][0], weights[0][1]);
-    if (d >= -2 && d <= 1) put(at[1] + half, weights[1][2], weights[1][3]);
-    if (g == 7 && t == 0) put(at[0] + 8, weights[1][0], weights[1][1]);  // position 7 with 8
-    if (g == 0 && t == 3) put(at[1], weights[0][2], weights[0][3]);      // position 8 with 7
-    const bool odd = adjoint_records.diagonal >> 16;
+    if (d >= -2 && d <= 1) put(at[0], weights[0][0], weights[0][1]);
+    if (d >= -2 && d <= 1) put(at[1], weights[1][2], weights[1][3]);
+    if (g == 7 && t == 0) put(at[0], weights[1][0], weights[1][1]);  // position 7 with 8
+    if (g == 0 && t == 3) put(at[1], weights[0][2], weights[0][3]);  // position 8 with 7
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float of_input = odd ? input[i][2 * i + 1] : input[i][2 * i];
-      if constexpr (kGates) {
-        const float of_output = odd ? output[i][2 * i + 1] : output[i][2 * i];
-        if (adjoint_records.diagonal) put(at[i] ^ 16, of_input, of_output);
-      } else if (adjoint_records.diagonal) {
-        *reinterpret_cast<float*>(memory + (at[i] ^ 16)) = of_input;
-      }
+      if (adjoint_records.diagonal) put(at[i] ^ 16, input[i][2 * i], input[i][2 * i + 1]);
+      if (kGates && adjoint_records.diagonal) put(at[i] ^ 24, output[i][2 * i], output[i][2 * i + 1]);
     }
   }
+  // Which of the second unit's four floats has the sum for dλ, or du: of each pair, the other number is of no use.
+  static GSPN_DEVICE int input_sum(bool odd) { return odd ? 1 : 2; }
+  static GSPN_DEVICE int output_sum(bool odd) { return odd ? 3 : 0; }
 
   // Writes the sums for f and s to this block's row of (rows, K, C), at the warp's first channel.
   GSPN_DEVICE void write(float* grad_decay, float* grad_scale, int64_t at, const FactorProducts& products) const {

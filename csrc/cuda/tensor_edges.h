@@ -87,6 +87,12 @@ struct TileEdgeMemory {
   }
 };
 
+// Runs of `run` lines, which begin where chunks do.
+template <typename Int>
+GSPN_INLINE Int runs_of(const Lines<Int>& map, int run) {
+  return (map.lines + map.chunks.missing + run - 1) / run;
+}
+
 // `value`, which the compiler takes for an unknown one: what follows from it is computed where it is used, not once
 // before a loop that has no registers to keep it in.
 GSPN_DEVICE int recomputed(int value) {
@@ -111,11 +117,12 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
   // neighbouring blocks have different directions, which read the same map: it is in the cache
   const int k = plan.k[blockIdx.x % unsigned(plan.directions)];
   const ScanOrder<int> scan(p, p.directions[k]);
-  const unsigned slabs = unsigned(p.channels) / plan.slab, runs = (scan.lines + plan.run - 1) / plan.run;
+  const unsigned slabs = unsigned(p.channels) / plan.slab, runs = runs_of(scan, plan.run);
   unsigned block = blockIdx.x / unsigned(plan.directions);
   const int first_channel = int(block % slabs) * plan.slab, group = first_channel / int(p.channels / p.groups);
   block /= slabs;
-  const int first_line = int(block % runs) * plan.run, length = min(plan.run, scan.lines - first_line);
+  const int next_run = int(block % runs + 1) * plan.run - scan.chunks.missing, first_line = max(next_run - plan.run, 0);
+  const int length = min(next_run, scan.lines) - first_line;
   const int64_t batch = block / runs;
   // the i-th line that is visited
   const auto line_at = [&](int i) { return nth_read(first_line, length, i, scan.reversed != kAdjoint); };
@@ -167,7 +174,7 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
       const int i = tid + n * int(blockDim.x), l = line_in_stage(i), position = i - l * memory.positions;
       if (i >= stage_sites || s * plan.stage + l >= length || position >= scan.positions) continue;
       const int line = line_at(s * plan.stage + l), row = scan.row(line, position), column = scan.column(line, position);
-      if (!scan.starts_chunk(line, scan.reversed)) {
+      if (!scan.restarts(line, scan.reversed)) {
         const T* from = gate_at(call.gates, 5, batch, row, column, k, group);
         sites[n].minus = from[0], sites[n].centre = from[call.gates.stride[4]];
         sites[n].plus = from[2 * call.gates.stride[4]];
@@ -185,9 +192,9 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
       if (i >= stage_sites || s * plan.stage + l >= length) continue;
       const bool real = position < scan.positions;
       Weights<float> row{0.f, 0.f, 0.f};
-      if (real && !scan.starts_chunk(line_at(s * plan.stage + l), scan.reversed)) {
+      if (real && !scan.restarts(line_at(s * plan.stage + l), scan.reversed)) {
         row = differences(normalise(load(sites[n].minus), load(sites[n].centre), load(sites[n].plus),
-                                    float(position > 0), float(position + 1 < scan.positions)));
+                                    float(scan.has_minus(position)), float(scan.has_plus(position))));
       }
       if constexpr (kAdjoint) {
         const auto column = [&](int position_, int neighbour, float value) {
@@ -354,7 +361,7 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
       const bool read_last = scan.reversed ? line % kTileSites == 0
                                            : line % kTileSites == kTileSites - 1 || line + 1 == scan.lines;
       if (kAdjoint && read_last) write_line(line);
-      const bool restarts = scan.starts_chunk(line, scan.reversed);
+      const bool restarts = scan.restarts(line, scan.reversed);
       const int piece = l * line_pieces + along * kPieces;
       scan_line(shared + s % 2 * memory.stage_bytes + l * memory.positions * memory.site_bytes + matrix_offset,
                 Records::piece(records + (kAdjoint ? s % 2 * memory.record_bytes : 0), piece),
@@ -380,8 +387,8 @@ struct TileEdgeLaunch {
     const int64_t positions = map.positions, warp_channels = p.channels / p.groups / kWarpRows;
     parts = positions <= 4 * kPart ? 4 : 8;
     plan.warps = int((positions + parts * kPart - 1) / (parts * kPart));
-    plan.run = int(map.chunk * ((kLeastRun + map.chunk - 1) / map.chunk));
-    if (plan.run > map.lines) plan.run = int(map.lines);
+    const int64_t chunk = map.chunks.size;
+    plan.run = int(chunk * ((kLeastRun + chunk - 1) / chunk));
     for (int across = 4; across >= 1; --across) {
       if (warp_channels % across) continue;
       plan.slab = across * kWarpRows;
@@ -389,7 +396,7 @@ struct TileEdgeLaunch {
       bytes = parts == 4 ? TileEdgeMemory<4>(plan).bytes(plan) : TileEdgeMemory<8>(plan).bytes(plan);
       const int most = plan.warps > 1 ? kTileEdgeThreads<true> : kTileEdgeThreads<false>;
       if (plan.threads() > most || int64_t(bytes) > memory.of_a_block) continue;
-      blocks = p.batch * (p.channels / plan.slab) * ((map.lines + plan.run - 1) / plan.run);
+      blocks = p.batch * (p.channels / plan.slab) * runs_of(map, plan.run);
       return;
     }
   }

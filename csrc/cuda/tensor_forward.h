@@ -11,7 +11,7 @@
 namespace gspn {
 
 enum class TensorMode {
-  kWhole,           // the tile is all of the map, u = 1
+  kWhole,           // no scan crosses a tile's border, u = 1
   kTiled,           // u = 1
   kTiledWithGates,  // any u, and any map
 };
@@ -19,6 +19,7 @@ enum class TensorMode {
 struct TensorPlan {
   int channels;  // of a group
   bool packed;   // gates_are_packed()
+  TileGrid grid;
 };
 
 // Shared memory of a block. kUnits: TileMemory<>::kUnits of the group's channels.
@@ -53,6 +54,8 @@ GSPN_DEVICE void prepare_gates(char* memory, const Forward<T>& call, const Tenso
   uint32_t* const input_gates = reinterpret_cast<uint32_t*>(memory + Memory::kInputGate);
   uint32_t* const output_gates = reinterpret_cast<uint32_t*>(memory + Memory::kOutputGate);
   const int column = threadIdx.x % kTileSites;
+  // on rows, and on columns
+  const PositionEnds on_row(Lines<int>(p, true), tile.column), on_column(Lines<int>(p, false), tile.row);
   uint32_t restarts[4] = {};  // of direction k, a bit for each line
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -80,10 +83,10 @@ GSPN_DEVICE void prepare_gates(char* memory, const Forward<T>& call, const Tenso
         const int direction = p.directions[k];
         const Lines<int> map = lines_of(p, direction);
         const int line = map.line_of(row, column), position = map.position_of(row, column);
-        const int map_position = map.position_of(tile.row, tile.column) + position;
+        const PositionEnds& on_line = map.rows ? on_row : on_column;
         const Weights<float> w = normalise(load(gates[n].logits[k][0]), load(gates[n].logits[k][1]),
-                                           load(gates[n].logits[k][2]), float(map_position > 0),
-                                           float(map_position + 1 < map.positions));
+                                           load(gates[n].logits[k][2]), float(on_line.has_minus(position)),
+                                           float(on_line.has_plus(position)));
         const Weights<float> any = differences(w);
         const bool goes_on = real && !(restarts[k] >> line & 1);
         const Weights<float> d{goes_on ? any.minus : 0.f, goes_on ? any.centre : 0.f, goes_on ? any.plus : 0.f};
@@ -125,14 +128,15 @@ GSPN_DEVICE void copy_edges(char* memory, const TileEdges<T>& edges, const Probl
     const int line = nth_read(first_line, kTileSites, n - 1, reversed);
     const T* const side = edges.side[k] + (tile.batch * map.lines + line) * 2 * tiles * p.channels + channel;
     char* const to = memory + Memory::kSide + ((direction * kTileSites + n) * 2 * kUnits + unit) * 16;
-    const bool in_map = real && line >= 0 && line < map.lines;
+    const bool in_map = real && plan.grid.linked && line >= 0 && line < map.lines;
     const bool before = in_map && at > 0, behind = in_map && at + 1 < tiles;
     copy_async_or_zero(to, before ? side + (2 * at - 1) * p.channels : edges.side[k], before);
     copy_async_or_zero(to + kUnits * 16, behind ? side + (2 * at + 2) * p.channels : edges.side[k], behind);
     // h of the line before the first one that is read
     const int line_tiles = (map.lines + kTileSites - 1) / kTileSites;
     const int from = first_line / kTileSites + (reversed ? 1 : -1);
-    const bool goes_on = real && from >= 0 && from < line_tiles && first_position + n < map.positions;
+    const bool goes_on =
+        real && plan.grid.linked && from >= 0 && from < line_tiles && first_position + n < map.positions;
     const T* const edge = edges.line[k] + channel +
                           ((tile.batch * line_tiles + from) * map.positions + first_position + n) * p.channels;
     copy_async_or_zero(memory + Memory::kLine + ((direction * kTileSites + n) * kUnits + unit) * 16,
@@ -248,7 +252,7 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
   bool has_rows = false, has_columns = false;
   for (int k = 0; k < p.num_directions; ++k) (lines_are_rows(p.directions[k]) ? has_rows : has_columns) = true;
   {
-    const TensorTile tile(p, blockIdx.x);
+    const TensorTile tile(p, plan.grid, blockIdx.x);
     if (p.num_directions < 4) {  // what stands for directions that the call has not
       for (int i = thread; i < (Memory::kBytes - Memory::kRecords) / 4; i += Memory::kThreads)
         reinterpret_cast<float*>(memory + Memory::kRecords)[i] = 0.f;

@@ -21,6 +21,7 @@
 
 #include "cuda/device.h"
 #include "cuda/tensor_core.h"
+#include "cuda/tile_grid.h"
 #include "scan.h"
 
 namespace gspn {
@@ -90,9 +91,16 @@ struct Records {
     for (int i = threadIdx.x; i <= pieces; i += blockDim.x)
       *reinterpret_cast<float4*>(data + i * kPieceBytes) = make_float4(0.f, 0.f, 0.f, 0.f);
   }
-  // Where the n-th of a position's four floats lies, in bytes from the records of its piece.
-  static GSPN_DEVICE int at(int position, int n) {
+  // Where the n-th of a position's four floats lies, in bytes from the records of its piece. Int: of unsigned numbers a
+  // remainder is a mask.
+  template <typename Int>
+  static GSPN_DEVICE Int at(Int position, Int n) {
     return position % 8 * 32 + n / 2 * 16 + position / 8 * 8 + n % 2 * 4;
+  }
+  // The same of the number for its neighbour -1, 0 or +1.
+  template <typename Int>
+  static GSPN_DEVICE Int of_neighbour(Int position, int neighbour) {
+    return at(position, Int(neighbour + 2) - position % 2);
   }
   // Writes a position's row; `position` counts from the piece's first.
   static GSPN_DEVICE void write(char* piece, int position, const Weights<float>& row) {
@@ -104,17 +112,18 @@ struct Records {
   }
   // Writes one number of a position's row: of its neighbour -1, 0 or +1.
   static GSPN_DEVICE void write_one(char* piece, int position, int neighbour, float value) {
-    *reinterpret_cast<float*>(piece + at(position, neighbour + 2 - position % 2)) = value;
+    *reinterpret_cast<float*>(piece + of_neighbour(position, neighbour)) = value;
   }
   // Writes column `position` of a matrix as a row of the transposed one, of which this piece is all: what lies beyond
   // its 16 positions is left out. One thread writes for each position of the piece; no two write the same number.
-  static GSPN_DEVICE void write_transposed(char* piece, int position, const Weights<float>& row) {
-    write_one(piece, position, 0, row.centre);
-    if (position > 0) write_one(piece, position - 1, 1, row.minus);
-    else write_one(piece, position, -1, 0.f);
-    if (position + 1 < kPiece) write_one(piece, position + 1, -1, row.plus);
-    else write_one(piece, position, 1, 0.f);
-    *reinterpret_cast<float*>(piece + at(position, position % 2 ? 3 : 0)) = 0.f;
+  static GSPN_DEVICE void write_transposed(char* piece, unsigned position, const Weights<float>& row) {
+    const bool before = position > 0, behind = position + 1 < kPiece;
+    const auto put = [&](unsigned at, float value) { *reinterpret_cast<float*>(piece + at) = value; };
+    put(of_neighbour(position, 0), row.centre);
+    // in the place of what is left out, the 0 that no position writes
+    put(before ? of_neighbour(position - 1, 1) : of_neighbour(position, -1), before ? row.minus : 0.f);
+    put(behind ? of_neighbour(position + 1, -1) : of_neighbour(position, 1), behind ? row.plus : 0.f);
+    put(at(position, position % 2 ? 3u : 0u), 0.f);
   }
 };
 
@@ -213,29 +222,34 @@ GSPN_DEVICE void advance_parts(float (&line)[kParts][4], const float (&driven)[k
   }
 }
 
+// The borders of an axis' spans among 16 tokens from `first` on: bit i stands for one before token first + i, of which
+// the last bit is 16.
+GSPN_DEVICE uint32_t borders(const Spans<int>& spans, int first) {
+  const int into = spans.is_cut() ? (first + spans.missing) % spans.size : first;  // a division is slow
+  uint32_t bits = first == 0;
+  for (int i = into ? spans.size - into : 0; i <= kTileSites; i += spans.size) bits |= 1u << i;
+  const int left = spans.length - first;
+  if (left <= kTileSites) bits |= 1u << left;
+  return bits;
+}
+
 // For 16 lines of the map from `first` on: whether a scan goes on at line first + i, or restarts there.
 struct Continues {
   uint32_t restarts;
 
-  GSPN_DEVICE Continues(const Lines<int>& map, int first, bool reversed) : restarts(0) {
-    // restarts are `chunk` lines apart; a division is slow
-    const int into = map.chunk == map.lines ? first : first % map.chunk;
-    for (int i = reversed ? map.chunk - 1 - into : into ? map.chunk - into : 0; i < kTileSites; i += map.chunk)
-      restarts |= 1u << i;
-    const int last = map.lines - 1 - first;
-    if (reversed && last < kTileSites) restarts |= 1u << last;
-  }
+  GSPN_DEVICE Continues(const Lines<int>& map, int first, bool reversed)
+      : restarts(borders(map.chunks, first) >> reversed) {}
   GSPN_DEVICE bool at(int i) const { return !(restarts >> i & 1); }
 };
 
-// A tile of 16 × 16 sites in shared memory: kChannels 16-bit elements of each, in units of 16 bytes. Units are
+// A tile of kSites × kSites sites in shared memory: kChannels 16-bit elements of each, in units of 16 bytes. Units are
 // exchanged within 128 bytes so that 8 neighbouring sites (from an even multiple of 8 on) of a row, or of a column,
 // lie in different banks. Sites of 48 channels have room for 64.
-template <int kChannels>
+template <int kChannels, int kSites = kTileSites>
 struct TileMemory {
   static constexpr int kUnits = (kChannels == 48 ? 64 : kChannels) / 8;
   static constexpr int kTogether = 8 / kUnits;  // sites in 128 bytes
-  static constexpr int kRowBytes = kTileSites * kUnits * 16, kBytes = kTileSites * kRowBytes;
+  static constexpr int kRowBytes = kSites * kUnits * 16, kBytes = kSites * kRowBytes;
 
   static GSPN_DEVICE int offset(int row, int column, int unit) {
     const int group = column / kTogether, place = column % kTogether * kUnits + unit;
@@ -256,21 +270,30 @@ struct TileMemory {
   static GSPN_DEVICE int matrix_unit(int lane, int warp) { return 2 * warp + lane / 8 % 2; }
 };
 
+// For 16 positions of a line from `first` on: which neighbours position first + i has.
+struct PositionEnds {
+  uint32_t ends;  // bit i: first + i begins a line, or a window's part of one; bit i + 1: it ends one
+
+  GSPN_DEVICE PositionEnds(const Lines<int>& map, int first) : ends(borders(map.windows, first)) {}
+  GSPN_DEVICE bool has_minus(int i) const { return !(ends >> i & 1); }
+  GSPN_DEVICE bool has_plus(int i) const { return !(ends >> (i + 1) & 1); }
+};
+
 // The block's tile and group. Neighbouring blocks have neighbouring groups, whose gates share sectors of memory.
 struct TensorTile {
   int64_t batch;
   int group, row, column, height, width;  // its first row and column, and its size
+  unsigned number;                        // among the tiles of all images
 
-  GSPN_DEVICE TensorTile(const Problem& p, unsigned block) {
-    const unsigned groups = unsigned(p.groups), across = unsigned(p.width + kTileSites - 1) / kTileSites;
-    const unsigned down = unsigned(p.height + kTileSites - 1) / kTileSites;
+  GSPN_DEVICE TensorTile(const Problem& p, const TileGrid& grid, unsigned block) {
+    const unsigned groups = unsigned(p.groups), tiles = unsigned(grid.count());
     group = int(block % groups);
-    const unsigned tile = block / groups % (across * down);
-    batch = block / groups / (across * down);
-    row = int(tile / across) * kTileSites;
-    column = int(tile % across) * kTileSites;
-    height = min(kTileSites, int(p.height) - row);
-    width = min(kTileSites, int(p.width) - column);
+    number = block / groups;
+    const unsigned tile = number % tiles;
+    batch = number / tiles;
+    const int down = int(tile / unsigned(grid.across)), across = int(tile % unsigned(grid.across));
+    row = grid.rows.begin(down), height = grid.rows.end(down) - row;
+    column = grid.columns.begin(across), width = grid.columns.end(across) - column;
   }
   GSPN_DEVICE bool has(int r, int c) const { return r < height && c < width; }
 };

@@ -22,7 +22,7 @@ struct Accumulation {
 };
 
 // Chunks of an image, in the directions that have most: rows of the sums for f and s.
-GSPN_INLINE int64_t most_chunks(const Problem& p) { return Lines<int64_t>(p, p.height > p.width).num_chunks(); }
+GSPN_INLINE int64_t most_chunks(const Problem& p) { return Lines<int64_t>(p, p.height > p.width).chunks.count(); }
 
 // What h of one item takes from its token.
 struct Step {
@@ -65,17 +65,19 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
 
   RawGates<T> ahead{};  // of position `tid`, two lines ahead of the block
   const bool prepares = kShared && tid < scan.positions;
+  const Sides own_sides(scan, tid);
   const auto prepare = [&](int n) {  // the gates of line n, from `ahead`, which then is the next line's
     if (!prepares || n >= scan.length) return;
-    const Weights<float> w = n ? ahead.weights(scan, tid) : Weights<float>{0.f, 0.f, 0.f};
+    const Weights<float> w = n ? ahead.weights(own_sides) : Weights<float>{0.f, 0.f, 0.f};
     gates.weights[n % 2 * scan.positions + tid] = make_float4(w.minus, w.centre, w.plus, load(ahead.input_gate));
     gates.output_gate[n % 2 * scan.positions + tid] = call.output_gate.data ? load(ahead.output_gate) : 1.f;
     if (n + 1 < scan.length) ahead.read(call, scan, plan.k, scan.line(n + 1), tid, scan.group);
   };
-  const auto make_ready = [&](int item, int n, const Item<T, kShared>& from) {
+  const auto sides_of = [&](int item) { return Sides(scan, item >> plan.slab_bits); };
+  const auto make_ready = [&](int n, const Item<T, kShared>& from, const Sides& has) {
     Step step{{0.f, 0.f, 0.f}, load(from.x), 0.f, 1.f, from.before};
     if constexpr (!kShared) {
-      if (n) step.weights = from.gates.weights(scan, item >> plan.slab_bits);
+      if (n) step.weights = from.gates.weights(has);
       step.input_gate = load(from.gates.input_gate);
       if (call.output_gate.data) step.output_gate = load(from.gates.output_gate);
     }
@@ -113,6 +115,11 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
 
   constexpr int kAhead = kItems ? kItems : 1;
   Item<T, kShared> items[kAhead];
+  uint32_t sides = 0;  // of the thread's items, two bits each
+  if constexpr (!kShared) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) sides |= sides_of(tid + i * threads).bits() << 2 * i;
+  }
   if (prepares) ahead.read(call, scan, plan.k, scan.line(0), tid, scan.group);
   prepare(0);
   if constexpr (kItems > 0) {
@@ -122,7 +129,7 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
   for (int n = 0; n < scan.length; ++n) {
     Step steps[kAhead];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) steps[i] = make_ready(tid + i * threads, n, items[i]);
+    for (int i = 0; i < kItems; ++i) steps[i] = make_ready(n, items[i], Sides(sides >> 2 * i));
     __syncthreads();
     if constexpr (kItems > 0) {
       const auto ask = [&](int i) {
@@ -139,7 +146,7 @@ __global__ void __launch_bounds__(kShared ? kSharedThreads : kOwnThreads, 1)
       }
     } else {
       for (int item = tid; item < width; item += threads)
-        advance_item(item, n, make_ready(item, n, read(item, n)));
+        advance_item(item, n, make_ready(n, read(item, n), sides_of(item)));
     }
     prepare(n + 1);
   }
@@ -161,8 +168,6 @@ __global__ void __launch_bounds__(512)
   const float scale = own < scan.channels ? of_channel(call.scale, call.problem, k, scan.channel + own) : 1.f;
   float decay_sum = 0.f, scale_sum = 0.f;
   float* const products = reinterpret_cast<float*>(shared_memory());  // two lines of (minus, centre, plus)
-  const int64_t tokens = call.problem.height * call.problem.width;
-
   for (int n = scan.length - 1; n >= 0; --n) {
     __syncthreads();
     const int line = scan.line(n), line_before = n ? scan.line(n - 1) : 0;
@@ -188,7 +193,7 @@ __global__ void __launch_bounds__(512)
         }
         Weights<float> w{0.f, 0.f, 0.f};
         if (n) {
-          w = raw.weights(scan, position);
+          w = raw.weights(Sides(scan, position));
           const float minus = position > 0 ? h_at(line_before, position - 1) : 0.f;
           const float centre = h_at(line_before, position);
           const float plus = position + 1 < scan.positions ? h_at(line_before, position + 1) : 0.f;
@@ -231,7 +236,8 @@ __global__ void __launch_bounds__(512)
           for (int s = 0; s < kNumSums; ++s) sums[s] += __shfl_xor_sync(kAllLanes, sums[s], lanes);
         if (real && c == 0) {
           const int64_t rows = call.problem.groups * partial.group_rows;
-          const int64_t first = ((scan.batch * call.problem.num_directions + k) * rows + scan.slab_index) * tokens;
+          const int64_t first = ((scan.batch * call.problem.num_directions + k) * rows + scan.slab_index) *
+                                call.problem.height * call.problem.width;
           const int64_t token = scan.row(line, position) * call.problem.width + scan.column(line, position);
           float* to = partial.data + (first + token) * kNumSums;
 #pragma unroll
@@ -252,7 +258,8 @@ __global__ void __launch_bounds__(512)
     scale_sum += products[threads + t];
   }
   // not scan.chunk_index, for which there is no register in the loop
-  const int64_t row = scan.batch * most_chunks(call.problem) + unsigned(scan.first) / unsigned(scan.chunk);
+  const unsigned chunk = unsigned(scan.first + scan.chunks.missing) / unsigned(scan.chunks.size);
+  const int64_t row = scan.batch * most_chunks(call.problem) + chunk;
   const int64_t to = (row * call.problem.num_directions + k) * call.problem.channels + scan.channel + own;
   if (call.grad_decay) call.grad_decay[to] = decay_sum;
   if (call.grad_scale) call.grad_scale[to] = scale_sum;

@@ -33,7 +33,8 @@ class SampleOptions:
         sampler: `ddpm`, `ddim` or `dpm++` for a ddpm model; `euler` or `heun` for a flow model.
         shift: Shift of a flow model's noise levels for another size than trained: above 1, more of the steps are
             noisy; `auto` takes √(pixels / trained pixels).
-        chunk_scale: Length of the chunks of local scans relative to training; `auto` takes √(pixels / trained pixels).
+        chunk_scale: Length of the chunks or windows of local scans relative to training; `auto` takes
+            √(pixels / trained pixels).
         mixed_precision: Number format of the transformer: `auto` is bf16 where the device has instructions for it and
             float32 elsewhere; `no` is float32; or `bf16`, or `fp16`.
         cuda_graph: Replay the transformer's forward as a CUDA graph: the same images, sooner with a small model; `auto`

@@ -124,7 +124,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
             guidance_interval: Share of the noise levels at which guidance acts, 0 clean and 1 pure noise.
             shift: Of a flow model's noise levels σ, which become s·σ / (1 + (s - 1)·σ); `auto` multiplies the
                 scheduler's own by :meth:`side_ratio`, as Stable Diffusion 3 does; None leaves it.
-            chunk_scale: How many times as long as in training the chunks of local scans are; `auto` takes
+            chunk_scale: How many times as long as in training chunks or windows of local scans are; `auto` takes
                 :meth:`side_ratio`; None leaves them.
             mixed_precision: What the transformer is autocast to; the sampler and the VAE stay as they are. `no` is
                 the weights' own float32, on every machine; `auto` is bf16 where the device has instructions for it.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from gspn_dit.errors import InputError, is_whole
 from gspn_dit.layers.windows import Window
@@ -70,6 +71,11 @@ def as_windows(chunks: Sequence[int | None], windows: str | None) -> list[Chunk]
         None if chunk is None else Window(chunk, shifted=windows == "shifted" and local.index(layer) % 2 == 1)
         for layer, chunk in enumerate(chunks)
     ]
+
+
+def scan_options(chunk: Chunk) -> dict[str, Any]:
+    """The arguments of :func:`gspn_dit.ops.propagate` that a layer's chunk stands for."""
+    return {"window": chunk.side, "shift": chunk.shift} if isinstance(chunk, Window) else {"chunk": chunk}
 
 
 def scale_chunk(chunk: Chunk, scale: float) -> Chunk:

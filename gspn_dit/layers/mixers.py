@@ -6,7 +6,6 @@ attention. With :class:`Projections` it is the layer of gspn-dit's blocks.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn_dit.errors import InputError
-from gspn_dit.layers.chunks import Chunk
+from gspn_dit.layers.chunks import Chunk, scan_options
 from gspn_dit.layers.convolution import DepthwiseConv
 from gspn_dit.layers.linear import linear
 from gspn_dit.layers.norm import group_rms_norm, without_autocast
-from gspn_dit.layers.windows import Window, propagate_windows
 from gspn_dit.ops import propagate
 from gspn_dit.ops.reference import DIRECTIONS
 
@@ -177,12 +175,15 @@ class GSPNMixer(Mixer):
         gates, input_gate = self.token_gates(value)
         dtype = torch.promote_types(value.dtype, torch.float32)
         decay, scale = self.channel_factors(dtype)
-        run = functools.partial(
-            propagate, decay=decay, scale=scale, direct=None if direct is None else direct.to(dtype)
+        return propagate(
+            value,
+            gates,
+            input_gate,
+            decay=decay,
+            scale=scale,
+            direct=None if direct is None else direct.to(dtype),
+            **scan_options(chunk),
         )
-        if isinstance(chunk, Window):
-            return propagate_windows(value, gates, input_gate, window=chunk.side, shift=chunk.shift, scan=run)
-        return run(value, gates, input_gate, chunk=chunk)
 
     def channel_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Decay f and scale s, (4, C). A half-life of many lines is an f close to 1: float32 at least."""

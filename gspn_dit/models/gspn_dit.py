@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -46,11 +46,12 @@ class GSPNDiT(LatentModel):
         conv_kernel: Side of the depthwise filter before the scan, odd.
         chunk: Lines a local layer's scan runs over; None makes every layer global. 32 is the whole token map of a 512
             pixel image (8× VAE, patch 2) and bounds a scan to 32 sequential steps on any larger one. Samples of a
-            model trained on maps larger than its chunk show the chunks' borders (docs/ablations.md).
+            model trained on maps larger than its chunk may show the borders of chunks or windows (docs/ablations.md).
         global_layers: How many of the last blocks are global, or the indices of those that are.
-        windows: None for chunks of lines that run across the whole map; `aligned` for windows of chunk × chunk tokens
-            in their place, and `shifted` for windows whose grid lies half a window further down and to the right in
-            every second local layer (docs/ablations.md, section 12). A map no larger than the chunk is one window.
+        windows: `shifted` for windows of chunk × chunk tokens, whose grid lies half a window further down and to the
+            right in every second local layer (docs/ablations.md, section 12); `aligned` for the same grid in all; None
+            for chunks of lines that run across the whole map, as in models saved without this option. A map no larger
+            than the chunk is one window.
         mixer: How tokens exchange information: `gspn`, the scans; or for comparison, inside the same block, softmax
             `attention`, `linear` attention, attention in `window`s or a depthwise `conv`
             (:mod:`gspn_dit.layers.mixers`), which have no chunk.
@@ -63,6 +64,7 @@ class GSPNDiT(LatentModel):
 
     _no_split_modules: ClassVar[list[str]] = ["GSPNDiTBlock"]  # what FSDP shards and gathers as one
     _repeated_blocks: ClassVar[list[str]] = ["GSPNDiTBlock"]  # what compile_repeated_blocks compiles one by one
+    of_before: ClassVar[Mapping[str, Any]] = {"windows": None}
 
     @register_to_config
     def __init__(
@@ -74,7 +76,7 @@ class GSPNDiT(LatentModel):
         conv_kernel: int = 3,
         chunk: int | None = 32,
         global_layers: int | Sequence[int] = 2,
-        windows: Literal["aligned", "shifted"] | None = None,
+        windows: Literal["aligned", "shifted"] | None = "shifted",
         mixer: str = "gspn",
         sample_size: int | Sequence[int] = 32,
         patch_size: int = 2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,12 +31,15 @@ class LatentModel(SavedModel):
     Attributes:
         chunks: Lines or window that each block's scans run over, None for the whole map; empty in a family without
             scans.
+        of_before: By the name of an option, what a configuration means that was saved without it. An option whose
+            default has changed is named here, so that what was saved before stays what it was.
 
     Raises:
         InputError: A number below 1, or a sample size that the patch does not divide.
     """
 
     chunks: tuple[Chunk, ...] = ()
+    of_before: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self, *, width: int, sample_size: int | Sequence[int], patch_size: int, in_channels: int, out_channels: int
@@ -51,6 +55,11 @@ class LatentModel(SavedModel):
         self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
         self.sample_height, self.sample_width = self._checked_sample_size(sample_size)
         self.x_embedder = PatchEmbedding(patch_size, in_channels, width)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> tuple[dict[str, Any], ...]:
+        """As diffusers', for a configuration that may have been saved before there were all options: `of_before`."""
+        return super().extract_init_dict({**cls.of_before, **config_dict}, **kwargs)
 
     def example_condition(self, batch: int) -> dict[str, Tensor]:
         """The named tensors that forward takes beside latents and timesteps, for `batch` samples, of any value.

@@ -12,9 +12,9 @@ from torch import Tensor
 class Call(NamedTuple):
     """The scans of one call of the operator: their operands, then their options.
 
-    :func:`gspn_dit.ops.propagate` says what they are and has checked them. Here `chunk` 0 is the whole map, and
-    `directions` are indices into :data:`gspn_dit.ops.reference.DIRECTIONS`. The operator's schema is read from these
-    annotations.
+    :func:`gspn_dit.ops.propagate` says what they are and has checked them. Here `chunk` 0 is the whole map, `window` 0
+    is none (one of both is 0), and `directions` are indices into :data:`gspn_dit.ops.reference.DIRECTIONS`. The
+    operator's schema is read from these annotations.
     """
 
     x: Tensor
@@ -24,15 +24,22 @@ class Call(NamedTuple):
     decay: Tensor | None = None
     scale: Tensor | None = None
     chunk: int = 0
+    window: int = 0
+    shift: int = 0
     directions: Sequence[int] = (0, 1, 2, 3)
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
         """What of it has gradients, in the order of :data:`OPERANDS`."""
-        return self[:-2]  # all but OPTIONS
+        return self[: len(OPERANDS)]
+
+    @property
+    def options(self) -> tuple[int | Sequence[int], ...]:
+        """The rest, in the order of :data:`OPTIONS`."""
+        return self[len(OPERANDS) :]
 
 
-OPTIONS = ("chunk", "directions")
+OPTIONS = ("chunk", "window", "shift", "directions")
 OPERANDS = Call._fields[: -len(OPTIONS)]  # these have gradients
 
 
@@ -75,7 +82,8 @@ class Backend(Protocol):
     def supports(self, call: Call, backward: bool = False) -> str | None:
         """Why it cannot run the forward pass of this call, or its backward pass, in words; None if it can.
 
-        Asked before each pass, where the status is available. The answer depends on these arguments alone. Another
+        Asked before each pass, where the status is available. None promises that every field of the call is heeded:
+        what has no windows says so where `call.window` is not 0. The answer depends on these arguments alone. Another
         backend may run the other pass: the gradients are computed from the operands.
         """
         ...

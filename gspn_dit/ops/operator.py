@@ -8,7 +8,7 @@ from typing import get_type_hints
 import torch
 from torch import Tensor
 
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, is_whole
 from gspn_dit.ops.backend import OPERANDS, OPTIONS, Call, FusesTail
 from gspn_dit.ops.reference import DIRECTIONS
 from gspn_dit.ops.registry import choose, find
@@ -28,6 +28,8 @@ def propagate(
     scale: Tensor | None = None,
     direct: Tensor | None = None,
     chunk: int | None = None,
+    window: int | None = None,
+    shift: int = 0,
     directions: Sequence[str] = ALL_DIRECTIONS,
     backend: str | None = None,
 ) -> Tensor:
@@ -40,9 +42,9 @@ def propagate(
         h[i, j] = f (w₋[i, j] h[i-1, j-1] + w₀[i, j] h[i-1, j] + w₊[i, j] h[i-1, j+1]) + λ[i, j] x[i, j]
         y = Σ_k s_k u_k h_k
 
-    - x: the values, and h: what a scan holds at each token; h is 0 before the first line of a chunk.
+    - x: the values, and h: what a scan holds at each token; h is 0 before the first line of a chunk or window.
     - w₋, w₀, w₊: weights of the three neighbours on the line before. They are the sigmoids of three logits, divided by
-      the sum of those whose neighbour is inside the map, so they sum to 1.
+      the sum of those whose neighbour is inside the map, and the window, so they sum to 1.
     - λ: the input gate, and u: the output gate, a number per token, direction and group.
     - f: the decay, and s: the scale, a number per channel and direction, the same for all tokens.
     - k: the direction; y: the result.
@@ -70,6 +72,9 @@ def propagate(
         scale: (K, C) s, of the dtype of decay, or None for 1.
         direct: (C,) d, of the dtype of decay, or None for the sum alone.
         chunk: None scans the whole map; n makes lines [0, n), [n, 2n), ... of the map independent of each other.
+        window: n cuts the map into windows of n × n tokens, smaller at its edges, each scanned as a map of its own; not
+            beside a chunk. An axis of at most n tokens is one window.
+        shift: Row and column of the first border between windows, 0 … window - 1; 0 begins with a whole window.
         directions: Which scans, each at most once, in the order of the K axis.
         backend: A name that `gspn-dit ops` lists, such as "reference", "native-cpu" or "native-cuda"; None takes the
             first by priority that can run the call.
@@ -79,19 +84,19 @@ def propagate(
         at least.
 
     Raises:
-        InputError: (a ValueError) a wrong shape, dtype, device, chunk, direction or backend, naming the argument; or a
-            named backend that cannot run the call, and why.
+        InputError: (a ValueError) a wrong shape, dtype, device, chunk, window, shift, direction or backend, naming the
+            argument; or a named backend that cannot run the call, and why.
     """
-    _check_options(chunk, directions)
+    _check_options(chunk, window, shift, directions)
     codes = [ALL_DIRECTIONS.index(direction) for direction in directions]
-    call = Call(x, gates, input_gate, output_gate, decay, scale, chunk or 0, codes)
+    call = Call(x, gates, input_gate, output_gate, decay, scale, chunk or 0, window or 0, shift, codes)
     _check_operands(call, direct)
     if backend is not None:
         find(backend)
     return _propagate(*call, direct, backend or "")[0]
 
 
-def _check_options(chunk: int | None, directions: Sequence[str]) -> None:
+def _check_options(chunk: int | None, window: int | None, shift: int, directions: Sequence[str]) -> None:
     unknown = [d for d in directions if d not in DIRECTIONS]
     if isinstance(directions, str) or unknown or not directions or len(set(directions)) < len(directions):
         raise InputError(
@@ -99,6 +104,13 @@ def _check_options(chunk: int | None, directions: Sequence[str]) -> None:
         )
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
         raise InputError(argument="chunk", value=chunk, wanted="None (global) or a whole number of lines, 1 or more")
+    if window is not None and (not is_whole(window) or window < 1):
+        raise InputError(argument="window", value=window, wanted="None or a whole number of tokens, 1 or more")
+    if window is not None and chunk is not None:
+        raise InputError(f"there is a chunk={chunk} too", argument="window", value=window, remedy="give one of both")
+    if not is_whole(shift) or not 0 <= shift < (window or 1):
+        wanted = "0 without a window" if window is None else f"a whole number from 0, below window={window}"
+        raise InputError(argument="shift", value=shift, wanted=wanted)
 
 
 def _check_operands(call: Call, direct: Tensor | None) -> None:
@@ -214,7 +226,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     y, inverse_rms = output
     ctx.mark_non_differentiable(inverse_rms)
     ctx.set_materialize_grads(False)  # no zeros for inverse_rms
-    ctx.options = call[len(OPERANDS) :]
+    ctx.options = call.options
     ctx.save_for_backward(*call.operands, direct, None if direct is None else y, inverse_rms)
 
 

@@ -12,21 +12,35 @@ from gspn_dit.ops.backend import OPERANDS, Call, Status
 DIRECTIONS = {"down": (1, False), "up": (1, True), "right": (2, False), "left": (2, True)}
 
 
-def line_weights(logits: Tensor) -> Tensor:
+def borders(length: int, span: int = 0, first: int = 0) -> list[int]:
+    """Where the spans of an axis of `length` tokens begin, and, last, the axis' end.
+
+    A span begins at every `span`-th token from `first` on. An axis of at most `span` tokens is one, wherever borders
+    would be, and so is any axis for a span of 0.
+    """
+    inner = range(first or span, length, span) if 0 < span < length else ()
+    return [0, *inner, length]
+
+
+def line_weights(logits: Tensor, window: int = 0, shift: int = 0) -> Tensor:
     """Row-stochastic weights (..., P, 3, G) of the logits at P positions along a line, neighbour order (-1, 0, +1).
 
-    A sigmoid of each logit, divided by their sum over the neighbours inside the map (the Stability-Context Condition,
-    arXiv 2501.12381). As a softmax over log-sigmoids it stays finite for logits of any size.
+    A sigmoid of each logit, divided by their sum over the neighbours inside the map and the window (the
+    Stability-Context Condition, arXiv 2501.12381). As a softmax over log-sigmoids it stays finite for logits of any
+    size.
     """
     neighbours = F.logsigmoid(logits)
-    outside = torch.zeros(logits.shape[-3], 3, dtype=torch.bool, device=logits.device)
-    outside[0, 0] = outside[-1, 2] = True
+    positions = logits.shape[-3]
+    outside = torch.zeros(positions, 3, dtype=torch.bool, device=logits.device)
+    *starts, end = borders(positions, window, shift)
+    outside[starts, 0] = True
+    outside[[border - 1 for border in (*starts[1:], end)], 2] = True
     return neighbours.masked_fill(outside[..., None], -torch.inf).softmax(dim=-2)
 
 
 def propagate_reference(call: Call) -> Tensor:
     """:func:`gspn_dit.ops.propagate` without its checks, differentiable by autograd, in float32 or above."""
-    x, gates, input_gate, output_gate, decay, scale, chunk, directions = call
+    x, gates, input_gate, output_gate, decay, scale, chunk, window, shift, directions = call
     dtype = torch.promote_types(x.dtype, torch.float32)
     groups = input_gate.shape[-1]
     value = x.to(dtype).unflatten(-1, (groups, -1))  # (B, H, W, G, D)
@@ -34,13 +48,15 @@ def propagate_reference(call: Call) -> Tensor:
     for k, direction in enumerate(directions):
         axis, far_end_first = list(DIRECTIONS.values())[direction]
         # lines first: (L, B, P, ...)
-        weights = line_weights(gates[:, :, :, k].to(dtype).movedim(axis, 0))[..., None]  # (L, B, P, 3, G, 1)
+        logits = gates[:, :, :, k].to(dtype).movedim(axis, 0)
+        weights = line_weights(logits, window, shift)[..., None]  # (L, B, P, 3, G, 1)
         driven = (input_gate[:, :, :, k, :, None].to(dtype) * value).movedim(axis, 0)  # (L, B, P, G, D)
         lines = len(driven)
+        starts = set(borders(lines, window or chunk, shift))
         h: list[Tensor] = [torch.empty(0)] * lines
         for i in reversed(range(lines)) if far_end_first else range(lines):
             before = i + 1 if far_end_first else i - 1
-            if not 0 <= before < lines or (chunk and before // chunk != i // chunk):
+            if max(before, i) in starts:
                 h[i] = driven[i]
             else:
                 minus, centre, plus = weights[i].unbind(dim=2)

@@ -1,7 +1,7 @@
 """Do the kernels on tensor cores compute what the reference does, on the GPU at hand?
 
 Tests run these kernels in an emulation, which shows neither a compiler's mistake nor a race. So a process compares them
-with the reference once per device, before it first uses them. It takes a small map, all gradients, and well under a
+with the reference once per device, before it first uses them. It takes small maps, all gradients, and about a
 second.
 """
 
@@ -31,15 +31,17 @@ def wanted() -> bool:
 def disagreement(kernel: FusesTail, device: torch.device) -> str | None:
     """What the kernel computes otherwise than the reference, in words; None if nothing.
 
-    Two maps: one is a single tile, the other four with edges between them, each with a tail and two groups of 64.
+    Four maps, each with a tail and two groups of 64: a single tile; one that a block has all of forward, and that is
+    four tiles backward; one of tiles with edges between them; and one of shifted windows, whose tiles have none.
     """
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         return _disagreement(kernel, device)
 
 
 def _disagreement(kernel: FusesTail, device: torch.device) -> str | None:
-    for height, width in ((16, 16), (18, 20)):
+    for height, width, window, shift in ((16, 16, 0, 0), (18, 20, 0, 0), (18, 34, 0, 0), (18, 20, 5, 2)):
         call, direct, grad = _example(height, width, device)
+        call = call._replace(window=window, shift=shift)
         y, inverse_rms = kernel.forward_with_tail(call, direct)
         got = y, *kernel.backward_with_tail(grad, y, inverse_rms, call, direct)
         want = _by_reference(call, direct, grad)
@@ -47,7 +49,8 @@ def _disagreement(kernel: FusesTail, device: torch.device) -> str | None:
             distance = ((one.float() - other).norm() / other.norm().clamp_min(1e-9)).item() if one.numel() else 0.0
             if not distance < TOLERANCE:  # NaN is a disagreement, too
                 of = name if name == "y" else f"the gradient of {name}"
-                return f"on {height} × {width} tokens {of} is {distance:.2g} of its norm away from the reference's"
+                where = f"on {height} × {width} tokens{f' in windows of {window}' if window else ''}"
+                return f"{where} {of} is {distance:.2g} of its norm away from the reference's"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -46,7 +47,7 @@ from gspn_dit.inference.run_description import RunDescription
 from gspn_dit.launches import Work, work_of
 from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
-from gspn_dit.models.registry import NoSuchOption
+from gspn_dit.models.registry import NoSuchOption, find_preset
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder
 from gspn_dit.training.compilation import rehearse_blocks
 from gspn_dit.training.ema import EMA
@@ -224,6 +225,8 @@ def open_task(config: Config, accelerator: Accelerator) -> tuple[DiffusionTask, 
     with renamed(vae="data.vae"):
         vae, encoder, latent_shape, record = open_latents(config, source, accelerator.device)
     set_seed(config.seed)
+    with renamed(name="model.name"):
+        options = as_begun(config)
     build = partial(
         create_model,
         config.model.name,
@@ -231,7 +234,7 @@ def open_task(config: Config, accelerator: Accelerator) -> tuple[DiffusionTask, 
         in_channels=latent_shape[0],
         out_channels=objective.out_channels(latent_shape[0]),
         num_classes=len(source.class_names),
-        **config.model.overrides,
+        **options,
     )
     try:
         with renamed(OVERRIDES, name="model.name"):
@@ -258,6 +261,18 @@ def open_task(config: Config, accelerator: Accelerator) -> tuple[DiffusionTask, 
     evaluator = Evaluator(config, accelerator, source.class_names) if config.evaluation.every else None
     parts = (source, stream, encoder, conditioning, objective, build, vae, record, evaluator)
     return DiffusionTask(config, accelerator, *parts), model
+
+
+def as_begun(config: Config) -> dict[str, Any]:
+    """`model.overrides`, and the options of a run to resume whose defaults have changed since it began."""
+    overrides, of_before = config.model.overrides, find_preset(config.model.name).family.of_before
+    for checkpoint in reversed(RunFolder(Path(config.output_dir)).list_checkpoints()):
+        try:
+            saved = json.loads(checkpoint.ema_config.read_text())
+        except (OSError, ValueError):  # it is damaged, which resuming says
+            continue
+        return {option: saved.get(option, meaning) for option, meaning in of_before.items()} | overrides
+    return overrides
 
 
 def start_from(model: LatentModel, path: str, class_names: list[str]) -> str | None:

@@ -125,18 +125,21 @@ def test_every_variant_is_another_model_that_trains(variant):
 
 
 def test_two_directions_in_turn_are_rows_and_then_columns(monkeypatch):
-    """Chunks are as they were: 4 lines in the first layer of three, the whole map in the two others."""
+    """Chunks and windows are as they were: 4 in the first layer of three, the whole map in the two others."""
     calls: list[tuple] = []
 
-    def noted(*operands: Tensor, directions: tuple[str, ...], chunk: int | None, **options) -> Tensor:
-        calls.append((directions, chunk))
-        return propagate(*operands, directions=directions, chunk=chunk, **options)
+    def noted(*operands: Tensor, directions: tuple[str, ...], **options) -> Tensor:
+        calls.append((directions, *(options.get(cut) for cut in ("chunk", "window", "shift"))))
+        return propagate(*operands, directions=directions, **options)
 
     monkeypatch.setattr(variants, "propagate", noted)
-    model = make_model("gspn-dit+chunk=4+variant=two-directions", ReachTask(32), Options(width=64, depth=3))
-    model(torch.randn(1, 3, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
     rows, columns = ("down", "up"), ("right", "left")
-    assert calls == [(rows, 4), (columns, None), (rows, None)]
+    for windows, first in ("null", (4, None, None)), ("shifted", (None, 4, 0)):
+        spec = f"gspn-dit+chunk=4+windows={windows}+variant=two-directions"
+        model = make_model(spec, ReachTask(32), Options(width=64, depth=3))
+        model(torch.randn(1, 3, 8, 8), torch.tensor([500.0]), torch.tensor([0]))
+        assert calls == [(rows, *first), (columns, None, None, None), (rows, None, None, None)]
+        calls.clear()
 
 
 @pytest.mark.parametrize(

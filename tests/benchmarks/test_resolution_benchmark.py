@@ -67,9 +67,16 @@ def test_the_stream_of_both_models_is_bfloat16(model, step, pixels):
     assert types == [torch.bfloat16] * 2
 
 
-def test_blocks_whose_windows_are_shifted_are_counted_by_themselves():
+@pytest.mark.parametrize(
+    ("overrides", "aligned", "shifted"),
+    [
+        ({"mixer": "window", "depth": 5}, "chunk the map", "chunk the map, shifted"),
+        ({"chunk": 2, "depth": 5, "global_layers": 0}, "window 2", "window 2, shifted"),
+    ],
+)
+def test_blocks_whose_windows_are_shifted_are_counted_by_themselves(overrides, aligned, shifted):
     case = Case(
-        "window attention",
+        "GSPN-DiT",
         "gspn-dit-ti-2",
         "forward",
         64,
@@ -77,10 +84,10 @@ def test_blocks_whose_windows_are_shifted_are_counted_by_themselves():
         "float32",
         False,
         repeats=1,
-        overrides={"mixer": "window", "depth": 5},
+        overrides=overrides,
     )
     measured = measure(case)
-    assert set(measured["parts"]) == {"ends", "chunk the map", "chunk the map, shifted"}
+    assert set(measured["parts"]) == {"ends", aligned, shifted}
     parts = {kind: part["seconds"] for kind, part in measured["parts"].items()}
-    expected = 3 * parts["chunk the map"] + 2 * parts["chunk the map, shifted"] - 4 * parts["ends"]
+    expected = 3 * parts[aligned] + 2 * parts[shifted] - 4 * parts["ends"]
     assert measured["by_blocks"]["seconds"] == pytest.approx(expected)

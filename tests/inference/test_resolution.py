@@ -19,12 +19,14 @@ from gspn_dit.diffusion import create_scheduler, image_generator
 from gspn_dit.diffusion.schedulers import own_shift, shifted
 from gspn_dit.errors import InputError
 from gspn_dit.layers import feed_forward
+from gspn_dit.layers.chunks import Chunk, scale_chunk
 from gspn_dit.layers.feed_forward import FeedForward
+from gspn_dit.layers.windows import Window
 from gspn_dit.models import create_model
 
 
 @contextmanager
-def chunks_of_calls(model) -> Iterator[list[int | None]]:
+def chunks_of_calls(model) -> Iterator[list[Chunk]]:
     """In the block, the chunks that the model's scanning layers are called with, in their order."""
     layers = [block.mixer if hasattr(block, "mixer") else block.core for block in model.blocks]
     chunks = []
@@ -40,15 +42,22 @@ def draw(pipe, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("scale", "scaled"), [(4, 16), (2.4, 10), (0.5, 2), (0.01, 1)])
-@pytest.mark.parametrize("name", ["gspn-dit-ti-2", "gspn-ti-2"])
-def test_chunk_scale_changes_the_chunk_of_local_layers_alone(name, scale, scaled):
-    model = create_model(name, chunk=4, sample_size=8, num_classes=3)
+@pytest.mark.parametrize(
+    ("name", "options", "local"),
+    [
+        ("gspn-dit-ti-2", {}, lambda lines: {Window(lines), Window(lines, shifted=True)}),
+        ("gspn-dit-ti-2", {"windows": None}, lambda lines: {lines}),
+        ("gspn-ti-2", {}, lambda lines: {lines}),
+    ],
+)
+def test_chunk_scale_changes_the_chunk_of_local_layers_alone(name, options, local, scale, scaled):
+    model = create_model(name, chunk=4, sample_size=8, num_classes=3, **options)
     inputs = torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
-    for options, local in (({}, 4), ({"chunk_scale": scale}, scaled), ({"chunk_scale": 1}, 4)):
+    for how, lines in (({}, 4), ({"chunk_scale": scale}, scaled), ({"chunk_scale": 1}, 4)):
         with chunks_of_calls(model) as chunks:
-            model(*inputs, **options)
-        assert chunks[-2:] == [None, None] and set(chunks[:-2]) == {local}
+            model(*inputs, **how)
+        assert chunks[-2:] == [None, None] and set(chunks[:-2]) == local(lines)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
@@ -61,7 +70,8 @@ def test_chunk_scale_leaves_the_model_after_an_exception():
 
     with chunks_of_calls(pipe.transformer) as chunks, pytest.raises(KeyboardInterrupt):
         draw(pipe, chunk_scale=2, callback_on_step_end=stop)
-    assert chunks == [chunk and 2 * chunk for chunk in pipe.transformer.chunks] != list(pipe.transformer.chunks)
+    own = list(pipe.transformer.chunks)
+    assert chunks == [scale_chunk(chunk, 2) for chunk in own] != own
     assert torch.equal(draw(pipe, height=32, width=32), plain)
 
 

@@ -19,6 +19,7 @@ from gspn_dit.layers.mixers import (
     Projections,
     WindowAttentionMixer,
 )
+from gspn_dit.layers.windows import Window
 from gspn_dit.models import GSPNDiT, create_model
 from gspn_dit.models.macs import count_macs
 
@@ -416,3 +417,13 @@ def test_half_lives_of_a_new_mixer_are_spread_over_each_groups_channels():
 def test_an_unknown_mixer_is_refused_by_name():
     with pytest.raises(InputError, match="mixer='mamba': give one of gspn, attention, linear, window, conv"):
         create_model("gspn-dit-s-2", mixer="mamba")
+
+
+@pytest.mark.slow
+def test_a_mixer_of_shifted_windows_compiles_as_one_graph():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    mixer, value = GSPNMixer(8, 2), torch.randn(2, 9, 7, 8)
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(value, Window(4, shifted=True)), mixer(value, Window(4, shifted=True)))
+    assert not torch.allclose(compiled(value, Window(4)), mixer(value, Window(4, shifted=True)))

@@ -6,12 +6,12 @@ namespace {
 using namespace gspn;
 
 struct Operands {
-  const int64_t* sizes;  // B, H, W, C, K, G, chunk
+  const int64_t* sizes;  // B, H, W, C, K, G, chunk, window, shift
   const int* directions;
   const void *map, *gates, *gate, *decay, *scale;  // map: x or dy; gate: λ or u, u may be null
 
   Problem problem() const {
-    Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[5], sizes[6], int(sizes[4]), {}};
+    Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[5], sizes[6], sizes[7], sizes[8], int(sizes[4]), {}};
     for (int k = 0; k < p.num_directions; ++k) p.directions[k] = directions[k];
     return p;
   }

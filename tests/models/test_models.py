@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 import subprocess
@@ -434,6 +435,32 @@ def test_stochastic_depth_keeps_or_drops_whole_branches_and_rises_with_depth():
     assert 16 < kept.sum() < 48
     chances = [block.drop_chance for block in create_model("gspn-ti-2").blocks]
     torch.testing.assert_close(torch.tensor(chances), torch.linspace(0, 0.1, 7))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("saved", [{}, {"windows": None}, {"windows": "shifted"}, {"windows": "aligned"}], ids=str)
+def test_a_model_saved_before_windows_were_the_default_still_has_chunks_of_lines(saved, tmp_path):
+    """By its configuration, whoever reads it, on a map larger than a chunk."""
+    torch.manual_seed(0)
+    options = {"width": 16, "num_groups": 1, "depth": 3, "chunk": 8}
+    model = create_model("gspn-dit-ti-1", **options, windows=saved.get("windows"))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written.pop("windows") == saved.get("windows")
+    (tmp_path / "config.json").write_text(json.dumps(written | saved))
+    loaded = GSPNDiT.from_pretrained(tmp_path)
+    inputs = torch.randn(1, 4, 12, 9), torch.tensor([500.0]), torch.tensor([3])
+    torch.testing.assert_close(loaded(*inputs), model(*inputs), rtol=1e-4, atol=1e-3)
+    assert GSPNDiT.from_config(loaded.config).chunks == loaded.chunks == model.chunks
+    as_new = create_model("gspn-dit-ti-1", **options)
+    assert GSPNDiT.from_config(loaded.config, windows="shifted").chunks == as_new.chunks
+
+
+def test_a_copy_by_its_configuration_is_as_new_as_the_model():
+    model = create_model("gspn-dit-ti-1", chunk=4)
+    assert GSPNDiT.from_config(model.config).chunks == GSPNDiT.from_config(dict(model.config)).chunks == model.chunks
 
 
 def test_dit_has_no_chunks_to_scale():

@@ -100,20 +100,16 @@ def test_windows_of_two_layers_meet_if_every_second_grid_is_shifted(windows, loc
 
 
 def test_a_model_hands_windows_to_its_local_layers_and_scales_them():
-    model = create_model("gspn-dit-ti-2", windows="shifted")
-    local = [Window(32), Window(32, shifted=True)] * 2
-    assert chunks_of_a_forward(model) == [*local, None, None]
-    assert chunks_of_a_forward(create_model("gspn-dit-ti-2", windows="shifted"), chunk_scale=0.25)[:2] == [
-        Window(8),
-        Window(8, shifted=True),
-    ]
+    assert chunks_of_a_forward(create_model("gspn-dit-ti-2", windows="aligned")) == [Window(32)] * 4 + [None] * 2
+    scaled = chunks_of_a_forward(create_model("gspn-dit-ti-2", windows="shifted"), chunk_scale=0.25)
+    assert scaled == [Window(8), Window(8, shifted=True)] * 2 + [None] * 2
 
 
 @pytest.mark.parametrize("windows", ["aligned", "shifted"])
 @torch.no_grad()
 def test_windows_change_nothing_on_a_map_that_is_no_larger(windows):
     torch.manual_seed(0)
-    model = create_model("gspn-dit-ti-1", width=16, num_groups=1, depth=3, chunk=8)
+    model = create_model("gspn-dit-ti-1", width=16, num_groups=1, depth=3, chunk=8, windows=None)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     other = create_model("gspn-dit-ti-1", width=16, num_groups=1, depth=3, chunk=8, windows=windows)
@@ -150,8 +146,13 @@ def test_a_model_is_local_until_its_last_two_layers(name, layers, local_reach):
     assert reach[2].all()
 
 
-def test_layers_can_be_made_global_by_index_and_are_the_last_two_by_default():
-    assert chunks_of_a_forward(create_model("gspn-dit-ti-2")) == [32, 32, 32, 32, None, None]
+def test_a_new_gspn_dit_has_shifted_windows_but_for_its_last_two_layers():
+    local = [Window(32), Window(32, shifted=True)] * 2
+    assert chunks_of_a_forward(create_model("gspn-dit-ti-2")) == [*local, None, None]
+    assert chunks_of_a_forward(create_model("gspn-dit-ti-2", windows=None)) == [32, 32, 32, 32, None, None]
+
+
+def test_layers_can_be_made_global_by_index():
     chunks = chunks_of_a_forward(create_model("gspn-ti-2", global_layers=[0, -2]))
     assert chunks == [None, 2, 2, 2, 2, None, 2]
     assert set(chunks_of_a_forward(create_model("gspn-ti-2", chunk=None))) == {None}

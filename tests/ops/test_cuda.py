@@ -21,6 +21,7 @@ from gspn_dit.ops.registry import choose, find, register, unregister
 from gspn_dit.ops.tail import EPSILON, apply_tail, tail_backward
 from gspn_dit.ops.tensor_core_check import disagreement
 
+ALL_DIRECTIONS = [0, 1, 2, 3]
 LITTLE_MEMORY = 30 * 1024  # bytes of shared memory
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # ‖got - float64‖ / ‖float64‖
 # On tensor cores, gradients are sums of products of two rounded numbers.
@@ -85,18 +86,27 @@ def distance(got, want):
     return ((got.double() - want).norm() / (scale if scale > 1e-9 else 1.0)).item()
 
 
-def check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, chunk, directions):
+def tolerance(x, window=0):
+    """Of y. On tensor cores every direction rounds y where lines have 17 to 32 tokens, which bfloat16's allows for."""
+    longest = max(min(size, window or size) for size in x.shape[1:3])
+    if x.dtype == torch.float16 and 16 < longest <= 32:
+        return 1e-3
+    return TOLERANCE[x.dtype] * (10 if longest > 500 else 1)  # rounding adds up over a long history
+
+
+def check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, chunk, directions, window=0, shift=0):
     """Outputs and gradients against the reference in float64."""
     long = 10 if max(x.shape[1:3]) > 500 else 1  # rounding adds up over a long history
     tensors = (x, gates, input_gate, output_gate, decay, scale)
     exact = [None if t is None else t.double() for t in tensors]
-    want = Reference().forward(Call(*exact, chunk, directions))
-    call = Call(*tensors, chunk, directions)
+    options = chunk, window, shift, directions
+    want = Reference().forward(Call(*exact, *options))
+    call = Call(*tensors, *options)
     assert kernel.supports(call) is None
     y = kernel.forward(call)
     assert y.dtype == x.dtype and y.stride() == torch.empty_like(x).stride()
-    assert distance(y, want) < TOLERANCE[x.dtype] * long
-    wants = Reference().backward(grad.double(), Call(*exact, chunk, directions))
+    assert distance(y, want) < tolerance(x, window)
+    wants = Reference().backward(grad.double(), Call(*exact, *options))
     gots = kernel.backward(grad, call)
     for name, got, want in zip(OPERANDS, gots, wants, strict=True):
         assert got.shape == want.shape
@@ -168,6 +178,97 @@ def test_long_lines_and_many_channels_agree_on_the_gpu(kernel, shape, dtype):
     check(kernel, *operands(*sizes, dtype=dtype, device="cuda"), chunk, list(range(sizes[4])))
 
 
+# Lines of 17 to 32 tokens: forward, a block has all of a map.
+WIDE_SHAPES = [
+    (1, 17, 32, 64, 4, 1, 0),
+    (1, 20, 24, 48, 4, 2, 16),
+    (2, 32, 32, 16, 4, 2, 20),
+    (1, 31, 9, 32, 4, 1, 2),
+    (1, 32, 30, 64, 4, 1, 1),
+    (1, 19, 25, 32, 1, 2, 0),
+]
+
+
+@pytest.mark.parametrize("shape", WIDE_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_wide_maps_on_tensor_cores(kernel, shape, dtype):
+    *sizes, chunk = shape
+    x, gates, input_gate, output_gate, decay, scale, grad = operands(*sizes, dtype=dtype, device=device_of(kernel))
+    directions = list(range(sizes[4]))
+    check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, chunk, directions)
+    check(kernel, x, gates, input_gate, None, decay, scale, grad, chunk, directions)
+    check(kernel, x, gates, input_gate, None, None, None, grad, chunk, directions)
+
+
+@pytest.mark.parametrize("directions", [[0], [1], [2], [3], [1, 0], [3, 2], [2, 1], [1, 2, 3]], ids=str)
+def test_any_directions_of_wide_maps(kernel, directions):
+    """Where there is one sense of an axis, or one axis, something else adds to the sum first."""
+    *tensors, _ = operands(1, 19, 30, 32, len(directions), 1, dtype=torch.bfloat16, device=device_of(kernel))
+    want = Reference().forward(Call(*(t.double() for t in tensors), directions=directions))
+    assert distance(kernel.forward(Call(*tensors, directions=directions)), want) < TOLERANCE[torch.bfloat16]
+
+
+# H, W, window, shift: whole windows and others, grids that begin with a part of one, axes shorter than a window.
+WINDOWS = [
+    (6, 5, 1, 0),
+    (17, 20, 3, 2),
+    (16, 24, 8, 4),
+    (21, 7, 8, 0),
+    (35, 18, 16, 8),
+    (12, 33, 12, 5),
+    (41, 23, 20, 7),
+    (18, 39, 20, 13),
+    (34, 66, 32, 16),
+    (50, 37, 34, 13),
+]
+
+
+@pytest.mark.parametrize("groups", [1, 8], ids=["shared gates", "own gates"])
+@pytest.mark.parametrize("shape", WINDOWS, ids=str)
+def test_windows_in_exact_kernels(kernel, shape, groups):
+    height, width, window, shift = shape
+    tensors = operands(1, height, width, 8, 4, groups, device=device_of(kernel))
+    check(kernel, *tensors, 0, [0, 1, 2, 3], window, shift)
+    x, gates, input_gate, *_, grad = operands(1, height, width, 8, 1, groups, device=device_of(kernel))
+    check(kernel, x, gates, input_gate, None, None, None, grad, 0, [3], window, shift)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", WINDOWS, ids=str)
+def test_windows_on_tensor_cores(kernel, shape, dtype):
+    height, width, window, shift = shape
+    x, gates, input_gate, output_gate, decay, scale, grad = operands(
+        1, height, width, 32, 4, 2, dtype=dtype, device=device_of(kernel)
+    )
+    check(kernel, x, gates, input_gate, output_gate, decay, scale, grad, 0, [0, 1, 2, 3], window, shift)
+    check(kernel, x, gates, input_gate, None, decay, scale, grad, 0, [0, 1, 2, 3], window, shift)
+
+
+@pytest.mark.parametrize("directions", [[1], [2], [3, 0, 2]], ids=str)
+@pytest.mark.parametrize("shape", [(21, 18, 8, 3), (18, 39, 20, 13)], ids=str)
+def test_windows_on_tensor_cores_of_any_directions(kernel, shape, directions):
+    height, width, window, shift = shape
+    tensors = operands(1, height, width, 64, len(directions), 1, dtype=torch.bfloat16, device=device_of(kernel))
+    check(kernel, *tensors, 0, directions, window, shift)
+
+
+# One map of tiles that begin with windows, where the tail's backward pass is inside, and one of tiles with edges.
+@pytest.mark.parametrize("shape", [(21, 18, 8, 3), (18, 39, 20, 13)], ids=str)
+def test_norm_and_direct_path_in_windows_on_tensor_cores(kernel, shape):
+    """Gates as the mixers make them, x and dy as parts of wider maps."""
+    height, width, window, shift = shape
+    x, gates, input_gate, _, decay, scale, grad = operands(
+        2, height, width, 32, 4, 2, dtype=torch.bfloat16, device=device_of(kernel)
+    )
+    both = torch.cat([gates.permute(0, 1, 2, 5, 3, 4).flatten(-2), input_gate.transpose(3, 4)], -1)
+    logits, input_gate = both[..., :12].unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3), both[..., 12:].transpose(3, 4)
+    x, grad = (torch.cat([tensor, tensor], -1)[..., 32:] for tensor in (x, grad))
+    direct = torch.linspace(-2, 2, 32, device=device_of(kernel))
+    call = Call(x, logits, input_gate, None, decay, scale, window=window, shift=shift)
+    check(kernel, *call.operands, grad, 0, ALL_DIRECTIONS, window, shift)
+    check_tail(kernel, call, direct, grad)
+
+
 @pytest.mark.parametrize("directions", [[1], [3], [2, 1], [3, 0, 2], [1, 0], [2, 3]], ids=str)
 def test_any_directions_in_any_order(kernel, directions):
     x, gates, input_gate, output_gate, decay, scale, grad = operands(
@@ -181,34 +282,36 @@ def test_any_directions_in_any_order(kernel, directions):
 
 
 @pytest.mark.parametrize("directions", [[3], [2, 1], [3, 0, 2]], ids=str)
-def test_any_directions_in_any_order_on_tensor_cores(kernel, directions):
+@pytest.mark.parametrize("width", [18, 34])
+def test_any_directions_in_any_order_on_tensor_cores(kernel, width, directions):
     x, gates, input_gate, output_gate, decay, scale, grad = operands(
-        1, 13, 18, 32, len(directions), 2, dtype=torch.bfloat16, device=device_of(kernel)
+        1, 13, width, 32, len(directions), 2, dtype=torch.bfloat16, device=device_of(kernel)
     )
     check(kernel, x, gates, input_gate, None, decay, scale, grad, 3, directions)
     check(kernel, x, gates, input_gate, output_gate, None, None, grad, 0, directions)
 
 
-@pytest.mark.parametrize("shape", [(1, 13, 11, 64, 4, 1), (1, 18, 5, 64, 4, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 13, 11, 64, 4, 1), (1, 34, 5, 64, 4, 2)], ids=str)
 def test_gates_side_by_side_give_the_same_bits(kernel, shape):
     """As the mixers make them, a group's 16 numbers are read at once; here, they are not copied to be so."""
     x, gates, input_gate, _, decay, scale, _ = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
     both = torch.cat([gates.permute(0, 1, 2, 5, 3, 4).flatten(-2), input_gate.transpose(3, 4)], -1)
     logits = both[..., :12].unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3)
-    together = kernel.forward(Call(x, logits, both[..., 12:].transpose(3, 4), None, decay, scale, 0, [0, 1, 2, 3]))
-    assert torch.equal(together, kernel.forward(Call(x, gates, input_gate, None, decay, scale, 0, [0, 1, 2, 3])))
+    together = kernel.forward(Call(x, logits, both[..., 12:].transpose(3, 4), None, decay, scale))
+    assert torch.equal(together, kernel.forward(Call(x, gates, input_gate, None, decay, scale)))
 
 
-def test_part_of_a_wider_map_on_tensor_cores(kernel):
+@pytest.mark.parametrize("width", [11, 18, 34])
+def test_part_of_a_wider_map_on_tensor_cores(kernel, width):
     x, gates, input_gate, output_gate, decay, scale, grad = operands(
-        1, 13, 18, 32, 4, 2, dtype=torch.bfloat16, device=device_of(kernel)
+        1, 13, width, 32, 4, 2, dtype=torch.bfloat16, device=device_of(kernel)
     )
     part_of_more = torch.cat([x, x], dim=-1)[..., 32:]
     group_by_group = gates.permute(0, 1, 2, 5, 3, 4).contiguous().permute(0, 1, 2, 4, 5, 3)
     check(kernel, part_of_more, group_by_group, input_gate, output_gate, decay, scale, grad, 4, [0, 1, 2, 3])
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 9), (1, 18, 20)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 9), (1, 18, 20), (1, 18, 34)], ids=str)
 def test_nan_shows(kernel, shape):
     x, gates, input_gate, *_ = operands(*shape, 16, 1, 1, dtype=torch.bfloat16, device=device_of(kernel))
     x[0, 3, 4, 5] = torch.nan
@@ -217,15 +320,16 @@ def test_nan_shows(kernel, shape):
     assert not y[..., :5].isnan().any() and not y[..., 6:].isnan().any()  # channels keep to themselves
 
 
-@pytest.mark.parametrize("shape", [(2, 13, 11, 32, 4, 2), (1, 18, 20, 16, 4, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 13, 11, 32, 4, 2), (1, 18, 20, 64, 4, 1), (1, 31, 9, 48, 4, 2), (1, 18, 34, 16, 4, 1)], ids=str
+)
 def test_the_tail_in_bfloat16(kernel, shape):
     """y / rms + direct x: as part of a kernel on tensor cores, or in a pass after exact ones."""
     *tensors, _ = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
     groups = shape[-1]
     direct = torch.randn(shape[3], generator=torch.Generator().manual_seed(1)).to(device_of(kernel))
-    native = torch.ops.gspn_dit_cuda
-    y, inverse_rms = native.propagate_with_tail(*tensors, 0, [0, 1, 2, 3], direct)
-    sums = Reference().forward(Call(*(t.double() for t in tensors), 0, [0, 1, 2, 3])).unflatten(-1, (groups, -1))
+    y, inverse_rms = kernel.forward_with_tail(Call(*tensors), direct)
+    sums = Reference().forward(Call(*(t.double() for t in tensors))).unflatten(-1, (groups, -1))
     want = (sums.square().mean(-1) + 1e-6).rsqrt()
     assert distance(inverse_rms, want) < TOLERANCE[torch.bfloat16]
     want = (sums * want[..., None]).flatten(-2) + direct.double() * tensors[0].double()
@@ -310,7 +414,9 @@ def test_any_strides(kernel, groups):
 
 @pytest.mark.parametrize("direction", range(4))
 @pytest.mark.parametrize("chunk", [0, 1, 3])
-@pytest.mark.parametrize(("h", "w", "dtype"), [(7, 5, torch.float32), (7, 5, torch.bfloat16), (18, 20, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("h", "w", "dtype"), [(7, 5, torch.float32), *((*size, torch.bfloat16) for size in [(7, 5), (18, 20), (18, 34)])]
+)
 def test_ones_count_the_lines_of_the_chunk(kernel, direction, chunk, h, w, dtype):
     gates = torch.randn(1, h, w, 1, 3, 2, device=device_of(kernel), dtype=dtype)
     ones = torch.ones(1, h, w, 4 if dtype == torch.float32 else 32, device=device_of(kernel), dtype=dtype)
@@ -378,7 +484,7 @@ def test_norm_and_direct_path_agree_with_the_plain_ones(kernel, shape, dtype):
     *sizes, chunk = shape
     *tensors, grad = operands(*sizes, dtype=dtype, device=device_of(kernel))
     direct = torch.linspace(-2, 2, sizes[3], device=device_of(kernel))
-    check_tail(kernel, Call(*tensors, chunk, range(sizes[4])), direct, grad)
+    check_tail(kernel, Call(*tensors, chunk=chunk, directions=range(sizes[4])), direct, grad)
 
 
 def test_norm_and_direct_path_take_any_strides(kernel):
@@ -387,6 +493,59 @@ def test_norm_and_direct_path_take_any_strides(kernel):
     for view in (x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), torch.cat([x[..., :1], x], -1)[..., 1:]):
         check_tail(kernel, Call(view, *tensors), direct[::2], grad)
         check_tail(kernel, Call(view, *tensors), direct[1:17], grad.mean().expand_as(grad))
+
+
+# On tensor cores: one tile, where the tail's backward pass is inside the scans', and several.
+TAIL_ON_TENSOR_CORES = [
+    # B, H, W, C, K, G, chunk
+    (2, 16, 16, 64, 4, 1, 0),
+    (1, 13, 11, 96, 4, 2, 5),
+    (1, 5, 7, 64, 4, 2, 1),
+    (2, 6, 1, 32, 4, 2, 0),
+    (1, 18, 20, 48, 4, 1, 16),
+    (1, 34, 6, 32, 4, 2, 0),
+]
+
+
+@pytest.mark.parametrize("shape", TAIL_ON_TENSOR_CORES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norm_and_direct_path_on_tensor_cores(kernel, shape, dtype):
+    *sizes, chunk = shape
+    x, gates, input_gate, output_gate, decay, scale, grad = operands(*sizes, dtype=dtype, device=device_of(kernel))
+    direct = torch.linspace(-2, 2, sizes[3], device=device_of(kernel))
+    check_tail(kernel, Call(x, gates, input_gate, output_gate, decay, scale, chunk), direct, grad)
+    check_tail(kernel, Call(x, gates, input_gate, None, None, scale, chunk), direct, grad)
+
+
+@pytest.mark.parametrize("directions", [[2, 3], [1, 3], [3, 0, 2]], ids=str)
+@pytest.mark.parametrize("shape", [(1, 12, 15), (1, 18, 5)], ids=str)
+def test_norm_and_direct_path_on_tensor_cores_of_any_directions(kernel, shape, directions):
+    *tensors, grad = operands(*shape, 64, len(directions), 2, dtype=torch.bfloat16, device=device_of(kernel))
+    direct = torch.linspace(2, -1, 64, device=device_of(kernel))
+    check_tail(kernel, Call(*tensors, directions=directions), direct, grad)
+
+
+@pytest.mark.parametrize("kilobytes", [163, 99])  # of an A100's blocks, and of consumer cards'
+def test_norm_and_direct_path_on_devices_with_less_shared_memory(emulates, kilobytes):
+    kernel = EmulatedCuda(kilobytes * 1024)
+    for height, channels in ((13, 64), (13, 32), (18, 64)):
+        *tensors, grad = operands(1, height, 11, channels, 4, 1, dtype=torch.bfloat16)
+        direct = torch.linspace(-1, 2, channels)
+        check_tail(kernel, Call(*tensors, chunk=5), direct, grad)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 9), (1, 18, 20)], ids=str)
+def test_nan_in_the_gradient_of_the_result_shows(kernel, shape):
+    """In all channels of the group, since the norm is of them all, and in no other group."""
+    *tensors, grad = operands(*shape, 64, 1, 2, dtype=torch.bfloat16, device=device_of(kernel))
+    direct, call = torch.ones(64, device=device_of(kernel)), Call(*tensors, directions=[0])
+    y, inverse_rms = kernel.forward_with_tail(call, direct)
+    grad[0, 3, 4, 5] = torch.nan
+    dx, *_, grad_decay, grad_scale, grad_direct = kernel.backward_with_tail(grad, y, inverse_rms, call, direct)
+    assert dx[0, :4, 4, :32].isnan().all() and grad_decay[0, :32].isnan().all() and grad_scale[0, :32].isnan().all()
+    for of_channels in dx, grad_decay, grad_scale:
+        assert not of_channels[..., 32:].isnan().any()
+    assert grad_direct.isnan().nonzero().tolist() == [[5]]
 
 
 def check_tail(kernel, call, direct, grad):
@@ -405,7 +564,7 @@ def check_tail(kernel, call, direct, grad):
     saved = [t.double() for t in (grad, y, inverse_rms)]
     grad_scanned, grad_direct = tail_backward(*saved, exact[0], direct.double())
     grad_scanned = grad_scanned.to(call.x.dtype).double()  # as the scans' backward pass reads it
-    wants = [*Reference().backward(grad_scanned, Call(*exact, call.chunk, call.directions)), grad_direct]
+    wants = [*Reference().backward(grad_scanned, Call(*exact, *call.options)), grad_direct]
     wants[0] = wants[0] + direct.double() * saved[0]
     for name, got, other, wanted in zip((*OPERANDS, "direct"), gots, again, wants, strict=True):
         assert torch.equal(got, other), name
@@ -425,7 +584,7 @@ def test_a_group_of_zeros_has_the_inverse_root_of_epsilon(kernel):
 @pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 40, 36, 24, 4, 2)], ids=str)
 def test_gradients_are_the_same_bits_twice(kernel, shape):
     *tensors, grad = operands(*shape, device=device_of(kernel))
-    first, second = (kernel.backward(grad, Call(*tensors, 0, [0, 1, 2, 3])) for _ in range(2))
+    first, second = (kernel.backward(grad, Call(*tensors)) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
@@ -433,7 +592,7 @@ def test_gradients_are_the_same_bits_twice(kernel, shape):
 @pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 20, 18, 32, 4, 2)], ids=str)
 def test_results_on_tensor_cores_are_the_same_bits_twice(kernel, shape):
     *tensors, _ = operands(*shape, dtype=torch.float16, device=device_of(kernel))
-    first, second = (kernel.forward(Call(*tensors, 0, [0, 1, 2, 3])) for _ in range(2))
+    first, second = (kernel.forward(Call(*tensors)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -470,7 +629,6 @@ def test_a_dtype_without_a_kernel_is_refused(kernel):
         kernel.forward(call)
 
 
-ALL_DIRECTIONS = [0, 1, 2, 3]
 # Groups of 16, 32, 48 and 64 channels, on tensor cores in 16-bit elements: maps in one tile and in several.
 TENSOR_SHAPES = [
     (1, 16, 16, 64, 4, 1, 0),
@@ -517,8 +675,8 @@ def test_gradients_of_gates_side_by_side(kernel, shape):
     x, gates, input_gate, _, decay, scale, grad = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
     both = torch.cat([gates.permute(0, 1, 2, 5, 3, 4).flatten(-2), input_gate.transpose(3, 4)], -1)
     logits = both[..., :12].unflatten(-1, (4, 3)).permute(0, 1, 2, 4, 5, 3)
-    side_by_side = Call(x, logits, both[..., 12:].transpose(3, 4), None, decay, scale, 4, ALL_DIRECTIONS)
-    apart = Call(x, gates, input_gate, None, decay, scale, 4, ALL_DIRECTIONS)
+    side_by_side = Call(x, logits, both[..., 12:].transpose(3, 4), None, decay, scale, chunk=4)
+    apart = Call(x, gates, input_gate, None, decay, scale, chunk=4)
     for got, want in zip(kernel.backward(grad, side_by_side), kernel.backward(grad, apart), strict=True):
         assert torch.equal(got, want)
 
@@ -533,9 +691,9 @@ def test_gradients_on_devices_with_less_shared_memory(emulates, shape, channels,
         tensors = operands(*shape, channels, len(directions), 1, dtype=torch.bfloat16)
         check(kernel, *tensors, 5, directions)
     *tensors, grad = operands(*shape, channels, 4, 1, dtype=torch.bfloat16)
-    decay_gradient = kernel.backward(grad, Call(*tensors, 5, ALL_DIRECTIONS))[4]
+    decay_gradient = kernel.backward(grad, Call(*tensors, chunk=5))[4]
     exact = [t.double() for t in tensors]
-    wanted = Reference().backward(grad.double(), Call(*exact, 5, ALL_DIRECTIONS))[4]
+    wanted = Reference().backward(grad.double(), Call(*exact, chunk=5))[4]
     summed_in_float32 = distance(decay_gradient, wanted) < 1e-5
     assert summed_in_float32 == (channels == 64 and kilobytes == 99)
 
@@ -543,7 +701,7 @@ def test_gradients_on_devices_with_less_shared_memory(emulates, shape, channels,
 @pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 20, 18, 32, 4, 2)], ids=str)
 def test_gradients_on_tensor_cores_are_the_same_bits_twice(kernel, shape):
     *tensors, grad = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
-    first, second = (kernel.backward(grad, Call(*tensors, 0, ALL_DIRECTIONS)) for _ in range(2))
+    first, second = (kernel.backward(grad, Call(*tensors)) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
@@ -552,7 +710,7 @@ def test_gradients_on_tensor_cores_are_the_same_bits_twice(kernel, shape):
 def test_nan_in_a_gradient_shows(kernel, shape):
     *tensors, grad = operands(*shape, 32, 1, 1, dtype=torch.bfloat16, device=device_of(kernel))
     grad[0, 3, 4, 5] = torch.nan
-    dx, *_, grad_decay, grad_scale = kernel.backward(grad, Call(*tensors, 0, [0]))
+    dx, *_, grad_decay, grad_scale = kernel.backward(grad, Call(*tensors, directions=[0]))
     assert dx[0, :4, 4, 5].isnan().all()
     assert not dx[..., :5].isnan().any() and not dx[..., 6:].isnan().any()  # channels keep to themselves
     for of_channels in grad_decay, grad_scale:
@@ -728,6 +886,18 @@ def test_forward_on_tensor_cores_multiplies_there_and_moves_16_bytes_at_a_time(m
         assert across in (within, 2 * within), name  # where parts meet, and tiles
         assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", code), name  # x
         assert re.search(r"STG\.E\.128", code), name  # y
+
+
+@pytest.mark.slow
+def test_wide_forward_on_tensor_cores_multiplies_there_and_moves_16_bytes_at_a_time(machine_code):
+    kernels = [(name, code) for name, code in machine_code["tensor"] if "tensor_wide" in name]
+    assert len(kernels) == 2 * 2 * 3 * 2  # targets, elements, sizes of a group, with an output gate or without
+    for name, code in kernels:
+        for depth in ("1688.F32.TF32", "1684.F32.TF32", r"1688.F32(.BF16)? "):  # W d, its borders; λ x
+            assert re.search(rf"HMMA\.{depth}", code), name
+        assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", code), name  # x
+        assert re.search(r"STG\.E\.128", code), name  # y
+        assert not re.search(r"\b(ATOM|RED)", code), name
 
 
 @pytest.mark.slow

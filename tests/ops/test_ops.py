@@ -201,7 +201,8 @@ def test_kernels_agree_with_the_reference(name, shape, dtype):
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     directions = DIRECTIONS[-sizes[4] :]
     y = scan(*inputs, chunk=chunk, directions=directions, backend=name)
-    expected = propagate_reference(Call(*exact, chunk or 0, [DIRECTIONS.index(d) for d in directions]))
+    codes = [DIRECTIONS.index(d) for d in directions]
+    expected = propagate_reference(Call(*exact, chunk=chunk or 0, directions=codes))
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grads = torch.autograd.grad(y, inputs, grad.to(dtype))
     exact_grads = torch.autograd.grad(expected, exact, grad.to(dtype).double())
@@ -277,7 +278,7 @@ def test_extreme_logits_stay_finite(backend, value):
 
 @pytest.mark.slow
 def test_opcheck():
-    forward, options = torch.ops.gspn_dit.propagate.default, (2, [0, 1, 2, 3])
+    forward, options = torch.ops.gspn_dit.propagate.default, (0, 2, 1, [0, 1, 2, 3])
     for name in AVAILABLE:
         inputs = operands(1, 4, 3, 4, 4, 2, dtype=torch.float32, requires_grad=True)
         for missing in ((), (3, 4, 5), (5,)):
@@ -288,7 +289,7 @@ def test_opcheck():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_absent_arguments_have_empty_gradients_of_the_dtype_that_is_promised(backend, dtype):
     x, gates, input_gate, *_ = operands(1, 4, 3, 4, 4, 2, dtype=dtype)
-    others, no_rms = (None, None, None, 2, [0, 1, 2, 3], None, backend), torch.empty(0)
+    others, no_rms = (None, None, None, 2, 0, 0, [0, 1, 2, 3], None, backend), torch.empty(0)
     grads = torch.ops.gspn_dit.propagate_backward(x, None, no_rms, x, gates, input_gate, *others)
     on_meta, rms_on_meta, *meta = (t.to("meta") for t in (x, no_rms, x, gates, input_gate))
     promised = torch.ops.gspn_dit.propagate_backward(on_meta, None, rms_on_meta, *meta, *others)

@@ -86,6 +86,23 @@ def test_a_third_backend_runs_the_calls_that_it_supports_and_no_others(added):
     added(OnlyFloat32())  # its name is free again
 
 
+def test_a_backend_is_asked_about_windows_and_gets_no_call_that_it_declines(added):
+    class WithoutWindows(OnlyFloat32):
+        def supports(self, call, backward=False):
+            return f"it has no windows, and window is {call.window}" if call.window else super().supports(call)
+
+    third = added(WithoutWindows())
+    windowed = {"window": 3, "shift": 1}
+    wanted = results(operands(), backend="reference", **windowed)
+    for got, want in zip(results(operands(), **windowed), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    assert third.ran == []
+    results(operands(), chunk=3)
+    assert third.ran == ["forward", "backward"]
+    with pytest.raises(InputError, match="cannot run this call: it has no windows, and window is 3"):
+        propagate(*operands(), **windowed, backend="only-float32")
+
+
 def test_a_backend_of_low_priority_or_one_that_is_missing_runs_no_call_by_itself(added):
     added(OnlyFloat32(priority=1))
     native = find("native-cpu")

@@ -49,7 +49,8 @@ def operands(b, h, w, c, k, g, *, dtype=torch.float64, requires_grad=True):
 def by_definition(tensors, chunk=None, directions=ALL):
     """norm(Σ_k s_k u_k h_k) + d ⊙ x, by autograd."""
     *scanned, direct = (tensors[name] for name in NAMES)
-    summed = propagate_reference(Call(*scanned, chunk or 0, [ALL.index(direction) for direction in directions]))
+    codes = [ALL.index(direction) for direction in directions]
+    summed = propagate_reference(Call(*scanned, chunk=chunk or 0, directions=codes))
     return group_rms_norm(summed, tensors["input_gate"].shape[-1]) + direct * tensors["x"]
 
 
@@ -272,7 +273,7 @@ def test_exports_and_the_program_gives_the_same(tmp_path):
 
 @pytest.mark.slow
 def test_opcheck(backend):
-    forward, options = torch.ops.gspn_dit.propagate.default, (2, [0, 1, 2, 3])
+    forward, options = torch.ops.gspn_dit.propagate.default, (2, 0, 0, [0, 1, 2, 3])
     for given, dtype in itertools.product((NAMES, ("x", "gates", "input_gate", "direct")), (torch.float32, torch.half)):
         tensors = operands(1, 4, 3, 4, 4, 2, dtype=dtype)
         *scanned, direct = (tensors[name] if name in given else None for name in NAMES)
@@ -283,7 +284,7 @@ def test_opcheck(backend):
 def test_what_comes_is_what_the_fake_promises(backend, dtype):
     x, gates, input_gate, *_, direct = operands(1, 4, 3, 4, 4, 2, dtype=dtype, requires_grad=False).values()
     for view, tail in ((x, direct), (x.mT.contiguous().mT, direct), (x, None)):
-        inputs = (view, gates, input_gate, None, None, None, 2, [0, 1, 2, 3], tail, backend)
+        inputs = (view, gates, input_gate, None, None, None, 2, 0, 0, [0, 1, 2, 3], tail, backend)
         meta = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in inputs]
         results = []
         for arguments in (inputs, meta):

@@ -23,18 +23,20 @@ def along_lines(tensor, direction):
     return tensor.flip(1) if direction % 2 else tensor
 
 
-def starts_chunk(n, lines, chunk, reverse):
-    """Whether the n-th line that is read is the first of its chunk."""
-    chunk = chunk or lines
-    line = lines - 1 - n if reverse else n
-    return n == 0 or (line // chunk != (line + 1 if reverse else line - 1) // chunk)
+def spans(tokens, size, first):
+    """The number of the chunk or window that every token of an axis is in: one spans at most `size` tokens."""
+    cut = 0 < size < tokens
+    return [(i - first) // size if cut else 0 for i in range(tokens)]
 
 
-def neighbours(logits):
+def neighbours(logits, window, shift):
     """Weights (B, lines, positions, 3, G) of logits."""
     weights = torch.sigmoid(logits)
-    weights[:, :, 0, 0] = 0
-    weights[:, :, -1, 2] = 0
+    windows = torch.tensor(spans(logits.shape[2], window, shift))
+    differs = windows[1:] != windows[:-1]
+    weights[:, :, 0, 0] = weights[:, :, -1, 2] = 0
+    weights[:, :, 1:, 0][:, :, differs] = 0
+    weights[:, :, :-1, 2][:, :, differs] = 0
     return weights / weights.sum(3, keepdim=True)
 
 
@@ -50,14 +52,15 @@ def tiles(n):
     return -(-n // TILE)
 
 
-def expected(backward, direction, k, operands, chunk):
+def expected(backward, direction, k, operands, chunk, window, shift):
     """line, side of a direction, and where tiles read them, in float64: as TileEdges describes them."""
     map_, gates, gate, decay, scale = operands
     b, c = map_.shape[0], map_.shape[3]
     read = along_lines(map_.double(), direction)
     lines, positions = read.shape[1:3]
     per_channel = c // gates.shape[5]
-    weights = neighbours(along_lines(gates[:, :, :, k].double(), direction)).repeat_interleave(per_channel, 4)
+    of_groups = neighbours(along_lines(gates[:, :, :, k].double(), direction), window, shift)
+    weights = of_groups.repeat_interleave(per_channel, 4)
     w = [weights[:, :, :, n] for n in range(3)]
     read = read * along_lines(gate[:, :, :, k].double(), direction).repeat_interleave(per_channel, 3)
     f = decay[k].double()
@@ -67,9 +70,11 @@ def expected(backward, direction, k, operands, chunk):
     reverse = direction % 2 == 1
     in_map = [lines - 1 - n if reverse else n for n in range(lines)]
     last_of_tile = [n + 1 == lines or in_map[n + 1] // TILE != in_map[n] // TILE for n in range(lines)]
+    chunks = spans(lines, window or chunk, shift)
+    starts = [n == 0 or chunks[in_map[n]] != chunks[in_map[n - 1]] for n in range(lines)]
     state = torch.zeros(b, positions, c, dtype=torch.double)
     for n in reversed(range(lines)) if backward else range(lines):
-        m, restarts = in_map[n], starts_chunk(n, lines, chunk, reverse)
+        m, restarts = in_map[n], starts[n]
         if not backward:
             carried = sum(w[i][:, n] * shifted(state, 1 - i) for i in range(3))
             state = read[:, n] + (0 if restarts else f * carried)
@@ -92,12 +97,15 @@ def expected(backward, direction, k, operands, chunk):
 
 
 SHAPES = [
-    # B, H, W, C, G, chunk, directions
-    (1, 33, 6, 32, 2, 4, [0, 1, 2, 3]),
-    (2, 40, 36, 64, 1, 16, [0, 1, 2, 3]),
-    (1, 20, 130, 48, 1, 0, [3, 0]),
-    (1, 40, 40, 32, 1, 5, [2, 1, 0]),
-    (1, 18, 300, 16, 1, 20, [1]),
+    # B, H, W, C, G, (chunk, window, shift), directions
+    (1, 33, 6, 32, 2, (4, 0, 0), [0, 1, 2, 3]),
+    (2, 40, 36, 64, 1, (16, 0, 0), [0, 1, 2, 3]),
+    (1, 20, 130, 48, 1, (0, 0, 0), [3, 0]),
+    (1, 40, 40, 32, 1, (5, 0, 0), [2, 1, 0]),
+    (1, 18, 300, 16, 1, (20, 0, 0), [1]),
+    (1, 45, 41, 32, 1, (0, 20, 7), [0, 1, 2, 3]),
+    (1, 18, 140, 16, 1, (0, 32, 16), [1, 2]),
+    (1, 90, 20, 32, 1, (0, 17, 0), [3, 0]),
 ]
 
 
@@ -106,13 +114,13 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_edges_of_tiles_agree_with_scans_in_float64(driver, shape, backward, dtype):
     library, device = driver
-    b, h, w, c, g, chunk, directions = shape
+    b, h, w, c, g, cut, directions = shape
     k = len(directions)
     random = torch.Generator().manual_seed(0)
     shapes = (b, h, w, c), (b, h, w, k, 3, g), (b, h, w, k, g)
     map_, gates, gate = (torch.randn(s, generator=random).to(dtype) for s in shapes)
     decay, scale = torch.rand(k, c, generator=random), torch.randn(k, c, generator=random)
-    sizes = (ctypes.c_int64 * 7)(b, h, w, c, k, g, chunk)
+    sizes = (ctypes.c_int64 * 9)(b, h, w, c, k, g, *cut)
     kinds, begins = (ctypes.c_int * k)(*directions), (ctypes.c_int64 * (2 * k))()
     library.tile_edge_layout.restype = ctypes.c_int64
     edges = torch.full((library.tile_edge_layout(sizes, kinds, begins),), torch.nan, dtype=dtype, device=device)
@@ -122,7 +130,7 @@ def test_edges_of_tiles_agree_with_scans_in_float64(driver, shape, backward, dty
     assert library.run_tensor_edges(backward, dtype == torch.bfloat16, sizes, kinds, *pointers, memory) == 0
     edges = edges.cpu()
     for i, direction in enumerate(directions):
-        wants = expected(backward, direction, i, (map_, gates, gate, decay, scale), chunk)
+        wants = expected(backward, direction, i, (map_, gates, gate, decay, scale), *cut)
         for name, want, begin in zip(("line", "side"), wants, begins[2 * i : 2 * i + 2], strict=True):
             got = edges[begin : begin + want.numel()].reshape(want.shape).double()
             needed = ~want.isnan()  # elsewhere no tile reads

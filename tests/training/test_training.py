@@ -35,6 +35,7 @@ from gspn_dit.inference.loading import load_pipeline
 from gspn_dit.models import create_model
 from gspn_dit.models.gspn_dit import GSPNDiTBlock
 from gspn_dit.progress import figure
+from gspn_dit.storage.files import sha256
 from gspn_dit.storage.pictures import save_image
 from gspn_dit.storage.run_folder import Checkpoint
 from gspn_dit.training.checks import check_launch
@@ -381,6 +382,30 @@ def test_a_run_leaves_what_it_should(tmp_path, capsys):
     assert len(said) == 6 and all(map(re.match, wanted, said)), said
     (image,) = load_pipeline(run)("3", num_inference_steps=2).images
     assert image.size == (32, 32)
+
+
+def test_a_run_of_before_windows_were_the_default_resumes_as_it_began(tmp_path, store):
+    """Its checkpoints' configurations do not say what a model is that has no windows."""
+    new, whole, run = (tmp_path / name for name in ("new", "whole", "run"))
+    in_chunks = ["--model.overrides.windows", "null"]
+    train(config(new, store))
+    train(config(whole, store, *in_chunks))
+    train(config(run, store, *in_chunks, "--training.max_steps", 4))
+    (path,) = list_checkpoints(run)
+    checkpoint = Checkpoint(path)
+    model, options = json.loads(checkpoint.ema_config.read_text()), yaml.safe_load(checkpoint.config.read_text())
+    assert model.pop("windows") is None and options["model"]["overrides"].pop("windows") is None
+    checkpoint.ema_config.write_text(json.dumps(model))
+    checkpoint.config.write_text(yaml.safe_dump(options))
+    metadata = checkpoint.read_metadata()
+    for file in checkpoint.ema_config, checkpoint.config:
+        written = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        metadata["files"][file.relative_to(path).as_posix()] = written
+    checkpoint.metadata.write_text(json.dumps(metadata))
+    train(config(run, store, "--resume", "auto"))
+    assert losses(run) == losses(whole) != losses(new)
+    assert json.loads(Checkpoint(list_checkpoints(run)[-1]).ema_config.read_text())["windows"] is None
+    assert json.loads(Checkpoint(list_checkpoints(new)[-1]).ema_config.read_text())["windows"] == "shifted"
 
 
 @pytest.mark.usefixtures("as_a_command_says_it")

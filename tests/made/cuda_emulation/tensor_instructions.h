@@ -77,6 +77,13 @@ inline uint16_t element_at(const Lane& row, int column) {
 }  // namespace emulation
 
 inline void __syncwarp(unsigned = 0xffffffffu) { emulation::meet(__func__, nullptr, 0); }
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  const uint32_t word = vote;
+  const emulation::Lane* const lanes = emulation::meet(__func__, &word, 1);
+  unsigned votes = 0;
+  for (int i = 0; i < 32; ++i) votes |= lanes[i].words[0] << i;
+  return votes;
+}
 
 namespace gspn {
 
