@@ -31,12 +31,12 @@ class Call(NamedTuple):
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
         """What of it has gradients, in the order of :data:`OPERANDS`."""
-        return self[: len(OPERANDS)]
+        return self.x, self.gates, self.input_gate, self.output_gate, self.decay, self.scale
 
     @property
     def options(self) -> tuple[int | Sequence[int], ...]:
         """The rest, in the order of :data:`OPTIONS`."""
-        return self[len(OPERANDS) :]
+        return self.chunk, self.window, self.shift, self.directions
 
 
 OPTIONS = ("chunk", "window", "shift", "directions")
