@@ -306,12 +306,12 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
     const int own = thread_read_anew(), warp = own / kWarp, lane = own % kWarp;
     const FragmentLane at(lane);
     const TileBorders borders = reinterpret_cast<const TileBorders*>(memory + Memory::kBorders)[axis];
-    const int in_line = Map::position_offset(rows, Map::matrix_position(lane), Map::matrix_unit(lane, warp));
+    int along = axis, in_line = Map::position_offset(rows, Map::matrix_position(lane), Map::matrix_unit(lane, warp));
     // The second sense reads a piece's halves in the other order: else ptxas sees that both senses read the same, and
     // keeps it in registers from one to the other.
     const int swap = Map::position_offset(rows, 8, 0);
     const auto site = [&](int line, int exchange) {
-      return Map::line_offset(rows, line) + (in_line ^ Map::line_exchange(rows, line) ^ exchange);
+      return Map::line_offset(along == 0, line) + (in_line ^ Map::line_exchange(along == 0, line) ^ exchange);
     };
     const char* const records = Records::piece(memory + Memory::kRecords, 2 * axis * kTileSites);
     const uint32_t* const input_gates =
@@ -351,6 +351,7 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
     read_lines(0);
 #pragma unroll
     for (int n = 0; n < kTileSites; ++n) {
+      if (n == kTileSites / 2) in_line = recomputed(in_line), along = recomputed(along);  // offsets of lines have no registers until they come back
       uint32_t beside_words[4];
       if constexpr (Memory::kTiled) load_matrices<true>(beside_words, side + n * 2 * kUnits * 16);
 #pragma unroll
