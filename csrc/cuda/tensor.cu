@@ -142,7 +142,8 @@ const char* run_tensor_forward(const Forward<T>& call, const SharedMemory& memor
     edges = TileEdgeLayout(p).at(reinterpret_cast<T*>(scratch), p);
     if (const char* error = describe(launch_tile_edges(call, edges, memory, stream))) return error;
   }
-  const TensorPlan plan{channels_of(p), gates_are_packed(call), grid_of(p)};
+  TensorPlan plan{channels_of(p), gates_are_packed(call), grid_of(p), {false, false}};
+  for (int k = 0; k < p.num_directions; ++k) plan.scans_axis[lines_are_rows(p.directions[k]) ? 0 : 1] = true;
   return with_mode(call, [&](auto mode) {
     return with_units(p, [&](auto units) {
       constexpr int kUnits = decltype(units)::value;

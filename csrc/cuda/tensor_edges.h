@@ -62,11 +62,38 @@ struct TileEdgePlan {
   GSPN_INLINE int threads() const { return kWarp * warps * warps_across(); }
 };
 
+// Runs of `run` lines, which begin where chunks do.
+template <typename Int>
+GSPN_INLINE Int runs_of(const Lines<Int>& map, int run) {
+  return (map.lines + map.chunks.missing + run - 1) / run;
+}
+
+// What a block scans: a run of lines in one direction. It lies in shared memory, because scans leave no registers for it.
+struct TileEdgeBlock : ScanOrder<int> {
+  int k, first_channel, group, first_line, length;
+  int64_t batch;
+
+  GSPN_DEVICE TileEdgeBlock(const Problem& p, const TileEdgePlan& plan, unsigned block)
+      // neighbouring blocks have different directions, which read the same map: it is in the cache
+      : ScanOrder<int>(p, p.directions[plan.k[block % unsigned(plan.directions)]]),
+        k(plan.k[block % unsigned(plan.directions)]) {
+    block /= unsigned(plan.directions);
+    const unsigned slabs = unsigned(p.channels) / plan.slab, runs = runs_of(*this, plan.run);
+    first_channel = int(block % slabs) * plan.slab;
+    group = first_channel / int(p.channels / p.groups);
+    block /= slabs;
+    const int next_run = int(block % runs + 1) * plan.run - chunks.missing;
+    first_line = max(next_run - plan.run, 0);
+    length = min(next_run, lines) - first_line;
+    batch = block / runs;
+  }
+};
+
 // A block's shared memory, for lines of `warps` times kParts parts.
 template <int kParts>
 struct TileEdgeMemory {
   int positions, site_bytes, stage_bytes;  // of a line with its padding; of a position; of a stage's lines
-  int records, record_bytes, words, ends;  // where the records of a stage lie, how long they are, and so on
+  int records, record_bytes, words, block, ends;  // where the records of a stage lie, how long they are, and so on
 
   GSPN_INLINE TileEdgeMemory(const TileEdgePlan& plan) {
     positions = plan.warps * kParts * kPart;
@@ -75,7 +102,8 @@ struct TileEdgeMemory {
     records = 2 * stage_bytes;
     record_bytes = Records::bytes(plan.stage * positions / kPiece);
     words = records + 2 * record_bytes;
-    ends = words + plan.stage * positions * int(sizeof(uint32_t));
+    block = words + plan.stage * positions * int(sizeof(uint32_t));
+    ends = block + int(sizeof(TileEdgeBlock));
   }
   GSPN_INLINE int bytes(const TileEdgePlan& plan) const {
     return ends + (plan.warps > 1 ? 2 * plan.warps * 2 * plan.slab * int(sizeof(float)) : 0);
@@ -86,12 +114,6 @@ struct TileEdgeMemory {
     return units == 8 ? position & 7 : units == 4 ? position / 2 & 3 : position / 4 & 1;
   }
 };
-
-// Runs of `run` lines, which begin where chunks do.
-template <typename Int>
-GSPN_INLINE Int runs_of(const Lines<Int>& map, int run) {
-  return (map.lines + map.chunks.missing + run - 1) / run;
-}
 
 // `value`, which the compiler takes for an unknown one: what follows from it is computed where it is used, not once
 // before a loop that has no registers to keep it in.
@@ -114,24 +136,17 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
   constexpr bool kAdjoint = Call::kIsBackward;
   constexpr int kPieces = kParts / 2, kSitesOfAThread = kParts / 4;
   const Problem& p = call.problem;
-  // neighbouring blocks have different directions, which read the same map: it is in the cache
-  const int k = plan.k[blockIdx.x % unsigned(plan.directions)];
-  const ScanOrder<int> scan(p, p.directions[k]);
-  const unsigned slabs = unsigned(p.channels) / plan.slab, runs = runs_of(scan, plan.run);
-  unsigned block = blockIdx.x / unsigned(plan.directions);
-  const int first_channel = int(block % slabs) * plan.slab, group = first_channel / int(p.channels / p.groups);
-  block /= slabs;
-  const int next_run = int(block % runs + 1) * plan.run - scan.chunks.missing, first_line = max(next_run - plan.run, 0);
-  const int length = min(next_run, scan.lines) - first_line;
-  const int64_t batch = block / runs;
+  const TileEdgeMemory<kParts> memory(plan);
+  char* const shared = shared_memory();
+  const TileEdgeBlock& scan = *reinterpret_cast<const TileEdgeBlock*>(shared + memory.block);
+  if (threadIdx.x == 0) *reinterpret_cast<TileEdgeBlock*>(shared + memory.block) = TileEdgeBlock(p, plan, blockIdx.x);
+  __syncthreads();
   // the i-th line that is visited
-  const auto line_at = [&](int i) { return nth_read(first_line, length, i, scan.reversed != kAdjoint); };
+  const auto line_at = [&](int i) { return nth_read(scan.first_line, scan.length, i, scan.reversed != kAdjoint); };
 
   const int tid = threadIdx.x, lane = tid % kWarp, across = tid / kWarp % plan.warps_across();
   const int along = tid / kWarp / plan.warps_across();  // the warp's place along the line
   const FragmentLane at(lane);
-  const TileEdgeMemory<kParts> memory(plan);
-  char* const shared = shared_memory();
   char* const records = shared + memory.records;
   uint32_t* const words = reinterpret_cast<uint32_t*>(shared + memory.words);
   const int line_pieces = plan.warps * kPieces, stage_sites = plan.stage * memory.positions;
@@ -159,9 +174,9 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
   Site sites[kSitesOfAThread] = {};  // of the next stage
   // Starts to read stage s.
   const auto fetch = [&](int s) {
-    for (int l = 0; l < plan.stage && s * plan.stage + l < length; ++l) {
+    for (int l = 0; l < plan.stage && s * plan.stage + l < scan.length; ++l) {
       const int line = line_at(s * plan.stage + l);
-      const T* from = map_at(map, batch, scan.row(line, own), scan.column(line, own), first_channel + unit * 8);
+      const T* from = map_at(map, scan.batch, scan.row(line, own), scan.column(line, own), scan.first_channel + unit * 8);
       char* const to = shared + s % 2 * memory.stage_bytes + l * memory.positions * memory.site_bytes + own_offset;
 #pragma unroll
       for (int n = 0; n < kParts / 2; ++n) {
@@ -172,14 +187,12 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
 #pragma unroll
     for (int n = 0; n < kSitesOfAThread; ++n) {
       const int i = tid + n * int(blockDim.x), l = line_in_stage(i), position = i - l * memory.positions;
-      if (i >= stage_sites || s * plan.stage + l >= length || position >= scan.positions) continue;
+      if (i >= stage_sites || s * plan.stage + l >= scan.length || position >= scan.positions) continue;
       const int line = line_at(s * plan.stage + l), row = scan.row(line, position), column = scan.column(line, position);
-      if (!scan.restarts(line, scan.reversed)) {
-        const T* from = gate_at(call.gates, 5, batch, row, column, k, group);
-        sites[n].minus = from[0], sites[n].centre = from[call.gates.stride[4]];
-        sites[n].plus = from[2 * call.gates.stride[4]];
-      }
-      if (gate.data) sites[n].gate = *gate_at(gate, 4, batch, row, column, k, group);
+      const T* from = gate_at(call.gates, 5, scan.batch, row, column, scan.k, scan.group);
+      sites[n].minus = from[0], sites[n].centre = from[call.gates.stride[4]];
+      sites[n].plus = from[2 * call.gates.stride[4]];
+      if (gate.data) sites[n].gate = *gate_at(gate, 4, scan.batch, row, column, scan.k, scan.group);
       else store(sites[n].gate, 1.f);
     }
   };
@@ -189,7 +202,7 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
 #pragma unroll
     for (int n = 0; n < kSitesOfAThread; ++n) {
       const int i = tid + n * int(blockDim.x), l = line_in_stage(i), position = i - l * memory.positions;
-      if (i >= stage_sites || s * plan.stage + l >= length) continue;
+      if (i >= stage_sites || s * plan.stage + l >= scan.length) continue;
       const bool real = position < scan.positions;
       Weights<float> row{0.f, 0.f, 0.f};
       if (real && !scan.restarts(line_at(s * plan.stage + l), scan.reversed)) {
@@ -217,9 +230,9 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
   float decay[2], scale[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int channel = first_channel + across * kWarpRows + at.channel + 8 * i;
-    decay[i] = of_channel(call.decay, p, k, channel);
-    scale[i] = of_channel(call.scale, p, k, channel);
+    const int channel = scan.first_channel + across * kWarpRows + at.channel + 8 * i;
+    decay[i] = of_channel(call.decay, p, scan.k, channel);
+    scale[i] = of_channel(call.scale, p, scan.k, channel);
   }
   // The lane's row of the matrices of this warp's first piece.
   const int matrix_row = along * kParts * kPart + lane % 8 + lane / 16 * 8;
@@ -229,9 +242,9 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
 
   float state[kParts][4] = {};  // h of the line before; or what is carried into this line's dh
   const auto write_line = [&](int line) {
-    const int64_t tile = batch * TileEdgeLayout::tiles(scan.lines) + line / kTileSites;
+    const int64_t tile = scan.batch * TileEdgeLayout::tiles(scan.lines) + line / kTileSites;
     const int first = along * kParts * kPart + at.channel;
-    T* const to = edges.line[k] + (tile * scan.positions + first) * p.channels + first_channel + across * kWarpRows +
+    T* const to = edges.line[scan.k] + (tile * scan.positions + first) * p.channels + scan.first_channel + across * kWarpRows +
                   at.pair * 2;
 #pragma unroll
     for (int j = 0; j < kParts; ++j) {
@@ -322,9 +335,9 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
     for (int slot = own; slot < plan.stage * line_pieces * 2; slot += step) {
       const int l = kSplit ? int(slot >= line_pieces * 2) : slot / kParts, in_line = slot - l * line_pieces * 2, tile = in_line / 2;
       const bool end = in_line % 2;
-      if (s * plan.stage + l >= length || tile >= tiles) continue;
+      if (s * plan.stage + l >= scan.length || tile >= tiles) continue;
       const int64_t line = line_at(s * plan.stage + l);
-      T* const to = edges.side[k] + ((batch * scan.lines + line) * 2 * tiles + in_line) * p.channels + first_channel +
+      T* const to = edges.side[scan.k] + ((scan.batch * scan.lines + line) * 2 * tiles + in_line) * p.channels + scan.first_channel +
                     unit * 8;
       // forward, the tile's own end; backward, the position beside it
       const int position = tile * kTileSites + (end ? kTileSites - 1 : 0) + (kAdjoint ? (end ? 1 : -1) : 0);
@@ -349,14 +362,14 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
     }
   };
 
-  const int stages = (length + plan.stage - 1) / plan.stage;
+  const int stages = (scan.length + plan.stage - 1) / plan.stage;
   fetch(0);
   for (int s = 0; s < stages; ++s) {
     prepare(s);
     wait_copies();
     __syncthreads();
     if (s + 1 < stages) fetch(s + 1);
-    for (int l = 0; l < plan.stage && s * plan.stage + l < length; ++l) {
+    for (int l = 0; l < plan.stage && s * plan.stage + l < scan.length; ++l) {
       const int line = line_at(s * plan.stage + l);
       const bool read_last = scan.reversed ? line % kTileSites == 0
                                            : line % kTileSites == kTileSites - 1 || line + 1 == scan.lines;

@@ -20,6 +20,7 @@ struct TensorPlan {
   int channels;  // of a group
   bool packed;   // gates_are_packed()
   TileGrid grid;
+  bool scans_axis[2];  // whether directions have rows for lines, and whether they have columns
 };
 
 // Shared memory of a block. kUnits: TileMemory<>::kUnits of the group's channels.
@@ -36,10 +37,26 @@ struct ForwardMemory {
   static constexpr int kOutputGate = kInputGate + kWordBytes;
   static constexpr int kFactors = kOutputGate + (kGates ? kWordBytes : 0);  // [direction][decay, scale][channel]
   static constexpr int kTile = kFactors + 4 * 2 * kUnits * 8 * 4;  // the block's TensorTile
-  static constexpr int kSide = kTile + 32;  // [direction][step][before, behind][channel]
+  static constexpr int kBorders = kTile + 32;                      // TileBorders of rows, and of columns
+  static constexpr int kSide = kBorders + 16;                      // [direction][step][before, behind][channel]
   // [direction][position][channel]
   static constexpr int kLine = kSide + (kTiled ? 4 * kTileSites * 2 * kLineBytes : 0);
   static constexpr int kBytes = kLine + (kTiled ? 4 * kTileSites * kLineBytes : 0);
+};
+
+// What a tile's scans of one axis have to know of chunks and windows, as bits of borders().
+struct TileBorders {
+  uint32_t lines, positions;
+
+  static GSPN_DEVICE TileBorders of(const Problem& p, const TensorTile& tile, bool rows) {
+    const Lines<int> map(p, rows);
+    return {borders(map.chunks, map.line_of(tile.row, tile.column)),
+            borders(map.windows, map.position_of(tile.row, tile.column))};
+  }
+  // Whether a scan goes on at a line, or restarts there. In what tells lines of either sense apart, nothing is computed.
+  GSPN_DEVICE bool goes_on(int line, bool reversed) const { return !(lines >> (line + reversed) & 1); }
+  GSPN_DEVICE bool has_minus(int position) const { return !(positions >> position & 1); }
+  GSPN_DEVICE bool has_plus(int position) const { return !(positions >> (position + 1) & 1); }
 };
 
 // The k-th direction's place in shared memory is its number among gspn::Direction.
@@ -47,22 +64,14 @@ GSPN_DEVICE Lines<int> lines_of(const Problem& p, int direction) { return Lines<
 
 // Reads and prepares the gates of the tile's sites. Ends without a barrier.
 template <typename Memory, typename T>
-GSPN_DEVICE void prepare_gates(char* memory, const Forward<T>& call, const TensorTile& tile, const TensorPlan& plan) {
+GSPN_DEVICE void prepare_gates(char* memory, const Forward<T>& call, const TensorTile& tile, const TensorPlan& plan,
+                               const TileBorders& on_rows, const TileBorders& on_columns) {
   constexpr int kUnits = Memory::kThreads / kTileSites;
   const Problem& p = call.problem;
   char* const records = memory + Memory::kRecords;
   uint32_t* const input_gates = reinterpret_cast<uint32_t*>(memory + Memory::kInputGate);
   uint32_t* const output_gates = reinterpret_cast<uint32_t*>(memory + Memory::kOutputGate);
   const int column = threadIdx.x % kTileSites;
-  // on rows, and on columns
-  const PositionEnds on_row(Lines<int>(p, true), tile.column), on_column(Lines<int>(p, false), tile.row);
-  uint32_t restarts[4] = {};  // of direction k, a bit for each line
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (k >= p.num_directions) break;
-    const Lines<int> map = lines_of(p, p.directions[k]);
-    restarts[k] = Continues(map, map.line_of(tile.row, tile.column), is_reversed(p.directions[k])).restarts;
-  }
   for (int first = threadIdx.x / kTileSites; first < kTileSites; first += 2 * kUnits) {
     SiteGates<T> gates[2] = {};  // of two sites at a time, so that one does not wait for the other
 #pragma unroll
@@ -83,12 +92,13 @@ GSPN_DEVICE void prepare_gates(char* memory, const Forward<T>& call, const Tenso
         const int direction = p.directions[k];
         const Lines<int> map = lines_of(p, direction);
         const int line = map.line_of(row, column), position = map.position_of(row, column);
-        const PositionEnds& on_line = map.rows ? on_row : on_column;
+        const TileBorders has{map.rows ? on_rows.lines : on_columns.lines,
+                              map.rows ? on_rows.positions : on_columns.positions};
         const Weights<float> w = normalise(load(gates[n].logits[k][0]), load(gates[n].logits[k][1]),
-                                           load(gates[n].logits[k][2]), float(on_line.has_minus(position)),
-                                           float(on_line.has_plus(position)));
+                                           load(gates[n].logits[k][2]), float(has.has_minus(position)),
+                                           float(has.has_plus(position)));
         const Weights<float> any = differences(w);
-        const bool goes_on = real && !(restarts[k] >> line & 1);
+        const bool goes_on = real && has.goes_on(line, is_reversed(direction));
         const Weights<float> d{goes_on ? any.minus : 0.f, goes_on ? any.centre : 0.f, goes_on ? any.plus : 0.f};
         const int piece = direction * kTileSites + line;
         if (k < p.num_directions) {
@@ -226,13 +236,18 @@ GSPN_DEVICE void pack_piece(const float (&v)[2][4], uint32_t (&r)[4]) {
   for (int i = 0; i < 4; ++i) r[i] = pack<T>(v[i / 2] + i % 2 * 2);
 }
 
+// threadIdx.x, which has no register before: nor has what follows from it.
+GSPN_DEVICE int thread_read_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // One of the two scans of an axis, in a warp.
 struct SenseScan {
   float h[2][4], decay[2], scale[2];
-  Continues continues;
 
-  GSPN_DEVICE SenseScan(const Lines<int>& map, int first_line, bool reversed, const float* factors, int pitch)
-      : h(), continues(map, first_line, reversed) {
+  GSPN_DEVICE SenseScan(const float* factors, int pitch) : h() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) decay[i] = factors[i * 8], scale[i] = factors[pitch + i * 8];
   }
@@ -245,12 +260,10 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
   using Memory = ForwardMemory<kUnits, kMode>;
   using Map = typename Memory::Map;
   const Problem& p = call.problem;
-  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  const int thread = threadIdx.x;
   char* const memory = shared_memory();
   float* const factors = reinterpret_cast<float*>(memory + Memory::kFactors);
 
-  bool has_rows = false, has_columns = false;
-  for (int k = 0; k < p.num_directions; ++k) (lines_are_rows(p.directions[k]) ? has_rows : has_columns) = true;
   {
     const TensorTile tile(p, plan.grid, blockIdx.x);
     if (p.num_directions < 4) {  // what stands for directions that the call has not
@@ -272,35 +285,39 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
         else *to = 1.f;
       }
     }
-    prepare_gates<Memory>(memory, call, tile, plan);
+    const TileBorders on_rows = TileBorders::of(p, tile, true), on_columns = TileBorders::of(p, tile, false);
+    prepare_gates<Memory>(memory, call, tile, plan, on_rows, on_columns);
     // all that is needed of the tile from here on, without registers
-    if (thread == 0) *reinterpret_cast<TensorTile*>(memory + Memory::kTile) = tile;
+    if (thread == 0) {
+      *reinterpret_cast<TensorTile*>(memory + Memory::kTile) = tile;
+      TileBorders* const both = reinterpret_cast<TileBorders*>(memory + Memory::kBorders);
+      both[0] = on_rows, both[1] = on_columns;
+    }
   }
   wait_copies();
   __syncthreads();
 
   const TensorTile& tile = *reinterpret_cast<const TensorTile*>(memory + Memory::kTile);
-  const bool scans = warp * kWarpRows < plan.channels;
-  const FragmentLane at(lane);
+  const bool scans = thread / kWarp * kWarpRows < plan.channels;
 #pragma unroll 1
   for (int axis = scans ? 0 : 2; axis < 2; ++axis) {
     const bool rows = axis == 0;
-    if (!(rows ? has_rows : has_columns)) continue;
-    const Lines<int> map(p, rows);
-    const int first_line = map.line_of(tile.row, tile.column);
-    const int in_line = Map::position_offset(rows, Map::matrix_position(lane), Map::matrix_unit(lane, warp));
+    if (!plan.scans_axis[axis]) continue;
+    const int own = thread_read_anew(), warp = own / kWarp, lane = own % kWarp;
+    const FragmentLane at(lane);
+    const TileBorders borders = reinterpret_cast<const TileBorders*>(memory + Memory::kBorders)[axis];
+    int along = axis, in_line = Map::position_offset(rows, Map::matrix_position(lane), Map::matrix_unit(lane, warp));
     // The second sense reads a piece's halves in the other order: else ptxas sees that both senses read the same, and
     // keeps it in registers from one to the other.
     const int swap = Map::position_offset(rows, 8, 0);
     const auto site = [&](int line, int exchange) {
-      return Map::line_offset(rows, line) + (in_line ^ Map::line_exchange(rows, line) ^ exchange);
+      return Map::line_offset(along == 0, line) + (in_line ^ Map::line_exchange(along == 0, line) ^ exchange);
     };
     const char* const records = Records::piece(memory + Memory::kRecords, 2 * axis * kTileSites);
     const uint32_t* const input_gates =
         reinterpret_cast<const uint32_t*>(memory + Memory::kInputGate) + 2 * axis * kTileSites * Words::kPieceWords;
     const float* const lane_factors = factors + 2 * axis * 2 * kUnits * 8 + warp * kWarpRows + at.channel;
-    SenseScan scan[2] = {{map, first_line, false, lane_factors, kUnits * 8},
-                         {map, first_line, true, lane_factors + 2 * kUnits * 8, kUnits * 8}};
+    SenseScan scan[2] = {{lane_factors, kUnits * 8}, {lane_factors + 2 * kUnits * 8, kUnits * 8}};
     __syncwarp();
     float sum[kTileSites][2][4];
     if constexpr (Memory::kTiled) {
@@ -334,11 +351,12 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
     read_lines(0);
 #pragma unroll
     for (int n = 0; n < kTileSites; ++n) {
+      if (n == kTileSites / 2) in_line = recomputed(in_line), along = recomputed(along);  // offsets of lines have no registers until they come back
       uint32_t beside_words[4];
       if constexpr (Memory::kTiled) load_matrices<true>(beside_words, side + n * 2 * kUnits * 16);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        const bool goes_on = scan[s].continues.at(s ? kTileSites - 1 - n : n);
+        const bool goes_on = borders.goes_on(s ? kTileSites - 1 - n : n, s);
         const float factor[2] = {goes_on ? scan[s].decay[0] : 0.f, goes_on ? scan[s].decay[1] : 0.f};
         if constexpr (Memory::kTiled) {
           Beside beside;

@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(512)
   float* const products = reinterpret_cast<float*>(shared_memory());  // two lines of (minus, centre, plus)
   for (int n = scan.length - 1; n >= 0; --n) {
     __syncthreads();
-    const int line = scan.line(n), line_before = n ? scan.line(n - 1) : 0;
+    const int line = scan.line(n), line_before = n ? line + (scan.reversed ? 1 : -1) : 0;
     const float* const after = products + (n + 1) % 2 * 3 * width;
     float* const handed = products + n % 2 * 3 * width;
     // all lanes of a warp stay together, because they add up their sums
