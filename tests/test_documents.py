@@ -19,7 +19,7 @@ from gspn_dit import options
 from gspn_dit.data.sources import SOURCES, open_images
 from gspn_dit.errors import InputError
 from gspn_dit.layers.mixers import MIXERS
-from gspn_dit.models import create_model
+from gspn_dit.models import create_classifier, create_model, list_classifiers
 from gspn_dit.models.macs import count_macs
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +27,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = [ROOT / "README.md", CONTRIBUTING, ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 DOCUMENTS = [*PAGES, ROOT / "quickstart.sh"]
 README = PAGES[0].read_text()
+MODELS = (ROOT / "docs" / "models.md").read_text()
 FAMILIES = ("dit", "gspn", "gspn-dit")
 SIZES = ("s", "b", "l", "xl")
 STARTS = "(?:python|accelerate launch|gspn-dit)"  # of a command
@@ -59,6 +60,29 @@ def test_the_documented_gmacs_are_the_models(family, size):
     model = on_meta(f"{family}-{size}-2")
     counted = [f"{count_macs(model, (pixels // 8, pixels // 8)) / 1e9:.1f}" for pixels in (256, 512)]
     assert counted == [column[SIZES.index(size)] for column in cells(family)[1:]]
+
+
+def test_the_documented_classifiers_are_the_models():
+    rows = re.findall(r"^\| `(gspn-[\w-]+)` \|[^|]*\| ([\d.]+) M \| ([\d.]+)(?: at 28)? \|$", MODELS, re.M)
+    assert [name for name, *_ in rows] == list_classifiers()
+    for name, millions, gmacs in rows:
+        with torch.device("meta"):
+            model = create_classifier(name)
+        size = model.pretrained_cfg["input_size"][1:]
+        assert f"{model.num_parameters() / 1e6:.{len(millions.partition('.')[2])}f}" == millions
+        assert f"{count_macs(model, size) / 1e9:.{len(gmacs.partition('.')[2])}f}" == gmacs
+
+
+def test_the_documents_classifiers_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    first, second = (block for block in python_blocks(ROOT / "docs" / "models.md") if "backbone" in block)
+    exec(first, found)
+    assert found["logits"].shape == (1, 10)
+    assert [tuple(each.shape[2:]) for each in found["maps"]] == [(64, 48), (32, 24), (16, 12), (8, 6)]
+    with torch.device("meta"):
+        exec(second, found)
+    assert (found["model"].num_classes, found["backbone"].feature_info.reduction()) == (10, [8, 16, 32])
 
 
 def test_the_readmes_parts_run(monkeypatch):

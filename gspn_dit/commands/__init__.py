@@ -76,7 +76,7 @@ GROUPS = {
         "models": Verb(
             "gspn_dit.models.__main__:main",
             ModelsOptions,
-            "List models: parameters, GMACs at 256 and 512 px.",
+            "List models: parameters and GMACs.",
             extras=("cli",),
         ),
         "budget": Verb(

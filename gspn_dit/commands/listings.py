@@ -10,7 +10,7 @@ class ModelsOptions:
     """Models: which ones to list.
 
     Args:
-        names: Models to count, for example `[dit-xl-2,gspn-dit-xl-2]`; all if not given.
+        names: Models to count, for example `[gspn-dit-xl-2,gspn-grouped-t]`; all if not given.
     """
 
     names: list[str] | None = None

@@ -270,8 +270,11 @@ class GSPNClassifier(SavedModel):
             InputError: There is no model there, one of another kind, or one that lacks weights.
         """
         place, wanted = str(pretrained_model_name_or_path), "the folder of a saved classifier (config.json)"
+        where = {
+            key: kwargs[key] for key in ("subfolder", "revision", "cache_dir", "local_files_only") if key in kwargs
+        }
         try:
-            kind = cls.load_config(place).get("_class_name")
+            kind = cls.load_config(place, **where).get("_class_name")
         except (OSError, ValueError) as error:
             reason = "is no folder" if not os.path.isdir(place) else "has no config.json that can be read"
             raise InputError(reason, argument="model", value=place, wanted=wanted) from error

@@ -501,6 +501,8 @@ def test_save_and_load_is_bit_equal(mixer, tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     torch.testing.assert_close(loaded(images(1, 20, 12)), model(images(1, 20, 12)))
+    inside = GSPNClassifier.from_pretrained(tmp_path.parent, subfolder=tmp_path.name)
+    assert torch.equal(inside.head.weight, model.head.weight)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
