@@ -290,12 +290,7 @@ class GSPNClassifier(SavedModel):
 
     def save_config(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers'; what `pretrained_cfg` has become since the model was made is saved."""
-        changed = {
-            key: value
-            for key, value in self.pretrained_cfg.items()
-            if key != "num_classes" and PREPARATION.get(key) != value
-        }
-        self.record(pretrained_cfg=changed)
+        self._record_preparation()
         super().save_config(*args, **kwargs)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -398,6 +393,7 @@ class GSPNClassifier(SavedModel):
         """
         self._new_head(num_classes, global_pool)
         self.pretrained_cfg.pop("label_names", None)
+        self._record_preparation()
 
     def _new_head(self, num_classes: int, global_pool: str | None) -> None:
         if not is_whole(num_classes) or num_classes < 0:
@@ -417,6 +413,15 @@ class GSPNClassifier(SavedModel):
         """Have other values in the configuration; diffusers would make a new model of it with the defaults instead."""
         defaults = [name for name in self.config.get("_use_default_values", []) if name not in values]
         self.register_to_config(**values, _use_default_values=defaults)
+
+    def _record_preparation(self) -> None:
+        """Have in the configuration what `pretrained_cfg` has become."""
+        changed = {
+            key: value
+            for key, value in self.pretrained_cfg.items()
+            if key != "num_classes" and PREPARATION.get(key) != value
+        }
+        self.record(pretrained_cfg=changed)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps blocks' inputs alone and computes the blocks once more in the backward pass."""

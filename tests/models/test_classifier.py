@@ -468,6 +468,7 @@ def test_features_only_gives_the_maps_at_strides_4_8_16_32_and_trains_all_that_i
 def test_a_new_head_forgets_the_names_of_the_old_ones_classes(tmp_path):
     model = tiny(pretrained_cfg={"crop_pct": 0.9, "label_names": list("abcde")})
     model.reset_classifier(7)
+    assert "label_names" not in GSPNClassifier.from_config(model.config).pretrained_cfg
     model.save_pretrained(tmp_path)
     loaded = GSPNClassifier.from_pretrained(tmp_path)
     assert "label_names" not in loaded.pretrained_cfg and loaded.pretrained_cfg["crop_pct"] == 0.9
