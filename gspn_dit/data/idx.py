@@ -43,6 +43,8 @@ def read_split(folder: str | os.PathLike, split: str) -> tuple[np.ndarray, np.nd
             remedy="restore it",
         )
     images, labels = read_idx(path, axes=3), read_idx(labels_path, axes=1)
+    if images.size == 0:
+        raise InputError(f"{path}: holds no images ({' × '.join(map(str, images.shape))})", remedy="restore it")
     if len(images) != len(labels):
         raise InputError(
             f"{path.name} has {len(images):,} images, {labels_path.name} {len(labels):,} labels",

@@ -139,7 +139,9 @@ def create_classifier(
             "belongs to features_only=True", argument="out_indices", value=out_indices, remedy="give both or neither"
         )
     numbers = {**SIZES[name], **overrides}
-    numbers["pretrained_cfg"] = {**SIZES[name].get("pretrained_cfg", {}), **(overrides.get("pretrained_cfg") or {})}
+    given = overrides.get("pretrained_cfg") or {}
+    if isinstance(given, Mapping):  # else the model refuses it
+        numbers["pretrained_cfg"] = {**SIZES[name].get("pretrained_cfg", {}), **given}
     model = GSPNClassifier(**numbers)
     return FeatureMaps(model, out_indices) if features_only else model
 
@@ -259,7 +261,7 @@ class GSPNClassifier(SavedModel):
             {"num_chs": spec.width, "reduction": stem_stride * 2**i, "module": f"stages.{i}"}
             for i, spec in enumerate(self.specs)
         ]
-        self.reset_classifier(num_classes, global_pool)
+        self._new_head(num_classes, global_pool)
         self.pretrained_cfg = self.default_cfg = preparation(pretrained_cfg, in_chans, num_classes)
 
     @classmethod
@@ -288,12 +290,7 @@ class GSPNClassifier(SavedModel):
 
     def save_config(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers'; what `pretrained_cfg` has become since the model was made is saved."""
-        changed = {
-            key: value
-            for key, value in self.pretrained_cfg.items()
-            if key != "num_classes" and PREPARATION.get(key) != value
-        }
-        self.record(pretrained_cfg=changed)
+        self._record_preparation()
         super().save_config(*args, **kwargs)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -390,7 +387,15 @@ class GSPNClassifier(SavedModel):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new last layer for so many classes, none for 0; and another pooling, if one is given."""
+        """A new last layer for so many classes, none for 0; and another pooling, if one is given.
+
+        Names of the classes that were go from `pretrained_cfg`.
+        """
+        self._new_head(num_classes, global_pool)
+        self.pretrained_cfg.pop("label_names", None)
+        self._record_preparation()
+
+    def _new_head(self, num_classes: int, global_pool: str | None) -> None:
         if not is_whole(num_classes) or num_classes < 0:
             raise InputError("give a whole number from 0", argument="num_classes", value=num_classes)
         if global_pool not in (None, "avg", ""):
@@ -408,6 +413,15 @@ class GSPNClassifier(SavedModel):
         """Have other values in the configuration; diffusers would make a new model of it with the defaults instead."""
         defaults = [name for name in self.config.get("_use_default_values", []) if name not in values]
         self.register_to_config(**values, _use_default_values=defaults)
+
+    def _record_preparation(self) -> None:
+        """Have in the configuration what `pretrained_cfg` has become."""
+        changed = {
+            key: value
+            for key, value in self.pretrained_cfg.items()
+            if key != "num_classes" and PREPARATION.get(key) != value
+        }
+        self.record(pretrained_cfg=changed)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps blocks' inputs alone and computes the blocks once more in the backward pass."""
@@ -450,10 +464,24 @@ def stages_of(
 
 
 def preparation(given: Mapping[str, Any] | None, in_chans: int, num_classes: int) -> dict[str, Any]:
-    """`PREPARATION` with the entries given, for images of that many channels: else each gets the channels' mean."""
+    """`PREPARATION` with the entries given, for images of that many channels: else each gets the channels' mean.
+
+    Raises :class:`InputError` for entries that no images can be prepared by, or names that are not one for each class.
+    """
+    if not isinstance(given, Mapping | None):
+        raise InputError("give a mapping of entries", argument="pretrained_cfg", value=given)
     cfg = {**PREPARATION, **(given or {}), "num_classes": num_classes}
-    for key in ("input_size", "pool_size", "mean", "std"):
-        cfg[key] = tuple(cfg[key])  # JSON has lists
+    for key, count in {"input_size": 3, "pool_size": 2, "mean": None, "std": None}.items():
+        numbers = cfg[key]
+        listed = isinstance(numbers, Sequence) and not isinstance(numbers, str) and len(numbers) > 0
+        if not listed or not all(map(is_finite, numbers)) or len(numbers) != (count or len(numbers)):
+            wanted = f"{count} numbers" if count else "numbers, one for each channel"
+            raise InputError(argument=f"pretrained_cfg.{key}", value=numbers, wanted=wanted)
+        cfg[key] = tuple(numbers)  # JSON has lists
+    if (names := cfg.get("label_names")) is not None and num_classes and len(names) != num_classes:
+        raise InputError(
+            f"has {len(names)} names", argument="pretrained_cfg.label_names", wanted=f"{num_classes}, as num_classes"
+        )
     cfg["input_size"] = (in_chans, *cfg["input_size"][1:])
     for key in ("mean", "std"):
         if len(cfg[key]) != in_chans:

@@ -65,7 +65,8 @@ class SavedModel(ModelMixin, ConfigMixin):
                 remedy=remedy,
             )
         dtype = kwargs.get("torch_dtype")  # some weights are smaller in the file
-        model = model.to(dtype if isinstance(dtype, torch.dtype) else torch.float32)
+        # diffusers' own warns, of any dtype, of the modules that should stay in float32, of which there are none
+        nn.Module.to(model, dtype if isinstance(dtype, torch.dtype) else torch.float32)
         return (model, info) if wants_info else model
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:

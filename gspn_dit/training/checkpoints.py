@@ -267,7 +267,15 @@ def damage(checkpoint: Checkpoint) -> str | None:
 def check_resumable(checkpoint: Checkpoint, task: Task) -> None:
     """Raise :class:`InputError` unless a task continues the run that a checkpoint is of."""
     config, images = task.config, task.images
-    saved = type(config).load(checkpoint.config)
+    try:
+        saved = type(config).load(checkpoint.config)
+    except InputError as error:
+        raise InputError(
+            f"the run in it was begun with what this command does not take ({error})",
+            argument="output_dir",
+            value=config.output_dir,
+            remedy="name another folder, or go on with the command that began it",
+        ) from error
     for key in task.same_at_resume:
         before, now = _value(saved, key), _value(config, key)
         if before != now:

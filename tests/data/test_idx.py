@@ -75,6 +75,12 @@ def test_files_that_do_not_fit_each_other(tmp_path):
         read_split(folder, "train")
 
 
+def test_files_without_images_are_refused(tmp_path):
+    folder = write_idx_folder(tmp_path / "data", images=0)
+    with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz: holds no images \(0 × 12 × 12\)"):
+        open_training(str(folder), 12)
+
+
 def test_a_folder_of_such_files_is_known(tmp_path):
     assert is_idx_folder(write_idx_folder(tmp_path / "data"))
     assert not is_idx_folder(tmp_path) and not is_idx_folder(tmp_path / "nowhere")

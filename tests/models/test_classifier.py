@@ -465,6 +465,16 @@ def test_features_only_gives_the_maps_at_strides_4_8_16_32_and_trains_all_that_i
         assert torch.equal(one, other)
 
 
+def test_a_new_head_forgets_the_names_of_the_old_ones_classes(tmp_path):
+    model = tiny(pretrained_cfg={"crop_pct": 0.9, "label_names": list("abcde")})
+    model.reset_classifier(7)
+    assert "label_names" not in GSPNClassifier.from_config(model.config).pretrained_cfg
+    model.save_pretrained(tmp_path)
+    loaded = GSPNClassifier.from_pretrained(tmp_path)
+    assert "label_names" not in loaded.pretrained_cfg and loaded.pretrained_cfg["crop_pct"] == 0.9
+    assert loaded(images()).shape == (2, 7)
+
+
 def test_no_decay_is_asked_for_what_multiplies_no_input():
     model = tiny(mixer=["gspn", "gspn-per-channel"])
     names = {name.removeprefix("stages.") for name in model.no_weight_decay()}
@@ -555,6 +565,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         ({"num_classes": -1}, "num_classes=-1: give a whole number from 0"),
         ({"in_chans": 0}, "in_chans=0"),
         ({"global_pool": "max"}, "global_pool='max': give avg"),
+        ({"pretrained_cfg": 3}, "pretrained_cfg=3: give a mapping of entries"),
+        ({"pretrained_cfg": {"input_size": 28}}, r"pretrained_cfg\.input_size=28: wanted 3 numbers"),
+        ({"pretrained_cfg": {"mean": []}}, r"pretrained_cfg\.mean=\[\]: wanted numbers, one for each channel"),
+        ({"pretrained_cfg": {"std": "grey"}}, r"pretrained_cfg\.std='grey'"),
+        ({"pretrained_cfg": {"label_names": ["a"]}}, r"pretrained_cfg\.label_names: has 1 names; wanted 5"),
         ({"patch_size": 2}, "patch_size=2: gspn-grouped-pico has no such option; choose from widths, depths"),
         ({"out_indices": (1,)}, r"out_indices=\(1,\): belongs to features_only=True"),
         (

@@ -21,6 +21,7 @@ from made.faults import finished, start, text
 from made.images import write_images
 from made.launched import finish, launch
 from made.runs import list_checkpoints
+from made.training import config as diffusion_config
 from made.training import losses, rows, wait_for
 from safetensors.torch import load_file
 
@@ -300,6 +301,13 @@ def test_a_run_is_not_continued_as_another(tmp_path, data):
     fewer = write_idx_folder(tmp_path / "fewer", images=12)
     with pytest.raises(InputError, match=r"^data\.source=.*12 images of 3 classes, and the run .* began with 24 of 3"):
         train(config(tmp_path / "run", fewer, "--resume", "auto"))
+
+
+def test_a_run_is_not_continued_by_another_kind_of_training(tmp_path, data):
+    train(config(tmp_path / "run", data, "--training.max_steps", 1))
+    images = diffusion_config(tmp_path / "run", "digits", "--resume", "auto")
+    with pytest.raises(InputError, match=r"^output_dir=.*what this command does not take .*; name another folder"):
+        train(images)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data):
