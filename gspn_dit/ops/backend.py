@@ -31,12 +31,12 @@ class Call(NamedTuple):
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
         """What of it has gradients, in the order of :data:`OPERANDS`."""
-        return self[: len(OPERANDS)]
+        return self[:-4]  # all but OPTIONS
 
     @property
     def options(self) -> tuple[int | Sequence[int], ...]:
         """The rest, in the order of :data:`OPTIONS`."""
-        return self[len(OPERANDS) :]
+        return self[-4:]
 
 
 OPTIONS = ("chunk", "window", "shift", "directions")
