@@ -106,8 +106,8 @@ class Prepared(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Items together: float32 (B, channels, H, W) and int64 (B,), of those that can be read."""
         if self.in_memory:
-            images = self.preparation.normalise(not_none(self.pictures.array)[list(indices)])
-            return images, torch.tensor([self.pictures.label(index) for index in indices])
+            pixels = not_none(self.pictures.array)[list(indices)]
+            return self.preparation.normalise(pixels), torch.tensor([self.pictures.label(index) for index in indices])
         side = self.preparation.image_size
         images, labels = [torch.empty(0, self.preparation.channels, side, side)], []
         for index in indices:
