@@ -16,8 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gspn_dit.data.pictures import Pictures, readable
-from gspn_dit.errors import not_none
+from gspn_dit.data.image_folder import to_rgb
+from gspn_dit.data.images import UnreadableImage
+from gspn_dit.data.pictures import Pictures
+from gspn_dit.errors import not_none, warn
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,15 @@ class Preparation:
         return array is not None and array.shape[1:] == (self.channels, size, size) and self.crop_pct == 1
 
     def mode(self, picture: Image.Image) -> Image.Image:
-        """The picture in grey or in RGB, as the classifier takes it."""
-        return picture.convert("L" if self.channels == 1 else "RGB")
+        """The picture in grey or in RGB, as the classifier takes it; what it has of transparency is over white."""
+        plain = picture if picture.mode in ("L", "RGB") and not picture.has_transparency_data else to_rgb(picture)
+        return plain.convert("L" if self.channels == 1 else "RGB")
 
 
 class Prepared(Dataset):
     """Pictures as a classifier is given them when it is judged; those of a batch are asked for together.
+
+    One that cannot be read is left out, with a warning: another in its place would count twice.
 
     Args:
         pictures: What is judged.
@@ -99,13 +104,19 @@ class Prepared(Dataset):
         return len(self.pictures)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Items together: float32 (B, channels, H, W) and int64 (B,)."""
+        """Items together: float32 (B, channels, H, W) and int64 (B,), of those that can be read."""
         if self.in_memory:
-            images = self.preparation.normalise(not_none(self.pictures.array)[list(indices)])
-            return images, torch.tensor([self.pictures.label(index) for index in indices])
-        read = [readable(self.pictures, index) for index in indices]
-        images = torch.stack([self.preparation(picture) for picture, _ in read])
-        return images, torch.tensor([label for _, label in read])
+            pixels = not_none(self.pictures.array)[list(indices)]
+            return self.preparation.normalise(pixels), torch.tensor([self.pictures.label(index) for index in indices])
+        side = self.preparation.image_size
+        images, labels = [torch.empty(0, self.preparation.channels, side, side)], []
+        for index in indices:
+            try:
+                images.append(self.preparation(self.pictures.picture(index))[None])
+                labels.append(self.pictures.label(index))
+            except UnreadableImage as error:
+                warn(f"unreadable image, left out: {error}")
+        return torch.cat(images), torch.tensor(labels, dtype=torch.long)
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

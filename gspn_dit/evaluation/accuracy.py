@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gspn_dit.errors import InputError
+
 COLUMNS = ("top1", "top5", "loss", "num_images")
 
 
@@ -32,6 +34,8 @@ def tally(
     """
     sums = torch.zeros(4, dtype=torch.float64)
     for images, labels in batches:
+        if len(labels) == 0:
+            continue
         with autocast():
             logits = model(images.to(device, non_blocking=True))
         sums += tally_of(logits.float(), labels.to(device)).cpu()
@@ -46,6 +50,11 @@ def tally_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def scores(sums: Tensor) -> dict[str, float]:
-    """`top1` and `top5` in percent, `loss` and `num_images`, of the sum of all tallies."""
+    """`top1` and `top5` in percent, `loss` and `num_images`, of the sum of all tallies.
+
+    Raises :class:`InputError` if no image was judged.
+    """
     top1, top5, loss, count = sums.tolist()
+    if not count:
+        raise InputError("none of the validation images can be read", argument="data", remedy="restore them")
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "num_images": int(count)}

@@ -213,16 +213,17 @@ class ClassificationTask(Task):
         Every process judges its share. Training goes on after a failure, which is warned of.
         """
         sums, problem = attempt(self._tally, self._network_of(ema), stop)
-        problems = gather_object([problem])
-        if any(problems):
-            if self.accelerator.is_main_process:
-                warn(f"no evaluation at step {step} ({next(filter(None, problems))}); training goes on")
-            return None
-        kind = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-        total = self.accelerator.reduce(not_none(sums).to(self.accelerator.device, kind), "sum")
+        problem = next(filter(None, gather_object([problem])), None)
+        row: dict[str, float] | None = None
+        if problem is None:
+            total = self.accelerator.reduce(not_none(sums).to(self.accelerator.device), "sum")
+            row, problem = attempt(scores, total.cpu())
         if not self.accelerator.is_main_process:
             return None
-        return {"step": step} | {name: float(value) for name, value in scores(total.cpu()).items()}
+        if row is None:
+            warn(f"no evaluation at step {step} ({problem}); training goes on")
+            return None
+        return {"step": step} | {name: float(value) for name, value in row.items()}
 
     def _tally(self, model: nn.Module, stop: StopRequest) -> Tensor:
         judged, accelerator = not_none(self.judged), self.accelerator

@@ -1,5 +1,7 @@
 """Pictures to classify: of every source, with their classes, prepared as timm prepares them."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from timm.data import create_transform
 from gspn_dit.data.pictures import ArrayPictures, open_judged, open_training
 from gspn_dit.data.preparation import Preparation, Prepared
 from gspn_dit.errors import InputError
+from gspn_dit.evaluation.accuracy import scores, tally
 
 
 def image_folder(folder, classes=("cat", "dog"), **options):
@@ -58,13 +61,19 @@ def test_photos_are_pictures_too():
     assert training.picture(0).size == (64, 64) and 0 <= training.label(0) < 16
 
 
-def test_a_picture_that_cannot_be_read_is_passed_over_with_a_warning(tmp_path):
+def test_a_picture_that_cannot_be_read_is_left_out_with_a_warning(tmp_path):
+    """Another in its place would be judged twice."""
     folder = image_folder(tmp_path / "data", count=2)
     (folder / "cat" / "0.png").write_bytes(b"no picture")
     images = Prepared(open_judged(str(folder)), Preparation(8, (0.5,) * 3, (0.5,) * 3))
-    with pytest.warns(UserWarning, match=r"unreadable image, skipped: .*cat/0\.png"):
+    with pytest.warns(UserWarning, match=r"unreadable image, left out: .*cat/0\.png"):
         batch, labels = images.__getitems__([0, 3])
-    assert batch.shape == (2, 3, 8, 8) and labels.tolist() == [0, 1]
+    assert batch.shape == (1, 3, 8, 8) and labels.tolist() == [1]
+    with pytest.warns(UserWarning, match="left out"):
+        batch, labels = images.__getitems__([0])
+    sums = tally(torch.nn.Identity(), [(batch, labels)], torch.device("cpu"), nullcontext)
+    with pytest.raises(InputError, match="none of the validation images can be read"):
+        scores(sums)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 97), (97, 64), (40, 200), (31, 30)])
@@ -100,6 +109,14 @@ def test_the_crop_keeps_its_share_of_the_shorter_side():
     )
     assert whole.shape == cropped.shape == (3, 16, 16)
     assert whole[:, 0].min() == 1 and cropped.max() == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_and_transparency_are_read_as_from_a_file(channels):
+    preparation = Preparation(8, (0.0,) * channels, (1.0,) * channels, crop_pct=1.0)
+    sixteen = Image.fromarray(np.full((8, 8), 32896, dtype=np.uint16))
+    assert preparation(sixteen).unique().tolist() == [pytest.approx(128 / 255)]
+    assert preparation(Image.new("RGBA", (8, 8), (0, 0, 0, 0))).unique().tolist() == [1.0]  # white shows through
 
 
 def test_what_is_given_takes_the_place_of_the_models():

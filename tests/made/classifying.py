@@ -11,7 +11,6 @@ from gspn_dit.classifier_config import ClassifierConfig
 from gspn_dit.options import parse
 
 ROOT = Path(__file__).parents[2]
-TRAIN_CLASSIFIER = str(ROOT / "train_classifier.py")
 SIZE, CLASSES = 12, 3
 # Everything that is random: parts of pictures, RandAugment, erasing, mixing, and the network's own drop path.
 EVERYTHING = [

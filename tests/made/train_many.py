@@ -1,4 +1,4 @@
-"""Started by `accelerate launch`: train the runs of a JSON list of command lines, one after the other.
+"""Started by `accelerate launch`: train the runs of a JSON list of command lines, of a kind, one after the other.
 
 accelerate turns FSDP on for accelerators only. Here it is told that the processes' CPUs are such: from there on it is
 accelerate's own FSDP2, over gloo.
@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
+from gspn_dit.classifier_config import ClassifierConfig
 from gspn_dit.config import Config
 from gspn_dit.layers.embeddings import TimestepEmbedding
 from gspn_dit.messages import plain_messages
@@ -47,9 +48,10 @@ compile_module = torch.nn.Module.compile
 torch.nn.Module.compile = lambda self, **options: compile_module(self, backend="aot_eager", **options)
 PartialState.destroy_process_group = lambda self, group=None: None  # the next run talks over it too
 
+kind = {each.__name__: each for each in (Config, ClassifierConfig)}[sys.argv[2]]
 for argv in json.loads(Path(sys.argv[1]).read_text()):
     with plain_messages():
-        train(parse(Config, argv))
+        train(parse(kind, argv))
     AcceleratorState._reset_state()
 
 if torch.distributed.is_initialized():

@@ -9,7 +9,6 @@ from gspn_dit.options import parse
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "train_dit.py")
-TRAIN_MANY = str(ROOT / "tests" / "made" / "train_many.py")
 
 
 def options(run, source, *changes):

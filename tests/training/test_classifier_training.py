@@ -11,7 +11,6 @@ from made.classifying import (
     EVERYTHING,
     ROOT,
     SIZE,
-    TRAIN_CLASSIFIER,
     accuracies,
     config,
     options,
@@ -19,7 +18,7 @@ from made.classifying import (
 )
 from made.faults import finished, start, text
 from made.images import write_images
-from made.launched import finish, launch
+from made.launched import launchers, train_many
 from made.runs import list_checkpoints
 from made.training import config as diffusion_config
 from made.training import losses, rows, wait_for
@@ -83,14 +82,18 @@ def values(run):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_as_one(tmp_path, data):
+@launchers
+def test_two_processes_learn_as_one(tmp_path, data, launcher):
     """The same pictures, mixed alike; and the same accuracies."""
-    for name, changes in (("shifted", []), ("everything", EVERYTHING)):
-        one, two = tmp_path / f"{name}-one", tmp_path / f"{name}-two"
-        train(config(one, data, *changes))
+    kinds = {"shifted": [], "everything": [*EVERYTHING, "--training.layer_decay", 0.8]}
+    split = ["--training.gradient_accumulation_steps", 2]
+    for name, changes in kinds.items():
+        train(config(tmp_path / f"{name}-one", data, *changes))
         AcceleratorState._reset_state(reset_partial_state=True)
-        printed = finish(launch(2, TRAIN_CLASSIFIER, *options(two, data, *changes)))
-        assert "2 × cpu" in printed
+    runs = [options(tmp_path / f"{name}-two", data, *changes, *split) for name, changes in kinds.items()]
+    train_many(tmp_path, runs, launcher, "ClassifierConfig")
+    for name in kinds:
+        one, two = tmp_path / f"{name}-one", tmp_path / f"{name}-two"
         torch.testing.assert_close(values(two), values(one), rtol=1e-4, atol=0)
         for ours, theirs in zip(accuracies(two), accuracies(one), strict=True):
             assert ours["num_images"] == theirs["num_images"] == "10.0"

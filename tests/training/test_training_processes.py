@@ -1,25 +1,20 @@
 """Training in several real processes: the same losses as in one, and nothing lost when one of them dies."""
 
-import json
 import shutil
 import signal
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from made.launched import finish, kill_one_process, launch
+from made.launched import SOUND, finish, kill_one_process, launch, launchers, train_many
 from made.runs import checkpoint_step, list_checkpoints
-from made.training import ROOT, SCORED, TRAIN, TRAIN_MANY, config, losses, options, rows, scores, wait_for
+from made.training import SCORED, TRAIN, config, losses, options, rows, scores, wait_for
 from safetensors.torch import load_file
 
 from gspn_dit.inference.loading import load_pipeline
 from gspn_dit.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-FSDP = ("--config_file", str(ROOT / "configs" / "accelerate" / "fsdp.yaml"))
-# torch 2.8, on the CPU: gloo gives FSDP2 the sum of gradients for their mean, and compiled blocks that are recomputed
-# corrupt memory (blocks without scans too). Neither with 2.11.
-SOUND = torch.__version__ >= "2.11"
 EVERYTHING = [
     "--training.mixed_precision",
     "bf16",
@@ -44,22 +39,8 @@ def values(run):
     return torch.tensor([float(loss) for _, loss in losses(run)])
 
 
-def train_many(folder, runs, launcher):
-    """Train runs one after the other in two processes."""
-    (folder / "runs.json").write_text(json.dumps(runs))
-    printed = finish(launch(2, TRAIN_MANY, folder / "runs.json", launcher=launcher))
-    assert printed.count("2 × cpu") == len(runs)
-    assert "Grad strides" not in printed  # DDP's word on what nobody here can mend
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        pytest.param(("--multi_gpu",), id="ddp"),
-        pytest.param(FSDP, id="fsdp2", marks=pytest.mark.skipif(not SOUND, reason="gloo gives the sum for the mean")),
-    ],
-)
+@launchers
 def test_two_processes_learn_as_one_and_their_checkpoints_are_the_same(tmp_path, store, one, launcher):
     begun = tmp_path / "begun"
     shutil.copytree(one, begun)
