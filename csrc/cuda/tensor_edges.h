@@ -155,7 +155,6 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
 
   // A thread has one unit of 16 bytes of every `step`-th position.
   const int units = plan.slab / 8, unit = tid % units, step = kPiece * plan.warps, own = tid / units;
-  const int own_offset = own * memory.site_bytes + (unit ^ memory.exchange(units, own)) * 16;
 
   // The map that is read: x, or dy. Its gate: λ, or u.
   const auto& map = [&]() -> const auto& {
@@ -174,6 +173,7 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
   Site sites[kSitesOfAThread] = {};  // of the next stage
   // Starts to read stage s.
   const auto fetch = [&](int s) {
+    const int own_offset = recomputed(own) * memory.site_bytes + (unit ^ memory.exchange(units, recomputed(own))) * 16;
     for (int l = 0; l < plan.stage && s * plan.stage + l < scan.length; ++l) {
       const int line = line_at(s * plan.stage + l);
       const T* from = map_at(map, scan.batch, scan.row(line, own), scan.column(line, own), scan.first_channel + unit * 8);
