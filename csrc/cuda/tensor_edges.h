@@ -57,7 +57,14 @@ struct TileEdgePlan {
   int stage;            // lines: one or two where a line has several warps
   int run;              // lines of a block: whole chunks
   int directions, k[4];
+  struct {
+    int positions, site_bytes, stage_bytes;  // of a line with its padding; of a position; of a stage's lines
+    int records, record_bytes, words, block, ends;  // where the records of a stage lie, how long they are, and so on
+    int bytes;
+  } memory;  // a block's shared memory
 
+  // Lays out `memory`, for lines of `warps` times `parts` parts.
+  void lay_out(int parts);
   GSPN_INLINE int warps_across() const { return slab / kWarpRows; }
   GSPN_INLINE int threads() const { return kWarp * warps * warps_across(); }
 };
@@ -89,31 +96,23 @@ struct TileEdgeBlock : ScanOrder<int> {
   }
 };
 
-// A block's shared memory, for lines of `warps` times kParts parts.
-template <int kParts>
-struct TileEdgeMemory {
-  int positions, site_bytes, stage_bytes;  // of a line with its padding; of a position; of a stage's lines
-  int records, record_bytes, words, block, ends;  // where the records of a stage lie, how long they are, and so on
+inline void TileEdgePlan::lay_out(int parts) {
+  memory.positions = warps * parts * kPart;
+  memory.site_bytes = slab * 2;
+  memory.stage_bytes = stage * memory.positions * memory.site_bytes;
+  memory.records = 2 * memory.stage_bytes;
+  memory.record_bytes = Records::bytes(stage * memory.positions / kPiece);
+  memory.words = memory.records + 2 * memory.record_bytes;
+  memory.block = memory.words + stage * memory.positions * int(sizeof(uint32_t));
+  memory.ends = memory.block + int(sizeof(TileEdgeBlock));
+  memory.bytes = memory.ends + (warps > 1 ? 2 * warps * 2 * slab * int(sizeof(float)) : 0);
+}
 
-  GSPN_INLINE TileEdgeMemory(const TileEdgePlan& plan) {
-    positions = plan.warps * kParts * kPart;
-    site_bytes = plan.slab * 2;
-    stage_bytes = plan.stage * positions * site_bytes;
-    records = 2 * stage_bytes;
-    record_bytes = Records::bytes(plan.stage * positions / kPiece);
-    words = records + 2 * record_bytes;
-    block = words + plan.stage * positions * int(sizeof(uint32_t));
-    ends = block + int(sizeof(TileEdgeBlock));
-  }
-  GSPN_INLINE int bytes(const TileEdgePlan& plan) const {
-    return ends + (plan.warps > 1 ? 2 * plan.warps * 2 * plan.slab * int(sizeof(float)) : 0);
-  }
-  // What a position's units of 16 bytes are exchanged with, so that one unit of 8 neighbouring positions lies in
-  // different banks.
-  static GSPN_DEVICE int exchange(int units, int position) {
-    return units == 8 ? position & 7 : units == 4 ? position / 2 & 3 : position / 4 & 1;
-  }
-};
+// What a position's units of 16 bytes are exchanged with, so that one unit of 8 neighbouring positions lies in
+// different banks.
+GSPN_DEVICE int unit_exchange(int units, int position) {
+  return units == 8 ? position & 7 : units == 4 ? position / 2 & 3 : position / 4 & 1;
+}
 
 // `value`, which the compiler takes for an unknown one: what follows from it is computed where it is used, not once
 // before a loop that has no registers to keep it in.
@@ -136,7 +135,7 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
   constexpr bool kAdjoint = Call::kIsBackward;
   constexpr int kPieces = kParts / 2, kSitesOfAThread = kParts / 4;
   const Problem& p = call.problem;
-  const TileEdgeMemory<kParts> memory(plan);
+  const auto& memory = plan.memory;
   char* const shared = shared_memory();
   const TileEdgeBlock& scan = *reinterpret_cast<const TileEdgeBlock*>(shared + memory.block);
   if (threadIdx.x == 0) *reinterpret_cast<TileEdgeBlock*>(shared + memory.block) = TileEdgeBlock(p, plan, blockIdx.x);
@@ -155,7 +154,6 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
 
   // A thread has one unit of 16 bytes of every `step`-th position.
   const int units = plan.slab / 8, unit = tid % units, step = kPiece * plan.warps, own = tid / units;
-  const int own_offset = own * memory.site_bytes + (unit ^ memory.exchange(units, own)) * 16;
 
   // The map that is read: x, or dy. Its gate: λ, or u.
   const auto& map = [&]() -> const auto& {
@@ -174,6 +172,7 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
   Site sites[kSitesOfAThread] = {};  // of the next stage
   // Starts to read stage s.
   const auto fetch = [&](int s) {
+    const int own_offset = recomputed(own) * memory.site_bytes + (unit ^ unit_exchange(units, recomputed(own))) * 16;
     for (int l = 0; l < plan.stage && s * plan.stage + l < scan.length; ++l) {
       const int line = line_at(s * plan.stage + l);
       const T* from = map_at(map, scan.batch, scan.row(line, own), scan.column(line, own), scan.first_channel + unit * 8);
@@ -218,11 +217,12 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
         const bool first = position == 0, last = position + 1 == memory.positions;
         column(first ? position : position - 1, first ? -1 : 1, first ? 0.f : row.minus);
         column(last ? position : position + 1, last ? 1 : -1, last ? 0.f : row.plus);
-        *reinterpret_cast<float*>(Records::piece(to, i / kPiece) + Records::at(i % kPiece, i % 2 ? 3 : 0)) = 0.f;
+        *reinterpret_cast<float*>(Records::piece(to, recomputed(i) / kPiece) + Records::at(recomputed(i) % kPiece, i % 2 ? 3 : 0)) = 0.f;
       } else {
         Records::write(Records::piece(to, i / kPiece), i % kPiece, row);
       }
-      Words::write(words + i / kPiece * Words::kPieceWords, i % kPiece, real ? sites[n].gate : T{0});
+      const int site = kAdjoint && kSplit ? recomputed(i) : i;
+      Words::write(words + site / kPiece * Words::kPieceWords, site % kPiece, real ? sites[n].gate : T{0});
     }
   };
 
@@ -234,10 +234,6 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
     decay[i] = of_channel(call.decay, p, scan.k, channel);
     scale[i] = of_channel(call.scale, p, scan.k, channel);
   }
-  // The lane's row of the matrices of this warp's first piece.
-  const int matrix_row = along * kParts * kPart + lane % 8 + lane / 16 * 8;
-  const int matrix_offset =
-      matrix_row * memory.site_bytes + ((2 * across + lane / 8 % 2) ^ memory.exchange(units, lane % 8)) * 16;
   float* const ends = reinterpret_cast<float*>(shared + memory.ends) + across * kWarpRows + at.channel;
 
   float state[kParts][4] = {};  // h of the line before; or what is carried into this line's dh
@@ -344,7 +340,7 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
       uint4 elements = {0, 0, 0, 0};
       if (position >= 0 && position < memory.positions) {
         elements = *reinterpret_cast<const uint4*>(of_stage + (l * memory.positions + position) * memory.site_bytes +
-                                                   (unit ^ memory.exchange(units, position)) * 16);
+                                                   (unit ^ unit_exchange(units, position)) * 16);
       }
       if constexpr (kAdjoint) {
         const char* const piece = Records::piece(records + s % 2 * memory.record_bytes, l * line_pieces + tile);
@@ -362,13 +358,16 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
     }
   };
 
-  const int stages = (scan.length + plan.stage - 1) / plan.stage;
   fetch(0);
-  for (int s = 0; s < stages; ++s) {
+  for (int s = 0; s * plan.stage < scan.length; ++s) {
     prepare(s);
     wait_copies();
     __syncthreads();
-    if (s + 1 < stages) fetch(s + 1);
+    if ((s + 1) * plan.stage < scan.length) fetch(s + 1);
+    // the lane's row of the matrices of this warp's first piece
+    const int again = recomputed(tid), row = again % kWarp, matrix_row = along * kParts * kPart + row % 8 + row / 16 * 8;
+    const int matrix_unit = 2 * (again / kWarp - along * plan.warps_across()) + row / 8 % 2;
+    const int matrix_offset = matrix_row * memory.site_bytes + (matrix_unit ^ unit_exchange(units, row % 8)) * 16;
     for (int l = 0; l < plan.stage && s * plan.stage + l < scan.length; ++l) {
       const int line = line_at(s * plan.stage + l);
       const bool read_last = scan.reversed ? line % kTileSites == 0
@@ -391,7 +390,6 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
 struct TileEdgeLaunch {
   TileEdgePlan plan{};
   int parts = 0;  // of a warp
-  size_t bytes = 0;
   int64_t blocks = 0;
 
   TileEdgeLaunch(const Problem& p, bool rows, const SharedMemory& memory) {
@@ -406,9 +404,9 @@ struct TileEdgeLaunch {
       if (warp_channels % across) continue;
       plan.slab = across * kWarpRows;
       plan.stage = 4 * across > parts ? 4 * across / parts : 1;
-      bytes = parts == 4 ? TileEdgeMemory<4>(plan).bytes(plan) : TileEdgeMemory<8>(plan).bytes(plan);
+      plan.lay_out(parts);
       const int most = plan.warps > 1 ? kTileEdgeThreads<true> : kTileEdgeThreads<false>;
-      if (plan.threads() > most || int64_t(bytes) > memory.of_a_block) continue;
+      if (plan.threads() > most || plan.memory.bytes > memory.of_a_block) continue;
       blocks = p.batch * (p.channels / plan.slab) * runs_of(map, plan.run);
       return;
     }
@@ -436,7 +434,7 @@ cudaError_t launch_tile_edges(const Call& call, const TileEdges<typename Call::E
       if (square || lines_are_rows(p.directions[k]) == rows) plan.k[plan.directions++] = k;
     if (plan.directions == 0) continue;
     const auto run = [&](auto kernel) {
-      return launch(kernel, tile_edges.blocks * plan.directions, plan.threads(), tile_edges.bytes, stream, call, plan,
+      return launch(kernel, tile_edges.blocks * plan.directions, plan.threads(), plan.memory.bytes, stream, call, plan,
                     edges);
     };
     const cudaError_t error = plan.warps > 1          ? run(tensor_edges<Call, 8, true>)
