@@ -12,6 +12,7 @@ from typing import Any, Literal
 from gspn_dit.options import command, require
 
 DATA = ("digits", "photos", "reach-32", "reach-64")  # of benchmarks.quality
+CLASSIFICATION_MIXERS = ("gspn", "attention", "linear", "window", "conv")
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "width": 128,
@@ -336,6 +337,39 @@ class QualityCurvesOptions:
 
 
 @dataclass
+class ClassificationOptions:
+    """What to train, and how.
+
+    Args:
+        data: A folder of idx files with pictures of 28 pixels, as MNIST and Fashion-MNIST are shipped.
+        out: The folder of results; run again with the same one to go on. Several processes may share it.
+        mixers: How tokens exchange information: `gspn` and baselines.
+        seeds: How many seeds, 0, 1, …
+        steps: Optimiser steps.
+        batch_size: Images a step.
+        learning_rate: Peak of AdamW's learning rate, after a warm-up over 5% of the steps; then a cosine down to 0.
+        speed: Measure in turns how many images a second are trained on, in place of training.
+    """
+
+    data: str
+    out: str = "runs/classification"
+    mixers: list[str] = field(default_factory=lambda: list(CLASSIFICATION_MIXERS))
+    seeds: int = 3
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    speed: bool = False
+
+    def __post_init__(self) -> None:
+        require(Path(self.data).is_dir(), "data", self.data, "a folder of idx files")
+        for key in ("seeds", "steps", "batch_size"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
+        for name in self.mixers:
+            require(name in CLASSIFICATION_MIXERS, "mixers", name, f"one of {', '.join(CLASSIFICATION_MIXERS)}")
+
+
+@dataclass
 class ResolutionOptions:
     """What to measure, and where the results go.
 
@@ -454,6 +488,7 @@ BENCHMARKS = {
     "resolution": Benchmark(ResolutionOptions, "How do time and memory of whole models grow with the image?"),
     "higher": Benchmark(HigherOptions, "How good are images larger than the models were trained for, at what cost?"),
     "quality": Benchmark(QualityOptions, "Which network learns most in the same number of steps?"),
+    "classification": Benchmark(ClassificationOptions, "Which mixer tells clothes apart best in the same few minutes?"),
     "targets": Benchmark(TargetsOptions, "What is reached of what a GPU's figures are to be?"),
     "quality_curves": Benchmark(QualityCurvesOptions, "Which network learns most in the same minutes?"),
     "store": Benchmark(StoreOptions, "What does the latent store cost and gain at ImageNet's size?"),
