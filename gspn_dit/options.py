@@ -274,6 +274,12 @@ def _given(argv: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]
         if not word.startswith("--"):
             if word.startswith("-") and _is_option(_key(word), kinds):
                 raise InputError("options have two hyphens", argument=word, wanted=f"-{word}")
+            if bare and get_origin(kinds[bare[0]]) is list:  # all words up to the next option
+                listed = [word]
+                while words and not words[0].startswith("-"):
+                    listed.append(words.pop(0))
+                given.append(_Given(bare.pop(0), json.dumps(listed)))
+                continue
             if bare:
                 given.append(_Given(bare.pop(0), word))
                 continue

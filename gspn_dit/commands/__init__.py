@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gspn_dit.classifier_config import ClassifierConfig
+from gspn_dit.commands.classification import ClassifyOptions, EvaluateClassifierOptions
 from gspn_dit.commands.data import EncodeOptions
 from gspn_dit.commands.demo import ClassifierOptions, SmallVAEOptions
 from gspn_dit.commands.evaluation import EvaluateOptions, ReferenceOptions
@@ -25,7 +27,9 @@ __all__ = [
     "VERBS",
     "BudgetOptions",
     "ClassifierOptions",
+    "ClassifyOptions",
     "EncodeOptions",
+    "EvaluateClassifierOptions",
     "EvaluateOptions",
     "ExportOptions",
     "ModelsOptions",
@@ -90,10 +94,29 @@ GROUPS = {
     },
     "Training": {
         "train": Verb("gspn_dit.training.loop:main", Config, "Train a latent diffusion transformer."),
+        "train-classifier": Verb(
+            "gspn_dit.training.loop:main", ClassifierConfig, "Train an image classifier.", extras=("train", "timm")
+        ),
         "posthoc-ema": Verb(
             "gspn_dit.training.posthoc_ema:main",
             PosthocEMAOptions,
             "Average a run's weights anew, over any width, from its snapshots.",
+        ),
+    },
+    "Classification": {
+        "classify": Verb(
+            "gspn_dit.inference.classify:main",
+            ClassifyOptions,
+            "Say what pictures show, with probabilities.",
+            positional=("pictures",),
+            extras=("cli", "timm"),
+        ),
+        "evaluate-classifier": Verb(
+            "gspn_dit.inference.evaluate_classifier:main",
+            EvaluateClassifierOptions,
+            "Score a classifier on labelled images: top-1 and top-5 accuracy.",
+            positional=("model",),
+            extras=("train", "timm"),
         ),
     },
     "Sampling": {

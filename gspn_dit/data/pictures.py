@@ -32,7 +32,9 @@ class Pictures(Protocol):
 
     class_names: list[str]
     channels: int
-    array: Tensor | None
+
+    @property
+    def array(self) -> Tensor | None: ...
 
     def __len__(self) -> int: ...
 
@@ -53,8 +55,6 @@ class ArrayPictures:
         labels: int64 (N,).
         class_names: Name of each class.
     """
-
-    array: Tensor
 
     def __init__(self, array: Tensor, labels: Tensor, class_names: list[str]) -> None:
         self.array, self.labels, self.class_names = array, labels, class_names
@@ -150,8 +150,8 @@ def open_training(
     """The pictures to learn from and those to be judged by, None if there are none.
 
     Args:
-        source: A named source; a folder of idx files; or a folder with `train/` and `val/` in it, each of `class/*.jpg`,
-            where with `validation` the folder itself may be that of the classes.
+        source: A named source; a folder of idx files; or a folder with `train/` and `val/` in it, each of
+            `class/*.jpg`, where with `validation` the folder itself may be that of the classes.
         image_size: Side in pixels of what is learned from; some named sources are made at that size.
         class_names: Names of the classes, for idx files.
         validation: A folder of `class/*.jpg`.
@@ -165,7 +165,7 @@ def open_training(
     if training is None:
         raise InputError("has test images and no training images", argument="source", value=source)
     if validation is None:
-        judged = _open_split(source, "test", image_size, class_names)
+        judged = _open_split(source, "test", image_size, class_names or training.class_names)
     else:
         judged = open_judged(validation)
     if judged is not None and judged.class_names != training.class_names:

@@ -21,7 +21,7 @@ def load(
     dataset: Dataset,
     batches: Any,
     num_workers: int,
-    collate_fn: Callable[[list[Any]], Any] = default_collate,
+    collate_fn: Callable[[Any], Any] = default_collate,
     **options: Any,
 ) -> Iterator[Any]:
     """The batches of a dataset, in order, read by that many processes; 0 reads in this one.
@@ -91,14 +91,15 @@ class _WithErrors(Dataset):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, indices: Sequence[Any]) -> list[Any] | InputError:
+    def __getitems__(self, indices: Sequence[Any]) -> Any:
+        many = getattr(self.dataset, "__getitems__", None)
         try:
-            return [self.dataset[index] for index in indices]
+            return many(indices) if many else [self.dataset[index] for index in indices]
         except InputError as error:
             return error
 
 
-def _collated(collate_fn: Callable[[list[Any]], Any], samples: list[Any] | InputError) -> Any:
+def _collated(collate_fn: Callable[[Any], Any], samples: Any) -> Any:
     return samples if isinstance(samples, InputError) else collate_fn(samples)
 
 

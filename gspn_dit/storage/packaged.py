@@ -14,6 +14,7 @@ PACKAGED_CLASSIFIERS = {
     "digits": _WEIGHTS / "digits_classifier.safetensors",
     "photos": _WEIGHTS / "photos_classifier.safetensors",
 }
+PACKAGED_IMAGE_CLASSIFIERS = {"fashion": _WEIGHTS / "fashion"}  # saved classifiers
 
 
 def absolute(path: str, names: Container[str] = ()) -> str:

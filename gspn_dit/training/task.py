@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, ClassVar, Protocol, Self
 
@@ -94,10 +94,10 @@ class Task(ABC):
     def num_workers(self) -> int:
         """Processes that read data, per training process."""
 
-    @staticmethod
-    def collate(samples: list[Any]) -> Any:
-        """A micro-batch of what the data give at its positions."""
-        return default_collate(samples)
+    @property
+    def collate(self) -> Callable[[Any], Any]:
+        """What makes a micro-batch of what the data give at its positions."""
+        return default_collate
 
     @abstractmethod
     def batch(self, samples: Any, step: int) -> Mapping[str, Any]:
@@ -130,7 +130,7 @@ class Task(ABC):
         """
         return None
 
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
         """What the optimiser is given: parameters, and a weight decay or `lr_scale` where theirs is another."""
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
