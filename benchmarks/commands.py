@@ -434,6 +434,51 @@ class StoreOptions:
 
 
 @dataclass
+class ThroughputOptions:
+    """What to measure, and where the tables go.
+
+    Args:
+        names: Classifiers of this package or of timm.
+        image_sizes: Sides of the square images in pixels.
+        batch_size: Images per call.
+        device: cpu or cuda.
+        dtype: float32 or bfloat16, by autocast; if not given, bfloat16 where the device has instructions for it.
+        channels_last: Keep images and weights with channels last in memory.
+        compile: Run the models through torch.compile.
+        threads: Threads of the CPU.
+        repeats: Timed calls of each pass of each model.
+        seconds: No call begins after so many, but the first of each that counts.
+        out: Also write the tables to this Markdown file.
+    """
+
+    names: list[str] = field(
+        default_factory=lambda: [
+            "gspn-t",
+            "gspn-grouped-t",
+            "swin_tiny_patch4_window7_224",
+            "convnext_tiny",
+            "mambaout_tiny",
+        ]
+    )
+    image_sizes: list[int] = field(default_factory=lambda: [224])
+    batch_size: int = 64
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    channels_last: bool = False
+    compile: bool = False
+    threads: int = 2
+    repeats: int = 10
+    seconds: float = 600.0
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "threads", "repeats", "seconds"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        for side in self.image_sizes:
+            require(side >= 32, "image_sizes", side, "32 pixels or more")
+
+
+@dataclass
 class TargetsOptions:
     """Whose figures to compare.
 
@@ -486,6 +531,9 @@ BENCHMARKS = {
     ),
     "depthwise": Benchmark(DepthwiseOptions, "Which way to a block's depthwise convolution is fastest?"),
     "resolution": Benchmark(ResolutionOptions, "How do time and memory of whole models grow with the image?"),
+    "classifier_throughput": Benchmark(
+        ThroughputOptions, "How many images a second does a classifier take, beside timm's?"
+    ),
     "higher": Benchmark(HigherOptions, "How good are images larger than the models were trained for, at what cost?"),
     "quality": Benchmark(QualityOptions, "Which network learns most in the same number of steps?"),
     "classification": Benchmark(ClassificationOptions, "Which mixer tells clothes apart best in the same few minutes?"),

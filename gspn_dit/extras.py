@@ -11,8 +11,8 @@ EXTRAS = {
     "cli": ("docstring_parser", "jsonargparse"),
     "train": ("accelerate", "docstring_parser", "jsonargparse", "matplotlib"),
     "eval": ("accelerate", "docstring_parser", "jsonargparse", "scipy", "torch_fidelity"),
-    "timm": ("timm",),
     "demo": ("mlxtend", "skimage"),
+    "timm": ("timm",),
 }
 
 

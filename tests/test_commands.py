@@ -22,6 +22,7 @@ from gspn_dit.options import command
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "train_dit.py": "train",
+    "train_classifier.py": "train-classifier",
     "sample.py": "sample",
     "fid/evaluate.py": "evaluate",
     "fid/reference.py": "reference",

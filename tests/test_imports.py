@@ -27,6 +27,7 @@ NOT_CORE = (
     "scipy",
     "skimage",
     "tensorboard",
+    "timm",
     "torch_fidelity",
     "torchvision",
 )

@@ -101,6 +101,12 @@ def list_classifiers(pattern: str = "*") -> list[str]:
     return [name for name in SIZES if fnmatchcase(name, pattern)]
 
 
+def check_classifier(name: str) -> None:
+    """Raise :class:`InputError` unless a classifier has that name."""
+    if name not in SIZES:
+        raise no_such_model(name, SIZES)
+
+
 @overload
 def create_classifier(name: str, *, features_only: Literal[False] = False, **overrides: Any) -> GSPNClassifier: ...
 
@@ -126,8 +132,7 @@ def create_classifier(
     Raises:
         InputError: An unknown name, override or stage, or a value that the model cannot take.
     """
-    if name not in SIZES:
-        raise no_such_model(name, SIZES)
+    check_classifier(name)
     check_options(name, GSPNClassifier, overrides)
     if out_indices is not None and not features_only:
         raise InputError(
@@ -285,7 +290,7 @@ class GSPNClassifier(SavedModel):
             for key, value in self.pretrained_cfg.items()
             if key != "num_classes" and PREPARATION.get(key) != value
         }
-        self.register_to_config(pretrained_cfg=changed)
+        self.record(pretrained_cfg=changed)
         super().save_config(*args, **kwargs)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -394,7 +399,12 @@ class GSPNClassifier(SavedModel):
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
-        self.register_to_config(num_classes=num_classes, global_pool=self.global_pool)
+        self.record(num_classes=num_classes, global_pool=self.global_pool)
+
+    def record(self, **values: Any) -> None:
+        """Have other values in the configuration; diffusers would make a new model of it with the defaults instead."""
+        defaults = [name for name in self.config.get("_use_default_values", []) if name not in values]
+        self.register_to_config(**values, _use_default_values=defaults)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps blocks' inputs alone and computes the blocks once more in the backward pass."""

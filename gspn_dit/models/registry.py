@@ -82,6 +82,16 @@ def find_preset(name: str) -> Preset:
     """The class of a named model and its numbers. Raises :class:`InputError` for an unknown name."""
     presets = _registered()
     if name not in presets:
+        from gspn_dit.models.classifier import SIZES  # which imports this module
+
+        if name in SIZES:
+            raise InputError(
+                "is a classifier",
+                argument="name",
+                value=name,
+                wanted="a model of latents",
+                remedy="`create_classifier` makes it",
+            )
         raise no_such_model(name, presets)
     return presets[name]
 

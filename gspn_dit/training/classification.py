@@ -219,7 +219,9 @@ class ClassificationTask(Task):
             return None
         kind = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
         total = self.accelerator.reduce(not_none(sums).to(self.accelerator.device, kind), "sum")
-        return {"step": step, **scores(total.cpu())} if self.accelerator.is_main_process else None
+        if not self.accelerator.is_main_process:
+            return None
+        return {"step": step} | {name: float(value) for name, value in scores(total.cpu()).items()}
 
     def _tally(self, model: nn.Module, stop: StopRequest) -> Tensor:
         judged, accelerator = not_none(self.judged), self.accelerator

@@ -17,9 +17,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["gspn_dit.training.loop"])
 
 
-def start(argv, log, fault=None, *arguments):
+def start(argv, log, fault=None, *arguments, kind=Config):
     """A process, leader of its own group, that trains after a fault was prepared in it; it writes to the log."""
-    process = _context.Process(target=_train, args=(argv, str(log), fault, *arguments))
+    process = _context.Process(target=_train, args=(kind, argv, str(log), fault, *arguments))
     process.start()
     return process
 
@@ -81,7 +81,7 @@ def worker_killed(step):
     loop.learning_rate_at = killing
 
 
-def _train(argv, log, fault, *arguments):
+def _train(kind, argv, log, fault, *arguments):
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may be deaf to it
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -90,7 +90,7 @@ def _train(argv, log, fault, *arguments):
     sys.stdout.reconfigure(line_buffering=True)
     if fault is not None:
         fault(*arguments)
-    command(loop.main, Config, prog="train_dit.py", argv=argv)
+    command(loop.main, kind, prog="train_dit.py", argv=argv)
 
 
 def text(log):
