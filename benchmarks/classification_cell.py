@@ -41,9 +41,9 @@ from gspn_dit.training.step import take_step
 from gspn_dit.training.stop_request import StopRequest
 
 NAME, SIDE = "gspn-grouped-pico", 28
-DESIGN: dict[str, Any] = {"widths": [48, 96], "depths": [1, 2], "group_width": 16}
+DESIGN: dict[str, Any] = {"widths": [32, 96], "depths": [1, 2], "group_width": 16}
 RATIOS = [eighths / 8 for eighths in range(4, 65)]  # of the feed-forward, out of which each baseline has one
-SHOWN = (28, 14, 56)  # sides in pixels at which the test pictures are judged
+SHOWN = {28: 1, 14: 1, 56: 4}  # at a side in pixels, every so many of the test pictures are judged
 ROUNDS, STEPS = 5, 8  # of the speed: how often each mixer has its turn, and how long that is
 
 
@@ -70,7 +70,7 @@ def cell_config(folder: Path, mixer: str, seed: int, options: ClassificationOpti
         seed=seed,
         model=ClassifierModelConfig(NAME, {**DESIGN, "mixer": mixer, "mlp_ratio": mlp_ratio(mixer)}),
         data=ClassifierDataConfig(options.data, image_size=SIDE, num_workers=0),
-        augmentation=AugmentationConfig("shift", max_shift=2, color_jitter=0.0, label_smoothing=0.1),
+        augmentation=AugmentationConfig("shift", max_shift=1, color_jitter=0.0, label_smoothing=0.1),
         training=ClassifierTrainingConfig(
             max_steps=options.steps,
             batch_size=options.batch_size,
@@ -82,7 +82,7 @@ def cell_config(folder: Path, mixer: str, seed: int, options: ClassificationOpti
             ema_decay=0.99,
             compile=False,
             log_every=10,
-            checkpoint_every=200,
+            checkpoint_every=300,
             keep_checkpoints=1,
             trackers=[],
         ),
@@ -144,9 +144,9 @@ def judge(folder: Path, data: str) -> dict[str, float]:
     model = load_classifier(folder)
     preparation, found = Preparation.of(model.pretrained_cfg), {}
     precision = functools.partial(autocast, model.device, "no")
-    for side in SHOWN:
+    for side, every in SHOWN.items():
         pictures = Prepared(open_judged(data), preparation.changed(side, None, None))
-        batches = (pictures.__getitems__(share) for share in pictures.shares(250, 0, 1))
+        batches = (pictures.__getitems__(share) for share in pictures.shares(250, 0, every))
         found[str(side)] = scores(tally(model, batches, model.device, precision))["top1"]
     return found
 

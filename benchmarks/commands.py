@@ -355,9 +355,9 @@ class ClassificationOptions:
     out: str = "runs/classification"
     mixers: list[str] = field(default_factory=lambda: list(CLASSIFICATION_MIXERS))
     seeds: int = 3
-    steps: int = 1000
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    steps: int = 1200
+    batch_size: int = 32
+    learning_rate: float = 3e-3
     speed: bool = False
 
     def __post_init__(self) -> None:
