@@ -32,8 +32,6 @@ class ClassifyOptions:
 
     def __post_init__(self) -> None:
         require(bool(self.pictures), "pictures", self.pictures, "picture files")
-        for path in self.pictures:
-            require(Path(path).is_file(), "pictures", path, "a picture file: no such file")
         check_preparation(self.image_size, None)
         require(self.top >= 1, "top", self.top, "1 or more")
         self.model = absolute(self.model, PACKAGED_IMAGE_CLASSIFIERS)

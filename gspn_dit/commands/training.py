@@ -12,8 +12,8 @@ class BudgetOptions:
     """Budget: models, batch and machine that are reckoned with.
 
     Args:
-        names: Models.
-        image_size: Side of the images in pixels, 8 times that of the latents.
+        names: Models, also classifiers.
+        image_size: Side of the images in pixels, 8 times that of latents.
         batch_size: Images per step over all GPUs.
         gpus: Numbers of GPUs.
         memory_gb: Memory per GPU, in 10^9 bytes.

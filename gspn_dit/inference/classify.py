@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     run("classify", prog="python -m gspn_dit.inference.classify")
     raise SystemExit
 
+import os
 from typing import TYPE_CHECKING
 
 from gspn_dit.data.images import UnreadableImage
@@ -25,6 +26,8 @@ def main(options: ClassifyOptions) -> None:
     """Print the likeliest classes of each picture with their probabilities."""
     pictures = []
     for path in options.pictures:
+        if not os.path.isfile(path):
+            raise InputError("no such file", argument="pictures", value=path, wanted="a picture file")
         try:
             pictures.append(open_picture(path))
         except UnreadableImage as error:

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,13 +22,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from gspn_dit.errors import renamed
-from gspn_dit.models import create_model
+from gspn_dit.models import create_classifier, create_model, list_classifiers
+from gspn_dit.models.classifier import GSPNClassifier
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.macs import count_macs
 from gspn_dit.models.registry import find_preset
 
 if TYPE_CHECKING:
     from gspn_dit.commands import BudgetOptions as Options
+
+Model = LatentModel | GSPNClassifier
 
 # Bytes a parameter: float32 weights, their gradients, AdamW's two moments, the averaged weights.
 STATE_BYTES = 4 + 4 + 8 + 4
@@ -53,17 +57,23 @@ class Cost:
 
 
 def count_cost(name: str, image_size: int) -> Cost:
-    """Count a model; nothing is computed."""
-    side = image_size // 8
+    """Count a model of latents, an eighth of the images' side, or a classifier of images; nothing is computed."""
+    build: Callable[[], Model]
+    if name in list_classifiers():
+        side, build = image_size, partial(create_classifier, name)
+    else:
+        side = image_size // 8
+        build = partial(create_model, name, sample_size=side)
     with torch.device("meta"):
-        model = create_model(name, sample_size=side)
-    kept = activation_bytes(lambda: create_model(name, sample_size=side), side)
-    inputs = activation_bytes(lambda: _checkpointing(create_model(name, sample_size=side)), side)
-    return Cost(model.num_parameters(), count_macs(model, (side, side)), kept, inputs + kept / len(model.blocks))
+        model = build()
+    blocks = sum(spec.depth for spec in model.specs) if isinstance(model, GSPNClassifier) else len(model.blocks)
+    kept = activation_bytes(build, side)
+    inputs = activation_bytes(lambda: _checkpointing(build()), side)
+    return Cost(model.num_parameters(), count_macs(model, (side, side)), kept, inputs + kept / blocks)
 
 
-def activation_bytes(build: Callable[[], LatentModel], side: int) -> float:
-    """Bytes that one more image of latents side × side makes the backward pass keep, by the CPU's autocast rules.
+def activation_bytes(build: Callable[[], Model], side: int) -> float:
+    """Bytes that one more image, or its latents, makes the backward pass keep, by the CPU's autocast rules.
 
     A GPU's are nearly the same; `gspn`'s norms are in float32 there.
     """
@@ -77,7 +87,8 @@ def main(options: Options) -> None:
     """Print what training needs: memory of a GPU, steps per second to expect, hours; computed, not measured."""
     with renamed(name="names"):
         for name in options.names:
-            find_preset(name)
+            if name not in list_classifiers():
+                find_preset(name)
     costs = {name: count_cost(name, options.image_size) for name in options.names}
     print(
         f"Computed, not measured: {options.image_size} pixels per side, {options.batch_size} images per step, "
@@ -131,12 +142,12 @@ def plan(name: str, cost: Cost, gpus: int, options: Options) -> str:
     )
 
 
-def _checkpointing(model: LatentModel) -> LatentModel:
+def _checkpointing(model: Model) -> Model:
     model.enable_gradient_checkpointing()
     return model
 
 
-def _saved_bytes(model: LatentModel, batch: int, side: int) -> int:
+def _saved_bytes(model: Model, batch: int, side: int) -> int:
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -146,7 +157,8 @@ def _saved_bytes(model: LatentModel, batch: int, side: int) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    condition = model.example_condition(batch)
+    one = model.example_inputs((side, side))
+    inputs = {name: tensor.repeat(batch, *[1] * (tensor.ndim - 1)) for name, tensor in one.items()}
     with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        model(torch.zeros(batch, model.in_channels, side, side), torch.zeros(batch), **condition)
+        model(**inputs)
     return sum(storage.nbytes() for storage in kept.values())

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -84,6 +85,7 @@ class ResizedImages(Dataset):
                 value=options.rand_augment,
                 wanted="a name such as rand-m9-mstd0.5-inc1",
             ) from error
+        keep_a_bit(self.transform)
 
     def __getitem__(self, n: int) -> Samples:
         picture, label = readable(self.pictures, self.order(n))
@@ -92,6 +94,25 @@ class ResizedImages(Dataset):
         return {"images": image, "labels": torch.tensor(label)}
 
     collate: Callable[[Any], Any] = staticmethod(torch.utils.data.default_collate)
+
+
+def keep_a_bit(transform: Any) -> None:
+    """Have timm's posterising keep one bit of a colour at the least.
+
+    At the greatest magnitude it asks for none, which Pillow refuses; older ones made the picture black.
+
+    Args:
+        transform: timm's, which is changed.
+    """
+    for step in transform.transforms:
+        operations = [*getattr(step, "ops", ()), *(op for policy in getattr(step, "policy", ()) for op in policy)]
+        for operation in operations:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+
+
+def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
+    return picture if bits >= 8 else ImageOps.posterize(picture, max(bits, 1))
 
 
 class ShiftedImages(Dataset):

@@ -97,7 +97,7 @@ def test_two_processes_score_as_one(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("verb", "argv", "said"),
     [
-        ("classify", ["nowhere.png"], "--pictures='nowhere.png': wanted a picture file: no such file"),
+        ("classify", ["nowhere.png"], "--pictures='nowhere.png': no such file; wanted a picture file"),
         ("classify", ["{text}"], "cannot be read as a picture"),
         ("classify", ["{picture}", "--top", "0"], "--top=0"),
         ("classify", ["{picture}", "--model", "nowhere"], "--model='nowhere': no such folder"),

@@ -25,6 +25,7 @@ from made.training import losses, rows, wait_for
 from safetensors.torch import load_file
 
 from gspn_dit.classifier_config import ClassifierConfig, ClassifierTrainingConfig
+from gspn_dit.commands import run as run_command
 from gspn_dit.errors import InputError
 from gspn_dit.inference.image_classifier import load_classifier
 from gspn_dit.models import create_classifier
@@ -218,6 +219,15 @@ def test_a_new_run_begins_with_the_averaged_weights_of_another(tmp_path, data):
     with pytest.raises(InputError, match=r"^model\.init_from=.*this model's not there"):
         train(config(tmp_path / "third", data, *begin, "--model.overrides.depths", "[1, 1]"))
     assert not (tmp_path / "third").exists()
+
+
+def test_an_average_of_another_width_is_a_classifier_too(tmp_path, data):
+    run, out = tmp_path / "run", tmp_path / "average"
+    train(config(run, data, "--training.posthoc_ema_every", 2))
+    run_command("posthoc-ema", argv=["--run", str(run), "--sigma-rel", "0.07", "--out", str(out)])
+    averaged, weights = load_classifier(out), dict(load_classifier(run).named_parameters())
+    assert averaged.pretrained_cfg["label_names"] == ["0", "1", "2"]
+    assert any(not torch.equal(parameter, weights[name]) for name, parameter in averaged.named_parameters())
 
 
 def test_pictures_of_a_folder_train_with_a_published_model(tmp_path):

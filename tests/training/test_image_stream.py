@@ -47,6 +47,16 @@ def test_an_item_is_a_function_of_seed_and_position(pictures):
     assert first[0]["images"].shape == (1, SIZE, SIZE)
 
 
+def test_posterising_leaves_something_of_a_picture_at_any_magnitude(pictures):
+    (policy,) = [step for step in resized(pictures).transform.transforms if hasattr(step, "ops")]
+    (posterize,) = [op for op in policy.ops if op.name.startswith("Posterize")]
+    posterize.prob = 1.0
+    for magnitude in (0, 5, 9, 10):
+        posterize.magnitude, posterize.magnitude_std = magnitude, 0
+        pixels = np.array(posterize(pictures.picture(0)))
+        assert len(np.unique(pixels)) > 1
+
+
 def test_what_others_draw_is_left_alone(pictures):
     def drawn():
         return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
@@ -73,7 +83,9 @@ def test_a_step_holds_the_same_pictures_however_it_is_split(pictures, kind, proc
         return list(steps), list(load(stream, steps, workers, stream.collate))
 
     places, whole = read(0, 1, 1, 0)
-    expected = {n: row for at, batch in zip(places, whole, strict=True) for n, row in zip(at, batch["images"], strict=True)}
+    expected = {
+        n: row for at, batch in zip(places, whole, strict=True) for n, row in zip(at, batch["images"], strict=True)
+    }
     assert len(expected) == 2 * BATCH
     seen = set()
     for rank in range(processes):
@@ -97,9 +109,7 @@ def test_a_shifted_picture_is_a_part_of_the_picture_with_a_border(pictures):
                 (down, right)
                 for down in range(2 * shift + 1)
                 for right in range(2 * shift + 1)
-                if torch.equal(
-                    PREPARATION.normalise(padded[:, down : down + SIZE, right : right + SIZE]), image
-                )
+                if torch.equal(PREPARATION.normalise(padded[:, down : down + SIZE, right : right + SIZE]), image)
             ]
             assert len(found) == 1
             offsets += found
@@ -187,5 +197,5 @@ def test_colour_pictures_are_shown_to_a_grey_network_and_the_other_way_round(pic
     grey = ResizedImages(pictures, Preparation(SIZE, (0.5,) * 3, (0.5,) * 3), EVERYTHING, 0)
     assert grey[0]["images"].shape == (3, SIZE, SIZE)
     assert sorted(int(grey[n]["labels"]) for n in range(24)) == sorted([*range(CLASSES)] * 8)
-    batch = next(iter(DataLoader(grey, batch_size=4)))
+    batch = next(iter(DataLoader(grey, batch_sampler=[[0, 1, 2, 3]])))
     assert batch["images"].dtype == torch.float32 and batch["labels"].dtype == torch.int64
