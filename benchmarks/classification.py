@@ -22,7 +22,8 @@ from benchmarks.commands import run
 if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit(run("classification"))
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,13 @@ def main(options: Options) -> None:
     if options.speed:
         configs = {mixer: cell_config(out / mixer / "speed", mixer, 0, options) for mixer in options.mixers}
         write_json(out / "speed.json", noted({"machine": machine(), "images": measure_speed(configs)}))
-    left = [] if options.speed else [cell for cell in cells(options) if not cell.result.exists()]
-    done = all([run_cell(cell) for cell in left])
+    else:
+        for cell in cells(options):
+            with claimed(cell) as mine:
+                if mine and not cell.result.exists() and not cell.finish():
+                    break  # it was asked to stop
     print(write_report(out, options.mixers, settings(options)))
+    done = all(cell.result.exists() for cell in cells(options))
     print(f"{'all is done' if done else GO_ON}; report: {out / 'report.md'}")
 
 
@@ -67,8 +72,9 @@ def cells(options: Options) -> list[Cell]:
     ]
 
 
-def run_cell(cell: Cell) -> bool:
-    """Train and judge a cell that no other process has; whether its result is there."""
+@contextmanager
+def claimed(cell: Cell) -> Iterator[bool]:
+    """In the block, whether a cell is this process's and no other's."""
 
     def refuse(holder: str) -> None:
         raise InputError(f"{holder} has it", argument="out", value=cell.folder)
@@ -76,8 +82,7 @@ def run_cell(cell: Cell) -> bool:
     with ExitStack() as leaving:
         try:
             leaving.enter_context(alone_in(cell.folder, refuse))
+            mine = True
         except InputError:
-            return False
-        if not cell.result.exists():  # else another process has finished it by now
-            cell.finish()
-        return cell.result.exists()
+            mine = False
+        yield mine

@@ -42,7 +42,6 @@ from gspn_dit.training.stop_request import StopRequest
 
 NAME, SIDE = "gspn-grouped-pico", 28
 DESIGN: dict[str, Any] = {"widths": [32, 96], "depths": [1, 2], "group_width": 16}
-RATIOS = [eighths / 8 for eighths in range(4, 65)]  # of the feed-forward, out of which each baseline has one
 SHOWN = {28: 1, 14: 1, 56: 4}  # at a side in pixels, every so many of the test pictures are judged
 ROUNDS, STEPS = 5, 8  # of the speed: how often each mixer has its turn, and how long that is
 
@@ -57,9 +56,11 @@ def size_of(mixer: str, mlp_ratio: float) -> tuple[int, int]:
 
 @functools.cache
 def mlp_ratio(mixer: str) -> float:
-    """Hidden width over width of a mixer's feed-forward: 4 for ours, for others what comes nearest to our cost."""
-    ours = size_of("gspn", 4.0)[1]
-    return 4.0 if mixer == "gspn" else min(RATIOS, key=lambda ratio: abs(size_of(mixer, ratio)[1] - ours))
+    """Hidden width over width of a mixer's feed-forward: 4 for ours, for others the eighth nearest to our cost."""
+    if mixer == "gspn":
+        return 4.0
+    ours, at_one, at_two = size_of("gspn", 4.0)[1], size_of(mixer, 1.0)[1], size_of(mixer, 2.0)[1]
+    return round(8 * (1 + (ours - at_one) / (at_two - at_one))) / 8  # the cost is linear in it
 
 
 def cell_config(folder: Path, mixer: str, seed: int, options: ClassificationOptions) -> ClassifierConfig:
@@ -116,12 +117,15 @@ class Cell:
         """What is known of it once it is judged."""
         return self.folder / "result.json"
 
-    def finish(self) -> None:
-        """Train from wherever it was left to the last step and judge; nothing is judged if the training was stopped."""
+    def finish(self) -> bool:
+        """Train from wherever it was left to the last step and judge; False if it was asked to stop before that step.
+
+        Raises :class:`gspn_dit.training.step.NonFiniteLoss` at a step whose loss or gradient is not finite.
+        """
         train(cell_config(self.run.path, self.mixer, self.seed, self.options))
         checkpoint = self.run.newest_checkpoint()
         if checkpoint is None or checkpoint.step < self.options.steps:
-            return
+            return False
         parameters, macs = size_of(self.mixer, mlp_ratio(self.mixer))
         result = {
             "mixer": self.mixer,
@@ -137,6 +141,7 @@ class Cell:
         shutil.copytree(checkpoint.ema, self.folder / "model", dirs_exist_ok=True)
         write_json(self.result, noted(result))
         shutil.rmtree(self.run.checkpoints)
+        return True
 
 
 def judge(folder: Path, data: str) -> dict[str, float]:
