@@ -448,7 +448,7 @@ class ThroughputOptions:
         threads: Threads of the CPU.
         repeats: Timed calls of each pass of each model.
         seconds: No call begins after so many, but the first of each that counts.
-        out: Also write the tables to this Markdown file.
+        out: Also write the tables to this Markdown file, and the figures to the same name in .json.
     """
 
     names: list[str] = field(
