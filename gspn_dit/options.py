@@ -274,13 +274,14 @@ def _given(argv: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]
         if not word.startswith("--"):
             if word.startswith("-") and _is_option(_key(word), kinds):
                 raise InputError("options have two hyphens", argument=word, wanted=f"-{word}")
-            if bare and get_origin(kinds[bare[0]]) is list:  # all words up to the next option
+            several = bool(bare) and get_origin(kinds[bare[0]]) is list  # all words up to the next option
+            if several and not word.startswith("-"):
                 listed = [word]
                 while words and not words[0].startswith("-"):
                     listed.append(words.pop(0))
                 given.append(_Given(bare.pop(0), json.dumps(listed)))
                 continue
-            if bare:
+            if bare and not several:
                 given.append(_Given(bare.pop(0), word))
                 continue
             if "=" in word and _is_option(_key(word), kinds):

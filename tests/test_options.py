@@ -84,7 +84,16 @@ def test_yaml_words_are_words(tmp_path):
     assert options("--training.max-steps", "7", "--config", path).training.max_steps == 1000  # later ones win
 
 
-BENCHMARKS = ("block_budget", "depthwise", "higher", "operator", "quality", "resolution", "store")
+BENCHMARKS = (
+    "block_budget",
+    "classifier_throughput",
+    "depthwise",
+    "higher",
+    "operator",
+    "quality",
+    "resolution",
+    "store",
+)
 
 
 def own_options(kind):
@@ -101,6 +110,28 @@ def test_every_option_of_every_command_is_explained(name):
         explained = {param.arg_name: param.description for page in said for param in page.params}
         for field in dataclasses.fields(each):
             assert explained.get(field.name), f"{each.__qualname__}.{field.name}"
+
+
+@dataclasses.dataclass
+class Listed:
+    """Made options.
+
+    Args:
+        files: Several words.
+        count: A number.
+    """
+
+    files: list[str]
+    count: int = 1
+
+
+def test_bare_words_are_a_list_up_to_the_next_option():
+    for argv in (["a b.png", "[c].png", "--count", "2"], ["--count", "2", "a b.png", "[c].png"]):
+        assert parse(Listed, argv, positional=["files"], exit_on_error=False) == Listed(["a b.png", "[c].png"], 2)
+    assert parse(Listed, ["--files", "a,b"], positional=["files"], exit_on_error=False).files == ["a", "b"]
+    for argv, said in ((["a", "--count", "2", "b"], "'b' after --count 2"), (["-x"], "'-x'"), ([], "--files: missing")):
+        with pytest.raises(InputError, match=said):
+            parse(Listed, argv, positional=["files"], exit_on_error=False)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing yet\n"])

@@ -109,14 +109,13 @@ GROUPS = {
             ClassifyOptions,
             "Say what pictures show, with probabilities.",
             positional=("pictures",),
-            extras=("cli", "timm"),
+            extras=("cli",),
         ),
         "evaluate-classifier": Verb(
             "gspn_dit.inference.evaluate_classifier:main",
             EvaluateClassifierOptions,
             "Score a classifier on labelled images: top-1 and top-5 accuracy.",
             positional=("model",),
-            extras=("train", "timm"),
         ),
     },
     "Sampling": {

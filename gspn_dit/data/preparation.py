@@ -1,14 +1,16 @@
 """How a picture becomes what a classifier is given when it is judged: resized, cropped at its centre, normalised.
 
-The steps are timm's, so that accuracies compare with timm's results.
+The numbers are those of timm's transform, so that accuracies compare with timm's results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -53,18 +55,18 @@ class Preparation:
         """1 for grey images, 3 for RGB."""
         return len(self.mean)
 
-    def transform(self) -> Callable[[Image.Image], Tensor]:
-        """A picture to float32 (channels, image_size, image_size), by timm's transforms."""
-        from timm.data import create_transform  # takes seconds
-
-        return create_transform(
-            self.image_size,
-            is_training=False,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-            crop_pct=self.crop_pct,
-        )
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """A picture of any size and mode as float32 (channels, image_size, image_size)."""
+        picture, side = self.mode(picture), self.image_size
+        shorter, longer = sorted(picture.size)
+        wanted = math.floor(side / self.crop_pct)
+        if shorter != wanted:
+            other = int(wanted * longer / shorter)
+            size = (wanted, other) if picture.width <= picture.height else (other, wanted)
+            picture = picture.resize(size, Image.Resampling[self.interpolation.upper()])
+        left, top = round((picture.width - side) / 2), round((picture.height - side) / 2)
+        pixels = np.array(picture.crop((left, top, left + side, top + side)))
+        return self.normalise(torch.from_numpy(pixels).view(side, side, -1).permute(2, 0, 1)).contiguous()
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (…, channels, H, W) to float32, as the transform does."""
@@ -92,18 +94,17 @@ class Prepared(Dataset):
     def __init__(self, pictures: Pictures, preparation: Preparation) -> None:
         self.pictures, self.preparation = pictures, preparation
         self.in_memory = preparation.takes_as_they_are(pictures)
-        self.transform = None if self.in_memory else preparation.transform()
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Items together: float32 (B, channels, H, W) and int64 (B,)."""
-        if self.transform is None:
+        if self.in_memory:
             images = self.preparation.normalise(not_none(self.pictures.array)[list(indices)])
             return images, torch.tensor([self.pictures.label(index) for index in indices])
         read = [readable(self.pictures, index) for index in indices]
-        images = torch.stack([self.transform(self.preparation.mode(picture)) for picture, _ in read])
+        images = torch.stack([self.preparation(picture) for picture, _ in read])
         return images, torch.tensor([label for _, label in read])
 
     @staticmethod

@@ -63,7 +63,7 @@ def evaluate(options: EvaluateClassifierOptions, processes: Processes, device: t
     batches = images.shares(options.batch_size, processes.rank, processes.count)
     workers = 0 if images.in_memory else options.num_workers
     loaded = load(images, batches, workers, images.collate, generator=torch.Generator())
-    shown = progress(loaded, total=len(batches), desc="classifying", unit="batch", disable=not processes.is_main)
+    shown = progress(loaded, total=len(batches), desc="classifying", unit="step", disable=not processes.is_main)
     sums = processes.total(tally(model, shown, device, partial(autocast, device, precision.name)))
     return {
         **scores(sums),

@@ -70,7 +70,6 @@ class ImageClassifier:
         self.preparation = preparation or Preparation.of(model.pretrained_cfg)
         names: Sequence[object] = model.pretrained_cfg.get("label_names") or range(model.num_classes)
         self.class_names = [str(name) for name in names]
-        self._transform = self.preparation.transform()
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> ImageClassifier:
@@ -80,5 +79,5 @@ class ImageClassifier:
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Probabilities of the classes (N, classes), float32 on the CPU, of pictures of any size and mode."""
-        images = torch.stack([self._transform(self.preparation.mode(picture)) for picture in pictures])
+        images = torch.stack([self.preparation(picture) for picture in pictures])
         return self.model(images.to(self.model.device)).float().softmax(1).cpu()

@@ -77,8 +77,10 @@ def activation_bytes(build: Callable[[], Model], side: int) -> float:
 
     A GPU's are nearly the same; `gspn`'s norms are in float32 there.
     """
-    with FakeTensorMode():
+    with torch.device("meta"):
         model = build()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # which cannot draw a truncated normal distribution
+        model = model.to_empty(device="cpu")
         one, two = (_saved_bytes(model, batch, side) for batch in (1, 2))
     return two - one
 

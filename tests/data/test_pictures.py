@@ -6,6 +6,7 @@ import torch
 from made.classifying import write_idx_folder
 from made.images import write_images
 from PIL import Image
+from timm.data import create_transform
 
 from gspn_dit.data.pictures import ArrayPictures, open_judged, open_training
 from gspn_dit.data.preparation import Preparation, Prepared
@@ -66,13 +67,25 @@ def test_a_picture_that_cannot_be_read_is_passed_over_with_a_warning(tmp_path):
     assert batch.shape == (2, 3, 8, 8) and labels.tolist() == [0, 1]
 
 
-def test_what_is_taken_as_it_is_is_what_timms_transform_gives():
+@pytest.mark.parametrize("size", [(64, 64), (65, 97), (97, 64), (40, 200), (31, 30)])
+@pytest.mark.parametrize(("side", "share"), [(32, 1.0), (32, 0.875), (31, 0.9), (64, 0.95)])
+def test_a_picture_is_prepared_as_timm_does(size, side, share):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    for interpolation in ("bicubic", "bilinear", "nearest", "lanczos"):
+        ours = Preparation(side, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), share, interpolation)
+        theirs = create_transform(
+            side, is_training=False, interpolation=interpolation, mean=ours.mean, std=ours.std, crop_pct=share
+        )
+        torch.testing.assert_close(ours(picture), theirs(picture), rtol=0, atol=1e-6)
+
+
+def test_what_is_taken_as_it_is_is_what_a_picture_would_be():
     pixels = torch.randint(0, 256, (4, 3, 20, 20), dtype=torch.uint8)
     pictures = ArrayPictures(pixels, torch.arange(4), list("abcd"))
     preparation = Preparation(20, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop_pct=1.0)
     images, labels = Prepared(pictures, preparation).__getitems__([2, 1])
-    transform = preparation.transform()
-    expected = torch.stack([transform(pictures.picture(i)) for i in (2, 1)])
+    expected = torch.stack([preparation(pictures.picture(i)) for i in (2, 1)])
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
     assert labels.tolist() == [2, 1]
 
@@ -82,7 +95,7 @@ def test_the_crop_keeps_its_share_of_the_shorter_side():
     picture = Image.new("RGB", (64, 32))
     picture.paste((255, 255, 255), (0, 0, 64, 3))  # the uppermost tenth, which the crop leaves out
     whole, cropped = (
-        Preparation(16, (0.0,) * 3, (1.0,) * 3, crop_pct=share, interpolation="nearest").transform()(picture)
+        Preparation(16, (0.0,) * 3, (1.0,) * 3, crop_pct=share, interpolation="nearest")(picture)
         for share in (1.0, 0.8)
     )
     assert whole.shape == cropped.shape == (3, 16, 16)

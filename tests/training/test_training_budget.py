@@ -46,6 +46,14 @@ def test_the_page_shows_what_the_command_prints(capsys):
     assert all(line in page for line in printed)
 
 
+@pytest.mark.slow
+def test_the_page_of_classifiers_shows_it_too(capsys):
+    main(Options(names=["gspn-t"], image_size=224, batch_size=2048, gpus=[8], utilisation=0.2, steps=187_671))
+    page = (ROOT / "docs" / "classification.md").read_text()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == 6 and all(row in page for row in rows)
+
+
 def test_bad_options_are_named():
     with pytest.raises(InputError, match=r"^gpus=3: wanted a divisor of 256"):
         Options(gpus=[3])
