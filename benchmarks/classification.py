@@ -22,6 +22,7 @@ from benchmarks.commands import run
 if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit(run("classification"))
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,8 +35,10 @@ from benchmarks.classification_report import write_report
 from benchmarks.deadline import GO_ON
 from benchmarks.machine import machine
 from benchmarks.result_files import noted
+from gspn_dit.data.idx import is_idx_folder
 from gspn_dit.errors import InputError
 from gspn_dit.ops.registry import require_kernels
+from gspn_dit.options import require
 from gspn_dit.storage.files import alone_in, begin_or_continue, write_json
 
 
@@ -46,13 +49,15 @@ def settings(options: Options) -> dict[str, Any]:
 
 def main(options: Options) -> None:
     """Train every mixer with every seed, or measure their speed, and report what is finished."""
+    require(is_idx_folder(options.data), "data", options.data, "a folder of idx files")
     require_kernels(torch.device("cpu"))  # raises where the reference operator would be timed for want of it
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     begin_or_continue(out / "settings.json", settings(options), "out")
     if options.speed:
         configs = {mixer: cell_config(out / mixer / "speed", mixer, 0, options) for mixer in options.mixers}
-        write_json(out / "speed.json", noted({"machine": machine(), "images": measure_speed(configs)}))
+        speed = {"machine": machine(), "images": measure_speed(configs)}
+        write_json(out / "speed.json", noted({**speed, "load": os.getloadavg()[0], "cores": os.cpu_count()}))
     else:
         for cell in cells(options):
             with claimed(cell) as mine:

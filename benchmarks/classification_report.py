@@ -32,17 +32,11 @@ def write_report(out: Path, mixers: Sequence[str], settings: dict[str, Any]) -> 
     lines = [*table(results, speed["images"] if speed else {}), ""]
     if results:
         draw_losses(results, out / "losses.png")
-        lines += [
-            "Top-1 in percent of the averaged weights on the test pictures, mean ± standard deviation over seeds:"
-        ]
-        lines += ["learned from at 28 pixels, judged at 28, and as resized to 14 and to 56 by bicubic interpolation."]
-        lines += [
-            "Every baseline's feed-forward has the multiple of 1/8 of the width whose cost is nearest to ours.",
-            "",
-        ]
+        lines += NOTES
     finished = [run for runs in results.values() for run in runs]
     if speed:
-        lines += [f"Images a second of training, measured in turns, one process: {speed['machine']}.", ""]
+        lines += [f"Images a second of training: one process, the mixers in turns; {speed['machine']};"]
+        lines += [f"load average {speed['load']:.1f} of {speed['cores']} cores, of which it is one.", ""]
     lines += [", ".join(f"{key} {value}" for key, value in settings.items()), ""]
     report = "\n".join([*lines, *origin("; ".join(sorted({run["machine"] for run in finished})), finished)])
     write_text(out / "report.md", report)

@@ -361,7 +361,6 @@ class ClassificationOptions:
     speed: bool = False
 
     def __post_init__(self) -> None:
-        require(Path(self.data).is_dir(), "data", self.data, "a folder of idx files")
         for key in ("seeds", "steps", "batch_size"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")

@@ -40,7 +40,7 @@ def main(out: Path) -> None:
         above.axis("off")
         best = chances.topk(TOP)
         names = [classifier.class_names[int(i)] for i in best.indices]
-        below.barh(names, best.values, color=["tab:green" if name == own else "tab:gray" for name in names])
+        below.barh(names, best.values.tolist(), color=["tab:green" if name == own else "tab:gray" for name in names])
         for place, chance in enumerate(best.values.tolist()):
             below.text(chance + 0.02, place, f"{chance:.0%}", va="center", fontsize=8)
         below.set(xlim=(0, 1.25), xticks=[])

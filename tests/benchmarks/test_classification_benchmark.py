@@ -111,7 +111,6 @@ def test_the_table_has_means_over_seeds():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "/nowhere"], "data='/nowhere': wanted a folder of idx files"),
         (["--data", "/", "--mixers", "[mamba]"], "mixers='mamba': wanted one of gspn, attention, linear, window, conv"),
         (["--data", "/", "--steps", "0"], "steps=0: wanted 1 or more"),
     ],
@@ -119,3 +118,9 @@ def test_the_table_has_means_over_seeds():
 def test_what_cannot_be_is_refused_with_its_value(arguments, message):
     with pytest.raises(InputError, match=message):
         parse(Options, arguments, exit_on_error=False)
+
+
+def test_data_that_are_not_there_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(InputError, match="wanted a folder of idx files"):
+        main(few(str(tmp_path / "nowhere"), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
