@@ -18,6 +18,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -29,7 +31,7 @@ from benchmarks.commands import ThroughputOptions as Options
 from benchmarks.commands import fast_dtype
 from benchmarks.deadline import Deadline
 from benchmarks.machine import machine
-from benchmarks.result_files import write_report
+from benchmarks.result_files import noted, write_report, write_rows
 from benchmarks.tables import header, row
 from gspn_dit.errors import InputError
 from gspn_dit.models import create_classifier, list_classifiers
@@ -159,6 +161,19 @@ def report(found: dict[str, Measured], options: Options, image_size: int) -> Ite
     yield ""
 
 
+def rows_of(found: dict[str, Measured], options: Options, image_size: int) -> dict[str, dict[str, Any]]:
+    """What `benchmarks.targets` reads of one size: a row for each model and pass that has a figure."""
+    rows = {}
+    for name, each in found.items():
+        for which in PASSES:
+            if (speed := rate(each, which, options.batch_size)) is not None:
+                settings = "compiled" if options.compile else "eager"
+                rows[f"{name}, {which}, {image_size} px, {settings}"] = noted(
+                    {"name": name, "pass": which, "pixels": image_size, "macs": each.macs, "images_per_second": speed}
+                )
+    return rows
+
+
 def rate(measured: Measured, which: str, images: int) -> float | None:
     """Images a second by the median call; None without one."""
     seconds = measured.seconds[which]
@@ -166,7 +181,7 @@ def rate(measured: Measured, which: str, images: int) -> float | None:
 
 
 def main(options: Options) -> None:
-    """Measure every model at every size, and write the tables."""
+    """Measure every model at every size, and write the tables, and beside them the same as JSON."""
     check(options)
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
@@ -179,13 +194,18 @@ def main(options: Options) -> None:
         f"medians of {options.repeats} calls at most, the models in turn.",
         "",
     ]
+    rows: dict[str, dict[str, Any]] = {}
     for image_size in options.image_sizes:
         if deadline.passed():
             break
-        lines += report(measure(options, image_size, dtype, deadline), options, image_size)
+        found = measure(options, image_size, dtype, deadline)
+        lines += report(found, options, image_size)
+        rows |= rows_of(found, options, image_size)
         if options.device == "cuda":
             torch.cuda.empty_cache()
     write_report(lines, machine(options.device), options.out)
+    if options.out is not None:
+        write_rows(Path(options.out).with_suffix(".json"), {"machine": machine(options.device)}, rows)
 
 
 def check(options: Options) -> None:

@@ -13,6 +13,7 @@ from gspn_dit.arguments import CompileMode
 from gspn_dit.options import command, require
 
 DATA = ("digits", "photos", "reach-32", "reach-64")  # of benchmarks.quality
+CLASSIFICATION_MIXERS = ("gspn", "attention", "linear", "window", "conv")
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "width": 128,
@@ -339,6 +340,38 @@ class QualityCurvesOptions:
 
 
 @dataclass
+class ClassificationOptions:
+    """What to train, and how.
+
+    Args:
+        data: A folder of idx files with pictures of 28 pixels, as MNIST and Fashion-MNIST are shipped.
+        out: The folder of results; run again with the same one to go on. Several processes may share it.
+        mixers: How tokens exchange information: `gspn` and baselines.
+        seeds: How many seeds, 0, 1, …
+        steps: Optimiser steps.
+        batch_size: Images a step.
+        learning_rate: Peak of AdamW's learning rate, after a warm-up over 5% of the steps; then a cosine down to 0.
+        speed: Measure in turns how many images a second are trained on, in place of training.
+    """
+
+    data: str
+    out: str = "runs/classification"
+    mixers: list[str] = field(default_factory=lambda: list(CLASSIFICATION_MIXERS))
+    seeds: int = 3
+    steps: int = 1200
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    speed: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("seeds", "steps", "batch_size"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
+        for name in self.mixers:
+            require(name in CLASSIFICATION_MIXERS, "mixers", name, f"one of {', '.join(CLASSIFICATION_MIXERS)}")
+
+
+@dataclass
 class ResolutionOptions:
     """What to measure, and where the results go.
 
@@ -419,7 +452,7 @@ class ThroughputOptions:
         threads: Threads of the CPU.
         repeats: Timed calls of each pass of each model.
         seconds: No call begins after so many, but the first of each that counts.
-        out: Also write the tables to this Markdown file.
+        out: Also write the tables to this Markdown file, and the figures to the same name in .json.
     """
 
     names: list[str] = field(
@@ -507,6 +540,7 @@ BENCHMARKS = {
     ),
     "higher": Benchmark(HigherOptions, "How good are images larger than the models were trained for, at what cost?"),
     "quality": Benchmark(QualityOptions, "Which network learns most in the same number of steps?"),
+    "classification": Benchmark(ClassificationOptions, "Which mixer tells clothes apart best in the same few minutes?"),
     "targets": Benchmark(TargetsOptions, "What is reached of what a GPU's figures are to be?"),
     "quality_curves": Benchmark(QualityCurvesOptions, "Which network learns most in the same minutes?"),
     "store": Benchmark(StoreOptions, "What does the latent store cost and gain at ImageNet's size?"),

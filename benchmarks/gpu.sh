@@ -7,6 +7,7 @@
 #   budget     where the time of one block goes, gspn-dit-xl-2 and dit-xl-2, forward and training; ways to its
 #              depthwise convolution
 #   models     time and memory of whole models by image size
+#   classifier images a second of classifiers and of timm's, at 224, 1024, 384 and 512 px
 #   profile    which kernels take the time, of the operator and of whole models; what Nsight Compute counts in them
 #   sanitizer  compute-sanitizer's memcheck and racecheck on small maps
 #   train      three minutes of training dit, gspn-dit and gspn-dit with convolutions, more each time it is run
@@ -28,7 +29,7 @@
 # GSPN_DIT_REVISION=HASH says which commit this is.
 # shellcheck disable=SC2329 # parts are called by their names
 set -uo pipefail
-all=(tests operator budget models profile sanitizer train)
+all=(tests operator budget models classifier profile sanitizer train)
 wrong() { # wrong WORDS...: refuse the command line
   echo "benchmarks/gpu.sh: $*; usage: benchmarks/gpu.sh OUT [--seconds N] [--state FOLDER] [--max-autotune] [PART...], PART out of ${all[*]}" >&2
   exit 2
@@ -159,6 +160,21 @@ budget() {
 models() { # a case takes half a minute and more, most of it to compile
   step "models$tuned" "$python" -m benchmarks.resolution --device cuda --time-budget "$(within 15)" \
     ${tuned:+--max-autotune true} --out "$out/resolution-cuda"
+}
+
+classifier() { # the sizes with a target first; a call has the pixels of 128 images of 224 px; what is compiled comes last
+  local tiny=gspn-t,gspn-grouped-t,swin_tiny_patch4_window7_224,convnext_tiny,mambaout_tiny
+  local larger=gspn-s,gspn-grouped-s,swin_small_patch4_window7_224,convnext_small,mambaout_small
+  larger+=,gspn-b,gspn-grouped-b,swin_base_patch4_window7_224,convnext_base,mambaout_base
+  local program=("$python" -m benchmarks.classifier_throughput --device cuda) size
+  for size in 224:128 1024:6 384:44 512:24; do
+    step "classifiers-${size%:*}" "${program[@]}" --image-sizes "${size%:*}" --batch-size "${size#*:}" \
+      --names "$tiny,$larger" --seconds "$(within 20)" --out "$out/classifiers-${size%:*}.md"
+  done
+  for size in 224:128 1024:6; do
+    step "classifiers-compiled-${size%:*}" "${program[@]}" --compile true --image-sizes "${size%:*}" \
+      --batch-size "${size#*:}" --names "$tiny" --seconds "$(within 20)" --out "$out/classifiers-compiled-${size%:*}.md"
+  done
 }
 
 profile() { # the operator first: whole models take as long to compile as two cases of it take to count

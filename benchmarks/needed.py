@@ -18,6 +18,7 @@ NEEDED = {  # a module, and the package that brings it
     "operator": KERNELS | OPTIONS,
     "budget": KERNELS | OPTIONS | MODELS,
     "models": KERNELS | OPTIONS | MODELS | {"matplotlib": "matplotlib"},
+    "classifier": KERNELS | OPTIONS | MODELS | {"timm": "timm"},
     "profile": KERNELS | OPTIONS | MODELS,
     "sanitizer": KERNELS,
     "train": KERNELS | OPTIONS | MODELS | TRAINING | {"skimage": "scikit-image"},

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality_data import Task
 from benchmarks.result_files import origin, write_text
-from benchmarks.tables import header, row
+from benchmarks.tables import header, row, spread
 from gspn_dit.storage.files import replacing
 from gspn_dit.storage.pictures import load_image
 
@@ -80,12 +80,6 @@ def times_table(results: Results, times: Sequence[float]) -> list[str]:
         means = [statistics.mean(losses) for losses in zip(*(run["held_out_loss"] for run in runs), strict=True)]
         lines.append(row([model, *(f"{mean:.4f}" for mean in means)]))
     return lines
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; of one value, the value."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def draw_losses(curves: dict[str, Results], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,3 +40,9 @@ def ratio(other: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
         return "–"
     both_whole = other.get("whole", True) and ours.get("whole", True)
     return f"{'' if both_whole else '~'}{other['seconds'] / ours['seconds']:.2f}×"
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation; of one value, the value."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"

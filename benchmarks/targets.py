@@ -1,8 +1,8 @@
 """What is reached of what the GPU's figures are to be: targets, landed figures, predictions and those of a folder.
 
-`python -m benchmarks.targets --results FOLDER` reads operator-cuda.json and resolution-cuda.json, which the parts
-`operator` and `models` of benchmarks/gpu.sh write there, and benchmarks/targets.yaml, which has the other figures, and
-prints a row for each target. It needs no GPU.
+`python -m benchmarks.targets --results FOLDER` reads operator-cuda.json, resolution-cuda.json and classifiers-*.json,
+which the parts `operator`, `models` and `classifier` of benchmarks/gpu.sh write there, and benchmarks/targets.yaml,
+which has the other figures, and prints a row for each target. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ import yaml
 from benchmarks.result_files import write_text
 from benchmarks.tables import header, row
 
+FILES = {"operator": "operator", "models": "resolution"}  # what the benchmarks call theirs
 FIGURES = Path(__file__).with_name("targets.yaml")
 NOTES = [
     "Attention is measured in DiT's own layout. The landed figure at 256 px is in that layout too, those at 512 and "
     "1024 px are on contiguous heads; each prediction is of the same layout as its landed figure.",
     "Predictions are computed, not measured: shares and ratios from docs/kernels.md, the forward of XL at 256 px from "
     "one block in docs/performance.md.",
+    "Speed at equal MACs is images a second times the MACs of an image, of the faster of eager and compiled.",
 ]
 Rows = dict[str, dict[str, Any]]  # of a results file, by their keys
+Results = dict[str, Rows]  # by the benchmark
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ class Target:
     """How a row is measured, and how its figures are written.
 
     Args:
-        measure: The figure in the rows of the operator's and the models' results; None where they lack it.
+        measure: The figure in the results of the operator, the models and the classifiers; None where they lack it.
         form: As of :func:`format`.
         at_most: Whether less is better.
     """
 
-    measure: Callable[[Rows, Rows], float | None]
+    measure: Callable[[Results], float | None]
     form: str = ".2f"
     at_most: bool = False
 
@@ -58,21 +61,21 @@ class Target:
         return figure <= reach if self.at_most else figure >= reach
 
 
-def share(case: str, operator: Rows, models: Rows) -> float | None:
+def share(case: str, results: Results) -> float | None:
     """The byte floor over the forward pass of a case."""
-    found = operator.get(case, {})
+    found = results["operator"].get(case, {})
     return found["floor_ms"] / found["ours"]["forward"]["device_ms"] if "ours" in found else None
 
 
-def over_forward(case: str, operator: Rows, models: Rows) -> float | None:
+def over_forward(case: str, results: Results) -> float | None:
     """Forward and backward over forward."""
-    ours = operator.get(case, {}).get("ours", {})
+    ours = results["operator"].get(case, {}).get("ours", {})
     return ours["both"]["device_ms"] / ours["forward"]["device_ms"] if "both" in ours else None
 
 
-def against_attention(case: str, operator: Rows, models: Rows) -> float | None:
+def against_attention(case: str, results: Results) -> float | None:
     """The faster kernel of attention over our forward pass."""
-    found = operator.get(case, {})
+    found = results["operator"].get(case, {})
     peers = [timing["forward"]["device_ms"] for timing in found.get("attention", {}).values() if "forward" in timing]
     return min(peers) / found["ours"]["forward"]["device_ms"] if peers else None
 
@@ -87,12 +90,27 @@ def fastest(models: Rows, model: str, step: str, pixels: int) -> dict[str, Any] 
     return min(found, key=lambda measured: measured["seconds"], default=None)
 
 
-def against_dit(what: str, step: str, pixels: int, operator: Rows, models: Rows) -> float | None:
+def against_dit(what: str, step: str, pixels: int, results: Results) -> float | None:
     """DiT's seconds over ours; of bytes, ours over DiT's."""
-    dit, ours = (fastest(models, model, step, pixels) for model in ("DiT", "GSPN-DiT"))
+    dit, ours = (fastest(results["models"], model, step, pixels) for model in ("DiT", "GSPN-DiT"))
     if dit is None or ours is None:
         return None
     return dit[what] / ours[what] if what == "seconds" else ours[what] / dit[what]
+
+
+def against_swin(which: str, pixels: int, results: Results) -> float | None:
+    """Ours over Swin-T in images a second times multiply-accumulates of an image."""
+    figures = []
+    for name in ("gspn-grouped-t", "swin_tiny_patch4_window7_224"):
+        found = [
+            measured["images_per_second"] * measured["macs"]
+            for measured in results["classifiers"].values()
+            if (measured["name"], measured["pass"], measured["pixels"]) == (name, which, pixels)
+        ]
+        if not found:
+            return None
+        figures.append(max(found))
+    return figures[0] / figures[1]
 
 
 def targets() -> dict[str, Target]:
@@ -117,6 +135,10 @@ def targets() -> dict[str, Target]:
             rows[f"{words}, times the speed of DiT-XL/2: {pixels} px"] = Target(measure)
     memory = partial(against_dit, "bytes", "training", 256)
     rows["memory that a training step adds, over DiT-XL/2's: 256 px"] = Target(memory, at_most=True)
+    for which in ("forward", "training step"):
+        for pixels in (224, 1024):
+            name = f"gspn-grouped-t {which}, times the speed of swin_tiny at equal MACs: {pixels} px"
+            rows[name] = Target(partial(against_swin, which, pixels))
     return rows
 
 
@@ -125,15 +147,26 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"rows": {}}
 
 
+def read_all(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results files of a folder by their benchmark; those of classifiers, one for each size, as one."""
+    found = {name: read(folder / f"{file}-cuda.json") for name, file in FILES.items()}
+    classifiers: dict[str, Any] = {"rows": {}}
+    for path in sorted(folder.glob("classifiers-*.json")):
+        one = read(path)
+        classifiers = {**one, "rows": {**classifiers["rows"], **one["rows"]}}
+    return {**found, "classifiers": classifiers}
+
+
 def table(results: Path) -> list[str]:
     """The table, what it comes to, and what its figures are of."""
-    operator, models = (read(results / f"{name}-cuda.json") for name in ("operator", "resolution"))
+    measured_in = read_all(results)
+    rows = {name: of["rows"] for name, of in measured_in.items()}
     figures = yaml.safe_load(FIGURES.read_text())
     lines = header(["what", "landed", "to reach", "predicted (not measured)", "measured", "reached"])
     words: dict[str, list[str]] = {"yes": [], "no": [], "not measured": []}
     for name, target in targets().items():
         known = figures[name]
-        measured = target.measure(operator["rows"], models["rows"])
+        measured = target.measure(rows)
         said = "not measured"
         if measured is not None:
             said = "yes" if target.reached(measured, known["reach"]) else "no"
@@ -144,7 +177,7 @@ def table(results: Path) -> list[str]:
     for note in NOTES:
         lines += ["", note]
     lines += ["", f"Reached: {len(words['yes'])} of {len(figures)}; not measured: {len(words['not measured'])}."]
-    for name, of in {"operator": operator, "models": models}.items():
+    for name, of in measured_in.items():
         if of["rows"]:
             code = {found.get("revision") or of.get("revision", "not noted") for found in of["rows"].values()}
             lines += ["", f"{name}: {of['machine']}. Code: {', '.join(sorted(code))}."]

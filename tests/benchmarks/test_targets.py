@@ -35,10 +35,25 @@ def model_rows(step, pixels, **seconds):
     return rows
 
 
-def write(folder, operator, models):
-    for name, rows in {"operator": operator, "resolution": models}.items():
+def classifier_rows(pixels, compiled, **speeds):
+    """Rows of ours, with 4 GMACs, and of Swin-T, with 5: as many images a second forward, half of that in training."""
+    rows = {}
+    for name, macs, speed in (
+        ("gspn-grouped-t", 4e9, speeds["ours"]),
+        ("swin_tiny_patch4_window7_224", 5e9, speeds["swin"]),
+    ):
+        for which, rate in {"forward": speed, "training step": speed / 2}.items():
+            figures = {"name": name, "pass": which, "pixels": pixels, "macs": macs, "images_per_second": rate}
+            rows[f"{name}, {which}, {pixels} px, {compiled}"] = figures | {"revision": "abc1234"}
+    return rows
+
+
+def write(folder, operator, models, **classifiers):
+    files = {"operator-cuda": operator, "resolution-cuda": models}
+    files |= {f"classifiers-{name}": rows for name, rows in classifiers.items()}
+    for name, rows in files.items():
         content = {"machine": "A Card, torch 2", "revision": "abc1234", "rows": rows}
-        (folder / f"{name}-cuda.json").write_text(json.dumps(content))
+        (folder / f"{name}.json").write_text(json.dumps(content))
 
 
 def rows_of(lines):
@@ -53,7 +68,9 @@ def everything(tmp_path):
     models = {}
     for step, pixels in FIRST:
         models |= model_rows(step, pixels, ours=1.0, dit=2.0)
-    write(tmp_path, operator, models)
+    eager = {f"{pixels}": classifier_rows(pixels, "eager", ours=100, swin=100) for pixels in (224, 1024)}
+    compiled = classifier_rows(224, "compiled", ours=250, swin=50)
+    write(tmp_path, operator, models, **eager, compiled=compiled)
     return tmp_path
 
 
@@ -75,6 +92,13 @@ def test_every_row_has_its_figures_and_is_measured(everything):
     training = found["XL training step, times the speed of DiT-XL/2: 512 px"]
     assert training[:2] == ["–", "1.60"] and training[3:] == ["2.00", "yes"]
     assert found["memory that a training step adds, over DiT-XL/2's: 256 px"][3:] == ["0.50", "yes"]
+    swin = {
+        pixels: f"gspn-grouped-t forward, times the speed of swin_tiny at equal MACs: {pixels} px"
+        for pixels in (224, 1024)
+    }
+    assert found[swin[224]] == ["–", "1.20", "–", "2.00", "yes"]  # the faster of eager and compiled, of each
+    assert found[swin[1024]][3:] == ["0.80", "no"]
+    assert found[swin[224].replace("forward", "training step")][3:] == ["2.00", "yes"]
     assert "not measured" not in {figures[-1] for figures in found.values()}
 
 
