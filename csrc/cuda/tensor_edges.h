@@ -175,7 +175,8 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
     const int own_offset = recomputed(own) * memory.site_bytes + (unit ^ unit_exchange(units, recomputed(own))) * 16;
     for (int l = 0; l < plan.stage && s * plan.stage + l < scan.length; ++l) {
       const int line = line_at(s * plan.stage + l);
-      const T* from = map_at(map, scan.batch, scan.row(line, own), scan.column(line, own), scan.first_channel + unit * 8);
+      const T* from = map_at(map, scan.batch, scan.row(line, own), scan.column(line, own),
+                             scan.first_channel + unit * 8);
       char* const to = shared + s % 2 * memory.stage_bytes + l * memory.positions * memory.site_bytes + own_offset;
 #pragma unroll
       for (int n = 0; n < kParts / 2; ++n) {
@@ -217,7 +218,8 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
         const bool first = position == 0, last = position + 1 == memory.positions;
         column(first ? position : position - 1, first ? -1 : 1, first ? 0.f : row.minus);
         column(last ? position : position + 1, last ? 1 : -1, last ? 0.f : row.plus);
-        *reinterpret_cast<float*>(Records::piece(to, recomputed(i) / kPiece) + Records::at(recomputed(i) % kPiece, i % 2 ? 3 : 0)) = 0.f;
+        *reinterpret_cast<float*>(Records::piece(to, recomputed(i) / kPiece) +
+                                  Records::at(recomputed(i) % kPiece, i % 2 ? 3 : 0)) = 0.f;
       } else {
         Records::write(Records::piece(to, i / kPiece), i % kPiece, row);
       }
@@ -240,7 +242,8 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
   const auto write_line = [&](int line) {
     const int64_t tile = scan.batch * TileEdgeLayout::tiles(scan.lines) + line / kTileSites;
     const int first = along * kParts * kPart + at.channel;
-    T* const to = edges.line[scan.k] + (tile * scan.positions + first) * p.channels + scan.first_channel + across * kWarpRows +
+    T* const to = edges.line[scan.k] + (tile * scan.positions + first) * p.channels + scan.first_channel +
+                  across * kWarpRows +
                   at.pair * 2;
 #pragma unroll
     for (int j = 0; j < kParts; ++j) {
@@ -333,8 +336,8 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
       const bool end = in_line % 2;
       if (s * plan.stage + l >= scan.length || tile >= tiles) continue;
       const int64_t line = line_at(s * plan.stage + l);
-      T* const to = edges.side[scan.k] + ((scan.batch * scan.lines + line) * 2 * tiles + in_line) * p.channels + scan.first_channel +
-                    unit * 8;
+      T* const to = edges.side[scan.k] + ((scan.batch * scan.lines + line) * 2 * tiles + in_line) * p.channels +
+                    scan.first_channel + unit * 8;
       // forward, the tile's own end; backward, the position beside it
       const int position = tile * kTileSites + (end ? kTileSites - 1 : 0) + (kAdjoint ? (end ? 1 : -1) : 0);
       uint4 elements = {0, 0, 0, 0};
@@ -365,7 +368,8 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
     __syncthreads();
     if ((s + 1) * plan.stage < scan.length) fetch(s + 1);
     // the lane's row of the matrices of this warp's first piece
-    const int again = recomputed(tid), row = again % kWarp, matrix_row = along * kParts * kPart + row % 8 + row / 16 * 8;
+    const int again = recomputed(tid), row = again % kWarp;
+    const int matrix_row = along * kParts * kPart + row % 8 + row / 16 * 8;
     const int matrix_unit = 2 * (again / kWarp - along * plan.warps_across()) + row / 8 % 2;
     const int matrix_offset = matrix_row * memory.site_bytes + (matrix_unit ^ unit_exchange(units, row % 8)) * 16;
     for (int l = 0; l < plan.stage && s * plan.stage + l < scan.length; ++l) {

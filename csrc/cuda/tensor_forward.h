@@ -53,7 +53,7 @@ struct TileBorders {
     return {borders(map.chunks, map.line_of(tile.row, tile.column)),
             borders(map.windows, map.position_of(tile.row, tile.column))};
   }
-  // Whether a scan goes on at a line, or restarts there. In what tells lines of either sense apart, nothing is computed.
+  // Whether a scan goes on at a line, or restarts there.
   GSPN_DEVICE bool goes_on(int line, bool reversed) const { return !(lines >> (line + reversed) & 1); }
   GSPN_DEVICE bool has_minus(int position) const { return !(positions >> position & 1); }
   GSPN_DEVICE bool has_plus(int position) const { return !(positions >> (position + 1) & 1); }
@@ -351,7 +351,8 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
     read_lines(0);
 #pragma unroll
     for (int n = 0; n < kTileSites; ++n) {
-      if (n == kTileSites / 2) in_line = recomputed(in_line), along = recomputed(along);  // offsets of lines have no registers until they come back
+      // offsets of lines have no registers until the other sense comes to them
+      if (n == kTileSites / 2) in_line = recomputed(in_line), along = recomputed(along);
       uint32_t beside_words[4];
       if constexpr (Memory::kTiled) load_matrices<true>(beside_words, side + n * 2 * kUnits * 16);
 #pragma unroll
