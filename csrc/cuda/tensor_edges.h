@@ -114,13 +114,6 @@ GSPN_DEVICE int unit_exchange(int units, int position) {
   return units == 8 ? position & 7 : units == 4 ? position / 2 & 3 : position / 4 & 1;
 }
 
-// `value`, which the compiler takes for an unknown one: what follows from it is computed where it is used, not once
-// before a loop that has no registers to keep it in.
-GSPN_DEVICE int recomputed(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
 // Most threads of a block: its warps have half or a quarter of the registers to themselves.
 template <bool kSplit>
 constexpr int kTileEdgeThreads = kSplit ? 512 : 128;
@@ -240,6 +233,7 @@ __global__ void __launch_bounds__(kTileEdgeThreads<kSplit>)
 
   float state[kParts][4] = {};  // h of the line before; or what is carried into this line's dh
   const auto write_line = [&](int line) {
+    const FragmentLane at(recomputed(tid) % kWarp);  // anew: there is no register to keep it in
     const int64_t tile = scan.batch * TileEdgeLayout::tiles(scan.lines) + line / kTileSites;
     const int first = along * kParts * kPart + at.channel;
     T* const to = edges.line[scan.k] + (tile * scan.positions + first) * p.channels + scan.first_channel +

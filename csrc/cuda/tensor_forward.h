@@ -236,13 +236,6 @@ GSPN_DEVICE void pack_piece(const float (&v)[2][4], uint32_t (&r)[4]) {
   for (int i = 0; i < 4; ++i) r[i] = pack<T>(v[i / 2] + i % 2 * 2);
 }
 
-// threadIdx.x, which has no register before: nor has what follows from it.
-GSPN_DEVICE int thread_read_anew() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 // One of the two scans of an axis, in a warp.
 struct SenseScan {
   float h[2][4], decay[2], scale[2];
@@ -303,7 +296,7 @@ __global__ void __launch_bounds__(16 * kUnits, 16 / kUnits)
   for (int axis = scans ? 0 : 2; axis < 2; ++axis) {
     const bool rows = axis == 0;
     if (!plan.scans_axis[axis]) continue;
-    const int own = thread_read_anew(), warp = own / kWarp, lane = own % kWarp;
+    const int own = recomputed(threadIdx.x), warp = own / kWarp, lane = own % kWarp;
     const FragmentLane at(lane);
     const TileBorders borders = reinterpret_cast<const TileBorders*>(memory + Memory::kBorders)[axis];
     int along = axis, in_line = Map::position_offset(rows, Map::matrix_position(lane), Map::matrix_unit(lane, warp));

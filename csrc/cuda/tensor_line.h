@@ -26,6 +26,13 @@
 
 namespace gspn {
 
+// `value`, which the compiler takes for an unknown one: what follows from it is computed where it is used, not once
+// before a loop that has no registers to keep it in.
+GSPN_DEVICE int recomputed(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 constexpr int kPart = 8, kPiece = 16;  // positions
 constexpr int kWarpRows = 16;          // channels of a warp
 constexpr int kTileSites = 16;         // rows and columns of a tile
