@@ -152,7 +152,7 @@ def report(found: dict[str, Measured], options: Options, image_size: int) -> Ite
     yield from [f"## {image_size} × {image_size} pixels", "", *header(names)]
     rates = {name: {which: rate(each, which, options.batch_size) for which in PASSES} for name, each in found.items()}
     for name, each in found.items():
-        cells = [name, f"{each.parameters / 1e6:.2f}", f"{each.macs / 1e9:.2f}"]
+        cells = [name, f"{each.parameters / 1e6:.2f}", f"{each.macs / 1e9:.3g}"]
         for which in PASSES:
             ours, theirs = rates[name][which], rates[other][which]
             cells.append(each.missing.get(which, "–") if ours is None else f"{ours:.4g}")
