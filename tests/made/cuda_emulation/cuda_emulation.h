@@ -16,7 +16,6 @@
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <random>
 #include <utility>
 #include <vector>
 
@@ -58,7 +57,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return "error of the emulat
 
 namespace emulation {
 
-enum class State { kRunning, kAtBarrier, kAtMeeting, kDone };
+enum class State : char { kRunning, kAtBarrier, kAtMeeting, kDone };
 
 // 16 bytes or fewer on their way into shared memory. `group`: how many groups of copies the thread had ended before.
 struct Copy {
@@ -74,32 +73,33 @@ struct Lane {
   uint32_t words[6];
 };
 
-
-// A fiber is entered through its context the first time, and by jumps from then on: those make no system calls.
+// A fiber is entered through its context once, and by jumps from then on: those make no system calls.
 struct Fiber {
-  ucontext_t context;
   jmp_buf resume;
-  std::unique_ptr<char[]> stack;
-  State state;
-  bool entered;
+  bool entered = false;
   std::vector<Copy> copies;
-  int groups;  // of copies that it has ended
+  int groups = 0;  // of copies that it has ended
 };
 
 struct Block {
-  static constexpr size_t kStack = 128 * 1024, kGuard = 4096;
+  // Beginnings of stacks lie an odd number of cache lines apart, else all of them share a few lines of the caches.
+  static constexpr size_t kStack = 128 * 1024 + 17 * 64, kGuard = 4096;
   std::vector<Fiber> fibers;
+  std::vector<State> states;
+  std::vector<int> order;
+  std::unique_ptr<char[]> stacks;
   jmp_buf scheduler;
   int current = 0;
   std::vector<char> shared;
   std::vector<Lane> lanes;  // what each thread brings to a meeting of its warp; two sets, used in turn
   std::vector<int> meetings;
   std::function<void()> body;
-  std::mt19937 random{20250101};
+  uint64_t random = 20250101;
 };
 inline Block& block() {
-  static thread_local Block b;
-  return b;
+  static thread_local Block* b = nullptr;  // never freed: a guard of its destructor would be asked at every use
+  if (!b) b = new Block;
+  return *b;
 }
 inline Uint3& thread_index() {
   static thread_local Uint3 i{};
@@ -120,70 +120,79 @@ inline Uint3& grid_size() {
 
 inline void wait(State state) {
   Block& b = block();
-  Fiber& fiber = b.fibers[b.current];
-  fiber.state = state;
-  if (_setjmp(fiber.resume) == 0) _longjmp(b.scheduler, 1);
+  b.states[b.current] = state;
+  if (_setjmp(b.fibers[b.current].resume) == 0) _longjmp(b.scheduler, 1);
 }
 
 inline void run_fiber() {
-  Block& b = block();
-  b.body();
-  b.fibers[b.current].state = State::kDone;
-  _longjmp(b.scheduler, 1);
+  for (;;) {
+    block().body();
+    wait(State::kDone);
+  }
 }
 
 // Runs a fiber until it waits.
-__attribute__((noinline)) inline void resume(Block& b, Fiber& fiber) {
+__attribute__((noinline)) inline void resume(Block& b, int thread) {
   if (_setjmp(b.scheduler) != 0) return;
+  Fiber& fiber = b.fibers[thread];
   if (fiber.entered) _longjmp(fiber.resume, 1);
   fiber.entered = true;
-  setcontext(&fiber.context);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = b.stacks.get() + thread * Block::kStack;
+  context.uc_stack.ss_size = Block::kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, run_fiber, 0);
+  setcontext(&context);
 }
 
-// Wakes the fibers [first, last) if all of them wait in `state`.
+// Wakes the threads [first, last) if all of them wait in `state`.
 inline bool release(Block& b, int first, int last, State state) {
   for (int i = first; i < last; ++i)
-    if (b.fibers[i].state != state) return false;
-  for (int i = first; i < last; ++i) b.fibers[i].state = State::kRunning;
+    if (b.states[i] != state) return false;
+  for (int i = first; i < last; ++i) b.states[i] = State::kRunning;
   return true;
+}
+
+// A number below n (xorshift64*).
+inline int draw(Block& b, int n) {
+  b.random ^= b.random >> 12;
+  b.random ^= b.random << 25;
+  b.random ^= b.random >> 27;
+  return int((b.random * 0x2545f4914f6cdd1du >> 32) * uint64_t(n) >> 32);
 }
 
 inline void run_block(int threads) {
   Block& b = block();
-  if (int(b.fibers.size()) < threads) b.fibers.resize(threads);
+  if (int(b.fibers.size()) < threads) {
+    b.fibers = std::vector<Fiber>(threads);
+    b.stacks.reset(new char[threads * Block::kStack]);
+  }
   b.lanes.assign(2 * threads, {});
   b.meetings.assign(threads, 0);
+  b.states.assign(threads, State::kRunning);
+  b.order.resize(threads);
   for (int i = 0; i < threads; ++i) {
-    Fiber& fiber = b.fibers[i];
-    if (!fiber.stack) fiber.stack.reset(new char[Block::kStack]);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = Block::kStack;
-    fiber.context.uc_link = nullptr;
-    fiber.state = State::kRunning;
-    fiber.entered = false;
-    fiber.copies.clear();
-    fiber.groups = 0;
-    makecontext(&fiber.context, run_fiber, 0);
+    b.fibers[i].copies.clear();
+    b.fibers[i].groups = 0;
+    b.order[i] = i;
   }
-  std::vector<int> order(threads);
-  for (int i = 0; i < threads; ++i) order[i] = i;
   for (;;) {
-    std::shuffle(order.begin(), order.end(), b.random);
+    for (int i = threads; i > 1; --i) std::swap(b.order[i - 1], b.order[draw(b, i)]);
     bool ran = false;
-    for (int i : order) {
-      if (b.fibers[i].state != State::kRunning) continue;
+    for (int i : b.order) {
+      if (b.states[i] != State::kRunning) continue;
       ran = true;
       b.current = i;
       thread_index().x = unsigned(i);
-      resume(b, b.fibers[i]);
+      resume(b, i);
     }
     for (int warp = 0; warp < threads; warp += 32)
       ran |= release(b, warp, std::min(warp + 32, threads), State::kAtMeeting);
     ran |= release(b, 0, threads, State::kAtBarrier);
     if (ran) continue;
     for (int i = 0; i < threads; ++i) {
-      if (b.fibers[i].state != State::kDone) {
+      if (b.states[i] != State::kDone) {
         std::fprintf(stderr, "cuda_emulation: threads wait for others that never come (thread %d)\n", i);
         std::abort();
       }
