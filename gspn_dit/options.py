@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
 import math
@@ -210,12 +211,19 @@ def _required(options: type) -> set[str]:
     return {f.name for f in dataclasses.fields(options) if f.default is absent and f.default_factory is absent}
 
 
-def _built(options: type[Options], given: list[_Given], kinds: dict[str, Any]) -> Options:
-    """The options that were typed, each of its type. Raises :class:`InputError`."""
+@functools.cache
+def _parser(options: type) -> Any:
+    """What reads the options of a kind: made once, since that takes longer than the reading."""
     from jsonargparse import ArgumentParser  # of the extras: the library works without
 
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(options, nested_key=None)
+    return parser
+
+
+def _built(options: type[Options], given: list[_Given], kinds: dict[str, Any]) -> Options:
+    """The options that were typed, each of its type. Raises :class:`InputError`."""
+    parser = _parser(options)
     try:
         namespace = parser.parse_args([f"--{key}={_as_typed(value, kinds.get(key))}" for key, value, _ in given])
         namespace = parser.instantiate(namespace)

@@ -19,13 +19,10 @@ TRAIN_MANY = str(ROOT / "tests" / "made" / "train_many.py")
 # corrupt memory (blocks without scans too). Neither with 2.11.
 SOUND = torch.__version__ >= "2.11"
 FSDP = ("--config_file", str(ROOT / "configs" / "accelerate" / "fsdp.yaml"))
-launchers = pytest.mark.parametrize(
-    "launcher",
-    [
-        pytest.param(("--multi_gpu",), id="ddp"),
-        pytest.param(FSDP, id="fsdp2", marks=pytest.mark.skipif(not SOUND, reason="gloo gives the sum for the mean")),
-    ],
-)
+LAUNCHERS = [
+    pytest.param(("--multi_gpu",), id="ddp"),
+    pytest.param(FSDP, id="fsdp2", marks=pytest.mark.skipif(not SOUND, reason="gloo gives the sum for the mean")),
+]
 
 
 def launch(
@@ -57,22 +54,21 @@ def launch(
 def finish(process: subprocess.Popen, status: int = 0) -> str:
     """Wait for it to end with that status; what it printed."""
     try:
-        printed, _ = process.communicate(timeout=240)
+        printed, _ = process.communicate(timeout=480)
     finally:
         process.terminate()  # which takes its processes along, if it hangs
     assert process.returncode == status, printed
     return printed
 
 
-def train_many(folder: Path, runs: Sequence[Sequence[str]], launcher: Sequence[object], kind: str = "Config") -> None:
-    """Train runs, each given by its options, one after the other in two processes.
+def train_many(folder: Path, runs: Sequence[tuple[str, Sequence[str]]], launcher: Sequence[object]) -> None:
+    """Train runs, each given by the class of its configuration and its options, one after the other in two processes.
 
     Args:
         folder: Where they are noted down.
-        kind: The class of their configurations.
     """
     (folder / "runs.json").write_text(json.dumps(runs))
-    printed = finish(launch(2, TRAIN_MANY, folder / "runs.json", kind, launcher=launcher))
+    printed = finish(launch(2, TRAIN_MANY, folder / "runs.json", launcher=launcher))
     assert printed.count("2 × cpu") == len(runs)
     assert "Grad strides" not in printed  # DDP's word on what nobody here can mend
 

@@ -1,4 +1,4 @@
-"""Started by `accelerate launch`: train the runs of a JSON list of command lines, of a kind, one after the other.
+"""Started by `accelerate launch`: train the runs of a JSON list, each a kind and a command line, one after the other.
 
 accelerate turns FSDP on for accelerators only. Here it is told that the processes' CPUs are such: from there on it is
 accelerate's own FSDP2, over gloo.
@@ -48,10 +48,10 @@ compile_module = torch.nn.Module.compile
 torch.nn.Module.compile = lambda self, **options: compile_module(self, backend="aot_eager", **options)
 PartialState.destroy_process_group = lambda self, group=None: None  # the next run talks over it too
 
-kind = {each.__name__: each for each in (Config, ClassifierConfig)}[sys.argv[2]]
-for argv in json.loads(Path(sys.argv[1]).read_text()):
+kinds = {each.__name__: each for each in (Config, ClassifierConfig)}
+for kind, argv in json.loads(Path(sys.argv[1]).read_text()):
     with plain_messages():
-        train(parse(kind, argv))
+        train(parse(kinds[kind], argv))
     AcceleratorState._reset_state()
 
 if torch.distributed.is_initialized():

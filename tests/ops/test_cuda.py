@@ -1,11 +1,8 @@
 """The CUDA kernels: emulated on the CPU everywhere, and on the GPU where there is one."""
 
-import importlib.util
+import math
 import os
-import re
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from made.emulated_cuda import SHARED_MEMORY, emulated_kernels
 from gspn_dit.errors import InputError
 from gspn_dit.ops import propagate
 from gspn_dit.ops.backend import OPERANDS, Call, FusesTail, Status
-from gspn_dit.ops.build import CSRC, architectures, check_toolkit, cuda_home
+from gspn_dit.ops.build import architectures, check_toolkit
 from gspn_dit.ops.cuda import NativeCuda
 from gspn_dit.ops.reference import Reference
 from gspn_dit.ops.registry import choose, find, register, unregister
@@ -66,6 +63,12 @@ def kernel(request):
         return
     request.getfixturevalue("emulates")
     yield EmulatedCuda(SHARED_MEMORY if request.param == "emulated" else LITTLE_MEMORY)
+
+
+# For what is about tensor cores: a block of 30 KB is too small for those kernels, so there the exact ones run again.
+where_tensor_cores_are_used = pytest.mark.parametrize(
+    "kernel", ["emulated", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True
+)
 
 
 def device_of(kernel):
@@ -137,7 +140,7 @@ SHAPES = [
     (1, 34, 34, 20, 4, 1, 16),
     (1, 40, 33, 15, 4, 3, 0),
     (1, 2, 3, 1, 4, 1, 0),
-    (1, 32, 32, 128, 4, 2, 4),
+    (1, 32, 8, 128, 4, 2, 4),
     (1, 1030, 2, 8, 2, 8, 0),
     # groups of 16, 32, 48 and 64 channels: in 16-bit elements, on tensor cores
     (1, 13, 11, 48, 4, 1, 3),
@@ -161,8 +164,17 @@ LARGE_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+# Every shape in float32, and in bfloat16, which has kernels of its own on tensor cores. In float16 all those that run
+# there; of the others all but the largest maps, since exact kernels differ between the two only in reading and writing.
+SHAPES_AND_DTYPES = [
+    (shape, dtype)
+    for dtype in TOLERANCE
+    for shape in SHAPES
+    if dtype != torch.float16 or shape[3] // shape[5] in (16, 32, 48, 64) or math.prod(shape[:4]) < 20_000
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES, ids=str)
 def test_agrees_with_the_reference_in_float64(kernel, shape, dtype):
     *sizes, chunk = shape
     tensors = operands(*sizes, dtype=dtype, device=device_of(kernel))
@@ -189,6 +201,7 @@ WIDE_SHAPES = [
 ]
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("shape", WIDE_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_wide_maps_on_tensor_cores(kernel, shape, dtype):
@@ -200,6 +213,7 @@ def test_wide_maps_on_tensor_cores(kernel, shape, dtype):
     check(kernel, x, gates, input_gate, None, None, None, grad, chunk, directions)
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("directions", [[0], [1], [2], [3], [1, 0], [3, 2], [2, 1], [1, 2, 3]], ids=str)
 def test_any_directions_of_wide_maps(kernel, directions):
     """Where there is one sense of an axis, or one axis, something else adds to the sum first."""
@@ -247,6 +261,7 @@ def test_windows_on_tensor_cores(kernel, shape, dtype):
     check(kernel, x, gates, input_gate, None, decay, scale, grad, 0, [0, 1, 2, 3], window, shift)
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("directions", [[1], [2], [3, 0, 2]], ids=str)
 @pytest.mark.parametrize("shape", [(21, 18, 8, 3), (18, 39, 20, 13)], ids=str)
 def test_windows_on_tensor_cores_of_any_directions(kernel, shape, directions):
@@ -284,6 +299,7 @@ def test_any_directions_in_any_order(kernel, directions):
     check(kernel, *operands(1, 36, 40, 8, len(directions), 2, device=device_of(kernel)), 0, directions)
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("directions", [[3], [2, 1], [3, 0, 2]], ids=str)
 @pytest.mark.parametrize("width", [18, 34])
 def test_any_directions_in_any_order_on_tensor_cores(kernel, width, directions):
@@ -294,6 +310,7 @@ def test_any_directions_in_any_order_on_tensor_cores(kernel, width, directions):
     check(kernel, x, gates, input_gate, output_gate, None, None, grad, 0, directions)
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("shape", [(1, 13, 11, 64, 4, 1), (1, 34, 5, 64, 4, 2)], ids=str)
 def test_gates_side_by_side_give_the_same_bits(kernel, shape):
     """As the mixers make them, a group's 16 numbers are read at once; here, they are not copied to be so."""
@@ -339,6 +356,7 @@ def test_the_tail_in_bfloat16(kernel, shape):
     assert distance(y, want) < TOLERANCE[torch.bfloat16]
 
 
+@where_tensor_cores_are_used
 def test_kernels_that_are_right_pass_the_check_of_a_device(kernel):
     assert disagreement(kernel, torch.device(device_of(kernel))) is None
     with torch.inference_mode():
@@ -510,6 +528,7 @@ TAIL_ON_TENSOR_CORES = [
 ]
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("shape", TAIL_ON_TENSOR_CORES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_norm_and_direct_path_on_tensor_cores(kernel, shape, dtype):
@@ -520,6 +539,7 @@ def test_norm_and_direct_path_on_tensor_cores(kernel, shape, dtype):
     check_tail(kernel, Call(x, gates, input_gate, None, None, scale, chunk), direct, grad)
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("directions", [[2, 3], [1, 3], [3, 0, 2]], ids=str)
 @pytest.mark.parametrize("shape", [(1, 12, 15), (1, 18, 5)], ids=str)
 def test_norm_and_direct_path_on_tensor_cores_of_any_directions(kernel, shape, directions):
@@ -592,6 +612,7 @@ def test_gradients_are_the_same_bits_twice(kernel, shape):
         assert torch.equal(one, other)
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 20, 18, 32, 4, 2)], ids=str)
 def test_results_on_tensor_cores_are_the_same_bits_twice(kernel, shape):
     *tensors, _ = operands(*shape, dtype=torch.float16, device=device_of(kernel))
@@ -645,6 +666,7 @@ TENSOR_SHAPES = [
 ]
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("shape", TENSOR_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_on_tensor_cores(kernel, shape, dtype):
@@ -654,6 +676,7 @@ def test_gradients_on_tensor_cores(kernel, shape, dtype):
     check(kernel, x, gates, input_gate, None, decay, scale, grad, chunk, ALL_DIRECTIONS)
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("shape", [(1, 13, 11), (1, 18, 20)], ids=str)
 def test_gradients_on_tensor_cores_without_f_or_s(kernel, shape):
     x, gates, input_gate, output_gate, decay, scale, grad = operands(
@@ -665,6 +688,7 @@ def test_gradients_on_tensor_cores_without_f_or_s(kernel, shape):
     check(kernel, x, gates, input_gate, None, decay, torch.zeros_like(scale), grad, 0, ALL_DIRECTIONS)
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("directions", [[1], [2], [2, 1], [3, 0, 2], [1, 0], [2, 3]], ids=str)
 @pytest.mark.parametrize("shape", [(1, 13, 11), (1, 18, 21)], ids=str)
 def test_gradients_on_tensor_cores_of_any_directions(kernel, shape, directions):
@@ -672,6 +696,7 @@ def test_gradients_on_tensor_cores_of_any_directions(kernel, shape, directions):
     check(kernel, *tensors, 3, directions)
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("shape", [(1, 13, 11, 64, 4, 2), (1, 18, 5, 64, 4, 1)], ids=str)
 def test_gradients_of_gates_side_by_side(kernel, shape):
     """As the mixers make them: a group's 12 logits and 4 input gates lie in 32 bytes."""
@@ -701,6 +726,7 @@ def test_gradients_on_devices_with_less_shared_memory(emulates, shape, channels,
     assert summed_in_float32 == (channels == 64 and kilobytes == 99)
 
 
+@where_tensor_cores_are_used
 @pytest.mark.parametrize("shape", [(2, 16, 16, 64, 4, 1), (1, 20, 18, 32, 4, 2)], ids=str)
 def test_gradients_on_tensor_cores_are_the_same_bits_twice(kernel, shape):
     *tensors, grad = operands(*shape, dtype=torch.bfloat16, device=device_of(kernel))
@@ -780,147 +806,6 @@ def test_a_tensor_of_more_than_two_to_the_31_elements():
             x[:, corner], gates[:, corner], input_gate[:, corner], chunk=2, directions=["up"], backend="reference"
         )
         torch.testing.assert_close(y[:, corner], want, rtol=1e-2, atol=1e-2)
-
-
-# An instruction's results are its first operands: after a register, if it has one of those, up to two predicates. What
-# follows the second is an operand, so a vote of one predicate is not meant.
-TWO_RESULTS_IN_ONE_PREDICATE = re.compile(r"[A-Z][\w.]* +(?:U?R\w+, )?(U?P\d), \1, .*;")
-
-
-def test_an_instruction_with_two_results_in_one_predicate_is_found():
-    assert TWO_RESULTS_IN_ONE_PREDICATE.search("VIMNMX.RELU R39, P5, P5, R53, 0x2, PT ;")
-    assert TWO_RESULTS_IN_ONE_PREDICATE.search("/*01a0*/  @!UP1 UISETP.GE.AND UP0, UP0, UR4, 0x1, UPT ;")
-    right = """
-        /*0100*/                   VIMNMX.RELU R39, P5, P4, R53, 0x2, PT ;
-        /*0110*/                   VIMNMX R39, PT, PT, R53, 0x2, PT ;
-        /*0120*/               @P5 ISETP.GE.AND P5, PT, R53, R39, P5 ;
-        /*0130*/                   PLOP3.LUT P5, PT, P5, P5, PT, 0x80, 0x0 ;
-        /*0140*/                   IADD3.X R2, P5, PT, R3, R4, R5, P5, P5 ;
-        /*0150*/                   VOTE.ANY R9, P5, P5 ;
-    """
-    assert not TWO_RESULTS_IN_ONE_PREDICATE.search(right)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """For every source, its kernels compiled for every target, and what ptxas says of them."""
-    nvcc = cuda_home() and cuda_home() / "bin" / "nvcc"
-    if nvcc is None or not nvcc.exists():
-        pytest.skip("no nvcc")
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    newest = max(int(arch.removeprefix("compute_")) for arch in known)
-    targets = [f"arch=compute_{n},code=sm_{n}" for n in (80, 90)] + [f"arch=compute_{newest},code=compute_{newest}"]
-    folder = tmp_path_factory.mktemp("compiled")
-    results = {}
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
-        kernels = folder / f"{source.stem}.o"
-        result = subprocess.run(
-            [
-                nvcc,
-                "-std=c++17",
-                "-O3",
-                "-Werror",
-                "all-warnings",
-                "-Xptxas",
-                "-v",
-                "--threads",
-                "2",
-                *(word for target in targets for word in ("-gencode", target)),
-                "-c",
-                f"-I{CSRC}",
-                source,
-                "-o",
-                kernels,
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-        results[source.stem] = kernels, result.stderr
-    return results
-
-
-@pytest.fixture(scope="module")
-def machine_code(compiled):
-    """For every source, the machine code of its kernels on all targets: name and text of each."""
-    folders = [cuda_home() / "bin"]
-    if triton := importlib.util.find_spec("triton"):  # the wheel brings one
-        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
-    if cuobjdump is None:
-        pytest.skip(f"no cuobjdump in {' or '.join(map(str, folders))}, nor on PATH")
-    results = {}
-    for source, (kernels, report) in compiled.items():
-        code = subprocess.run([cuobjdump, "-sass", kernels], capture_output=True, text=True, check=True).stdout
-        functions = re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", code, re.DOTALL)
-        assert len(functions) == report.count("Compiling entry function") > 0  # all of it was really read
-        results[source] = functions
-    return results
-
-
-@pytest.mark.slow
-def test_compiles_for_every_target_without_spills_in_a_loop(compiled):
-    """Forward for whole maps and tiles may leave an address in memory from one half of a scan to the other, once."""
-    for _, report in compiled.values():
-        found = re.findall(
-            r"entry function '(\S+)' for '(\S+)'\n.*?\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
-            r"(\d+) bytes spill loads",
-            report,
-        )
-        assert len(found) == report.count("Compiling entry function") >= 2 * 12  # for two targets: it was really read
-        for name, target, *spilled in found:
-            if spilled != ["0", "0", "0"]:
-                assert "tensor_forward" in name and (target, spilled) == ("sm_90", ["8", "4", "4"]), name
-
-
-@pytest.mark.slow
-def test_no_instruction_puts_two_results_into_one_predicate(machine_code):
-    """As ptxas 13.0 does for sm_90 of a clamp whose result is compared with its bounds: one comparison is lost."""
-    for functions in machine_code.values():
-        for name, code in functions:
-            assert [found[0] for found in TWO_RESULTS_IN_ONE_PREDICATE.finditer(code)] == [], name
-
-
-@pytest.mark.slow
-def test_forward_on_tensor_cores_multiplies_there_and_moves_16_bytes_at_a_time(machine_code):
-    kernels = [(name, code) for name, code in machine_code["tensor"] if "tensor_forward" in name]
-    assert len(kernels) == 2 * 2 * 3 * 3  # targets, elements, sizes of a group, modes
-    for name, code in kernels:
-        steps = 2 * 2 * 16  # parts of a line, senses, lines; for sm_80 ptxas writes some of them twice
-        within, across, driven = (
-            len(re.findall(rf"HMMA\.{what} ", code))
-            for what in (r"1688\.F32\.TF32", r"1684\.F32\.TF32", r"1688\.F32(?:\.BF16)?")
-        )
-        assert within >= steps and driven >= steps, name
-        assert across in (within, 2 * within), name  # where parts meet, and tiles
-        assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", code), name  # x
-        assert re.search(r"STG\.E\.128", code), name  # y
-
-
-@pytest.mark.slow
-def test_wide_forward_on_tensor_cores_multiplies_there_and_moves_16_bytes_at_a_time(machine_code):
-    kernels = [(name, code) for name, code in machine_code["tensor"] if "tensor_wide" in name]
-    assert len(kernels) == 2 * 2 * 3 * 2  # targets, elements, sizes of a group, with an output gate or without
-    for name, code in kernels:
-        for depth in ("1688.F32.TF32", "1684.F32.TF32", r"1688.F32(.BF16)? "):  # W d, its borders; λ x
-            assert re.search(rf"HMMA\.{depth}", code), name
-        assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", code), name  # x
-        assert re.search(r"STG\.E\.128", code), name  # y
-        assert not re.search(r"\b(ATOM|RED)", code), name
-
-
-@pytest.mark.slow
-def test_backward_on_tensor_cores_multiplies_there_and_moves_16_bytes_at_a_time(machine_code):
-    kernels = [(name, code) for name, code in machine_code["tensor"] if "tensor_backward" in name]
-    assert len(kernels) == 2 * 2 * 3 * 3  # targets, elements, sizes of a group, modes
-    for name, code in kernels:
-        for depth in ("1688.F32.TF32", "1684.F32.TF32", "16816.F32"):  # W d, its borders; sums over channels
-            assert f"HMMA.{depth}" in code, name
-        assert "MOVM" in code and "LDSM" in code, name
-        assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", code), name  # x and dy
-        assert re.search(r"STG\.E\.128", code), name  # dx
-        assert not re.search(r"\b(ATOM|RED)", code), name
 
 
 def test_architectures_older_than_the_kernel_are_left_out(monkeypatch):

@@ -56,7 +56,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path, store, model):
     changes = [
         "--training.max_steps",
-        100,
+        60,
         "--training.checkpoint_every",
         7,
         "--training.warmup_steps",
@@ -70,14 +70,14 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path, store, model):
         changes += ["--model.name", "gspn-ti-1", "--model.overrides", "{width: 32, depth: 3, stochastic_depth: 0.9}"]
     train(config(tmp_path / "whole", store, *changes))
     killed, log = tmp_path / "killed", tmp_path / "log"
-    for kill_after in (9, 30):
+    for kill_after in (9, 25):
         process = start(options(killed, store, *changes), log)
         wait_for(killed, kill_after)
         process.kill()
-        assert finished(process) == -signal.SIGKILL and len(rows(killed)) < 100
+        assert finished(process) == -signal.SIGKILL and len(rows(killed)) < 60
     assert finished(start(options(killed, store, *changes), log)) == 0, text(log)
     assert losses(killed) == losses(tmp_path / "whole")
-    assert [step for step, _ in losses(killed)] == list(range(1, 101))
+    assert [step for step, _ in losses(killed)] == list(range(1, 61))
     assert len(list_checkpoints(killed)) == 3  # the newest, no more
     assert not list((killed / "checkpoints").glob(".*"))
 
@@ -345,6 +345,7 @@ def test_a_run_resumes_with_another_accumulation(tmp_path, store):
     torch.testing.assert_close(torch.tensor(split), torch.tensor(whole), rtol=1e-4, atol=0)
 
 
+@pytest.mark.usefixtures("loss_curves")
 def test_a_run_leaves_what_it_should(tmp_path, capsys):
     run = tmp_path / "run"
     train(
@@ -532,6 +533,7 @@ def test_a_training_grid_is_what_the_checkpoint_draws(tmp_path):
     assert again.read_bytes() == (run / "samples" / "step-0000008.png").read_bytes()
 
 
+@pytest.mark.usefixtures("loss_curves")
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, store):
     run = tmp_path / "run"
     train(config(run, store, "--training.max_steps", 4))

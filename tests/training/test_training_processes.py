@@ -6,7 +6,8 @@ import signal
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from made.launched import SOUND, finish, kill_one_process, launch, launchers, train_many
+from made import classifying
+from made.launched import LAUNCHERS, SOUND, finish, kill_one_process, launch, train_many
 from made.runs import checkpoint_step, list_checkpoints
 from made.training import SCORED, TRAIN, config, losses, options, rows, scores, wait_for
 from safetensors.torch import load_file
@@ -39,42 +40,70 @@ def values(run):
     return torch.tensor([float(loss) for _, loss in losses(run)])
 
 
-@pytest.mark.slow
-@launchers
-def test_two_processes_learn_as_one_and_their_checkpoints_are_the_same(tmp_path, store, one, launcher):
-    begun = tmp_path / "begun"
+ACCUMULATING = ["--training.gradient_accumulation_steps", 2]
+CLASSIFIERS = {"shifted": [], "mixed": [*classifying.EVERYTHING, "--training.layer_decay", 0.8]}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return classifying.write_idx_folder(tmp_path_factory.mktemp("idx") / "data")
+
+
+@pytest.fixture(scope="module", params=LAUNCHERS)
+def two(request, tmp_path_factory, store, pictures, one):
+    """A folder of runs of two processes, of both kinds of training: to start processes takes longer than the runs."""
+    folder = tmp_path_factory.mktemp("two")
+    begun = folder / "begun"
     shutil.copytree(one, begun)
     shutil.rmtree(list_checkpoints(begun)[-1])  # back to step 4 of one process
-    accumulating = [*AVERAGES, "--training.gradient_accumulation_steps", 2]
-    train_many(
-        tmp_path,
-        [
-            options(tmp_path / "two", store, *accumulating, "--training.sample_every", 8),
-            options(begun, store, *accumulating, "--resume", "auto"),
-            options(tmp_path / "everything", store, *accumulating, *EVERYTHING),
-            options(tmp_path / "scored", "digits", *SCORED),
-        ],
-        launcher,
-    )
+    accumulating = [*AVERAGES, *ACCUMULATING]
+    runs = [
+        ("Config", options(folder / "two", store, *accumulating, "--training.sample_every", 8)),
+        ("Config", options(begun, store, *accumulating, "--resume", "auto")),
+        ("Config", options(folder / "everything", store, *accumulating, *EVERYTHING)),
+        ("Config", options(folder / "scored", "digits", *SCORED)),
+    ]
+    for name, changes in CLASSIFIERS.items():
+        given = classifying.options(folder / name, pictures, *changes, *ACCUMULATING)
+        runs.append(("ClassifierConfig", given))
+    train_many(folder, runs, request.param)
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one_and_their_checkpoints_are_the_same(tmp_path, store, one, two):
     for run, tolerance in (("two", 1e-4), ("begun", 1e-4), ("everything", 2e-2)):
-        torch.testing.assert_close(values(tmp_path / run), values(one), rtol=tolerance, atol=0)
-    ours, theirs = ([float(row["grad_norm"]) for row in rows(run)] for run in (tmp_path / "two", one))
+        torch.testing.assert_close(values(two / run), values(one), rtol=tolerance, atol=0)
+    ours, theirs = ([float(row["grad_norm"]) for row in rows(run)] for run in (two / "two", one))
     assert ours == pytest.approx(theirs, rel=1e-3)
     for name in ("model", "optimizer", "ema/diffusion_pytorch_model", "power-ema-0.05", "power-ema-0.1"):
-        ours, theirs = (load_file(list_checkpoints(run)[-1] / f"{name}.safetensors") for run in (tmp_path / "two", one))
+        ours, theirs = (load_file(list_checkpoints(run)[-1] / f"{name}.safetensors") for run in (two / "two", one))
         assert ours.keys() == theirs.keys() and len(ours) > 20
         for key in ours:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-2, atol=2e-5)
-    assert (tmp_path / "two" / "samples" / "step-0000008.png").is_file()
-    assert load_pipeline(tmp_path / "two")(1, num_inference_steps=2).images
+    assert (two / "two" / "samples" / "step-0000008.png").is_file()
+    assert load_pipeline(two / "two")(1, num_inference_steps=2).images
 
     train(config(tmp_path / "scored-by-one", "digits", *SCORED))
-    ours, theirs = (float(scores(tmp_path / run)[-1]["fd"]) for run in ("scored", "scored-by-one"))
+    ours, theirs = (float(scores(run)[-1]["fd"]) for run in (two / "scored", tmp_path / "scored-by-one"))
     assert ours == pytest.approx(theirs, rel=1e-2)
 
-    shutil.rmtree(list_checkpoints(tmp_path / "two")[-1])  # and from two processes back to one
-    train(config(tmp_path / "two", store, *AVERAGES, "--resume", "auto"))
-    torch.testing.assert_close(values(tmp_path / "two"), values(one), rtol=1e-4, atol=0)
+    shutil.rmtree(list_checkpoints(two / "two")[-1])  # and from two processes back to one
+    train(config(two / "two", store, *AVERAGES, "--resume", "auto"))
+    torch.testing.assert_close(values(two / "two"), values(one), rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_teach_a_classifier_as_one(tmp_path, pictures, two):
+    """The same pictures, mixed alike; and the same accuracies."""
+    for name, changes in CLASSIFIERS.items():
+        train(classifying.config(tmp_path / name, pictures, *changes))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.testing.assert_close(values(two / name), values(tmp_path / name), rtol=1e-4, atol=0)
+        found, wanted = (classifying.accuracies(folder / name) for folder in (two, tmp_path))
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours["num_images"] == theirs["num_images"] == "10.0"
+            assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-3)
 
 
 @pytest.mark.slow
