@@ -1,4 +1,4 @@
-"""Training in a child process to which something bad happens. The children are forked from one warm process."""
+"""Commands in child processes to which something bad happens. The children are forked from one warm process."""
 
 import multiprocessing
 import os
@@ -8,6 +8,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 from gspn_dit.config import Config
 from gspn_dit.options import command
@@ -20,6 +22,13 @@ _context.set_forkserver_preload(["gspn_dit.training.loop"])
 def start(argv, log, fault=None, *arguments, kind=Config):
     """A process, leader of its own group, that trains after a fault was prepared in it; it writes to the log."""
     process = _context.Process(target=_train, args=(kind, argv, str(log), fault, *arguments))
+    process.start()
+    return process
+
+
+def start_command(main, kind, argv):
+    """A process of one thread that runs a command: `main`, as `module:function`, on options of that kind."""
+    process = _context.Process(target=_run_command, args=(main, kind, argv))
     process.start()
     return process
 
@@ -91,6 +100,11 @@ def _train(kind, argv, log, fault, *arguments):
     if fault is not None:
         fault(*arguments)
     command(loop.main, kind, prog="train_dit.py", argv=argv)
+
+
+def _run_command(main, kind, argv):
+    torch.set_num_threads(1)
+    command(main, kind, prog="command", argv=argv)
 
 
 def text(log):
