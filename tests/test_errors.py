@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from made.launched import finish, launch
+from made.launched import run_warm
 from torch.utils.data import Dataset
 
 from gspn_dit.data.workers import load
@@ -114,7 +114,7 @@ def share_with_others():
 
 @pytest.mark.slow
 def test_an_error_of_another_process_keeps_its_fields_and_one_process_speaks():
-    printed = finish(launch(2, __file__))
+    printed = run_warm(2, __file__)
     assert "process 0 raises it too" in printed and "process 1 raises it too" in printed
     assert printed.count("said once") == 1
 

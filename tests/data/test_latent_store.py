@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from made.faults import finished, start_command
-from made.launched import finish, kill_one_process, launch
+from made.launched import kill_one_process, launch, run_warm
 from made.training import wait_until
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -206,7 +206,7 @@ def test_a_killed_encoding_goes_on_with_any_number_of_processes_and_ends_the_sam
         encode(killed, **MANY)
         said = "".join(capsys.readouterr())
     else:
-        said = finish(launch(2, "-m", "gspn_dit.data.encode", *arguments))
+        said = run_warm(2, encode_command.__file__, *arguments)
     assert "500 images in 100 shards" in said
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
     assert checksums(killed) == checksums(unbroken)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from made.inception import random_inception, write_noise
-from made.launched import finish, launch
+from made.launched import run_warm
 
 from gspn_dit.autoencoder import decode, load_vae, sample_posterior
 from gspn_dit.commands import EncodeOptions
@@ -139,9 +139,7 @@ def test_two_processes_make_the_reference_and_the_figures_of_one(tmp_path):
         return [[f"--{key}={value}" for key, value in each.items()] for each in both]
 
     logs, launcher = tmp_path / "logs", ["--multi_gpu", "--log_dir", tmp_path / "logs", "--tee", 1]
-    finish(
-        launch(2, Path(__file__).parents[1] / "made" / "score_many.py", json.dumps(options("two")), launcher=launcher)
-    )
+    run_warm(2, Path(__file__).parents[1] / "made" / "score_many.py", json.dumps(options("two")), launcher=launcher)
     printed = {file.parent.name: file.read_text() for file in logs.glob("*/attempt_0/*/stdout.log")}
     assert sorted(printed) == ["0", "1"]
     first, second = (re.sub(r"^\[Gloo\].*\n", "", printed[rank], flags=re.M) for rank in "01")  # older torch's own

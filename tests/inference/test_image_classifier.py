@@ -6,7 +6,7 @@ import pytest
 import torch
 from made.classifying import write_idx_folder
 from made.images import write_images
-from made.launched import finish, launch
+from made.launched import ROOT, run_warm
 from PIL import Image
 
 from gspn_dit.commands import run
@@ -88,7 +88,7 @@ def test_evaluate_classifier_is_right_and_heeds_how_pictures_are_prepared(model,
 def test_two_processes_score_as_one(model, data, tmp_path):
     one = score(model, data, tmp_path / "one.json")
     arguments = ("evaluate-classifier", model, "--data", data, "--out", tmp_path / "two.json", "--batch-size", 2)
-    printed = finish(launch(2, "-m", "gspn_dit", *arguments))
+    printed = run_warm(2, ROOT / "gspn_dit" / "__main__.py", *arguments)
     two = json.loads((tmp_path / "two.json").read_text())
     assert printed.count("top1") == 1
     assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-5) and two == one

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made.faults import _context as warm
-from made.launched import finish, kill_one_process, launch
+from made.launched import kill_one_process, launch, run_warm
 from made.runs import CLASS_NAMES, make_run
 from PIL import Image
 
@@ -443,7 +443,7 @@ def test_killed_processes_leave_whole_pictures_and_one_goes_on(run, tmp_path, un
 def test_two_processes_go_on_where_one_was_and_make_the_npz(run, tmp_path, unbroken):
     folder = tmp_path / "pictures"
     sample("--model", str(run), "--out", str(folder), *MANY, "--num-images", "13")
-    printed = finish(launch(2, SCRIPT, "--model", run, "--out", folder, "--npz", "--batch-size", 4, *MANY))
+    printed = run_warm(2, SCRIPT, "--model", run, "--out", folder, "--npz", "--batch-size", 4, *MANY)
     assert "sampling: 60 images, 47 of them in " in printed  # 13 were there
     assert f"60 images: {folder}, {folder}.npz" in printed
     assert np.abs(pictures(folder) - unbroken).max() <= 1

@@ -1,10 +1,18 @@
-"""Real processes under `accelerate launch`, on the CPU, to be waited for or killed."""
+"""Real processes under `accelerate launch`, on the CPU, to be waited for or killed.
 
+To start Python and to import torch and the package takes such processes longer than their work. Where a test asks what
+several processes compute, and not how they are started or ended, `run_warm` forks launcher and processes from one that
+has imported all that.
+"""
+
+import contextlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,43 +20,85 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from made.faults import _context as warm
 
 ROOT = Path(__file__).parents[2]
 TRAIN_MANY = str(ROOT / "tests" / "made" / "train_many.py")
 # torch 2.8, on the CPU: gloo gives FSDP2 the sum of gradients for their mean, and compiled blocks that are recomputed
 # corrupt memory (blocks without scans too). Neither with 2.11.
 SOUND = torch.__version__ >= "2.11"
+MANY = ("--multi_gpu",)  # accelerate's launcher of several processes, on the CPU too
 FSDP = ("--config_file", str(ROOT / "configs" / "accelerate" / "fsdp.yaml"))
 LAUNCHERS = [
-    pytest.param(("--multi_gpu",), id="ddp"),
+    pytest.param(MANY, id="ddp"),
     pytest.param(FSDP, id="fsdp2", marks=pytest.mark.skipif(not SOUND, reason="gloo gives the sum for the mean")),
 ]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def launch(
-    processes: int, *arguments: object, launcher: Sequence[object] | None = None, **options: object
-) -> subprocess.Popen:
-    """Start a script, or `-m` a module, with its arguments on that many processes, one thread each.
+def settings(processes: int, launcher: Sequence[object]) -> list[object]:
+    """The launcher's own options."""
+    plain = "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0
+    return [*launcher, "--num_processes", processes, *plain]
 
-    `--multi_gpu` is accelerate's launcher of several processes, on the CPU too: with `--cpu` it starts one, whatever
-    `--num_processes` says.
-    """
-    launcher = launcher or ["--multi_gpu" if processes > 1 else "--cpu"]
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", *launcher, "--num_processes", processes),
-        *("--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0),
-        *arguments,
-    ]
+
+def launch(processes: int, *arguments: object) -> subprocess.Popen:
+    """Start a script, or `-m` a module, with its arguments on that many processes, one thread each."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *settings(processes, MANY), *arguments]
     return subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, **ENVIRONMENT},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        **options,
     )
+
+
+def run_warm(processes: int, script: object, *arguments: object, launcher: Sequence[object] = MANY) -> str:
+    """What a script prints on that many forked processes, one thread each; it has to end with status 0."""
+    argv = [str(part) for part in (*settings(processes, launcher), script, *arguments)]
+    with tempfile.NamedTemporaryFile() as printed:
+        process = warm.Process(target=_launch, args=(argv, printed.name))
+        process.start()
+        process.join(480)
+        ended = process.exitcode
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # if it hangs, with its processes
+        said = Path(printed.name).read_text()
+    assert ended == 0, said
+    return said
+
+
+def _launch(argv: list[str], printed: str) -> None:
+    from accelerate.commands import launch
+    from torch.distributed import run as torchrun
+
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ.update(ENVIRONMENT)
+    torch.set_num_threads(1)
+    output = os.open(printed, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    run = torchrun.run
+
+    def run_forked(args):
+        args.run_path, args.start_method = True, "fork"
+        run(args)
+
+    torchrun.run, torchrun.run_script_path = run_forked, _run_script
+    launch.launch_command(launch.launch_command_parser().parse_args(argv))
+
+
+def _run_script(script: str, *argv: str) -> None:
+    sys.argv = [script, *argv]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:  # the launcher waits until a function returns, or fails
+        if ended.code:
+            raise
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -68,7 +118,7 @@ def train_many(folder: Path, runs: Sequence[tuple[str, Sequence[str]]], launcher
         folder: Where they are noted down.
     """
     (folder / "runs.json").write_text(json.dumps(runs))
-    printed = finish(launch(2, TRAIN_MANY, folder / "runs.json", launcher=launcher))
+    printed = run_warm(2, TRAIN_MANY, folder / "runs.json", launcher=launcher)
     assert printed.count("2 × cpu") == len(runs)
     assert "Grad strides" not in printed  # DDP's word on what nobody here can mend
 
