@@ -1,0 +1,1 @@
+"""Words to numbers: captions to tokens (`tokens`). What needs transformers imports it when it is called."""
