@@ -20,9 +20,10 @@ from gspn_dit.errors import InputError
 from gspn_dit.inference.loading import vae_of_run
 from gspn_dit.inference.run_description import read_config
 from gspn_dit.models.text_to_image import TextToImageModel
+from gspn_dit.storage.packaged import PACKAGED_TOKENIZERS
 from gspn_dit.storage.pictures import save_grid
 from gspn_dit.storage.run_folder import Checkpoint
-from gspn_dit.text.tokens import load_tokenizer
+from gspn_dit.text.tokens import MAX_LENGTH, load_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -80,12 +81,13 @@ def tokenizer_of(model: dict[str, Any]) -> str | os.PathLike:
     """Where the tokenizer of a run is, by the `model` section of its configuration."""
     if model["tokenizer"] is None and model["base"] is not None:
         return Path(model["base"]) / "tokenizer"
-    return model["tokenizer"] or "scenes"
+    name = model["tokenizer"] or next(iter(PACKAGED_TOKENIZERS))
+    return PACKAGED_TOKENIZERS.get(name, name)
 
 
-def token_length(model: TextToImageModel) -> int | None:
-    """How many tokens its text encoder takes; None if it has none."""
-    return None if model.text_encoder is None else model.text_encoder.config.max_position_embeddings
+def token_length(model: TextToImageModel) -> int:
+    """How many tokens its text encoder takes; as many as CLIP's if it has none."""
+    return MAX_LENGTH if model.text_encoder is None else model.text_encoder.config.max_position_embeddings
 
 
 def check_scaling(scaling: LatentScaling, name: str) -> None:

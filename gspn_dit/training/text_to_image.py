@@ -16,9 +16,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DCondit
 from torch import Tensor, nn
 
 from gspn_dit.config import TrainingConfig
-from gspn_dit.data.caption_tokens import INPUT_IDS, TokenizedImages, made_by
-from gspn_dit.data.images import ImageDataset
-from gspn_dit.data.latent_store import LatentStore
+from gspn_dit.data.caption_tokens import INPUT_IDS, made_by
+from gspn_dit.data.captions import TokenizedCaptions, open_captioned
+from gspn_dit.data.latent_store import LatentStore, is_latent_store
 from gspn_dit.data.source import Source, is_of_latents
 from gspn_dit.diffusion import Batch
 from gspn_dit.diffusion.sampling import check_steps
@@ -35,7 +35,7 @@ from gspn_dit.models.compiled_blocks import compile_blocks
 from gspn_dit.models.macs import count_macs
 from gspn_dit.models.text_to_image import TextToImageModel, filled_text_encoder, filled_unet
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder
-from gspn_dit.text.tokens import load_tokenizer, token_ids
+from gspn_dit.text.tokens import load_tokenizer, tokenize
 from gspn_dit.text_to_image_config import TextToImageConfig
 from gspn_dit.training.diffusion import check_same_vae, open_latents
 from gspn_dit.training.ema import EMA
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
+HOW = "encode anew with --tokenizer"
 SET_BY_DATA = ("sample_size", "in_channels", "out_channels")
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock")  # of diffusers' UNet
 OF_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -99,7 +100,7 @@ class TextToImageTask(Task):
     )
 
     def __post_init__(self) -> None:
-        self.no_words = token_ids(self.tokenizer, [""]).to(self.accelerator.device)
+        self.no_words = tokenize(self.tokenizer, [""]).to(self.accelerator.device)
         self._averaged: TextToImageModel | None = None
 
     @classmethod
@@ -130,7 +131,7 @@ class TextToImageTask(Task):
                 wanted="as many at least",
             )
         with renamed(source="data.source", image_size="data.image_size", vae="data.vae"):
-            source = with_tokens(open_source(config.data, config.seed), tokenizer)
+            source = open_with_tokens(config, tokenizer)
         steps_after(0, config.training, accelerator)  # refuses a batch that does not split evenly
         if is_of_latents(source):
             check_scaling(source, config.data.source)
@@ -292,32 +293,34 @@ class TextToImageTask(Task):
         return stable_diffusion_pipeline(self._averaged, not_none(self.vae), self.tokenizer, self.scheduler)
 
 
-def with_tokens(source: Source, tokenizer: CLIPTokenizer) -> Source:
-    """The source with the tokens of captions: made of a source of images, and there in a store, which is checked.
+def open_with_tokens(config: TextToImageConfig, tokenizer: CLIPTokenizer) -> Source:
+    """The source of the data: its tokens are made of captions as images come, and there in a store, which is checked.
 
     Raises :class:`InputError` if there are no captions, or a store has tokens of another tokenizer or length.
     """
-    if isinstance(source, ImageDataset):
-        return TokenizedImages(source, tokenizer)
-    how = "encode it with `gspn-dit encode --tokenizer …`"
-    if not isinstance(source, LatentStore) or INPUT_IDS not in source.extras:
-        raise InputError("it holds no tokens of captions", argument="source", remedy=how)
-    stored, length = source.extras[INPUT_IDS], tokenizer.model_max_length
-    if stored.shape != (length,):
+    data = config.data
+    if not is_latent_store(data.source):
+        options = {"seed": config.seed, "exif_orientation": data.exif_orientation}
+        return TokenizedCaptions(open_captioned(data.source, data.image_size, **options), tokenizer)
+    store = not_none(open_source(data, config.seed))
+    stored = store.extras.get(INPUT_IDS) if isinstance(store, LatentStore) else None
+    if stored is None:
+        raise InputError("it holds no tokens of captions", argument="source", value=data.source, remedy=HOW)
+    if stored.shape != (tokenizer.model_max_length,):
         raise InputError(
-            f"its captions have {stored.shape[0]} tokens, and the text encoder takes {length}",
+            f"its captions have {stored.shape[0]} tokens, and the text encoder takes {tokenizer.model_max_length}",
             argument="source",
-            value=str(source.folder),
-            remedy=f"{how} --tokens {length}",
+            value=data.source,
+            remedy=f"{HOW}, and --tokens {tokenizer.model_max_length}",
         )
     if stored.made_by != made_by(tokenizer):
         raise InputError(
             "its captions' tokens are of another tokenizer",
             argument="source",
-            value=str(source.folder),
+            value=data.source,
             remedy="name that with --model.tokenizer",
         )
-    return source
+    return store
 
 
 def text_options_of(config: TextToImageConfig) -> dict[str, Any]:
