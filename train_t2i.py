@@ -1,4 +1,4 @@
-"""Train a text-to-image model of Stable Diffusion's kind: `python train_t2i.py --config configs/t2i/scenes-teacher.yaml`."""
+"""Train a text-to-image model: `python train_t2i.py --config configs/t2i/scenes-teacher.yaml`."""
 
 from gspn_dit.commands import run
 

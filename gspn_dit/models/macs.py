@@ -14,7 +14,9 @@ from gspn_dit.models.text_to_image import TextToImageModel
 
 
 def count_macs(
-    model: LatentModel | GSPNClassifier | TextToImageModel, size: tuple[int, int], condition: Mapping[str, Tensor] | None = None
+    model: LatentModel | GSPNClassifier | TextToImageModel,
+    size: tuple[int, int],
+    condition: Mapping[str, Tensor] | None = None,
 ) -> int:
     """Multiply-accumulates of one forward pass of one sample, the unit that DiT's and Swin's papers call FLOPs.
 

@@ -110,20 +110,18 @@ class TextToImageModel(SavedModel):
             return_dict=False,
         )[0]
 
-    def example_inputs(
-        self, size: tuple[int, int], condition: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
+    def example_inputs(self, size: tuple[int, int], condition: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The arguments of :meth:`forward` for one sample of latents of that height and width, on the model's device.
 
         The condition is the first token of a caption as often as it goes, unless another is given.
         """
-        device = self.device
+        device, length = self.device, TEXT_ENCODER["max_position_embeddings"]
         if condition is None and self.text_encoder is not None:
             length = self.text_encoder.config.max_position_embeddings
             condition = {"input_ids": torch.zeros(1, length, dtype=torch.long, device=device)}
         elif condition is None:
             width = self.unet.config.cross_attention_dim
-            condition = {"encoder_hidden_states": torch.zeros(1, TEXT_ENCODER["max_position_embeddings"], width, device=device)}
+            condition = {"encoder_hidden_states": torch.zeros(1, length, width, device=device)}
         latents = torch.zeros(1, self.unet.config.in_channels, *size, device=device)
         return {"latents": latents, "timesteps": torch.zeros(1, device=device), **condition}
 

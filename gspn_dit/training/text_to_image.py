@@ -180,9 +180,7 @@ class TextToImageTask(Task):
     def batch(self, samples: Any, step: int) -> Batch:
         """Clean latents, and the tokens of their captions, those of the empty one where they are dropped."""
         ids = torch.where(samples["drop"][:, None], self.no_words, samples["condition"][INPUT_IDS])
-        return Batch(
-            latents=self.encoder(samples), noise=samples["noise"], u=samples["u"], condition={INPUT_IDS: ids}
-        )
+        return Batch(latents=self.encoder(samples), noise=samples["noise"], u=samples["u"], condition={INPUT_IDS: ids})
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.objective.loss(model, batch)
