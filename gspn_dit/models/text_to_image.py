@@ -135,7 +135,7 @@ def _text_encoder(options: Mapping[str, Any]) -> Any:
         raise InputError(f"CLIPTextConfig has no option {odd[0]!r}", argument="text_encoder_options")
     try:
         return CLIPTextModel(CLIPTextConfig(**{**TEXT_ENCODER, **options}))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # transformers 5 has kinds of its own, which its older versions do not have
         raise InputError(
             f"no CLIPTextModel is made of these ({' '.join(str(error).split())})", argument="text_encoder_options"
         ) from error

@@ -230,6 +230,16 @@ class TextToImageTask(Task):
             load_part(not_none(model.text_encoder), CLIPTextModel, Path(folder), argument)
         return None
 
+    def parameter_groups(self, model: TextToImageModel) -> list[dict[str, Any]]:
+        """Weight decay is of matrices and convolutions: not of vectors, nor of tables of embeddings."""
+        tables = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                groups[parameter.ndim > 1 and id(parameter) not in tables].append(parameter)
+        decay = self.options.weight_decay
+        return [{"params": groups[True], "weight_decay": decay}, {"params": groups[False], "weight_decay": 0.0}]
+
     @property
     def data_record(self) -> dict[str, Any]:
         chain = {key: self.scheduler.config[key] for key in CHAIN}
