@@ -93,15 +93,10 @@ def encode(options: Options, extras: Extras | None = None) -> None:
     """
     if options.data is None or options.vae is None or options.image_size is None or options.out is None:
         raise TypeError("these options verify a store, and encode none")
-    chosen = {"split": options.split, "exif_orientation": options.exif_orientation}
     with renamed(source="data", max_length="tokens"):
-        if options.tokenizer is None:
-            images = open_images(options.data, options.image_size, **chosen)
-        else:
-            images = open_captioned(options.data, options.image_size, **chosen)
-            tokenizer = load_tokenizer(PACKAGED_TOKENIZERS.get(options.tokenizer, options.tokenizer), options.tokens)
-            extras = extras or CaptionTokens(images, tokenizer)
-    extras = extras or NoExtras()
+        images, tokens = open_encoded(options)
+    if extras is None:
+        extras = tokens or NoExtras()
     described = to_json(extras.declared)
     processes, device = join_processes(options.device)
     vae = load_vae(options.vae).to(device)
@@ -151,6 +146,20 @@ def encode(options: Options, extras: Extras | None = None) -> None:
         write_json(out / "manifest.json", manifest | measured)
         report(out, manifest | measured, vae)
     processes.destroy_process_group()
+
+
+def open_encoded(options: Options) -> tuple[ImageDataset, Extras | None]:
+    """The images to encode, and what makes tokens of their captions if those are asked for.
+
+    Raises :class:`InputError` if something named cannot be had.
+    """
+    data, size = not_none(options.data), not_none(options.image_size)
+    split, exif_orientation = options.split, options.exif_orientation
+    if options.tokenizer is None:
+        return open_images(data, size, split=split, exif_orientation=exif_orientation), None
+    captioned = open_captioned(data, size, split=split, exif_orientation=exif_orientation)
+    tokenizer = load_tokenizer(PACKAGED_TOKENIZERS.get(options.tokenizer, options.tokenizer), options.tokens)
+    return captioned, CaptionTokens(captioned, tokenizer)
 
 
 def measure(out: Path, shards: list[str], vae: AutoencoderKL, images: ImageDataset) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gspn_dit.errors import InputError
 from gspn_dit.models.saved_model import SavedModel
 
-TEXT_ENCODER = {  # of Stable Diffusion 1: CLIP ViT-L/14's
+TEXT_ENCODER: dict[str, Any] = {  # of Stable Diffusion 1: CLIP ViT-L/14's
     "vocab_size": 49408,
     "hidden_size": 768,
     "intermediate_size": 3072,

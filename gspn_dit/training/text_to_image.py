@@ -308,8 +308,8 @@ def open_with_tokens(config: TextToImageConfig, tokenizer: CLIPTokenizer) -> Sou
     """
     data = config.data
     if not is_latent_store(data.source):
-        options = {"seed": config.seed, "exif_orientation": data.exif_orientation}
-        return TokenizedCaptions(open_captioned(data.source, data.image_size, **options), tokenizer)
+        images = open_captioned(data.source, data.image_size, seed=config.seed, exif_orientation=data.exif_orientation)
+        return TokenizedCaptions(images, tokenizer)
     store = not_none(open_source(data, config.seed))
     stored = store.extras.get(INPUT_IDS) if isinstance(store, LatentStore) else None
     if stored is None:

@@ -113,6 +113,9 @@ def test_an_export_is_a_pipeline_of_diffusers_that_draws_the_runs_grid(tmp_path,
     assert ours.shape == theirs.shape and abs(ours - theirs).max() <= 1
     assert (exported / "pipe" / "samples.png").read_bytes() == drawn.read_bytes()
     assert str(exported) not in "".join(path.read_text() for path in (exported / "pipe").rglob("*.json"))
+    as_before = load_file(exported / "pipe" / "text_encoder" / "model.safetensors")  # as transformers 4 reads it
+    assert all(name.startswith("text_model.") for name in as_before)
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in (exported / "pipe" / "tokenizer").iterdir()}
     averaged = weights(exported / "run", "ema/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(p, averaged[f"unet.{name}"]) for name, p in pipe.unet.named_parameters())
 
