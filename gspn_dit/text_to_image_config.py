@@ -60,12 +60,15 @@ class CaptionedDataConfig(DataConfig):
         horizontal_flip: Mirror half of the images, at random; captions that say left or right are then wrong.
         exif_orientation: Turn a folder's images as their EXIF orientation says.
         num_workers: Processes that read data, per training process; 0 reads in the training process itself.
+        sample_posterior: Draw latents from the VAE's posterior, as Stable Diffusion does; false takes its mean, which
+            is the easier to learn where the posterior is wide, as a small VAE's is of plain backgrounds.
     """
 
     source: str = "data/captioned-latents"
     vae: str = "stabilityai/sd-vae-ft-mse"
     image_size: int = 512
     horizontal_flip: bool = False
+    sample_posterior: bool = True
 
 
 @dataclass

@@ -96,6 +96,7 @@ class TextToImageTask(Task):
         "model.base",
         "diffusion.prediction_type",
         "data.image_size",
+        "data.sample_posterior",
         "training.batch_size",
     )
 
@@ -179,6 +180,8 @@ class TextToImageTask(Task):
 
     def batch(self, samples: Any, step: int) -> Batch:
         """Clean latents, and the tokens of their captions, those of the empty one where they are dropped."""
+        if not self.config.data.sample_posterior:
+            samples = {**samples, "posterior_noise": torch.zeros_like(samples["posterior_noise"])}
         ids = torch.where(samples["drop"][:, None], self.no_words, samples["condition"][INPUT_IDS])
         return Batch(latents=self.encoder(samples), noise=samples["noise"], u=samples["u"], condition={INPUT_IDS: ids})
 

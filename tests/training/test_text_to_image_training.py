@@ -158,8 +158,16 @@ def test_dropped_captions_are_all_the_empty_one(tmp_path, data, tokenizer):
         assert (losses(of[0]) == losses(of[1])) is same
 
 
-@pytest.mark.parametrize("change", ["--diffusion.prediction_type v_prediction", "--diffusion.min_snr_gamma 5"])
-def test_an_option_of_the_objective_is_heeded(tmp_path, data, tokenizer, exported, change):
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--diffusion.prediction_type v_prediction",
+        "--diffusion.min_snr_gamma 5",
+        "--data.sample_posterior false",
+        "--data.horizontal_flip true",
+    ],
+)
+def test_an_option_is_heeded(tmp_path, data, tokenizer, exported, change):
     train(config(tmp_path / "run", data, tokenizer, *change.split()))
     assert losses(tmp_path / "run") != losses(exported / "run")
     index = list_checkpoints(tmp_path / "run")[-1] / "metadata.json"
