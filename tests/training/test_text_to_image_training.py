@@ -12,7 +12,7 @@ from made.captioned_runs import config, options
 from made.captions import CAPTIONS, write_captioned, write_tokenizer
 from made.launched import train_many
 from made.runs import list_checkpoints
-from made.training import losses
+from made.training import ROOT, losses
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,8 +22,10 @@ from gspn_dit.errors import InputError
 from gspn_dit.inference.stable_diffusion import draw_prompt_grid
 from gspn_dit.storage.run_folder import RunFolder
 from gspn_dit.text.tokens import load_tokenizer, tokenize
+from gspn_dit.text_to_image_config import TextToImageConfig
 from gspn_dit.training.loop import train
 
+RECIPES = sorted((ROOT / "configs" / "t2i").glob("*.yaml"))
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
@@ -232,3 +234,12 @@ def test_a_run_is_not_continued_as_another(tmp_path, data, tokenizer):
     ):
         with pytest.raises(InputError, match=rf"^{named}"):
             train(config(tmp_path / "run", data, tokenizer, "--resume", "auto", *change))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_run_on_made_pictures(tmp_path, data, tokenizer, path):
+    changes = ["--output_dir", tmp_path / "run", "--data.source", data, "--data.vae", "digits"]
+    changes += ["--model.tokenizer", tokenizer, "--training.max_steps", 1, "--training.batch_size", 2]
+    changes += ["--training.trackers", "[]", "--sampling.num_inference_steps", 2, "--sampling.num_images", 2]
+    train(TextToImageConfig.load(path, [str(value) for value in changes]))
+    assert len(losses(tmp_path / "run")) == 1 and RunFolder(tmp_path / "run").samples(1).is_file()
