@@ -3,6 +3,8 @@
 The folder is a saved :class:`~gspn_dit.inference.pipeline.GSPNDiTPipeline`: averaged weights, VAE, scheduler, class
 names and the run's sampling defaults, with a model card and its grid of samples. Wherever a model is named, the folder
 can be named; diffusers' own `DiffusionPipeline` does not know the class.
+
+A run of `train-t2i` becomes a `StableDiffusionPipeline`, which diffusers knows.
 """
 
 from __future__ import annotations
@@ -18,15 +20,20 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors.torch import load_file
+
 from gspn_dit.devices import choose_device
 from gspn_dit.inference.grid import draw_grid
 from gspn_dit.inference.loading import find_checkpoint, load_pipeline
-from gspn_dit.inference.model_card import GRID_FILE, model_card
+from gspn_dit.inference.model_card import GRID_FILE, model_card, stable_diffusion_card
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
-from gspn_dit.storage.files import new_folder, require_new
+from gspn_dit.inference.stable_diffusion import is_text_to_image, load_stable_diffusion
+from gspn_dit.storage.files import new_folder, require_new, save_tensors
 from gspn_dit.storage.run_folder import Checkpoint
 
 if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
     from gspn_dit.commands import ExportOptions
 
 GRID_IMAGES = 16
@@ -37,6 +44,10 @@ def main(options: ExportOptions) -> None:
     out = Path(options.out)
     require_new(out)
     checkpoint = find_checkpoint(options.model)
+    if checkpoint is not None and is_text_to_image(checkpoint):
+        export_stable_diffusion(checkpoint, out, options.vae)
+        print(f"{options.model} as a StableDiffusionPipeline: {out}")
+        return
     pipeline = load_pipeline(checkpoint or options.model, options.vae)
     require_new(out, pipeline.transformer.get_memory_footprint() + pipeline.vae.get_memory_footprint())
     with new_folder(out) as folder:
@@ -48,6 +59,22 @@ def main(options: ExportOptions) -> None:
     print(f"{options.model} as a pipeline: {out}")
 
 
+def export_stable_diffusion(checkpoint: Checkpoint, out: Path, vae: str | None) -> None:
+    """Write a checkpoint of `train-t2i` as a pipeline that diffusers alone loads."""
+    pipe = load_stable_diffusion(checkpoint, vae)
+    parts = (pipe.unet, pipe.text_encoder, pipe.vae)
+    require_new(out, sum(p.numel() * p.element_size() for part in parts for p in part.parameters()))
+    with new_folder(out) as folder:
+        pipe.save_pretrained(folder)
+        _suit_older_transformers(pipe, folder)
+        for path in folder.rglob("*.json"):
+            _forget_origin(path)
+        drawn = checkpoint.run.samples(checkpoint.step) if checkpoint.run else None
+        if drawn is not None and drawn.is_file():
+            shutil.copyfile(drawn, folder / GRID_FILE)
+        (folder / "README.md").write_text(stable_diffusion_card(checkpoint, has_grid=(folder / GRID_FILE).is_file()))
+
+
 def save_samples(pipe: GSPNDiTPipeline, checkpoint: Checkpoint | None, path: Path) -> None:
     """The grid that training drew at a checkpoint, or one that is drawn now."""
     if checkpoint and (run := checkpoint.run) and (drawn := run.samples(checkpoint.step)).is_file():
@@ -55,6 +82,15 @@ def save_samples(pipe: GSPNDiTPipeline, checkpoint: Checkpoint | None, path: Pat
         return
     pipe.set_progress_bar_config(desc=path.name, disable=None)
     draw_grid(pipe.to(choose_device()), path, count=GRID_IMAGES, seed=0)
+
+
+def _suit_older_transformers(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Write a saved text encoder and tokenizer as transformers 4 reads them, too: 5 has other names and other files."""
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
+    save_tensors(tensors, path, {"format": "pt"})
+    if not (folder / "tokenizer" / "vocab.json").is_file():
+        pipe.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # vocab.json and merges.txt
 
 
 def _forget_origin(path: Path) -> None:
