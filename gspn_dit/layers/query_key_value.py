@@ -23,6 +23,8 @@ from gspn_dit.layers.mixers import NUM_DIRECTIONS, linear_attention
 from gspn_dit.layers.windows import Window
 from gspn_dit.ops import propagate
 
+INPUT_GATE = 0.25  # where λ starts
+
 
 class QueryKeyValueMixing(nn.Module):
     """The base of the mixings.
@@ -58,21 +60,28 @@ class PerHeadLinear(nn.Module):
         self.bias = nn.Parameter(torch.full((heads, outputs), start))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.einsum("...gd,gdk->...kg", x.unflatten(-1, (len(self.weight), -1)), self.weight.to(x.dtype))
-        return y + self.bias.T.to(y.dtype)
+        # one matrix for all heads, of zeros between them: it needs no copy of the map by heads
+        of_each = torch.diag_embed(self.weight.permute(2, 1, 0))  # (K, D, heads, heads)
+        weight = of_each.permute(0, 2, 3, 1).flatten(2).flatten(0, 1)  # (K · heads, C)
+        return F.linear(x, weight, self.bias.T.flatten()).unflatten(-1, (-1, len(self.weight)))
 
 
 class GSPNMixing(QueryKeyValueMixing):
     """Line scans of V, with gates read from K and Q (arXiv 2501.12381; the correspondence is arXiv 2512.07884's 3.2):
 
-        y = Σ_k s_k ⊙ u_k h_k + d ⊙ v,   h_k[i] = f_k ⊙ W_k h_k[i-1] + λ_k v[i]
+        y = Σ_k s_k ⊙ u_k / z ⊙ h_k + d ⊙ v,   h_k[i] = f_k ⊙ W_k h_k[i-1] + λ_k v[i]
 
     over the directions k, where i counts lines. V is what the scans carry. The input gate λ, per head and direction, is
     linear in the head's key, and the output gate u in its query. W are the normalised gates, which a layer of rank
     C // 16 reads from x, for each head. Decay f, scale s and direct path d are per channel.
 
-    It starts as a normalised mean of the neighbourhood's V: λ = 1/4, u = 1, f with half-lives of 2 to 64 lines in each
-    head, and s = 1 - f, so that the weights of a scan's lines sum to 1/4; d = 0.
+    z, per head and token, is what the scans of a map of ones sum to with the head's mean decay and λ = 1/4, so lines
+    that a border cuts off are not missed. There is no norm as in :class:`gspn_dit.layers.mixers.GSPNMixer`: like
+    attention's, the result has the size of what is averaged.
+
+    It starts as the mean of V over the neighbourhood, weighted the same for all of a head's channels, as attention's
+    mean is: λ = 1/4, u = 1, s = 1, d = 0, all three neighbours of a line alike, and half-lives from 2 lines in the
+    first head to 64 in the last.
     """
 
     def __init__(self, channels: int, heads: int) -> None:
@@ -81,27 +90,53 @@ class GSPNMixing(QueryKeyValueMixing):
         narrow, wide = linear(channels, rank, bias=False), linear(rank, heads * NUM_DIRECTIONS * 3)
         self.gates = nn.Sequential(narrow, wide)
         nn.init.normal_(wide.weight, std=0.02)
-        self.input_gate = PerHeadLinear(channels, heads, NUM_DIRECTIONS, start=0.25)
+        self.input_gate = PerHeadLinear(channels, heads, NUM_DIRECTIONS, start=INPUT_GATE)
         self.output_gate = PerHeadLinear(channels, heads, NUM_DIRECTIONS, start=1.0)
-        spread = channels // heads
-        half_lives = 2 ** torch.linspace(1, 6, spread).repeat(heads)
+        half_lives = 2 ** torch.linspace(1, 6, heads).repeat_interleave(channels // heads)
         self.log_rate = nn.Parameter((math.log(2) / half_lives).log().repeat(NUM_DIRECTIONS, 1))
-        self.scale = nn.Parameter(1 - (-self.log_rate.detach().exp()).exp())
+        self.scale = nn.Parameter(torch.ones(NUM_DIRECTIONS, channels))
         self.direct = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk = None) -> Tensor:
         dtype = torch.promote_types(value.dtype, torch.float32)
+        rate = self.log_rate.to(dtype).exp()
         logits = self.gates(x).to(value.dtype).unflatten(-1, (self.heads, NUM_DIRECTIONS, 3))
+        output_gate = self.output_gate(query) / self.weight_of_scans(rate, *x.shape[1:3], chunk).unsqueeze(-2)
         scanned = propagate(
             value,
             logits.permute(0, 1, 2, 4, 5, 3),
             self.input_gate(key).to(value.dtype),
-            self.output_gate(query).to(value.dtype),
-            decay=(-self.log_rate.to(dtype).exp()).exp(),  # of many lines it is close to 1: float32 at least
+            output_gate.to(value.dtype),
+            decay=(-rate).exp(),  # of many lines it is close to 1: float32 at least
             scale=self.scale.to(dtype),
             **scan_options(chunk),
         )
         return torch.addcmul(scanned, self.direct.to(value.dtype), value)
+
+    def weight_of_scans(self, rate: Tensor, height: int, width: int, chunk: Chunk) -> Tensor:
+        """z, (H, W, heads): λ Σ_k (1 + f + … + fⁿ⁻¹), n the lines from a border to the token in direction k."""
+        rate = rate.unflatten(-1, (self.heads, -1)).mean(-1)
+        axes = []
+        for length, (forth, back) in (height, rate[:2]), (width, rate[2:]):
+            before, after = lines_to_borders(length, chunk, rate.device)
+            axes.append(sum_of_powers(forth, before) + sum_of_powers(back, after))
+        down, across = axes
+        return INPUT_GATE * (down[:, None] + across[None, :])
+
+
+def lines_to_borders(length: int, chunk: Chunk, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many tokens of an axis are up to each one, with it, and from each one on, until a chunk or window ends."""
+    place = torch.arange(length, device=device)
+    side, shift = (chunk.side, chunk.shift) if isinstance(chunk, Window) else (chunk, 0)
+    if side is None or length <= side:
+        return place + 1, length - place
+    inside = (place - shift) % side
+    return torch.minimum(place, inside) + 1, torch.minimum(length - place, side - inside)
+
+
+def sum_of_powers(rate: Tensor, count: Tensor) -> Tensor:
+    """1 + f + … + fⁿ⁻¹ for f = exp(-rate), rates (heads,) and counts n (L,), as (L, heads)."""
+    return torch.expm1(-rate * count[:, None]) / torch.expm1(-rate)
 
 
 class LinearMixing(QueryKeyValueMixing):
@@ -161,7 +196,8 @@ class WindowMixing(QueryKeyValueMixing):
         padding = (0, 0, radius, (across + 1) * radius - width, radius, (down + 1) * radius - height)
         key, value = (F.pad(part, padding) for part in (key, value))
         query = F.pad(query, (0, 0, 0, across * radius - width, 0, down * radius - height))
-        disc = self.disc(radius, x.device)
+        apart = self.squared_distances(radius, x.device)
+        disc, itself = apart < radius**2, apart == 0
         column = torch.arange(-radius, (across + 1) * radius, device=x.device).unfold(0, 3 * radius, radius)
         rows = []
         for top in range(0, down * radius, radius):
@@ -172,7 +208,8 @@ class WindowMixing(QueryKeyValueMixing):
             ]
             row = torch.arange(top - radius, top + 2 * radius, device=x.device)
             inside = ((row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))[:, None, :]
-            seen = disc & inside.flatten(1)[:, None]  # (across, queries, keys)
+            # (across, queries, keys); a query beyond the map sees itself, for none may see nothing
+            seen = disc & inside.flatten(1)[:, None] | itself
             parts = [part.flatten(2, 3).unflatten(-1, (self.heads, -1)).transpose(2, 3) for part in (squares, *around)]
             q, k, v = (part.flatten(1, 2) for part in parts)  # (across, B · heads, tokens, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
@@ -181,9 +218,9 @@ class WindowMixing(QueryKeyValueMixing):
         return torch.cat(rows, 1)[:, :height, :width]
 
     @staticmethod
-    def disc(radius: int, device: torch.device) -> Tensor:
-        """Which tokens of 3 × 3 squares around one are near each of its tokens, (radius², 9 radius²)."""
+    def squared_distances(radius: int, device: torch.device) -> Tensor:
+        """From each token of a square to each of the 3 × 3 squares around it, (radius², 9 radius²)."""
         inner = torch.arange(radius, device=device)
         outer = torch.arange(-radius, 2 * radius, device=device)
         apart = (inner[:, None] - outer[None, :]).square()
-        return (apart[:, None, :, None] + apart[None, :, None, :] < radius**2).flatten(2).flatten(0, 1)
+        return (apart[:, None, :, None] + apart[None, :, None, :]).flatten(2).flatten(0, 1)

@@ -31,7 +31,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gspn_dit.errors import InputError
+from gspn_dit import __version__
+from gspn_dit.errors import InputError, shorten
 from gspn_dit.layers.chunks import Chunk, as_windows, chunk_by_layer
 from gspn_dit.layers.windows import Window
 from gspn_dit.models.replaced_attention import REPLACEMENTS, FreshAttention, ReplacedAttention
@@ -79,18 +80,20 @@ def replace_self_attention(
     """
     unet = unet_of(model)
     places = attention_places(unet)
-    chosen = [
-        name
-        for name in choose(places, "layers", layers)
-        if name not in choose(places, "keep_attention", keep_attention)
-    ]
+    kept = choose(places, "keep_attention", keep_attention)
+    chosen = [name for name in choose(places, "layers", layers) if name not in kept]
     if not chosen:
         raise InputError(
-            "no layer is left", argument="keep_attention", value=keep_attention, remedy="keep fewer than all layers"
+            "no layer is left to replace",
+            argument="keep_attention",
+            value=keep_attention,
+            remedy=f"keep fewer of layers={shorten(layers)}",
         )
     if mixer not in REPLACEMENTS:
         raise InputError(f"give one of {', '.join(REPLACEMENTS)}", argument="mixer", value=mixer)
     whole = choose(places, "global_layers", global_layers)
+    if not REPLACEMENTS[mixer].sees_chunk:
+        chunk = None
     chunks: dict[str, Chunk] = {}
     for level in {places[name].level for name in chosen}:  # grids of windows alternate within a level
         names = [name for name in chosen if places[name].level == level]
@@ -105,9 +108,7 @@ def replace_self_attention(
         if seed is not None:
             torch.manual_seed(seed)
         replacement = AttentionReplacement(layer_configs, base_model or unet.config.get("_name_or_path") or None)
-    nn.Module.to(
-        replacement, first.dtype
-    )  # diffusers' own warns of modules to keep in float32, of which there are none
+    nn.Module.to(replacement, first.dtype)  # diffusers' own warns of modules to keep in float32: there are none
     for name in chosen:
         if replacement.layer(name).keeps_projections:
             replacement.layer(name).load_state_dict(places[name].attention.state_dict(), strict=False)
@@ -141,8 +142,6 @@ class AttentionReplacement(SavedModel):
     ) -> None:
         super().__init__()
         if version is None:
-            from gspn_dit import __version__
-
             self.register_to_config(version=__version__)
         self.layer_names = [config["name"] for config in layers]
         self._mounting: Mounting | None = None
@@ -202,9 +201,12 @@ class AttentionReplacement(SavedModel):
                     remedy=f"mount on {self.config.base_model or 'the model that the layers were made for'}, or on one "
                     "of its architecture",
                 )
-        for name in self.layer_names:
-            like = reference(places[name].block)
-            self.layer(name).to(like.device, dtype or like.dtype)
+        like = reference(next(iter(places.values())).block)
+        if like.is_meta and self.device.type != "meta":
+            raise InputError(
+                "the U-Net has no weights (it is on the meta device)", argument="model", remedy="load them first"
+            )
+        nn.Module.to(self, like.device, dtype or like.dtype)
         self._mounting = Mounting(unet, {name: self.layer(name) for name in self.layer_names}, places)
         return self
 
@@ -279,7 +281,7 @@ class Mounting:
     def __init__(self, unet: nn.Module, layers: Mapping[str, nn.Module], places: Mapping[str, Place]) -> None:
         self.unet = unet
         self.layers = dict(layers)
-        self.originals = {name: places[name].attention for name in layers}
+        self.originals: dict[str, Any] = {name: places[name].attention for name in layers}
         self.blocks = {name: places[name].block for name in layers}
         self.handles: list[RemovableHandle] = []
         by_block = {id(block): self.layers[name] for name, block in self.blocks.items()}
@@ -297,8 +299,13 @@ class Mounting:
 
     def put_originals(self) -> None:
         for name, block in self.blocks.items():
-            like = reference(block)
-            block.attn1 = self.originals[name].to(like.device, like.dtype)
+            like, original = reference(block), self.originals[name]
+            if like.is_meta and not original.to_q.weight.is_meta:
+                raise InputError(
+                    "the U-Net's weights are away by enable_sequential_cpu_offload",
+                    remedy="remove_all_hooks() of the pipeline first",
+                )
+            block.attn1 = original.to(like.device, like.dtype)
 
     def remove(self) -> None:
         self.put_originals()
@@ -393,7 +400,7 @@ def shape_of(name: str, attention: Any) -> dict[str, Any]:
     )
     if not plain:
         raise InputError(f"{name} is not the self-attention of Stable Diffusion", argument="model", wanted=SUPPORTED)
-    if hasattr(attention.to_q, "base_layer"):
+    if any(hasattr(module, "base_layer") for module in attention.modules()):
         raise InputError(
             f"{name} has an adapter (LoRA) in place", argument="model", remedy="unload it, and load it after mount()"
         )
@@ -442,7 +449,7 @@ def choose(places: Mapping[str, Place], argument: str, choice: str | Sequence[An
             found = {name for name, place in places.items() if str(place.level) in map(str.strip, levels)}
         else:
             found = {name for name in places if name == item or name.startswith(f"{item}.")}
-        if not found:
+        if not found and item != "mid_block":  # some distilled U-Nets have none there
             raise InputError(
                 f"no self-attention is in {item!r}",
                 argument=argument,
@@ -454,8 +461,12 @@ def choose(places: Mapping[str, Place], argument: str, choice: str | Sequence[An
 
 
 def reference(block: Any) -> Tensor:
-    """A weight of the block that is never replaced: its device and dtype are the U-Net's."""
-    return next(block.ff.parameters())
+    """A weight of the block that is never replaced, and not quantised: its device and dtype are the U-Net's."""
+    return next(
+        weight
+        for name, weight in block.named_parameters()
+        if not name.startswith("attn1.") and weight.is_floating_point()
+    )
 
 
 def put(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -43,10 +43,14 @@ class TokensOfMap:
     Attributes:
         size: (H, W) of the map.
         chunk: What the layer's scans run over, or how far it looks.
+        keeps_projections: Whether it has the projections of the attention that it replaces.
+        sees_chunk: Whether the chunk has an effect.
     """
 
     size: tuple[int, int] | None = None
     chunk: Chunk = None
+    keeps_projections: ClassVar[bool] = True
+    sees_chunk: ClassVar[bool] = True
 
     def as_map(self, tokens: Tensor, encoder_hidden_states: object, attention_mask: object) -> Tensor:
         """The tokens as a map (B, H, W, C), if nothing else than a map's self-attention is asked for."""
@@ -88,7 +92,6 @@ class ReplacedAttention(TokensOfMap, Attention):
 
     mixing_class: ClassVar[type[QueryKeyValueMixing]]
     mixing: QueryKeyValueMixing
-    keeps_projections: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -148,6 +151,7 @@ class LinearAttention(ReplacedAttention):
     """Linear attention of LinFusion's kind: :class:`gspn_dit.layers.query_key_value.LinearMixing`."""
 
     mixing_class = LinearMixing
+    sees_chunk = False
 
 
 class WindowAttention(ReplacedAttention):
@@ -167,7 +171,7 @@ class FreshAttention(TokensOfMap, nn.Module):
         bias, out_bias, dropout: Of the attention that it replaces; without effect but for the dropout.
     """
 
-    keeps_projections: ClassVar[bool] = False
+    keeps_projections = False
 
     def __init__(
         self,

@@ -180,3 +180,12 @@ def latents_of(unet, height=16, width=16, batch=2, seed=0):
         pooled = torch.randn(batch, TEXT_WIDTH, generator=generator)
         inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": size.expand(batch, -1)}
     return inputs
+
+
+def stirred(replacement):
+    """The replacement with weights away from their start, where some have no effect yet."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in replacement.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return replacement
