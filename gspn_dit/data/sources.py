@@ -28,6 +28,7 @@ SOURCES = Registry(
     {
         "digits": "gspn_dit.demo.digits:Digits",
         "photos": "gspn_dit.demo.photos:Photos",
+        "scenes": "gspn_dit.demo.scenes:Scenes",
     },
 )
 
