@@ -14,6 +14,7 @@ FLOORS = {
     "diffusion": 1,
     "layers": 2,
     "autoencoder": 2,
+    "text": 2,
     "models": 3,
     "data": 4,
     "evaluation": 5,

@@ -21,6 +21,7 @@ from gspn_dit.config import Config
 from gspn_dit.errors import InputError
 from gspn_dit.extras import require_extras
 from gspn_dit.options import command, fail
+from gspn_dit.text_to_image_config import TextToImageConfig
 
 __all__ = [
     "GROUPS",
@@ -116,6 +117,14 @@ GROUPS = {
             EvaluateClassifierOptions,
             "Score a classifier on labelled images: top-1 and top-5 accuracy.",
             positional=("model",),
+        ),
+    },
+    "Text to image": {
+        "train-t2i": Verb(
+            "gspn_dit.training.loop:main",
+            TextToImageConfig,
+            "Train a text-to-image model of Stable Diffusion's architecture.",
+            extras=("train", "t2i"),
         ),
     },
     "Sampling": {

@@ -28,6 +28,9 @@ class EncodeOptions:
             float16 changes latents of the packaged VAEs by 3e-4 (root mean square), a VAE in bf16 by 1e-2 to 2e-2, in
             fp16 by 2e-3.
         device: `auto` is the accelerator if there is one.
+        tokenizer: Store the tokens of the images' captions too, for `train-t2i`, by this one: a packaged tokenizer
+            (`scenes`: CLIP's vocabulary) or a folder; `data` is then captioned images.
+        tokens: With `tokenizer`: tokens of a caption, as many as the text encoder takes; longer captions are cut.
         verify: Instead of encoding, compare this finished store's shards with their checksums.
     """
 
@@ -43,6 +46,8 @@ class EncodeOptions:
     num_workers: int = 4
     mixed_precision: MixedPrecision = "no"
     device: str = "auto"
+    tokenizer: str | None = None
+    tokens: int = 77
     verify: str | None = None
 
     def __post_init__(self) -> None:
@@ -52,3 +57,4 @@ class EncodeOptions:
         for key in ("batch_size", "shard_size"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        require(self.tokens >= 3, "tokens", self.tokens, "3 or more: a begin, a word and an end")

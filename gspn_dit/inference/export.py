@@ -3,6 +3,8 @@
 The folder is a saved :class:`~gspn_dit.inference.pipeline.GSPNDiTPipeline`: averaged weights, VAE, scheduler, class
 names and the run's sampling defaults, with a model card and its grid of samples. Wherever a model is named, the folder
 can be named; diffusers' own `DiffusionPipeline` does not know the class.
+
+A run of `train-t2i` becomes a `StableDiffusionPipeline`, which diffusers knows.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from typing import TYPE_CHECKING
 from gspn_dit.devices import choose_device
 from gspn_dit.inference.grid import draw_grid
 from gspn_dit.inference.loading import find_checkpoint, load_pipeline
-from gspn_dit.inference.model_card import GRID_FILE, model_card
+from gspn_dit.inference.model_card import GRID_FILE, model_card, stable_diffusion_card
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
+from gspn_dit.inference.stable_diffusion import is_text_to_image, load_stable_diffusion
 from gspn_dit.storage.files import new_folder, require_new
 from gspn_dit.storage.run_folder import Checkpoint
 
@@ -37,6 +40,10 @@ def main(options: ExportOptions) -> None:
     out = Path(options.out)
     require_new(out)
     checkpoint = find_checkpoint(options.model)
+    if checkpoint is not None and is_text_to_image(checkpoint):
+        export_stable_diffusion(checkpoint, out, options.vae)
+        print(f"{options.model} as a StableDiffusionPipeline: {out}")
+        return
     pipeline = load_pipeline(checkpoint or options.model, options.vae)
     require_new(out, pipeline.transformer.get_memory_footprint() + pipeline.vae.get_memory_footprint())
     with new_folder(out) as folder:
@@ -46,6 +53,21 @@ def main(options: ExportOptions) -> None:
         save_samples(pipeline, checkpoint, folder / GRID_FILE)
         (folder / "README.md").write_text(model_card(pipeline, checkpoint))
     print(f"{options.model} as a pipeline: {out}")
+
+
+def export_stable_diffusion(checkpoint: Checkpoint, out: Path, vae: str | None) -> None:
+    """Write a checkpoint of `train-t2i` as a pipeline that diffusers alone loads."""
+    pipe = load_stable_diffusion(checkpoint, vae)
+    parts = (pipe.unet, pipe.text_encoder, pipe.vae)
+    require_new(out, sum(p.numel() * p.element_size() for part in parts for p in part.parameters()))
+    with new_folder(out) as folder:
+        pipe.save_pretrained(folder)
+        for path in folder.rglob("*.json"):
+            _forget_origin(path)
+        drawn = checkpoint.run.samples(checkpoint.step) if checkpoint.run else None
+        if drawn is not None and drawn.is_file():
+            shutil.copyfile(drawn, folder / GRID_FILE)
+        (folder / "README.md").write_text(stable_diffusion_card(checkpoint, has_grid=(folder / GRID_FILE).is_file()))
 
 
 def save_samples(pipe: GSPNDiTPipeline, checkpoint: Checkpoint | None, path: Path) -> None:

@@ -58,6 +58,31 @@ def model_card(pipe: GSPNDiTPipeline, checkpoint: Checkpoint | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def stable_diffusion_card(checkpoint: Checkpoint, has_grid: bool) -> str:
+    """What an exported StableDiffusionPipeline is, how to use it, and how it was trained, as Markdown.
+
+    Args:
+        checkpoint: Where it comes from.
+        has_grid: Whether its grid of samples lies beside.
+    """
+    front = {"library_name": "diffusers", "tags": ["text-to-image", "stable-diffusion"]}
+    parts = [
+        f"---\n{_yaml(front)}---",
+        "# Text to image",
+        f"The averaged weights of step {checkpoint.read_metadata()['step']:,} of a training by `gspn-dit train-t2i`.",
+        """```python
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("path/of/this/folder")
+image = pipe("what it is to show").images[0]
+```""",
+        f"## Configuration\n\n```yaml\n{_yaml(portable(read_config(checkpoint.config)))}```",
+    ]
+    if has_grid:
+        parts.insert(2, f"![Samples]({GRID_FILE})")
+    return "\n\n".join(parts) + "\n"
+
+
 def checkpoint_metrics(checkpoint: Checkpoint) -> dict[str, float | str]:
     """The figures that a run's folder has of one of its checkpoints.
 
