@@ -1,9 +1,9 @@
 """Captioned emoji: some 1,400 pictures of 64×64 pixels with their English names, which come with the package.
 
 The pictures are one WebP, without loss, beside a table of code points and names. `python -m gspn_dit.demo.emoji --font
-NotoColorEmoji.ttf --out emoji.webp` draws it again. The font is Noto Color Emoji 2.042 (Debian's fonts-noto-color-emoji),
-the names are those of PyPI's emoji 2.16 for fully qualified emoji of a single code point; those that the font does not
-have are left out. emoji.LICENSE has the licences of both.
+NotoColorEmoji.ttf --out emoji.webp` draws it again. The font is Noto Color Emoji 2.042, of Debian's
+fonts-noto-color-emoji. The names are those that PyPI's emoji 2.16 gives to fully qualified emoji of a single code
+point; the font lacks 23 of them, which are left out. emoji.LICENSE has the licences of both.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def draw_sheet(font: str, characters: Sequence[str]) -> Image.Image:
         corner = ((side - _GLYPH[0]) // 2, (side - _GLYPH[1]) // 2)
         ImageDraw.Draw(picture).text(corner, character, font=drawn_by, embedded_color=True)
         if picture.getextrema() == ((255, 255),) * 3:
-            raise InputError(argument="font", value=font, wanted=f"one that has {ascii(character)}")
+            raise InputError(argument="font", value=font, wanted=f"one that has {character!a}")
         row, column = divmod(i, _COLUMNS)
         small = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
         sheet.paste(small, (column * IMAGE_SIZE, row * IMAGE_SIZE))

@@ -84,10 +84,10 @@ def read_scenes(pictures: Iterable[Tensor]) -> list[list[Found]]:
         InputError: If a picture is of another kind, or the demo extra is not installed.
     """
     require_extras("demo")
-    parted = [_parts(picture) for picture in pictures]
-    cut_outs = [cut_out for parts in parted for *_, cut_out in parts]
+    pictured = [_things(picture) for picture in pictures]
+    cut_outs = [cut_out for things in pictured for _, cut_out in things]
     digits = iter(_classify(torch.stack(cut_outs)).tolist() if cut_outs else ())
-    return [[Found(Thing(colour, next(digits)), place, size) for colour, place, size, _ in parts] for parts in parted]
+    return [[_found(part, next(digits)) for part, _ in things] for things in pictured]
 
 
 def score(found: Sequence[Found], caption: str | Description) -> Score:
@@ -125,6 +125,11 @@ def caption_accuracy(pictures: Iterable[Tensor], captions: Sequence[str | Descri
     return {part: sum(one[part] for one in scores) / len(scores) for part in scores[0]}
 
 
+def _found(part: _Part, digit: int) -> Found:
+    left, top, right, bottom = part.box.tolist()
+    return Found(Thing(part.colour, digit), ((left + right) / 2, (top + bottom) / 2), part.size)
+
+
 def _agreement(order: Sequence[Found], named: Sequence[Thing]) -> int:
     """How many digits and colours of things in this order are those named."""
     pairs = [(one.thing, thing) for one, thing in zip(order, named, strict=True)]
@@ -155,8 +160,37 @@ def _classify(cut_outs: Tensor) -> Tensor:
     return torch.cat([_classifier()(batch).argmax(dim=1) for batch in images.split(256)])
 
 
-def _parts(picture: Tensor) -> list[tuple[str, tuple[float, float], int, Tensor]]:
-    """Colour, place, size and cut-out (32, 32) of each thing in a uint8 picture (3, H, W)."""
+@dataclass(frozen=True)
+class _Part:
+    """A connected part of a picture's ink, or several.
+
+    Attributes:
+        labels: Their numbers.
+        colour: Its name.
+        box: Left, top, right and bottom, (4,).
+        ink: Pixels.
+    """
+
+    labels: list[int]
+    colour: str
+    box: np.ndarray
+    ink: int
+
+    @property
+    def size(self) -> int:
+        return int((self.box[2:] - self.box[:2]).max())
+
+    def distance(self, other: _Part) -> int:
+        """Pixels between the boxes along the axis where they are farther apart; 0 where they meet."""
+        return max(0, *(other.box[:2] - self.box[2:]).tolist(), *(self.box[:2] - other.box[2:]).tolist())
+
+    def __add__(self, other: _Part) -> _Part:
+        box = np.concatenate([np.minimum(self.box, other.box)[:2], np.maximum(self.box, other.box)[2:]])
+        return _Part(self.labels + other.labels, self.colour, box, self.ink + other.ink)
+
+
+def _things(picture: Tensor) -> list[tuple[_Part, Tensor]]:
+    """The things in a uint8 picture (3, H, W), each with its cut-out (32, 32) in [0, 1]."""
     from skimage.measure import label
 
     if picture.dtype != torch.uint8 or picture.ndim != 3 or len(picture) != 3:
@@ -166,70 +200,56 @@ def _parts(picture: Tensor) -> list[tuple[str, tuple[float, float], int, Tensor]
     pixels = picture.permute(1, 2, 0).numpy().astype(np.float32) / 255
     brightness = pixels.max(axis=2)
     labels, count = label(brightness > INK, connectivity=2, return_num=True)
-    hues = _nearest_colours(pixels)
-    parts = []  # of each: its labels, colour and box (left, top, right, bottom)
+    parts = []
     for number in range(1, count + 1):
         rows, columns = np.nonzero(labels == number)
         box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-        parts.append(([number], _colour(hues[rows, columns]), box))
+        parts.append(_Part([number], _colour(pixels[rows, columns]), box, len(rows)))
     things = _joined(parts)
-    inks = [int(np.isin(labels, numbers).sum()) for numbers, *_ in things]
-    found = []
-    for (numbers, colour, box), ink in zip(things, inks, strict=True):
-        if ink >= SPECK * max(inks):
-            left, top, right, bottom = box.tolist()
-            own = np.isin(labels, [0, *numbers])
-            place = ((left + right) / 2, (top + bottom) / 2)
-            size = max(right - left, bottom - top)
-            found.append((colour, place, size, _cut_out(brightness * own, [left, top, right, bottom])))
-    return found
+    most = max((thing.ink for thing in things), default=0)
+    return [
+        (thing, _cut_out(brightness * np.isin(labels, [0, *thing.labels]), thing))
+        for thing in things
+        if thing.ink >= SPECK * most
+    ]
 
 
-def _nearest_colours(pixels: np.ndarray) -> np.ndarray:
-    """For each of the pixels (H, W, 3) in [0, 1] the number of the colour of the nearest hue, -1 where it is pale."""
-    highest, lowest = pixels.max(axis=2), pixels.min(axis=2)
-    chroma = np.maximum(highest - lowest, 1e-6)
-    red, green, blue = np.moveaxis((pixels - lowest[:, :, None]) / chroma[:, :, None], 2, 0)
-    hue = np.select([red >= 1, green >= 1], [green - blue, 2 + blue - red], 4 + red - green) / 6
-    away = np.abs(hue[:, :, None] - _hues())
-    nearest = np.minimum(away % 1, -away % 1).argmin(axis=2)
-    return np.where(chroma > PALE * highest, nearest, -1)
+def _colour(pixels: np.ndarray) -> str:
+    """The name of the colour that most pixels (N, 3) in [0, 1] are nearest to by their hue, of those that have one."""
+    highest, lowest = pixels.max(axis=1), pixels.min(axis=1)
+    chroma = highest - lowest
+    red, green, blue = ((pixels - lowest[:, None]) / np.maximum(chroma, 1e-6)[:, None]).T
+    hues = np.select([red >= 1, green >= 1], [green - blue, 2 + blue - red], 4 + red - green) / 6
+    away = np.abs(hues[:, None] - _named_hues())
+    nearest = np.minimum(away % 1, -away % 1).argmin(axis=1)[chroma > PALE * highest]
+    votes = np.bincount(nearest, minlength=len(COLOURS))
+    return list(COLOURS)[votes.argmax()] if votes.max() >= MOST * len(pixels) else NO_COLOUR
 
 
 @cache
-def _hues() -> np.ndarray:
+def _named_hues() -> np.ndarray:
+    """Hues (colours,) from 0 to 1."""
     return np.array([colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))[0] for colour in COLOURS.values()])
 
 
-def _colour(nearest: np.ndarray) -> str:
-    """The name of the colour that most of a thing's pixels are nearest to."""
-    number, votes = Counter(nearest.tolist()).most_common(1)[0]
-    return list(COLOURS)[number] if number >= 0 and votes >= MOST * len(nearest) else NO_COLOUR
-
-
-def _joined(parts: list[tuple[list[int], str, np.ndarray]]) -> list[tuple[list[int], str, np.ndarray]]:
+def _joined(parts: list[_Part]) -> list[_Part]:
     """The parts with those of one colour that are close to each other made one, until there are none."""
     for first, second in combinations(parts, 2):
-        (numbers, colour, box), (others, other_colour, other_box) = first, second
-        apart = max(0, *(other_box[:2] - box[2:]), *(box[:2] - other_box[2:]))
-        longest = max(*(box[2:] - box[:2]), *(other_box[2:] - other_box[:2]))
-        if colour == other_colour and apart <= CLOSE * longest:
-            around = np.concatenate([np.minimum(box, other_box)[:2], np.maximum(box, other_box)[2:]])
+        if first.colour == second.colour and first.distance(second) <= CLOSE * max(first.size, second.size):
             rest = [part for part in parts if part is not first and part is not second]
-            return _joined([*rest, (numbers + others, colour, around)])
+            return _joined([*rest, first + second])
     return parts
 
 
-def _cut_out(brightness: np.ndarray, box: list[int]) -> Tensor:
-    """The thing in a box (left, top, right, bottom) as the classifier knows digits: its size, centred by its ink."""
-    left, top, right, bottom = box
-    size = max(right - left, bottom - top)
-    border = 1 + size // 10  # the soft edge of the ink is outside the box
+def _cut_out(brightness: np.ndarray, thing: _Part) -> Tensor:
+    """A thing as the classifier knows digits: of their size, centred by its ink (32, 32)."""
+    left, top, right, bottom = thing.box.tolist()
+    border = 1 + thing.size // 10  # the soft edge of the ink is outside the box
     shown = np.pad(brightness, border)[top : bottom + 2 * border, left : right + 2 * border]
     shown = np.minimum(shown / np.quantile(shown[shown > INK], 0.9), 1)
     rows, columns = np.indices(shown.shape)
     y, x = (((axis + 0.5) * shown).sum() / shown.sum() for axis in (rows, columns))
-    half = _SIDE / 2 * size / WRITTEN
+    half = _SIDE / 2 * thing.size / WRITTEN
     around = math.ceil(2 * half)
     window = [around + x - half, around + y - half, around + x + half, around + y + half]
     resized = Image.fromarray(np.pad(shown, around)).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, box=window)

@@ -92,7 +92,8 @@ import sys
 from importlib.metadata import EntryPoint
 from gspn_dit.data.sources import SOURCES, split_name
 from gspn_dit.evaluation.classifiers import CLASSIFIERS
-assert list(SOURCES) == list(CLASSIFIERS) == ["digits", "photos"] and split_name("photos:test") and "x" not in SOURCES
+assert list(CLASSIFIERS) == ["digits", "photos"] and list(SOURCES) == [*CLASSIFIERS, "scenes", "emoji"]
+assert split_name("photos:test") and "x" not in SOURCES
 print(sorted({"torch", "numpy", "mlxtend", "skimage", "gspn_dit.demo"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
