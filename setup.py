@@ -37,7 +37,7 @@ setup(
     packages=[*find_packages(include=["gspn_dit*"]), "gspn_dit.csrc"],
     package_dir={"gspn_dit.csrc": "csrc"},
     package_data={
-        "gspn_dit": ["py.typed", "demo/weights/**/*", "_*.so"],
+        "gspn_dit": ["py.typed", "demo/weights/**/*", "demo/pictures/*", "_*.so"],
         "gspn_dit.csrc": [f"**/*.{kind}" for kind in ("h", "cpp", "cu")],
     },
     cmdclass={"build_py": BuildPy},

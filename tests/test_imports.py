@@ -99,7 +99,7 @@ print(*SOURCES)
 """
     done = run_without(["gspn_dit.demo"], script)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["digits", "photos"]
+    assert done.stdout.split() == ["digits", "photos", "scenes", "emoji"]
 
 
 def test_the_extras_bring_the_modules_they_are_asked_for():

@@ -29,6 +29,7 @@ SOURCES = Registry(
         "digits": "gspn_dit.demo.digits:Digits",
         "photos": "gspn_dit.demo.photos:Photos",
         "scenes": "gspn_dit.demo.scenes:Scenes",
+        "emoji": "gspn_dit.demo.emoji:Emoji",
     },
 )
 

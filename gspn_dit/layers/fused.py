@@ -13,6 +13,7 @@ broadcast with the map. Of the latter, and of a branch in another shape than x, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +24,30 @@ from gspn_dit.ops.passes import take
 
 EPSILON = 1e-6
 PASSES = (2, 3, 1)  # vectors of a block's three passes: shift and scale; gate, shift and scale; gate
+PASSES_WITH_TEXT = (2, 3, 3, 1)  # of a block with cross-attention between mixer and feed-forward
 
 Modulation = Tensor | Sequence[Tensor]
 
 
-def modulations(x: Tensor, modulation: Tensor, offset: Tensor | None = None) -> list[tuple[Modulation, Tensor | None]]:
-    """What the three passes of a block over the map x take for `modulation` and `offset`.
+def modulations(
+    x: Tensor, modulation: Tensor, offset: Tensor | None = None, passes: Sequence[int] = PASSES
+) -> list[tuple[Modulation, Tensor | None]]:
+    """What the passes of a block over the map x take for `modulation` and `offset`.
 
-    An offset is added once for all three, unless each of their kernels does so by the way.
+    An offset is added once for all of them, unless each of their kernels does so by the way.
 
     Args:
         x: The block's input.
-        modulation: Shift, scale and gate of one half, then of the other, (B, 1, 1, 6, C).
-        offset: What the block adds to it, (B, 1, 1, 6, C) or (1, 1, 1, 6, C).
+        modulation: Shift, scale and gate of one part of the block after the other, (B, 1, 1, n, C).
+        offset: What the block adds to it, (B, 1, 1, n, C) or (1, 1, 1, n, C).
+        passes: How many of the n vectors each pass takes.
     """
     if take(x, modulation, offset):
-        offsets = (None,) * len(PASSES) if offset is None else offset.split(PASSES, -2)
-        return list(zip(modulation.split(PASSES, -2), offsets, strict=True))
+        offsets = (None,) * len(passes) if offset is None else offset.split(list(passes), -2)
+        return list(zip(modulation.split(list(passes), -2), offsets, strict=True))
     vectors = _vectors(modulation, offset)
-    return [(vectors[:2], None), (vectors[2:5], None), (vectors[5:], None)]
+    ends = accumulate(passes)
+    return [(vectors[end - count : end], None) for count, end in zip(passes, ends, strict=True)]
 
 
 def modulated_norm(x: Tensor, modulation: Modulation, offset: Tensor | None = None) -> Tensor:

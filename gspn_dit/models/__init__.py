@@ -1,4 +1,5 @@
-"""The networks, by name or by class: `dit` (the baseline), `gspn` (the paper's) and `gspn-dit` (this project's).
+"""The networks, by name or by class: `dit` (the baseline), `gspn` (the paper's), `gspn-dit` (this project's)
+and `gspn-t2i` (the same with cross-attention to text).
 
 A family is a file here: its class, its sizes and how the class is registered. The rest is what families share:
 `latent_model` (their base), `registry` (names). `classifier` has the networks that classify images, with names of their
@@ -12,6 +13,7 @@ FAMILIES = {
     "DiT": "gspn_dit.models.dit",
     "GSPN": "gspn_dit.models.gspn",
     "GSPNDiT": "gspn_dit.models.gspn_dit",
+    "TextGSPNDiT": "gspn_dit.models.text_gspn_dit",
 }
 _EXPORTS = {
     **FAMILIES,

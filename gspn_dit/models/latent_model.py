@@ -31,6 +31,7 @@ class LatentModel(SavedModel):
     Attributes:
         chunks: Lines or window that each block's scans run over, None for the whole map; empty in a family without
             scans.
+        conditioned_on: The kind of condition that its forward takes: `class_labels` or `text`.
         of_before: By the name of an option, what a configuration means that was saved without it. An option whose
             default has changed is named here, so that what was saved before stays what it was.
 
@@ -39,6 +40,7 @@ class LatentModel(SavedModel):
     """
 
     chunks: tuple[Chunk, ...] = ()
+    conditioned_on: ClassVar[str] = "class_labels"
     of_before: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(

@@ -286,7 +286,7 @@ def test_a_crop_of_a_folders_image_is_a_part_of_it_at_about_its_scale(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--data", "nowhere", "--image-size", "64"], "data='nowhere': wanted digits, photos or a folder"),
+        (["--data", "nowhere", "--image-size", "64"], "data='nowhere': wanted digits, photos, scenes or a folder"),
         (["--data", "."], "--image-size: missing; wanted a multiple of 4"),
         (["--data", ".", "--image-size", "66"], "--image-size=66: wanted a multiple of 4"),
         (["--data", "digits", "--image-size", "64"], "--image-size=64: wanted none: digits have theirs"),
