@@ -14,6 +14,7 @@ _EXPORTS = {
     "DiT": "gspn_dit.models",
     "GSPN": "gspn_dit.models",
     "GSPNDiT": "gspn_dit.models",
+    "TextGSPNDiT": "gspn_dit.models",
     "GSPNClassifier": "gspn_dit.models",
     "GSPNDiTPipeline": "gspn_dit.inference.pipeline",
     "ModelMixin": "diffusers",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +31,7 @@ class CaptionTokens:
 
     def __init__(self, images: CaptionedImages, tokenizer: PreTrainedTokenizerBase) -> None:
         self.images, self.tokenizer = images, tokenizer
-        self.declared = {INPUT_IDS: Extra(torch.int64, (tokenizer.model_max_length,), made_by(tokenizer))}
+        self.declared: Mapping[str, Extra] = {INPUT_IDS: Extra(torch.int64, (tokenizer.model_max_length,), made_by(tokenizer))}
 
     def __call__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The tokens (n, L) long of the captions of the images of these indices."""
@@ -51,7 +51,7 @@ class CaptionStates:
         self.tokens, self.encoder, self.dtype = CaptionTokens(images, encoder.tokenizer), encoder, dtype
         states, mask = TextStates.names
         length, by = encoder.max_length, encoder.made_by
-        self.declared = {
+        self.declared: Mapping[str, Extra] = {
             **self.tokens.declared,
             states: Extra(dtype, (length, encoder.width), by),
             mask: Extra(torch.bool, (length,), by),

@@ -93,7 +93,7 @@ def encode(options: Options, extras: Extras | None = None) -> None:
     """
     if options.data is None or options.vae is None or options.image_size is None or options.out is None:
         raise TypeError("these options verify a store, and encode none")
-    chosen = {"split": options.split, "exif_orientation": options.exif_orientation}
+    chosen: dict[str, Any] = {"split": options.split, "exif_orientation": options.exif_orientation}
     with renamed(source="data", max_length="tokens"):
         if options.tokenizer is None and options.text_encoder is None:
             images = open_images(options.data, options.image_size, **chosen)

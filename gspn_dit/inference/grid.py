@@ -25,7 +25,7 @@ def draw_grid(pipe: GSPNDiTPipeline, path: Path, *, count: int, seed: int, **opt
     """
     subjects = spread(pipe, count)
     generators = [image_generator(seed, i) for i in range(count)]
-    asked = {pipe.subject: subjects}
+    asked: dict[str, Any] = {pipe.subject: subjects}
     (images,) = pipe(**asked, generator=generators, output_type="uint8", return_dict=False, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_grid(images, path, captions(pipe, subjects))

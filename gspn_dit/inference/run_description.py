@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -60,7 +60,7 @@ class RunDescription:
     tokenizer: str | None = None
     text_encoder: str | None = None
     max_tokens: int = MAX_LENGTH
-    prompts: Sequence[str] = ()
+    prompts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_num_inference_steps(self.num_inference_steps, "sampling.")

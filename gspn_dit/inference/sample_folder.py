@@ -125,8 +125,9 @@ def draw_missing(
     ) as bar:
         next_look = 0.0
         for batch in batches[processes.process_index :: processes.num_processes]:
+            asked: dict[str, Any] = {pipe.subject: [subjects[i] for i in batch]}
             (images,) = pipe(
-                **{pipe.subject: [subjects[i] for i in batch]},
+                **asked,
                 generator=[image_generator(seed, i) for i in batch],
                 output_type="uint8",
                 return_dict=False,

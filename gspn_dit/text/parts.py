@@ -65,11 +65,10 @@ def load_text_parts(tokenizer: str | None, encoder: str | None, max_tokens: int)
     Raises:
         InputError: If they cannot be had, or do not fit each other.
     """
-    if tokenizer is None and encoder is None:
-        tokenizer = next(iter(PACKAGED_TOKENIZERS))
-    place = None if tokenizer is None else PACKAGED_TOKENIZERS.get(tokenizer, tokenizer)
     if encoder is None:
-        return TextParts(load_tokenizer(place, max_tokens))
+        name = tokenizer or next(iter(PACKAGED_TOKENIZERS))
+        return TextParts(load_tokenizer(PACKAGED_TOKENIZERS.get(name, name), max_tokens))
+    place = None if tokenizer is None else PACKAGED_TOKENIZERS.get(tokenizer, tokenizer)
     loaded = load_text_encoder(encoder, place, max_length=max_tokens)
     return TextParts(loaded.tokenizer, loaded.model)
 
