@@ -18,7 +18,7 @@ class SmallVAEOptions:
     What is not given comes from the recipe of the data; a folder has the photos'.
 
     Args:
-        data: Images: `digits`, `photos`, or a folder of images, at any depth.
+        data: Images: `digits`, `photos`, `scenes`, or a folder of images, at any depth.
         out: Folder to write, in diffusers' layout; it must not exist yet.
         image_size: For a folder: side in pixels of the images that the diffusion model will learn.
         steps: Optimiser steps.

@@ -1,7 +1,7 @@
 """Train a small VAE: `gspn-dit small-vae --data IMAGES --image-size 128 --out FOLDER`.
 
 AutoencoderKLs of 4 latent channels at a quarter of the image's side, without attention; all but the digits' are for
-images of any size. `--data digits` and `--data photos` make the packaged ones.
+images of any size. `--data digits`, `--data photos` and `--data scenes` make the packaged ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -29,9 +29,12 @@ from torch import Tensor
 from gspn_dit.autoencoder.quality import psnr, reconstruction_error
 from gspn_dit.autoencoder.vae import encode_moments
 from gspn_dit.data.image_folder import SUFFIXES, centre_crop, find_images, say_left_out, to_rgb
+from gspn_dit.data.images import ImageDataset
 from gspn_dit.demo.digits import IMAGE_SIZE, Digits
 from gspn_dit.demo.linear_start import start_linear
 from gspn_dit.demo.photos import Photos
+from gspn_dit.demo.scenes import IMAGE_SIZE as SCENE_SIZE
+from gspn_dit.demo.scenes import Scenes
 from gspn_dit.errors import InputError, not_none, warn
 from gspn_dit.options import require
 from gspn_dit.precision import Precision, autocast, choose_precision
@@ -110,6 +113,28 @@ class PhotoCrops:
         return (crop.flip(1) if mirror < 0.5 else crop).permute(2, 0, 1)
 
 
+class SceneDraws:
+    """The captioned scenes of the training split."""
+
+    block_out_channels, sample_size, linear = (8, 16, 32), SCENE_SIZE, False
+
+    def __init__(self) -> None:
+        self.scenes = Scenes("train")
+
+    @cached_property
+    def images(self) -> Tensor:
+        """Training images that stand for all, uint8 (1000, 3, 64, 64)."""
+        return _stacked(self.scenes, 1000)
+
+    def batch(self, count: int) -> Tensor:
+        """Random training scenes uint8 (count, 3, 64, 64)."""
+        return torch.stack([self.scenes[i][0] for i in torch.randint(len(self.scenes), (count,)).tolist()])
+
+    def held_out(self) -> Iterator[tuple[str, Tensor]]:
+        """Sets of images uint8 (N, 3, H, W) that training does not see, and what they are."""
+        yield "500 held-out scenes", _stacked(Scenes("test"), 500)
+
+
 class FolderCrops(PhotoCrops):
     """Crops of a folder's images, from twice enlarged against what `image_size` shows of them to the whole.
 
@@ -172,22 +197,25 @@ def _say_unreadable(what: str) -> None:
     warn(f"unreadable image, left out: {what}")
 
 
+Drawn: TypeAlias = DigitShifts | PhotoCrops | SceneDraws
 RECIPES = {
     "digits": {"steps": 3500, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 0, "mixed_precision": "no"},
     "photos": {"steps": 3600, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 100, "mixed_precision": "auto"},
+    "scenes": {"steps": 2500, "batch_size": 12, "learning_rate": 3e-3, "warmup_steps": 100, "mixed_precision": "no"},
 }
+PACKAGED: dict[str, type[Drawn]] = {"digits": DigitShifts, "photos": PhotoCrops, "scenes": SceneDraws}
 
 
-def open_crops(data: str, image_size: int | None) -> DigitShifts | PhotoCrops:
-    """What a VAE is trained on: `digits`, `photos` or a folder of images. Raises :class:`InputError`."""
-    if data in RECIPES:
-        return DigitShifts() if data == "digits" else PhotoCrops()
-    require(Path(data).is_dir(), "data", data, "digits, photos or a folder of images that exists")
+def open_crops(data: str, image_size: int | None) -> Drawn:
+    """What a VAE is trained on: a packaged data set or a folder of images. Raises :class:`InputError`."""
+    if data in PACKAGED:
+        return PACKAGED[data]()
+    require(Path(data).is_dir(), "data", data, f"{', '.join(PACKAGED)} or a folder of images that exists")
     require(image_size is not None, "image_size", None, "a multiple of 4 pixels from 16; a folder of images needs it")
     return FolderCrops(data, not_none(image_size))
 
 
-def _stacked(images: Photos, count: int) -> Tensor:
+def _stacked(images: ImageDataset, count: int) -> Tensor:
     """The first images, uint8 (count, 3, H, W)."""
     return torch.stack([images[i][0] for i in range(count)])
 
@@ -200,7 +228,7 @@ def main(options: Options) -> None:
     """
     out = Path(options.out)
     require_new(out)
-    for key, value in RECIPES["digits" if options.data == "digits" else "photos"].items():
+    for key, value in RECIPES.get(options.data, RECIPES["photos"]).items():
         if getattr(options, key) is None:
             setattr(options, key, value)
     torch.manual_seed(options.seed)
@@ -219,7 +247,7 @@ def main(options: Options) -> None:
         print(f"{name}, pixels in [0, 1]: mean squared error {error:.6f}, PSNR {psnr(error):.2f} dB")
 
 
-def new_vae(source: DigitShifts | PhotoCrops) -> AutoencoderKL:
+def new_vae(source: Drawn) -> AutoencoderKL:
     """A VAE for a data set that has learned nothing yet."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -236,7 +264,7 @@ def new_vae(source: DigitShifts | PhotoCrops) -> AutoencoderKL:
     return vae
 
 
-def train(vae: AutoencoderKL, source: DigitShifts | PhotoCrops, options: Options, precision: Precision) -> None:
+def train(vae: AutoencoderKL, source: Drawn, options: Options, precision: Precision) -> None:
     """Fit the VAE to batches of the source."""
     steps, batch_size = not_none(options.steps), not_none(options.batch_size)  # which the recipe has filled in
     optimizer = torch.optim.AdamW(vae.parameters(), lr=not_none(options.learning_rate), weight_decay=0.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 _WEIGHTS = Path(__file__).parents[1] / "demo" / "weights"
 
 PACKAGED_MODELS = {"digits": _WEIGHTS / "digits", "photos": _WEIGHTS / "photos"}  # saved pipelines
-PACKAGED_VAES = {"digits": _WEIGHTS / "digits" / "vae", "photos": _WEIGHTS / "photos" / "vae"}
+PACKAGED_VAES = {name: _WEIGHTS / name / "vae" for name in ("digits", "photos", "scenes")}
 PACKAGED_CLASSIFIERS = {
     "digits": _WEIGHTS / "digits_classifier.safetensors",
     "photos": _WEIGHTS / "photos_classifier.safetensors",
