@@ -7,18 +7,21 @@ import pytest
 import torch
 import yaml
 from made.captions import CAPTIONS, write_captioned, write_text_encoder
-from made.training import config, losses
+from made.training import ROOT, config, losses
 from PIL import Image
 
 from gspn_dit import GSPNDiTPipeline
 from gspn_dit.commands import EncodeOptions, ExportOptions, SampleOptions
-from gspn_dit.data import LatentStore
+from gspn_dit.config import Config
+from gspn_dit.data import LatentStore, how_to_encode
 from gspn_dit.data.encode import encode
 from gspn_dit.diffusion import image_generator
 from gspn_dit.errors import InputError
 from gspn_dit.inference.export import main as export
 from gspn_dit.inference.loading import load_pipeline
 from gspn_dit.inference.sample import main as sample
+from gspn_dit.models import create_model
+from gspn_dit.training.diffusion import check_options
 from gspn_dit.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -99,6 +102,23 @@ def test_a_store_of_states_is_declared_and_made_by_its_encoder(pictures, parts, 
         train(begin(tmp_path / "run", tmp_path / "store", other, frozen=True))
     with pytest.raises(InputError, match="its captions are of another tokenizer"):
         train(begin(tmp_path / "run", tmp_path / "store", parts, "--text.max_tokens", 21))
+
+
+def test_how_a_store_is_made_again_names_what_read_its_captions(pictures, parts, tmp_path):
+    store_of(pictures, parts, tmp_path, frozen=True)
+    (tmp_path / "manifest.json").unlink()
+    assert f"--text-encoder {parts} --tokens {TOKENS} --out {tmp_path}" in how_to_encode(tmp_path)
+    store_of(pictures, parts, tmp_path, frozen=True)
+    assert len(LatentStore(tmp_path)) == 6
+
+
+@pytest.mark.parametrize("name", ["scenes", "emoji"])
+def test_the_recipes_are_of_models_that_there_are(name):
+    recipe = Config.load(ROOT / "configs" / "t2i" / f"{name}.yaml")
+    check_options(recipe)
+    with torch.device("meta"):
+        model = create_model(recipe.model.name, text_length=recipe.text.max_tokens, **recipe.model.overrides)
+    assert model.conditioned_on == "text" and not recipe.data.horizontal_flip
 
 
 def test_what_draws_classes_takes_no_text_and_the_other_way_round(pictures, parts, tmp_path, store):
