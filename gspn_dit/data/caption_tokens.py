@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gspn_dit.conditioning.text import TextStates
-from gspn_dit.data.captions import CaptionedImages
+from gspn_dit.data.captions import CaptionedImages, warn_of_long_captions
 from gspn_dit.data.extras import Extra
 from gspn_dit.text.encoder import TextEncoder
 from gspn_dit.text.parts import TextParts
@@ -31,7 +31,9 @@ class CaptionTokens:
 
     def __init__(self, images: CaptionedImages, tokenizer: PreTrainedTokenizerBase) -> None:
         self.images, self.tokenizer = images, tokenizer
-        self.declared: Mapping[str, Extra] = {INPUT_IDS: Extra(torch.int64, (tokenizer.model_max_length,), made_by(tokenizer))}
+        self.declared: Mapping[str, Extra] = {
+            INPUT_IDS: Extra(torch.int64, (tokenizer.model_max_length,), made_by(tokenizer))
+        }
 
     def __call__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The tokens (n, L) long of the captions of the images of these indices."""
@@ -68,6 +70,7 @@ class CaptionStates:
 def caption_extras(images: CaptionedImages, parts: TextParts) -> CaptionTokens | CaptionStates:
     """What a store holds of captions: their tokens, and with a frozen text encoder its hidden states."""
     encoder = parts.encoder
+    warn_of_long_captions(images, parts.tokenizer)
     return CaptionTokens(images, parts.tokenizer) if encoder is None else CaptionStates(images, encoder)
 
 

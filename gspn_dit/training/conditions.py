@@ -11,7 +11,7 @@ import torch
 from gspn_dit.conditioning import ClassLabels, Conditioning, TextStates
 from gspn_dit.config import Config
 from gspn_dit.data.caption_tokens import INPUT_IDS, made_by
-from gspn_dit.data.captions import CaptionedImages, TokenizedCaptions, open_captioned
+from gspn_dit.data.captions import CaptionedImages, TokenizedCaptions, open_captioned, warn_of_long_captions
 from gspn_dit.data.latent_store import LatentStore
 from gspn_dit.data.source import Source
 from gspn_dit.errors import InputError, not_none, renamed
@@ -81,6 +81,7 @@ def _open_text(config: Config, device: torch.device) -> TrainingCondition:
         parts.text_encoder.to(device)
     source: Source = open_source(config.data, config.seed, open_captioned)
     if isinstance(source, CaptionedImages):
+        warn_of_long_captions(source, parts.tokenizer)
         source = TokenizedCaptions(source, parts.tokenizer)
     stored = encoder is not None and STATES in source.condition_names
     if isinstance(source, LatentStore):

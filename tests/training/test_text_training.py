@@ -104,6 +104,11 @@ def test_a_store_of_states_is_declared_and_made_by_its_encoder(pictures, parts, 
         train(begin(tmp_path / "run", tmp_path / "store", parts, "--text.max_tokens", 21))
 
 
+def test_captions_that_are_too_long_are_said_before_the_training(pictures, parts, tmp_path):
+    with pytest.warns(UserWarning, match="cut to 12 tokens, of 15: 'a green three left of a red seven' and 1 more"):
+        train(begin(tmp_path, pictures, parts, "--text.max_tokens", 12, "--training.max_steps", 1))
+
+
 def test_how_a_store_is_made_again_names_what_read_its_captions(pictures, parts, tmp_path):
     store_of(pictures, parts, tmp_path, frozen=True)
     (tmp_path / "manifest.json").unlink()
