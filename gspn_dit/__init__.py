@@ -14,6 +14,7 @@ _EXPORTS = {
     "DiT": "gspn_dit.models",
     "GSPN": "gspn_dit.models",
     "GSPNDiT": "gspn_dit.models",
+    "TextGSPNDiT": "gspn_dit.models",
     "GSPNClassifier": "gspn_dit.models",
     "replace_self_attention": "gspn_dit.models",
     "AttentionReplacement": "gspn_dit.models",

@@ -15,7 +15,7 @@ from gspn_dit.data.sources import SOURCES, split_name
 from gspn_dit.evaluation.classifiers import check_features
 from gspn_dit.options import parse, require
 from gspn_dit.storage.files import replacing
-from gspn_dit.storage.packaged import PACKAGED_MODELS, PACKAGED_VAES, absolute
+from gspn_dit.storage.packaged import PACKAGED_MODELS, PACKAGED_TOKENIZERS, PACKAGED_VAES, absolute
 
 
 @dataclass
@@ -43,7 +43,8 @@ class DataConfig:
     """Data: images or latents, and the VAE of the latents.
 
     Args:
-        source: A named source (`digits`, `photos`), a folder of `class/*.jpg`, or a store made by `gspn-dit encode`.
+        source: A named source (`digits`, `photos`), a folder of `class/*.jpg`, or a store made by `gspn-dit encode`;
+            for a model of text, a captioned one.
         vae: A packaged VAE (`digits`, `photos`), or a hub name or a local folder of a diffusers AutoencoderKL.
         image_size: Side of the square images in pixels.
         horizontal_flip: Mirror half of the images, at random.
@@ -66,13 +67,38 @@ class DataConfig:
 
 
 @dataclass
+class TextConfig:
+    """Text: how a model of the family `gspn-t2i` reads captions; other models have none.
+
+    Args:
+        tokenizer: A packaged tokenizer (`scenes`: CLIP's vocabulary), or a folder of one of transformers; if not given,
+            the encoder's own, or `scenes`.
+        encoder: A folder of a frozen text encoder of transformers (CLIPTextModel, T5EncoderModel and others); if not
+            given, the model has a small one of its own, which trains with it.
+        max_tokens: Tokens of a caption, its start and end among them; captions of more are cut.
+    """
+
+    tokenizer: str | None = None
+    encoder: str | None = None
+    max_tokens: int = 77
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 3, "text.max_tokens", self.max_tokens, "3 or more: a start, a word and an end")
+        if self.tokenizer is not None:
+            self.tokenizer = absolute(self.tokenizer, PACKAGED_TOKENIZERS)
+        if self.encoder is not None:
+            self.encoder = absolute(self.encoder)
+
+
+@dataclass
 class DiffusionConfig:
     """Objective: what the model learns to predict, at which times, with or without labels.
 
     Args:
         objective: `ddpm` (noise and variance, as DiT) or `flow` (velocity, as SiT).
         time_sampling: For `flow`: `uniform` or `logit-normal` times.
-        class_dropout: Share of labels replaced by the null class, for classifier-free guidance.
+        class_dropout: Share of labels replaced by the null class, or of captions by the empty one, for classifier-free
+            guidance.
     """
 
     objective: Literal["ddpm", "flow"] = "ddpm"
@@ -191,6 +217,7 @@ class SamplingConfig:
         guidance_scale: Classifier-free guidance; 1 is none.
         guidance_interval: Range of noise levels at which guidance acts, from 0 (clean) to 1 (pure noise).
         num_images: Images in the training grid.
+        prompts: Of a model of text: what grids show, in turn; if none are given, the first captions of the data.
     """
 
     sampler: str | None = None
@@ -198,6 +225,7 @@ class SamplingConfig:
     guidance_scale: float = 4.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     num_images: int = 16
+    prompts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_num_inference_steps(self.num_inference_steps, "sampling.")
@@ -281,6 +309,7 @@ class Config(RunConfig):
     Args:
         model: Name, sizes and first weights of the network.
         data: Images or latents, and their VAE.
+        text: How captions are read.
         diffusion: The objective.
         training: Steps, optimiser, averages, and what is written when.
         sampling: How sample grids are drawn.
@@ -289,6 +318,7 @@ class Config(RunConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

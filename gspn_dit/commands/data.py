@@ -30,7 +30,9 @@ class EncodeOptions:
         device: `auto` is the accelerator if there is one.
         tokenizer: Store the tokens of the images' captions too, for `train-t2i`, by this one: a packaged tokenizer
             (`scenes`: CLIP's vocabulary) or a folder; `data` is then captioned images.
-        tokens: With `tokenizer`: tokens of a caption, as many as the text encoder takes; longer captions are cut.
+        text_encoder: Store the hidden states of the captions too, for a training with `text.encoder`: a folder of a
+            text encoder of transformers; without `tokenizer` its own is taken.
+        tokens: With either of these: tokens of a caption, as many as the text encoder takes; longer captions are cut.
         verify: Instead of encoding, compare this finished store's shards with their checksums.
     """
 
@@ -47,6 +49,7 @@ class EncodeOptions:
     mixed_precision: MixedPrecision = "no"
     device: str = "auto"
     tokenizer: str | None = None
+    text_encoder: str | None = None
     tokens: int = 77
     verify: str | None = None
 

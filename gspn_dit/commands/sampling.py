@@ -6,11 +6,12 @@ import os
 import re
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from gspn_dit.arguments import MixedPrecision, Switch, check_guidance, check_num_inference_steps
-from gspn_dit.errors import not_none
+from gspn_dit.errors import InputError, not_none
 from gspn_dit.options import require
 from gspn_dit.storage.files import is_stream
 
@@ -25,7 +26,9 @@ class SampleOptions:
             was trained further.
         class_labels: Class ids or names with commas between them (only names where the names are numbers); all
             classes if not given.
-        labels: `balanced` takes these classes in turn; `random` draws the class of each image by the seed.
+        prompts: Of a model of text, what to draw: a prompt, or a .txt file with one in each line; the run's own if not
+            given.
+        labels: `balanced` takes these classes or prompts in turn; `random` draws that of each image by the seed.
         num_images: How many images.
         guidance_scale: Classifier-free guidance, 1 for none; the model's own default if not given.
         guidance_interval: Range of noise levels at which guidance acts, from 0 (clean) to 1 (pure noise).
@@ -54,6 +57,7 @@ class SampleOptions:
     model: str = "digits"
     vae: str | None = None
     class_labels: str | None = None
+    prompts: str | None = None
     labels: Literal["balanced", "random"] = "balanced"
     num_images: int = 16
     guidance_scale: float | None = None
@@ -85,6 +89,9 @@ class SampleOptions:
         )
         if self.class_labels and re.fullmatch(r"\[.*\]", self.class_labels):  # as any list may be written
             self.class_labels = self.class_labels[1:-1]
+        if self.prompts is not None:
+            require(self.class_labels is None, "class_labels", self.class_labels, "either these or prompts")
+            require(bool(self.prompt_list), "prompts", self.prompts, "a prompt, or a .txt file that holds some")
         self.npz = self.npz or None
         if self.out is None and self.npz is None:
             self.out = "samples.png"
@@ -96,6 +103,21 @@ class SampleOptions:
             self.npz = f"{Path(not_none(self.out))}.npz"
         if self.npz is not None:
             require(Path(self.npz).suffix == ".npz", "npz", self.npz, "a file name ending in .npz")
+
+    @cached_property
+    def prompt_list(self) -> list[str]:
+        """The prompts that are given, or the lines of their file that are not blank. Raises :class:`InputError`."""
+        if self.prompts is None or not self.prompts.endswith(".txt"):
+            return [self.prompts] if self.prompts else []
+        try:
+            lines = Path(self.prompts).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"cannot be read ({getattr(error, 'strerror', None) or 'it is no UTF-8 text'})",
+                argument="prompts",
+                value=self.prompts,
+            ) from error
+        return [line.strip() for line in lines if line.strip()]
 
     @property
     def single_files(self) -> bool:

@@ -10,6 +10,9 @@ _EXPORTS = {
     "ClassLabels": "gspn_dit.conditioning.class_labels",
     "Condition": "gspn_dit.conditioning.condition",
     "Conditioning": "gspn_dit.conditioning.condition",
+    "EncodedTokens": "gspn_dit.conditioning.text",
+    "TextStates": "gspn_dit.conditioning.text",
+    "TextTokens": "gspn_dit.conditioning.text",
 }
 
 __all__ = list(_EXPORTS)

@@ -16,7 +16,7 @@ from gspn_dit.data.images import ImageDataset
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.errors import InputError, warn
 from gspn_dit.registry import quoted
-from gspn_dit.text.tokens import tokenize
+from gspn_dit.text.tokens import tokenize, warn_of_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 METADATA = "metadata.jsonl"  # as Hugging Face's imagefolder calls the file of captions
 NO_CLASSES = ("image",)  # the class names of pictures that have no classes
 _NAMED = 3  # how many files a message names
+_LOOKED_AT = 512  # captions, before they are read
 
 
 class CaptionedImages(ImageDataset):
@@ -170,6 +171,12 @@ def read_table(path: str | os.PathLike) -> tuple[list[str], list[str]]:
     if path.name == METADATA and (others := set(find_images(path.parent)[0]) - set(paths)):
         warn(f"{path.parent}: {len(others)} pictures are not in {METADATA} and left out, such as {min(others)}")
     return paths, captions
+
+
+def warn_of_long_captions(images: CaptionedImages, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn if captions have more tokens than the tokenizer's `model_max_length`; a few of them all are looked at."""
+    count = min(_LOOKED_AT, len(images))
+    warn_of_cut(tokenizer, [images.caption(k * len(images) // count) for k in range(count)])
 
 
 class TokenizedCaptions:

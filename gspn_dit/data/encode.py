@@ -36,7 +36,7 @@ from gspn_dit.autoencoder.quality import (
 )
 from gspn_dit.autoencoder.vae import NORMALISATION, downsampling, encode_moments, load_vae, vae_sha256
 from gspn_dit.data import open_images
-from gspn_dit.data.caption_tokens import CaptionTokens
+from gspn_dit.data.caption_tokens import CaptionStates, caption_extras
 from gspn_dit.data.captions import open_captioned
 from gspn_dit.data.extras import Extra, Extras, bytes_per_image, check_extras, no_extras, to_json
 from gspn_dit.data.images import ImageDataset, UnreadableImage
@@ -49,7 +49,7 @@ from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import Bar, Lines, progress
 from gspn_dit.storage.files import begin_or_continue, check_place, write_json
 from gspn_dit.storage.packaged import PACKAGED_TOKENIZERS, PACKAGED_VAES, absolute
-from gspn_dit.text.tokens import load_tokenizer
+from gspn_dit.text.parts import load_text_parts
 
 if TYPE_CHECKING:
     from gspn_dit.commands import EncodeOptions as Options
@@ -85,20 +85,27 @@ def encode(options: Options, extras: Extras | None = None) -> None:
 
     Args:
         options: The command's.
-        extras: Makes further tensors to store beside the latents of each image; None for none, or for the tokens of
-            captions where the options name a tokenizer.
+        extras: Makes further tensors to store beside the latents of each image; None for none, or for what the options
+            ask to store of captions.
 
     Raises:
         InputError: If something named cannot be had, or the folder was begun with something else.
     """
     if options.data is None or options.vae is None or options.image_size is None or options.out is None:
         raise TypeError("these options verify a store, and encode none")
+    chosen: dict[str, Any] = {"split": options.split, "exif_orientation": options.exif_orientation}
     with renamed(source="data", max_length="tokens"):
-        images, tokens = open_encoded(options)
-    if extras is None:
-        extras = tokens or NoExtras()
+        if options.tokenizer is None and options.text_encoder is None:
+            images = open_images(options.data, options.image_size, **chosen)
+        else:
+            images = open_captioned(options.data, options.image_size, **chosen)
+            parts = load_text_parts(options.tokenizer, options.text_encoder, options.tokens)
+            extras = extras or caption_extras(images, parts)
+    extras = extras or NoExtras()
     described = to_json(extras.declared)
     processes, device = join_processes(options.device)
+    if isinstance(extras, CaptionStates):
+        extras.encoder.model.to(device)
     vae = load_vae(options.vae).to(device)
     if options.image_size % downsampling(vae):
         raise InputError(
@@ -119,6 +126,7 @@ def encode(options: Options, extras: Extras | None = None) -> None:
         "shard_size": options.shard_size,
         "mixed_precision": precision.name,
         "tokenizer": options.tokenizer and absolute(options.tokenizer, PACKAGED_TOKENIZERS),
+        "text_encoder": options.text_encoder and absolute(options.text_encoder),
         "extras": described,
     }
     out, side = Path(options.out), options.image_size // downsampling(vae)
@@ -146,20 +154,6 @@ def encode(options: Options, extras: Extras | None = None) -> None:
         write_json(out / "manifest.json", manifest | measured)
         report(out, manifest | measured, vae)
     processes.destroy_process_group()
-
-
-def open_encoded(options: Options) -> tuple[ImageDataset, Extras | None]:
-    """The images to encode, and what makes tokens of their captions if those are asked for.
-
-    Raises :class:`InputError` if something named cannot be had.
-    """
-    data, size = not_none(options.data), not_none(options.image_size)
-    split, exif_orientation = options.split, options.exif_orientation
-    if options.tokenizer is None:
-        return open_images(data, size, split=split, exif_orientation=exif_orientation), None
-    captioned = open_captioned(data, size, split=split, exif_orientation=exif_orientation)
-    tokenizer = load_tokenizer(PACKAGED_TOKENIZERS.get(options.tokenizer, options.tokenizer), options.tokens)
-    return captioned, CaptionTokens(captioned, tokenizer)
 
 
 def measure(out: Path, shards: list[str], vae: AutoencoderKL, images: ImageDataset) -> dict[str, Any]:
@@ -221,7 +215,7 @@ def begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 value=settings["vae"],
                 remedy="bring those back, or choose another --out",
             )
-    begin_or_continue(path, settings | of_vae, "out", ("tokenizer",), absent={"mixed_precision": "no"})
+    begin_or_continue(path, settings | of_vae, "out", ("tokenizer", "text_encoder"), absent={"mixed_precision": "no"})
     return of_vae
 
 

@@ -199,15 +199,17 @@ def is_unfinished_store(folder: str | os.PathLike) -> bool:
 def how_to_encode(folder: str | os.PathLike) -> str:
     """What to run to make a latent store in a folder, or to finish the one begun there, for an error message."""
     verb, begun = ("finish", begun_with(Path(folder))) if is_unfinished_store(folder) else ("make", {})
-    extras, tokenizer = begun.get("extras") or {}, begun.get("tokenizer")
-    if extras and tokenizer is None:
+    extras = begun.get("extras") or {}
+    readers = {name: begun[name] for name in ("tokenizer", "text_encoder") if begun.get(name)}
+    if extras and not readers:
         names = ", ".join(extras)
         return f"to finish the latent store there, call gspn_dit.data.encode.encode as before, with what makes {names}"
     data, vae, size = (begun.get(key, "…") for key in ("data", "vae", "image_size"))
     switches = " --horizontal-flip true" if begun.get("flipped") else ""
     switches += " --exif-orientation true" if begun.get("exif_orientation") else ""
-    if tokenizer is not None:
-        switches += f" --tokenizer {tokenizer} --tokens {extras['input_ids']['shape'][0]}"
+    switches += "".join(f" --{name.replace('_', '-')} {place}" for name, place in readers.items())
+    if readers:
+        switches += f" --tokens {extras['input_ids']['shape'][0]}"
     return (
         f"to {verb} a latent store there, run "
         f"`gspn-dit encode --data {data} --vae {vae} --image-size {size}{switches} --out {folder}`"

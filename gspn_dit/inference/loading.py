@@ -27,6 +27,7 @@ from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.registry import find_class
 from gspn_dit.storage.packaged import PACKAGED_MODELS
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder
+from gspn_dit.text.parts import load_text_parts
 
 _INDEX = "model_index.json"  # of an exported folder, as diffusers calls it
 
@@ -78,19 +79,25 @@ def find_checkpoint(path: str | os.PathLike) -> Checkpoint | None:
         raise InputError(str(error), argument="model", value=str(path)) from error
 
 
-def pipeline_of(
-    run: RunDescription, transformer: ModelMixin, vae: AutoencoderKL, class_names: list[str] | None
-) -> GSPNDiTPipeline:
-    """The pipeline of a run's model, with the run's sampler, guidance and steps as defaults."""
+def pipeline_of(run: RunDescription, transformer: ModelMixin, vae: AutoencoderKL, **parts: Any) -> GSPNDiTPipeline:
+    """The pipeline of a run's model, with the run's sampler, guidance and steps as defaults.
+
+    Args:
+        run: What is known of the run.
+        transformer: The model.
+        vae: Of its latents.
+        parts: What else its kind of condition needs: `class_names`; or a `tokenizer`, and a `text_encoder` or None.
+    """
     return GSPNDiTPipeline(
         transformer,
         vae,
         create_scheduler(run.objective, run.sampler),
-        class_names,
         guidance_scale=run.guidance_scale,
         guidance_interval=list(run.guidance_interval),
         num_inference_steps=run.num_inference_steps,
         class_dropout=run.class_dropout,
+        prompts=list(run.prompts) if "tokenizer" in parts else None,
+        **parts,
     )
 
 
@@ -182,7 +189,17 @@ def _load_checkpoint(checkpoint: Checkpoint, given: AutoencoderKL | None, name: 
     run = RunDescription.read(checkpoint.config)
     transformer = _load_transformer(checkpoint.ema)
     vae = vae_of_run(checkpoint, run.vae, given, name)
-    return pipeline_of(run, transformer, vae, _class_names(checkpoint))
+    return pipeline_of(run, transformer, vae, **_parts(checkpoint, run, transformer))
+
+
+def _parts(checkpoint: Checkpoint, run: RunDescription, transformer: LatentModel) -> dict[str, Any]:
+    """What the model's kind of condition needs: the classes' names, or what reads text."""
+    if transformer.conditioned_on == "text":
+        try:
+            return load_text_parts(run.tokenizer, run.text_encoder, run.max_tokens)._asdict()
+        except InputError as error:
+            raise InputError(f"the run's {error}") from error
+    return {"class_names": _class_names(checkpoint)}
 
 
 def _load_transformer(folder: Path) -> LatentModel:

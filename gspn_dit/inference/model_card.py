@@ -40,7 +40,7 @@ def model_card(pipe: GSPNDiTPipeline, checkpoint: Checkpoint | None) -> str:
     title = config["model"]["name"] if config else type(pipe.transformer).__name__
     front = {
         "library_name": "gspn-dit",  # diffusers alone does not know the pipeline's class
-        "tags": ["image-generation", "class-conditional"],
+        "tags": ["text-to-image"] if pipe.subject == "prompt" else ["image-generation", "class-conditional"],
         "metrics": [name for name in SCORES if name in metrics] or None,
     }
     parts = [
@@ -117,7 +117,12 @@ def _summary(pipe: GSPNDiTPipeline, config: Mapping[str, Any] | None, checkpoint
     names, transformer = pipe.config.class_names, pipe.transformer
     height, width = pipe.latent_size()
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
-    classes = f"{transformer.config.num_classes} classes"
+    kind = "text-to-image" if pipe.subject == "prompt" else "class-conditional"
+    if pipe.subject == "prompt":
+        reader = type(pipe.text_encoder).__name__ if pipe.text_encoder else "a text encoder of its own"
+        classes = f"text read by {reader}"
+    else:
+        classes = f"{transformer.config.num_classes} classes"
     if names:
         classes += f" ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
     trained = ""
@@ -128,13 +133,16 @@ def _summary(pipe: GSPNDiTPipeline, config: Mapping[str, Any] | None, checkpoint
             f"{config['training']['batch_size']} images on `{portable(config)['data']['source']}`; averaged weights."
         )
     return (
-        f"A class-conditional latent diffusion model: {type(transformer).__name__} of the package `gspn-dit`, "
+        f"A {kind} latent diffusion model: {type(transformer).__name__} of the package `gspn-dit`, "
         f"{parameters / 1e6:.1f} M parameters, {classes}, latents of {height}×{width}.{trained}"
     )
 
 
 def _usage(pipe: GSPNDiTPipeline) -> str:
-    labels = [0, min(1, pipe.transformer.config.num_classes - 1)]
+    if pipe.subject == "prompt":
+        asked = f"prompt={(pipe.config.prompts or ['what it is to show'])[:1] * 2},"
+    else:
+        asked = f"class_labels={[0, min(1, pipe.transformer.config.num_classes - 1)]},  # ids or names"
     return f"""## Use
 
 ```python
@@ -143,7 +151,7 @@ from gspn_dit.diffusion import image_generator
 
 pipe = GSPNDiTPipeline.from_pretrained("this folder or repository")
 images = pipe(
-    class_labels={labels},  # ids or names
+    {asked}
     guidance_scale={pipe.config.guidance_scale},
     num_inference_steps={pipe.config.num_inference_steps},
     generator=[image_generator(0, i) for i in range(2)],  # images 0 and 1 of seed 0, as `gspn-dit sample` draws them

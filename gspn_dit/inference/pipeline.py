@@ -1,11 +1,11 @@
-"""Class labels to images: the diffusers pipeline. :mod:`gspn_dit.inference.loading` finds and loads one."""
+"""Class labels or prompts to images: the diffusers pipeline. :mod:`gspn_dit.inference.loading` finds and loads one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
@@ -15,7 +15,7 @@ from torch import Tensor
 from gspn_dit.arguments import MixedPrecision, Switch, check_guidance, check_switch
 from gspn_dit.autoencoder import downsampling
 from gspn_dit.autoencoder.vae import check_vae
-from gspn_dit.conditioning import ClassLabels
+from gspn_dit.conditioning import ClassLabels, Condition, Conditioning
 from gspn_dit.diffusion import denoise
 from gspn_dit.diffusion.sampling import Generators
 from gspn_dit.diffusion.schedulers import own_shift, shifted
@@ -24,15 +24,20 @@ from gspn_dit.inference.decoding import decode_images
 from gspn_dit.inference.graphed_model import GraphedModel, graphed
 from gspn_dit.inference.memory import check_memory
 from gspn_dit.precision import autocast, choose_precision
+from gspn_dit.text.parts import TextParts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 
 
 class GSPNDiTPipeline(DiffusionPipeline):
-    """Class-conditional images from a latent diffusion transformer.
+    """Images of classes or of prompts from a latent diffusion transformer.
 
         pipe = GSPNDiTPipeline.from_pretrained("exported-folder")
         images = pipe(["3", "7"], guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
+        images = pipe(prompt="a red 3 left of a blue 7").images  # of a model of text
 
     Args:
         transformer: A model of `gspn_dit.models`.
@@ -44,12 +49,20 @@ class GSPNDiTPipeline(DiffusionPipeline):
         guidance_interval: Default [low, high].
         num_inference_steps: Default number of steps.
         class_dropout: Share of labels that training replaced by the null class, if it is known. 0 has left that class
-            unlearned and 1 all the others: there is no guidance then, and with 1 every image is of the null class.
+            unlearned and 1 all the others: there is no guidance then, and with 1 every image is of the null class. Of
+            a model of text, the share of captions that it replaced by the empty one.
+        tokenizer: Of a model of text, a tokenizer of transformers.
+        text_encoder: Of a model of text that has no text encoder of its own, one of transformers.
+        prompts: Of a model of text, what is drawn where nobody says what, such as the run's own grid.
+
+    Attributes:
+        subject: The argument of a call that says what images show: `class_labels`, or `prompt`.
 
     Raises :class:`InputError` if the parts do not fit each other.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder"]
 
     def __init__(
         self,
@@ -61,16 +74,22 @@ class GSPNDiTPipeline(DiffusionPipeline):
         guidance_interval: list[float] | None = None,
         num_inference_steps: int = 50,
         class_dropout: float | None = None,
+        tokenizer: Any = None,  # diffusers reads these types, and transformers may not be there
+        text_encoder: Any = None,
+        prompts: list[str] | None = None,
     ) -> None:
         super().__init__()
         self._graphed: GraphedModel | None = None
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(
+            transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder
+        )
         self.register_to_config(
             class_names=class_names,
             guidance_scale=1.0 if class_dropout in (0, 1) else guidance_scale,
             guidance_interval=list(guidance_interval or (0.0, 1.0)),
             num_inference_steps=num_inference_steps,
             class_dropout=class_dropout,
+            prompts=prompts,
         )
         transformer.eval()  # one that is new has its dropout on
         check_vae(vae, "the pipeline's")
@@ -79,7 +98,9 @@ class GSPNDiTPipeline(DiffusionPipeline):
             raise InputError(
                 f"its latents have {channels} channels, and the transformer takes {wanted}", argument="vae"
             )
-        if class_names is not None and len(class_names) != transformer.config.num_classes:
+        if self.subject == "prompt":
+            check_text_parts(transformer, tokenizer, text_encoder)
+        elif class_names is not None and len(class_names) != transformer.config.num_classes:
             raise InputError(
                 f"{len(class_names)} names for a transformer of {transformer.config.num_classes} classes",
                 argument="class_names",
@@ -96,7 +117,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str],
+        class_labels: int | str | Sequence[int | str] | None = None,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         height: int | None = None,
@@ -110,11 +131,12 @@ class GSPNDiTPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict] | None = None,
+        prompt: str | Sequence[str] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """One image for each class label.
+        """One image for each class label, or for each prompt.
 
         Args:
-            class_labels: Class ids or names, one per image.
+            class_labels: Class ids or names, one per image, of a model of classes.
             guidance_scale: Classifier-free guidance, 1 for none; None takes the pipeline's own, as do the others.
             num_inference_steps: Denoising steps.
             height: Pixels, a multiple of the VAE's factor times the patch; None takes the trained size.
@@ -136,6 +158,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
             return_dict: Give an `ImagePipelineOutput`; else a tuple.
             callback_on_step_end: Called as callback(pipeline, step, timestep, {"latents": …}); the latents in the
                 dictionary it returns go on.
+            prompt: What the images show, in words, one per image, of a model of text. One of more tokens than the model
+                was trained with is cut, with a warning.
 
         Raises :class:`InputError` for a class, size or option that cannot be, before any forward.
         """
@@ -144,8 +168,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
         if mixed_precision not in (names := get_args(MixedPrecision)):
             raise InputError(argument="mixed_precision", value=mixed_precision, wanted=f"one of {', '.join(names)}")
         check_switch("cuda_graph", cuda_graph)
-        condition = self.conditioning.read(class_labels)
-        count = len(condition["class_labels"])
+        condition = self.read_subject(class_labels, prompt)
+        count = len(next(iter(condition.values())))
         null_condition = self.conditioning.null(count)
         if self.config.class_dropout == 1:
             condition = null_condition
@@ -156,7 +180,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
             )
         if isinstance(generator, list) and len(generator) != count:
             raise InputError(
-                f"a list of {len(generator)} for {count} class_labels", argument="generator", wanted="one each"
+                f"a list of {len(generator)} for {count} {self.subject}", argument="generator", wanted="one each"
             )
         guidance_scale, guidance_interval = self.guidance(guidance_scale, guidance_interval)
         if num_inference_steps is None:
@@ -197,8 +221,35 @@ class GSPNDiTPipeline(DiffusionPipeline):
         self._graphed = None
 
     @property
-    def conditioning(self) -> ClassLabels:
-        """How the class labels of a call are read."""
+    def subject(self) -> Literal["class_labels", "prompt"]:
+        """The argument of a call that says what images show."""
+        return "prompt" if self.transformer.conditioned_on == "text" else "class_labels"
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """How what a call asks for is read."""
+        if self.subject == "prompt":
+            return TextParts(self.tokenizer, self.text_encoder).conditioning()
+        return self._classes
+
+    def read_subject(self, class_labels: Any, prompt: Any) -> Condition:
+        """The condition of a call's class labels or prompts. Raises :class:`InputError` for those of the other kind."""
+        given = {"class_labels": class_labels, "prompt": prompt}
+        asked = given.pop(self.subject)
+        for other, value in given.items():
+            if value is not None:
+                raise InputError(
+                    f"this model draws {'classes' if other == 'prompt' else 'from text'}",
+                    argument=other,
+                    value=value,
+                    remedy=f"give {self.subject}",
+                )
+        return self.conditioning.read(asked)
+
+    @property
+    def _classes(self) -> ClassLabels:
+        if self.subject == "prompt":
+            raise InputError("this model draws from text", argument="class_labels", remedy="give prompt")
         return ClassLabels(self.transformer.config.num_classes, self.config.class_names)
 
     def class_ids(self, class_labels: Sequence[int | str]) -> list[int]:
@@ -207,7 +258,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
         Raises :class:`InputError` for none, an id out of range, what is neither id nor name, or a name that no class
         has, with names close to it.
         """
-        return self.conditioning.ids(class_labels)
+        return self._classes.ids(class_labels)
 
     def guidance(
         self, scale: float | None = None, interval: tuple[float, float] | None = None
@@ -274,6 +325,28 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 raise InputError(argument="chunk_scale", value=chunk_scale, wanted="a positive number, or auto")
             self.transformer.check_chunk_scale(chunk_scale)
         return shift, chunk_scale
+
+
+def check_text_parts(
+    transformer: ModelMixin, tokenizer: PreTrainedTokenizerBase | None, text_encoder: PreTrainedModel | None
+) -> None:
+    """Raise :class:`InputError` unless a model of text reads what a tokenizer, or a text encoder, makes."""
+    if tokenizer is None:
+        raise InputError("this model draws from text", argument="tokenizer", wanted="that of its training")
+    own = transformer.config.vocab_size is not None
+    if own != (text_encoder is None):
+        raise InputError(
+            f"the transformer has {'one' if own else 'none'} of its own",
+            argument="text_encoder",
+            remedy="leave it out" if own else "give that of its training",
+        )
+    for name, wanted in TextParts(tokenizer, text_encoder).model_options.items():
+        if (found := transformer.config[name]) != wanted and name in ("vocab_size", "text_width", "text_length"):
+            raise InputError(
+                f"the transformer was made for {name} {found}, and this is {wanted}",
+                argument="tokenizer" if own else "text_encoder",
+                remedy="give that of its training",
+            )
 
 
 def unguided(class_dropout: float) -> str:

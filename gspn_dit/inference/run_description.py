@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from gspn_dit.arguments import check_guidance, check_num_inference_steps
 from gspn_dit.errors import InputError, is_finite
+from gspn_dit.text.tokens import MAX_LENGTH
 
 _OPTIONS = {
     "objective": ("diffusion", "objective"),
@@ -20,6 +21,10 @@ _OPTIONS = {
     "num_inference_steps": ("sampling", "num_inference_steps"),
     "guidance_scale": ("sampling", "guidance_scale"),
     "guidance_interval": ("sampling", "guidance_interval"),
+    "tokenizer": ("text", "tokenizer"),
+    "text_encoder": ("text", "encoder"),
+    "max_tokens": ("text", "max_tokens"),
+    "prompts": ("sampling", "prompts"),
 }  # where config.yaml has each attribute
 
 
@@ -37,6 +42,10 @@ class RunDescription:
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 is none.
         guidance_interval: Share (low, high) of the noise levels at which guidance acts.
+        tokenizer: Of a model of text: see :func:`~gspn_dit.text.parts.load_text_parts`, as for the next two.
+        text_encoder: See there.
+        max_tokens: See there.
+        prompts: Of a model of text, what its grids show.
 
     Raises :class:`InputError` for a value that cannot be.
     """
@@ -48,6 +57,10 @@ class RunDescription:
     num_inference_steps: int = 50
     guidance_scale: float = 4.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    tokenizer: str | None = None
+    text_encoder: str | None = None
+    max_tokens: int = MAX_LENGTH
+    prompts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_num_inference_steps(self.num_inference_steps, "sampling.")

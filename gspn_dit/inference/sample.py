@@ -22,7 +22,7 @@ import math
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +58,8 @@ from gspn_dit.storage.pictures import load_image, save_grid, save_npz
 if TYPE_CHECKING:
     from gspn_dit.commands import SampleOptions
 
+T = TypeVar("T")
+
 BATCH_SIZE = 16
 logger = logging.getLogger(__name__)
 _LEAST_FILE = 4096  # bytes that an image takes on a disk: a block
@@ -81,7 +83,7 @@ def main(options: SampleOptions) -> None:
     together = batch_size * (2 if call["guidance_scale"] > 1 else 1)
     graph = graph_choice(pipe.transformer, options.cuda_graph, device, (together, *shape[1:]))
     check_room(options, (call["height"], call["width"]))
-    labels = choose_labels(pipe, options)
+    subjects = choose_subjects(pipe, options)
     missing: list[int] = []
     with ExitStack() as stack:
         if processes.is_main_process:
@@ -89,7 +91,7 @@ def main(options: SampleOptions) -> None:
                 logger.info(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", extra={"stderr": True})
             settings = sampling_settings(pipe, options, call) | {"model": str(checkpoint or options.model)}
             prepare_folders(options, settings, stack)
-            missing = begin_folder(options, settings, labels, pipe.config.class_names)
+            missing = begin_folder(options, settings, subjects, pipe.config.class_names)
             precision.say()
             if device.type == "cuda":
                 graph.say()
@@ -97,7 +99,7 @@ def main(options: SampleOptions) -> None:
         draw_missing(
             pipe.to(device),
             options.folder,
-            labels,
+            subjects,
             missing,
             processes,
             seed=options.seed,
@@ -106,9 +108,9 @@ def main(options: SampleOptions) -> None:
             **call,
         )
         if processes.is_main_process:
-            assemble(options, labels, pipe)
+            assemble(options, subjects, pipe)
             written = [path for path in (options.out, options.npz_file) if path is not None]
-            print(f"{len(labels)} images: {', '.join(written)}")
+            print(f"{len(subjects)} images: {', '.join(written)}")
     processes.destroy_process_group()
 
 
@@ -138,6 +140,24 @@ def default_batch_size(pipe: GSPNDiTPipeline, call: dict[str, Any]) -> int:
     return max(1, min(BATCH_SIZE, int(BATCH_SIZE / pipe.side_ratio(call["height"], call["width"]) ** 2)))
 
 
+def choose_subjects(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int] | list[str]:
+    """The class id or the prompt of every image. Raises :class:`InputError` for those of the other kind of model."""
+    if pipe.subject == "class_labels":
+        if options.prompts is not None:
+            raise InputError(
+                "this model draws classes", argument="prompts", value=options.prompts, remedy="give class_labels"
+            )
+        return choose_labels(pipe, options)
+    if options.class_labels is not None:
+        raise InputError(
+            "this model draws from text", argument="class_labels", value=options.class_labels, remedy="give prompts"
+        )
+    prompts = options.prompt_list or list(pipe.config.prompts or [])
+    if not prompts:
+        raise InputError("nothing says what to draw", argument="prompts", wanted="a prompt, or a .txt file of them")
+    return in_turn(prompts, options, "prompts" if options.prompts is not None else None)
+
+
 def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
     """The class id of every image; the first are the same however many there are.
 
@@ -149,26 +169,39 @@ def choose_labels(pipe: GSPNDiTPipeline, options: SampleOptions) -> list[int]:
         classes = pipe.class_ids([options.class_labels])
     else:
         classes = pipe.class_ids([label.strip() for label in options.class_labels.split(",")])
-    if options.class_labels is not None and options.labels == "balanced" and len(classes) > options.num_images:
+    return in_turn(classes, options, "class_labels" if options.class_labels is not None else None)
+
+
+def in_turn(choices: list[T], options: SampleOptions, given: str | None) -> list[T]:
+    """One of the choices for each image, in turn or at random.
+
+    Raises :class:`InputError` if there are more than images, and the option called `given` says them all.
+    """
+    if given is not None and options.labels == "balanced" and len(choices) > options.num_images:
         raise InputError(
-            f"fewer than the {len(classes)} class_labels, so that some would have no image",
+            f"fewer than the {len(choices)} {given}, so that some would have no image",
             argument="num_images",
             value=options.num_images,
-            remedy=f"give {len(classes)} or more, fewer labels, or --labels random",
+            remedy=f"give {len(choices)} or more, fewer {given.removeprefix('class_')}, or --labels random",
         )
     if options.labels == "balanced":
-        return [classes[i % len(classes)] for i in range(options.num_images)]
+        return [choices[i % len(choices)] for i in range(options.num_images)]
     draws = np.random.Generator(np.random.Philox(key=options.seed)).random(options.num_images)
-    return [classes[int(draw * len(classes))] for draw in draws]
+    return [choices[int(draw * len(choices))] for draw in draws]
 
 
 def sampling_settings(pipe: GSPNDiTPipeline, options: SampleOptions, call: dict[str, Any]) -> dict[str, Any]:
     """Everything that the images are a function of, for JSON; how many there are and who draws them is no part."""
     scheduler = {key: value for key, value in sorted(pipe.scheduler.config.items()) if not key.startswith("_")}
+    networks = [pipe.transformer, pipe.vae] + ([] if pipe.text_encoder is None else [pipe.text_encoder])
+    if pipe.subject == "prompt":
+        asked: dict[str, Any] = {"prompts": options.prompt_list or list(pipe.config.prompts)}
+    else:
+        asked = {"class_labels": options.class_labels}
     return {
-        "model_weights": weights_sha256(pipe.transformer, pipe.vae),
+        "model_weights": weights_sha256(*networks),
         "seed": options.seed,
-        "class_labels": options.class_labels,
+        **asked,
         "labels": options.labels,
         **call,
         "sampler": type(pipe.scheduler).__name__,
@@ -197,19 +230,22 @@ def say_who(folder: Path, holder: str) -> None:
 
 
 def begin_folder(
-    options: SampleOptions, settings: dict[str, Any], labels: list[int], class_names: list[str] | None
+    options: SampleOptions,
+    settings: dict[str, Any],
+    subjects: list[int] | list[str],
+    class_names: list[str] | None,
 ) -> list[int]:
     """Begin or continue the folder of images, locked before; a hidden one that other settings left is begun anew.
 
     Returns the numbers of the images that are still to be drawn.
     """
     try:
-        return begin(options.folder, settings, labels, class_names)
+        return begin(options.folder, settings, subjects, class_names)
     except InputError:
         if options.single_files:
             raise
         clear(options.folder)
-        return begin(options.folder, settings, labels, class_names)
+        return begin(options.folder, settings, subjects, class_names)
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -225,21 +261,24 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def assemble(options: SampleOptions, labels: list[int], pipe: GSPNDiTPipeline) -> None:
+def assemble(options: SampleOptions, subjects: list[int] | list[str], pipe: GSPNDiTPipeline) -> None:
     """Put the grid or the npz together from the folder of images, and empty a folder that nobody asked for."""
-    paths = [options.folder / image_file(i) for i in range(len(labels))]
+    paths = [options.folder / image_file(i) for i in range(len(subjects))]
     if options.npz_file is not None:
         bar = progress(paths, desc="npz", unit="image", leave=False)
-        ids = np.array(labels, dtype=np.int64)
         batches = (load_image(path)[None] for path in bar)
-        arrays = {"arr_1": ids, "labels": ids}
+        if pipe.subject == "prompt":
+            arrays = {"prompts": np.array(subjects)}
+        else:
+            ids = np.array(subjects, dtype=np.int64)
+            arrays = {"arr_1": ids, "labels": ids}
         if pipe.config.class_names:
             arrays["class_names"] = np.array(pipe.config.class_names)
-        save_npz(batches, (len(labels), *load_image(paths[0]).shape), options.npz_file, **arrays)
+        save_npz(batches, (len(subjects), *load_image(paths[0]).shape), options.npz_file, **arrays)
     if not options.single_files:
         if options.out is not None:
             images = np.stack([load_image(path) for path in paths])
-            save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), options.out, captions(pipe, labels))
+            save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), options.out, captions(pipe, subjects))
         clear(options.folder)
 
 

@@ -1,7 +1,8 @@
 """A folder of sampled images, one PNG each, drawn by any number of processes in as many runs as it takes.
 
     settings.json      what the images are a function of; written first
-    labels.csv         file,label of every image there will be, and the class's name where it has one
+    labels.csv         file,label of every image there will be, and the class's name where it has one; of a model of
+                       text metadata.jsonl in its place: each image's file_name and text, as captioned data has them
     000000.png …       image i, whole or not there
 
 Image i depends on the settings and i alone. So a folder is the same however many processes drew it, and a run that was
@@ -11,6 +12,7 @@ cut goes on where it was.
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import re
@@ -21,6 +23,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from gspn_dit.data.captions import METADATA
 from gspn_dit.diffusion import image_generator
 from gspn_dit.errors import InputError
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
@@ -39,9 +42,18 @@ def image_file(i: int) -> str:
 
 
 def begin(
-    folder: Path, settings: dict[str, Any], labels: Sequence[int], class_names: Sequence[str] | None = None
+    folder: Path,
+    settings: dict[str, Any],
+    subjects: Sequence[int] | Sequence[str],
+    class_names: Sequence[str] | None = None,
 ) -> list[int]:
     """Begin a folder of images, or continue it, and return which are still to be drawn; one process does this.
+
+    Args:
+        folder: Of the images.
+        settings: What the images are a function of.
+        subjects: Class id or prompt of every image.
+        class_names: The classes' names.
 
     Raises:
         InputError: If the folder was begun with other settings, or holds images that none of this began.
@@ -58,12 +70,17 @@ def begin(
     begin_or_continue(folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)
     for torn in folder.glob(".*.tmp"):
         torn.unlink()
-    with replacing(folder / "labels.csv") as temporary, open(temporary, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["file", "label", "name"][: 3 if class_names else 2])
-        names = ([class_names[label]] if class_names else [] for label in labels)
-        table.writerows([image_file(i), labels[i], *name] for i, name in enumerate(names))
-    return [i for i in range(len(labels)) if i not in found]
+    if all(isinstance(subject, str) for subject in subjects):
+        rows = ({"file_name": image_file(i), "text": prompt} for i, prompt in enumerate(subjects))
+        with replacing(folder / METADATA) as temporary:
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    else:
+        with replacing(folder / "labels.csv") as temporary, open(temporary, "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file", "label", "name"][: 3 if class_names else 2])
+            names = ([class_names[int(label)]] if class_names else [] for label in subjects)
+            table.writerows([image_file(i), subjects[i], *name] for i, name in enumerate(names))
+    return [i for i in range(len(subjects)) if i not in found]
 
 
 def finished_images(folder: Path, below: float = math.inf) -> set[int]:
@@ -76,7 +93,7 @@ def finished_images(folder: Path, below: float = math.inf) -> set[int]:
 def draw_missing(
     pipe: GSPNDiTPipeline,
     folder: Path,
-    labels: Sequence[int],
+    subjects: Sequence[int] | Sequence[str],
     missing: Sequence[int],
     processes: PartialState,
     *,
@@ -91,7 +108,7 @@ def draw_missing(
     Args:
         pipe: On this process's device.
         folder: The folder that :func:`begin` began.
-        labels: Class id of every image, missing or not.
+        subjects: Class id or prompt of every image, missing or not.
         missing: Numbers of the images to draw, as :func:`begin` returned them.
         processes: The processes that share them.
         seed: Image i is a function of (seed, i).
@@ -102,14 +119,15 @@ def draw_missing(
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     shown = processes.is_main_process
     pipe.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None if shown else True)
-    done = len(labels) - len(missing)
+    done = len(subjects) - len(missing)
     with progress(
-        total=len(labels), initial=done, desc="sampling", unit="image", smoothing=0, disable=not shown
+        total=len(subjects), initial=done, desc="sampling", unit="image", smoothing=0, disable=not shown
     ) as bar:
         next_look = 0.0
         for batch in batches[processes.process_index :: processes.num_processes]:
+            asked: dict[str, Any] = {pipe.subject: [subjects[i] for i in batch]}
             (images,) = pipe(
-                [labels[i] for i in batch],
+                **asked,
                 generator=[image_generator(seed, i) for i in batch],
                 output_type="uint8",
                 return_dict=False,
@@ -121,4 +139,4 @@ def draw_missing(
                 bar.update(len(finished_images(folder)) - bar.n)
                 next_look = now + 100 * (time.monotonic() - now)  # at most a hundredth of the time goes into this
         processes.wait_for_everyone()
-        bar.update(len(labels) - bar.n)
+        bar.update(len(subjects) - bar.n)

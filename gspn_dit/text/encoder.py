@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -141,14 +142,29 @@ def load_text_model(folder: str | os.PathLike, dtype: torch.dtype = torch.float3
         )
     try:
         kind = json.loads((place / "config.json").read_text()).get("model_type")
-        model, info = getattr(transformers, _ENCODERS.get(kind, "AutoModel")).from_pretrained(
-            str(place), local_files_only=True, output_loading_info=True
-        )
+        with _silent():
+            model, info = getattr(transformers, _ENCODERS.get(kind, "AutoModel")).from_pretrained(
+                str(place), local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise InputError(f"it cannot be read ({' '.join(str(error).split())[:200]})", **about) from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{len(missing)} of its weights are not there, such as {missing[0]}", **about)
     return model.to(dtype)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """In the block, transformers draws no progress bars."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def _tokenizer_beside(folder: str | os.PathLike) -> str | os.PathLike:

@@ -39,6 +39,7 @@ def load_tokenizer(folder: str | os.PathLike, max_length: int = MAX_LENGTH) -> P
     if not is_whole(max_length) or max_length < LEAST_LENGTH:
         raise InputError(argument="max_length", value=max_length, wanted=f"a whole number from {LEAST_LENGTH}")
     require_extras("t2i")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns where data is read by other processes
     place = within_pipeline(folder, "tokenizer")
     if not place.is_dir():
         raise InputError("no such folder", argument="tokenizer", value=os.fspath(folder), wanted="that of a tokenizer")

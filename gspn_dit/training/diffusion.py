@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from gspn_dit.autoencoder.vae import (
     vae_record,
     vae_sha256,
 )
-from gspn_dit.conditioning import ClassLabels, Conditioning
+from gspn_dit.conditioning import Conditioning
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data.source import LatentSource, Source, is_of_latents
 from gspn_dit.diffusion import Batch, Objective, create_objective, create_scheduler
@@ -51,13 +51,14 @@ from gspn_dit.models.registry import NoSuchOption, find_preset
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder
 from gspn_dit.text_to_image_config import TextToImageConfig
 from gspn_dit.training.compilation import rehearse_blocks
+from gspn_dit.training.conditions import open_condition
 from gspn_dit.training.ema import EMA
 from gspn_dit.training.evaluator import Evaluator, draw_samples
 from gspn_dit.training.latents import FromImages, FromMoments, LatentEncoder
 from gspn_dit.training.record import Record, note
 from gspn_dit.training.sharding import full_tensor
 from gspn_dit.training.stop_request import StopRequest
-from gspn_dit.training.stream import TrainingStream, open_source
+from gspn_dit.training.stream import TrainingStream
 from gspn_dit.training.task import Task, steps_after
 from gspn_dit.training.trackers import note_scores, track_samples
 
@@ -83,6 +84,9 @@ class DiffusionTask(Task):
         vae: The autoencoder, or None where there is nothing to encode or to draw.
         vae_record: What VAE the latents are of, for the checkpoints.
         evaluator: The quick score, or None for none.
+        pipeline_parts: What its pipeline needs beside model and VAE, as of
+            :class:`~gspn_dit.training.conditions.TrainingCondition`.
+        condition_record: What a checkpoint notes of its kind of condition, as of that.
     """
 
     config: Config
@@ -96,6 +100,8 @@ class DiffusionTask(Task):
     vae: AutoencoderKL | None
     vae_record: dict[str, Any]
     evaluator: Evaluator | None
+    pipeline_parts: dict[str, Any] = field(default_factory=dict)
+    condition_record: dict[str, str] = field(default_factory=dict)
 
     same_at_resume = (
         "seed",
@@ -162,11 +168,18 @@ class DiffusionTask(Task):
 
     @property
     def data_record(self) -> dict[str, Any]:
-        return {"vae": self.vae_record}
+        return {"vae": self.vae_record, **self.condition_record}
 
     def check_data(self, checkpoint: Checkpoint, saved: Config) -> None:
         of_before = {"name": saved.data.vae, "sha256": None, **NOT_HEEDED}
         check_same_vae(checkpoint.read_metadata().get("vae") or of_before, self.vae_record, self.config)
+        for name, now in self.condition_record.items():
+            if (before := checkpoint.read_metadata().get(name)) != now:
+                raise InputError(
+                    f"the run in {self.config.output_dir} reads captions by {before}, and this is {now}",
+                    argument="text.tokenizer" if self.config.text.encoder is None else "text.encoder",
+                    remedy="set it back",
+                )
 
     @property
     def score_columns(self) -> Sequence[str] | None:
@@ -197,7 +210,7 @@ def averaged_pipeline(task: DiffusionTask, ema: EMA) -> GSPNDiTPipeline:
         model = task.build().eval()
     model.load_state_dict({name: full_tensor(tensor) for name, tensor in ema.tensors.items()}, assign=True)
     described = RunDescription.of(dataclasses.asdict(task.config))
-    pipeline = pipeline_of(described, model, task.vae, task.source.class_names)
+    pipeline = pipeline_of(described, model, task.vae, **task.pipeline_parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -220,8 +233,13 @@ def open_task(config: Config, accelerator: Accelerator) -> tuple[DiffusionTask, 
     """
     with renamed(time_sampling="diffusion.time_sampling"):
         objective = create_objective(config.diffusion.objective, time_sampling=config.diffusion.time_sampling)
+    with renamed(name="model.name"):
+        kind = find_preset(config.model.name).family.conditioned_on
     with renamed(source="data.source", image_size="data.image_size", vae="data.vae"):
-        source = open_source(config.data, config.seed)
+        condition = open_condition(kind, config, accelerator.device)
+    source = condition.source
+    if taken := sorted(condition.model_options.keys() & config.model.overrides.keys()):
+        raise InputError("the data sets it", argument=OVERRIDES + taken[0], remedy="leave it out")
     steps_after(0, config.training, accelerator)  # refuses a batch that does not split evenly
     with renamed(vae="data.vae"):
         vae, encoder, latent_shape, record = open_latents(config, source, accelerator.device)
@@ -234,7 +252,7 @@ def open_task(config: Config, accelerator: Accelerator) -> tuple[DiffusionTask, 
         sample_size=latent_shape[1:],
         in_channels=latent_shape[0],
         out_channels=objective.out_channels(latent_shape[0]),
-        num_classes=len(source.class_names),
+        **condition.model_options,
         **options,
     )
     try:
@@ -250,18 +268,19 @@ def open_task(config: Config, accelerator: Accelerator) -> tuple[DiffusionTask, 
         if isinstance(error, NoSuchOption):
             error.remedy = f"{error.remedy}; --model.overrides '{{}}' takes none of a file's"
         raise
-    conditioning = ClassLabels(len(source.class_names), source.class_names)
     stream = TrainingStream(
         source,
         latent_shape=latent_shape,
-        condition_names=conditioning.names,
+        condition_names=condition.conditioning.names,
         dropout=config.diffusion.class_dropout,
         horizontal_flip=config.data.horizontal_flip,
         seed=config.seed,
     )
-    evaluator = Evaluator(config, accelerator, source.class_names) if config.evaluation.every else None
-    parts = (source, stream, encoder, conditioning, objective, build, vae, record, evaluator)
-    return DiffusionTask(config, accelerator, *parts), model
+    evaluator = None
+    if config.evaluation.every:
+        evaluator = Evaluator(config, accelerator, condition.asked, condition.parts.get("class_names", ()))
+    parts = (source, stream, encoder, condition.conditioning, objective, build, vae, record, evaluator)
+    return DiffusionTask(config, accelerator, *parts, condition.parts, condition.record), model
 
 
 def as_begun(config: Config) -> dict[str, Any]:
@@ -307,10 +326,12 @@ def start_from(model: LatentModel, path: str, class_names: list[str]) -> str | N
                 value=path,
                 wanted="the same model.name, model.overrides and diffusion.objective",
             )
-    their_table, our_table = theirs.pop(LABELS), ours.pop(LABELS)
+    their_table, our_table = theirs.pop(LABELS, None), ours.pop(LABELS, None)
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(theirs[name])
+        if their_table is None or our_table is None:  # a model of text
+            return None
         if their_table.shape == our_table.shape:
             our_table.copy_(their_table)
             return None

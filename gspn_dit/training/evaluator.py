@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -42,14 +43,21 @@ class Evaluator:
     Args:
         config: The run's; its features and reference are opened here.
         accelerator: The run's.
-        class_names: The names of its classes.
+        asked: The arguments of the pipeline's call that draw the images of these numbers.
+        class_names: The names of the classes that are drawn in turn; none for a model of text.
 
     Raises:
         InputError: If the features or the reference cannot be had, or do not suit the samples or each other.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, class_names: Sequence[str]) -> None:
-        self.config, self.accelerator, self.class_names = config, accelerator, class_names
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        asked: Callable[[Sequence[int]], dict[str, Any]],
+        class_names: Sequence[str] = (),
+    ) -> None:
+        self.config, self.accelerator, self.asked, self.class_names = config, accelerator, asked, class_names
         if accelerator.is_main_process:
             options, size = config.evaluation, config.data.image_size
             with renamed(weights="evaluation.weights", reference="evaluation.reference"):
@@ -103,7 +111,7 @@ class Evaluator:
                 raise InterruptedError("asked to stop")
             batch = mine[start : start + options.batch_size]
             (drawn,) = pipeline(
-                [i % pipeline.transformer.config.num_classes for i in batch],
+                **self.asked(batch),
                 guidance_scale=options.guidance_scale,
                 generator=[image_generator(self.config.seed, i) for i in batch],
                 mixed_precision=self.accelerator.mixed_precision,
@@ -125,7 +133,7 @@ class Evaluator:
     def _score(self, images: Tensor, pipeline: GSPNDiTPipeline, step: int) -> dict[str, float]:
         if not isinstance(self.reference, ReferenceStatistics):  # gone through once in a run: they stay the same
             self.reference = statistics_of(self.reference, self.extractor, quick=True)
-        labels = [i % len(self.class_names) for i in range(len(images))]
+        labels = [i % len(self.class_names) for i in range(len(images))] if self.class_names else None
         (height, width), names = images.shape[2:], dict(enumerate(self.class_names))
         samples = ImageSet(
             f"samples at step {step}", len(images), (height, width), lambda i: images[i], labels, class_names=names

@@ -7,6 +7,7 @@ from its step number, and sees the same samples whatever the number of processes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,27 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gspn_dit.config import DataConfig
-from gspn_dit.data import LatentStore, Source, how_to_encode, is_latent_store, open_images
+from gspn_dit.data import ImageDataset, LatentStore, Source, how_to_encode, is_latent_store, open_images
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.errors import InputError
 from gspn_dit.registry import quoted
 from gspn_dit.training.positions import EpochOrder, generator_at
 
 
-def open_source(config: DataConfig, seed: int) -> Source:
+def open_source(
+    config: DataConfig, seed: int, open_images: Callable[..., ImageDataset] = open_images
+) -> ImageDataset | LatentStore:
     """The images or the latent store that a configuration names.
+
+    Args:
+        config: Of the data.
+        seed: Of what is random in it.
+        open_images: Opens images that are no store: :func:`gspn_dit.data.open_images`, or as that.
 
     Raises:
         InputError: If it is not there, or a store was made for another image size or mirroring.
     """
-    if config.source not in SOURCES and not Path(config.source).is_dir():
+    if config.source not in SOURCES and not Path(config.source).exists():
         raise InputError(
             "no such folder",
             argument="data.source",

@@ -130,9 +130,9 @@ def test_more_images_start_with_the_same_ones(run, tmp_path):
 def test_as_many_pixels_at_a_time_at_any_size(run, tmp_path, monkeypatch):
     batches, call = [], GSPNDiTPipeline.__call__
 
-    def counted(pipe, labels, **options):
-        batches.append(len(labels))
-        return call(pipe, labels, **options)
+    def counted(pipe, class_labels, **options):
+        batches.append(len(class_labels))
+        return call(pipe, class_labels, **options)
 
     monkeypatch.setattr(GSPNDiTPipeline, "__call__", counted)
     for size, expected in (("8", [16, 1]), ("16", [16, 1]), ("32", [4, 4, 4, 4, 1]), ("80", [1, 1])):
@@ -162,9 +162,9 @@ def test_as_many_pixels_at_a_time_at_any_size(run, tmp_path, monkeypatch):
 def test_options_reach_the_draw(run, tmp_path, monkeypatch):
     drawn, call = [], GSPNDiTPipeline.__call__
 
-    def spied(pipe, labels, **options):
+    def spied(pipe, class_labels, **options):
         drawn.append(options | {"sampler": type(pipe.scheduler).__name__})
-        return call(pipe, labels, **options)
+        return call(pipe, class_labels, **options)
 
     monkeypatch.setattr(GSPNDiTPipeline, "__call__", spied)
     sample(
@@ -306,10 +306,10 @@ def test_a_full_disk_and_ctrl_c_are_one_line_and_the_same_command_goes_on(run, t
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
-    def interrupted(pipe, labels, **options):
+    def interrupted(pipe, class_labels, **options):
         if len(pictures(tmp_path / "pictures")) == 4:
             raise KeyboardInterrupt
-        return call(pipe, labels, **options)
+        return call(pipe, class_labels, **options)
 
     def names():
         return sorted(path.name for path in (tmp_path / "pictures").iterdir())

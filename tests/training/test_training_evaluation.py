@@ -61,9 +61,9 @@ def test_no_class_accuracy_of_a_run_of_other_classes(tmp_path):
 def test_the_grid_and_the_evaluation_draw_what_their_options_say(tmp_path, monkeypatch):
     drawn, call = [], GSPNDiTPipeline.__call__
 
-    def spied(pipe, labels, **options):
-        drawn.append((len(labels), options.get("guidance_scale", pipe.config.guidance_scale)))
-        return call(pipe, labels, **options)
+    def spied(pipe, class_labels, **options):
+        drawn.append((len(class_labels), options.get("guidance_scale", pipe.config.guidance_scale)))
+        return call(pipe, class_labels, **options)
 
     monkeypatch.setattr(GSPNDiTPipeline, "__call__", spied)
     train(
