@@ -12,6 +12,7 @@ FLOORS = {
     "storage": 1,
     "conditioning": 1,
     "diffusion": 1,
+    "text": 2,
     "layers": 2,
     "autoencoder": 2,
     "models": 3,

@@ -24,6 +24,7 @@ from gspn_dit.training.stop_request import StopRequest
 TASKS = {
     "Config": "gspn_dit.training.diffusion:DiffusionTask",
     "ClassifierConfig": "gspn_dit.training.classification:ClassificationTask",
+    "DistillationConfig": "gspn_dit.training.distillation:DistillationTask",
 }
 
 
