@@ -17,27 +17,30 @@ class ReplacementConfig:
     """Replacement: what takes the place of which self-attention layers.
 
     Args:
-        mixer: `gspn`, line scans from the layers' own Q, K and V; `fresh`, line scans without them, at half the cost;
-            `linear`, linear attention; `window`, attention within a window.
-        layers: `all`; `levels=0,1` for those of these levels of the UNet; or names of layers with commas between them.
-        keep_attention: Names of layers among them that keep their attention.
-        chunk: Length of a line scan's chunk, in tokens; if not given, the mixer's own.
-        global_layers: How many of the last layers scan their whole map.
+        mixer: `gspn`, line scans from the layers' own Q, K and V; `fresh`, new line scans that keep nothing of the
+            attention, at half the cost; `linear`, linear attention; `window`, attention within a window.
+        layers: Which self-attention is replaced: `all`; `levels=0,1` for those of these levels, where 0 has the size
+            of the latents and each next one half of it; names such as `mid_block`; or a list of those.
+        keep_attention: Which of them keep their attention, as `layers`.
+        chunk: Lines that a scan runs over, or the side of a window, in tokens; null for the whole map.
+        windows: `shifted` for windows of chunk × chunk tokens that lie elsewhere in every second layer; `aligned` for
+            windows that do not; null for chunks of lines.
+        global_layers: Which layers take the whole map whatever the chunk, as `layers`; `[]` for none.
         init_from: A run, a checkpoint or a saved replacement whose weights a new run begins with, as stage 2 does with
             stage 1's; if not given, they are made of the attention that is replaced.
     """
 
     mixer: Literal["gspn", "fresh", "linear", "window"] = "gspn"
-    layers: str = "all"
-    keep_attention: list[str] = field(default_factory=list)
-    chunk: int | None = None
-    global_layers: int = 0
+    layers: list[str] | str = "all"
+    keep_attention: list[str] | str = field(default_factory=list)
+    chunk: int | None = 32
+    windows: Literal["shifted", "aligned"] | None = "shifted"
+    global_layers: list[str] | str = "mid_block"
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.layers.strip() != "", "replacement.layers", self.layers, "all, levels=0,1 or names")
-        require(self.chunk is None or self.chunk >= 1, "replacement.chunk", self.chunk, "1 or more")
-        require(self.global_layers >= 0, "replacement.global_layers", self.global_layers, "0 or more")
+        require(bool(self.layers), "replacement.layers", self.layers, "all, levels=0,1 or names")
+        require(self.chunk is None or self.chunk >= 1, "replacement.chunk", self.chunk, "1 or more, or null")
         if self.init_from is not None:
             self.init_from = absolute(self.init_from)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,10 @@ def load_teacher(base: str | os.PathLike) -> TextToImagePipeline:
     if kind == "StableDiffusionPipeline":
         options |= {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
     try:
-        pipe = getattr(diffusers, kind).from_pretrained(str(source) if local else name, local_files_only=only_here, **options)
+        with _without_bars():
+            pipe = getattr(diffusers, kind).from_pretrained(
+                str(source) if local else name, local_files_only=only_here, **options
+            )
     except (OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:  # damaged files
         if machine_fault(error) is not None:
             raise
@@ -126,6 +130,21 @@ def embed_nothing(pipe: TextToImagePipeline) -> dict[str, Tensor]:
     encoded = pipe.encode_prompt([""], device=_device(pipe), num_images_per_prompt=1, do_classifier_free_guidance=True)
     named = _named(encoded[1], encoded[3] if is_xl(pipe) else None)
     return {name: tensor[0] for name, tensor in named.items()}
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """In the block, loading draws no progress bars of its own, one for each part."""
+    import transformers
+
+    shown = [each for each in (diffusers, transformers) if each.utils.logging.is_progress_bar_enabled()]
+    for each in shown:
+        each.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each in shown:
+            each.utils.logging.enable_progress_bar()
 
 
 def _device(pipe: TextToImagePipeline) -> torch.device:

@@ -104,6 +104,7 @@ class DistillationTask(Task):
         "replacement.layers",
         "replacement.keep_attention",
         "replacement.chunk",
+        "replacement.windows",
         "replacement.global_layers",
         "distillation.stage",
         "data.image_size",
@@ -123,8 +124,8 @@ class DistillationTask(Task):
         source, encoder, latent_shape = open_data(config, pipe, accelerator.device)
         teacher = teacher_of(pipe, is_of_latents(source), accelerator.device)
         set_seed(config.seed)
-        with renamed("replacement."):
-            replacement = replaced_layers(config, teacher.unet).to(accelerator.device)
+        with renamed("replacement.", model="base"):
+            replacement = replaced_layers(config, teacher.unet)
         outputs = mount_beside(replacement, teacher.unet, config, accelerator)
         names = [*teacher.nothing] if is_of_latents(source) else ["caption"]
         stream = TrainingStream(
@@ -215,6 +216,11 @@ class DistillationTask(Task):
     def rehearse(self, model: AttentionReplacement, images: int, autocast: AbstractContextManager[object]) -> None:
         """Nothing is compiled: the configuration refuses it."""
 
+    def recompute(self, model: AttentionReplacement) -> None:
+        """As every task, but for the first stage: there nothing but the layers themselves has gradients."""
+        if not self.layerwise:
+            self.teacher.unet.enable_gradient_checkpointing()
+
     def start(self, model: AttentionReplacement) -> str | None:
         if self.config.replacement.init_from is None:
             return None
@@ -302,8 +308,9 @@ def replaced_layers(config: DistillationConfig, unet: nn.Module) -> AttentionRep
         unet,
         mixer=options.mixer,
         layers=options.layers,
-        keep_attention=tuple(options.keep_attention),
+        keep_attention=options.keep_attention,
         chunk=options.chunk,
+        windows=options.windows,
         global_layers=options.global_layers,
         base_model=config.base,
     )
@@ -316,10 +323,8 @@ def mount_beside(
     names, layerwise = replacement.layer_names, config.distillation.stage == "layerwise"
     if accelerator.mixed_precision in DTYPES:
         unet.to(DTYPES[accelerator.mixed_precision])
-    if config.training.gradient_checkpointing and not layerwise:  # of the first stage only the layers have gradients
-        unet.enable_gradient_checkpointing()
     teachers = {name: unet.get_submodule(name) for name in names}
-    replacement.mount(unet)
+    replacement.mount(unet, dtype=torch.float32)
     return LayerOutputs(teachers, {name: replacement.layer(name) for name in names}, alone=layerwise)
 
 
