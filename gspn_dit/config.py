@@ -294,6 +294,11 @@ class Config(RunConfig):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    @property
+    def draws(self) -> bool:
+        """Whether images are drawn on the way, to be looked at or scored."""
+        return bool(self.training.sample_every or self.evaluation.every)
+
 
 def _plain(value: Any) -> Any:
     """Tuples as lists, so that safe YAML can hold them."""

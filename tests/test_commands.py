@@ -24,6 +24,7 @@ SCRIPTS = {
     "train_dit.py": "train",
     "train_classifier.py": "train-classifier",
     "distill_t2i.py": "distill-t2i",
+    "train_t2i.py": "train-t2i",
     "sample.py": "sample",
     "fid/evaluate.py": "evaluate",
     "fid/reference.py": "reference",

@@ -15,6 +15,7 @@ FLOORS = {
     "text": 2,
     "layers": 2,
     "autoencoder": 2,
+    "text": 2,
     "models": 3,
     "data": 4,
     "evaluation": 5,

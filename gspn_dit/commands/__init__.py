@@ -23,6 +23,7 @@ from gspn_dit.distillation_config import DistillationConfig
 from gspn_dit.errors import InputError
 from gspn_dit.extras import require_extras
 from gspn_dit.options import command, fail
+from gspn_dit.text_to_image_config import TextToImageConfig
 
 __all__ = [
     "GROUPS",
@@ -127,6 +128,12 @@ GROUPS = {
             EncodeTextToImageOptions,
             "Encode captioned pictures, or draw prompts, into a latent store.",
             continues=True,
+            extras=("train", "t2i"),
+        ),
+        "train-t2i": Verb(
+            "gspn_dit.training.loop:main",
+            TextToImageConfig,
+            "Train a text-to-image model of Stable Diffusion's architecture.",
             extras=("train", "t2i"),
         ),
         "distill-t2i": Verb(

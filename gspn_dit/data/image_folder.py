@@ -112,18 +112,30 @@ class ImageFolder(ImageDataset):
         return self.load_tagged(index)[:2]
 
     def load_tagged(self, index: int) -> tuple[Tensor, int, bool]:
-        path = self.paths[index]
-        try:
-            with Image.open(path) as file:
-                file.load()  # which turns a TIFF by itself, and takes its tag away
-                tag, image = _orientation(file), to_rgb(file)
-                if tag is not None and self.exif_orientation:
-                    image = image.transpose(_UPRIGHT[tag])
-                square = centre_crop(image, self.image_size)
-        except Exception as error:  # Pillow's decoders raise a different class for each way a file can be broken
-            raise UnreadableImage(path, " ".join(str(error).split()) or type(error).__name__) from error
-        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-        return pixels, self.labels[index], tag is not None
+        pixels, is_tagged = read_square(self.paths[index], self.image_size, self.exif_orientation)
+        return pixels, self.labels[index], is_tagged
+
+
+def read_square(path: str, image_size: int, exif_orientation: bool = False) -> tuple[Tensor, bool]:
+    """A file's image as uint8 (3, image_size, image_size), and whether it has an EXIF orientation other than upright.
+
+    Args:
+        path: Of the file.
+        image_size: Side in pixels of the square it is cropped to.
+        exif_orientation: Turn it as its EXIF orientation says.
+
+    Raises :class:`UnreadableImage`.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()  # which turns a TIFF by itself, and takes its tag away
+            tag, image = _orientation(file), to_rgb(file)
+            if tag is not None and exif_orientation:
+                image = image.transpose(_UPRIGHT[tag])
+            square = centre_crop(image, image_size)
+    except Exception as error:  # Pillow's decoders raise a different class for each way a file can be broken
+        raise UnreadableImage(path, " ".join(str(error).split()) or type(error).__name__) from error
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous(), tag is not None
 
 
 def find_images(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
@@ -225,6 +237,14 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def crop_corner(width: int, height: int, size: int) -> tuple[int, int]:
+    """Where (top, left) :func:`centre_crop` begins its square, in the resized image of a file of that size."""
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+    scale = size / min(width, height)
+    return (round(height * scale) - size) // 2, (round(width * scale) - size) // 2
 
 
 def _is_image(file: str) -> bool:

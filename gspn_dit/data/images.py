@@ -64,15 +64,20 @@ class ImageDataset(Dataset):
         Raises:
             InputError: If no file at all is readable.
         """
+        return self.load_readable(index)[:2]
+
+    def load_readable(self, index: int) -> tuple[Tensor, int, int]:
+        """As `dataset[index]`, and the index of the image that it is."""
         if index >= len(self):
             raise IndexError(f"image {index} of a dataset of {len(self)}")
         for offset in range(len(self)):
+            found = (index + offset) % len(self)
             try:
-                return self.load((index + offset) % len(self))
+                return *self.load(found), found
             except UnreadableImage as error:
                 if error.path not in self.unreadable:
                     self.unreadable.add(error.path)
-                    warnings.warn(f"unreadable image {len(self.unreadable)}, skipped: {error}", stacklevel=2)
+                    warnings.warn(f"unreadable image {len(self.unreadable)}, skipped: {error}", stacklevel=3)
         raise InputError(
             f"none of the {len(self)} images can be read, among them {min(self.unreadable)}", remedy="restore them"
         )

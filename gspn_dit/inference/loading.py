@@ -151,12 +151,22 @@ def _load_exported(folder: Path, given: AutoencoderKL | None, name: str | None, 
     return pipe
 
 
-def _load_checkpoint(checkpoint: Checkpoint, given: AutoencoderKL | None, name: str | None) -> GSPNDiTPipeline:
-    run = RunDescription.read(checkpoint.config)
-    transformer = _load_transformer(checkpoint.ema)
+def vae_of_run(
+    checkpoint: Checkpoint, named: str, given: AutoencoderKL | None = None, name: str | None = None
+) -> AutoencoderKL:
+    """The VAE of a checkpoint's latents, which decodes as in its run.
+
+    Args:
+        checkpoint: Of the run.
+        named: What the run's configuration calls its VAE.
+        given: One to take in its place; a warning says where its weights are others.
+        name: What that is called.
+
+    Raises :class:`InputError` if it cannot be had.
+    """
     record = checkpoint.read_metadata().get("vae") if checkpoint.metadata.is_file() else None
     if given is None:
-        name = run.vae
+        name = named
         try:
             given = load_vae(name)
         except InputError as error:
@@ -165,7 +175,14 @@ def _load_checkpoint(checkpoint: Checkpoint, given: AutoencoderKL | None, name: 
             ) from error
     if record is None:  # a run of before
         record = vae_record(not_none(name), given.config, None) | NOT_HEEDED
-    return pipeline_of(run, transformer, _fitted(given, not_none(name), record), _class_names(checkpoint))
+    return _fitted(given, not_none(name), record)
+
+
+def _load_checkpoint(checkpoint: Checkpoint, given: AutoencoderKL | None, name: str | None) -> GSPNDiTPipeline:
+    run = RunDescription.read(checkpoint.config)
+    transformer = _load_transformer(checkpoint.ema)
+    vae = vae_of_run(checkpoint, run.vae, given, name)
+    return pipeline_of(run, transformer, vae, _class_names(checkpoint))
 
 
 def _load_transformer(folder: Path) -> LatentModel:

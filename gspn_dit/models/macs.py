@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gspn_dit.models.classifier import GSPNClassifier
 from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.models.text_to_image import TextToImageModel
 
 
 def count_macs(
-    model: LatentModel | GSPNClassifier, size: tuple[int, int], condition: Mapping[str, Tensor] | None = None
+    model: LatentModel | GSPNClassifier | TextToImageModel, size: tuple[int, int], condition: Mapping[str, Tensor] | None = None
 ) -> int:
     """Multiply-accumulates of one forward pass of one sample, the unit that DiT's and Swin's papers call FLOPs.
 

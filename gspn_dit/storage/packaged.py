@@ -16,6 +16,7 @@ PACKAGED_CLASSIFIERS = {
 }
 PACKAGED_IMAGE_CLASSIFIERS = {"fashion": _WEIGHTS / "fashion"}  # saved classifiers
 PACKAGED_TEXT_TO_IMAGE: dict[str, Path] = {}  # saved pipelines of Stable Diffusion's kind
+PACKAGED_TOKENIZERS = {"scenes": _WEIGHTS / "scenes" / "tokenizer"}  # of CLIP
 
 
 def absolute(path: str, names: Container[str] = ()) -> str:

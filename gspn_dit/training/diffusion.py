@@ -49,6 +49,7 @@ from gspn_dit.models import create_model
 from gspn_dit.models.latent_model import LatentModel
 from gspn_dit.models.registry import NoSuchOption, find_preset
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder
+from gspn_dit.text_to_image_config import TextToImageConfig
 from gspn_dit.training.compilation import rehearse_blocks
 from gspn_dit.training.ema import EMA
 from gspn_dit.training.evaluator import Evaluator, draw_samples
@@ -341,7 +342,7 @@ def check_options(config: Config) -> None:
         raise InputError("the data and the objective set it", argument=OVERRIDES + taken[0], remedy="leave it out")
 
 
-def check_same_vae(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
+def check_same_vae(before: dict[str, Any], now: dict[str, Any], config: Config | TextToImageConfig) -> None:
     """Raise :class:`InputError` unless latents of a run's data are those of the VAE that it began with.
 
     Args:
@@ -374,7 +375,7 @@ def check_same_vae(before: dict[str, Any], now: dict[str, Any], config: Config) 
 Opened = tuple[AutoencoderKL | None, LatentEncoder, tuple[int, int, int], dict[str, Any]]
 
 
-def open_latents(config: Config, source: Source, device: torch.device) -> Opened:
+def open_latents(config: Config | TextToImageConfig, source: Source, device: torch.device) -> Opened:
     """The VAE, what makes latents of the source's samples, their shape (C, h, w), and the record of their VAE.
 
     The VAE is None where there is nothing to encode or to draw. A few latents are looked at, and warned of.
@@ -386,9 +387,9 @@ def open_latents(config: Config, source: Source, device: torch.device) -> Opened
     return open_encoded_images(config, source, device)
 
 
-def open_stored_latents(config: Config, source: LatentSource, device: torch.device) -> Opened:
+def open_stored_latents(config: Config | TextToImageConfig, source: LatentSource, device: torch.device) -> Opened:
     """As :func:`open_latents`, where latents are stored."""
-    drawn = bool(config.training.sample_every or config.evaluation.every)
+    drawn = config.draws
     vae = open_vae_of(source, config, drawn)
     if drawn:
         adopt_normalisation(vae, source, config.data.source)
@@ -401,7 +402,7 @@ def open_stored_latents(config: Config, source: LatentSource, device: torch.devi
     return not_none(vae).to(device) if drawn else None, FromMoments(source), source.latent_shape, record
 
 
-def open_encoded_images(config: Config, source: Source, device: torch.device) -> Opened:
+def open_encoded_images(config: Config | TextToImageConfig, source: Source, device: torch.device) -> Opened:
     """As :func:`open_latents`, where images are encoded as they come."""
     vae = load_vae(config.data.vae).to(device)
     side, rest = divmod(config.data.image_size, downsampling(vae))
@@ -419,7 +420,7 @@ def open_encoded_images(config: Config, source: Source, device: torch.device) ->
     return vae, FromImages(vae), (vae.config.latent_channels, side, side), record
 
 
-def open_vae_of(store: LatentSource, config: Config, drawn: bool) -> AutoencoderKL | None:
+def open_vae_of(store: LatentSource, config: Config | TextToImageConfig, drawn: bool) -> AutoencoderKL | None:
     """The VAE that `data.vae` names, if it is to draw or to be compared with the one that made a store.
 
     A store that says what its VAE's weights are takes that VAE by any name; a decoder trained further is as good.

@@ -25,6 +25,7 @@ TASKS = {
     "Config": "gspn_dit.training.diffusion:DiffusionTask",
     "ClassifierConfig": "gspn_dit.training.classification:ClassificationTask",
     "DistillationConfig": "gspn_dit.training.distillation:DistillationTask",
+    "TextToImageConfig": "gspn_dit.training.text_to_image:TextToImageTask",
 }
 
 
