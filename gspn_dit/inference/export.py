@@ -3,6 +3,8 @@
 The folder is a saved :class:`~gspn_dit.inference.pipeline.GSPNDiTPipeline`: averaged weights, VAE, scheduler, class
 names and the run's sampling defaults, with a model card and its grid of samples. Wherever a model is named, the folder
 can be named; diffusers' own `DiffusionPipeline` does not know the class.
+
+A run of `distill-t2i` becomes a folder that `AttentionReplacement.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from gspn_dit.inference.grid import draw_grid
 from gspn_dit.inference.loading import find_checkpoint, load_pipeline
 from gspn_dit.inference.model_card import GRID_FILE, model_card
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
+from gspn_dit.inference.replacements import export_replacement, is_replacement
+from gspn_dit.options import require
 from gspn_dit.storage.files import new_folder, require_new
 from gspn_dit.storage.run_folder import Checkpoint
 
@@ -37,6 +41,11 @@ def main(options: ExportOptions) -> None:
     out = Path(options.out)
     require_new(out)
     checkpoint = find_checkpoint(options.model)
+    if checkpoint is not None and is_replacement(checkpoint):
+        require(options.vae is None, "vae", options.vae, "none: replaced layers have no VAE")
+        export_replacement(checkpoint, out)
+        print(f"{options.model} as replaced layers, to be mounted on their base model: {out}")
+        return
     pipeline = load_pipeline(checkpoint or options.model, options.vae)
     require_new(out, pipeline.transformer.get_memory_footprint() + pipeline.vae.get_memory_footprint())
     with new_folder(out) as folder:

@@ -61,7 +61,7 @@ def load_teacher(base: str | os.PathLike) -> TextToImagePipeline:
     if kind not in KINDS:
         raise InputError(f"is a {kind!r}", argument="base", value=name, remedy=remedy)
     require_extras("t2i")
-    options: dict[str, Any] = {"torch_dtype": torch.float32, "low_cpu_mem_usage": is_accelerate_available()}
+    options: dict[str, Any] = {"low_cpu_mem_usage": is_accelerate_available()}
     if kind == "StableDiffusionPipeline":
         options |= {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
     try:
@@ -83,7 +83,7 @@ def load_teacher(base: str | os.PathLike) -> TextToImagePipeline:
             wanted="a text-to-image model",
         )
     for part in (pipe.unet, pipe.vae, *text_encoders(pipe)):
-        part.eval().requires_grad_(False)
+        part.to(torch.float32).eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

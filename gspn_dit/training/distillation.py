@@ -312,7 +312,7 @@ def replaced_layers(config: DistillationConfig, unet: nn.Module) -> AttentionRep
         chunk=options.chunk,
         windows=options.windows,
         global_layers=options.global_layers,
-        base_model=config.base,
+        base_model=Path(config.base).name if Path(config.base).exists() else config.base,
     )
 
 
