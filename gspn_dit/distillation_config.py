@@ -39,6 +39,9 @@ class ReplacementConfig:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
+        for key in ("layers", "keep_attention", "global_layers"):
+            value = getattr(self, key)
+            setattr(self, key, [value] if isinstance(value, str) else value)  # the same however it was written
         require(bool(self.layers), "replacement.layers", self.layers, "all, levels=0,1 or names")
         require(self.chunk is None or self.chunk >= 1, "replacement.chunk", self.chunk, "1 or more, or null")
         if self.init_from is not None:

@@ -15,7 +15,6 @@ FLOORS = {
     "text": 2,
     "layers": 2,
     "autoencoder": 2,
-    "text": 2,
     "models": 3,
     "data": 4,
     "evaluation": 5,

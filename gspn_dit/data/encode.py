@@ -265,7 +265,11 @@ def encode_shards(
 
 
 def encode_shard(
-    batches: Iterable[Batch], vae: AutoencoderKL, extras: Extras, options: EncodeOptions | EncodeTextToImageOptions, bar: Bar | Lines
+    batches: Iterable[Batch],
+    vae: AutoencoderKL,
+    extras: Extras,
+    options: EncodeOptions | EncodeTextToImageOptions,
+    bar: Bar | Lines,
 ) -> tuple[Tensor, Tensor | None, Tensor, list[str], int, dict[str, Tensor]]:
     """What :func:`write_shard` writes of a shard's batches, in its order.
 

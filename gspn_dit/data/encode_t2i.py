@@ -1,7 +1,7 @@
 """A teacher's latents and text embeddings in a latent store: `gspn-dit encode-t2i --base … --data … --out …`.
 
 Pictures with captions are encoded by the pipeline's VAE and its text encoders. Prompts alone will do too: the pipeline
-draws a picture for each, and its latents are kept as they are, so that a replacement learns from what its teacher makes.
+draws a picture for each, and its latents are kept, so that a replacement learns from what its teacher makes.
 
 A store holds, beside the latents, what the pipeline's UNet is told of each picture: `encoder_hidden_states` (L, D)
 float16 and, with SD-XL, `text_embeds` (P,) float16 and `time_ids` (6,) float32.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from gspn_dit.autoencoder.quality import latent_statistics, warn_of_latents
@@ -52,7 +53,6 @@ from gspn_dit.text.teacher import (
 
 if TYPE_CHECKING:
     from gspn_dit.commands import EncodeTextToImageOptions as Options
-    from gspn_dit.text.teacher import TextToImagePipeline
 
 logger = logging.getLogger(__name__)
 NO_VARIANCE = -30.0  # a log-variance, the least that diffusers heeds: drawn latents are what they are
@@ -88,7 +88,7 @@ class TextOfPictures:
 
     def __init__(
         self,
-        pipe: TextToImagePipeline,
+        pipe: DiffusionPipeline,
         captions: Callable[[int], str],
         sizes: Callable[[int], Tensor],
         device: torch.device,
@@ -107,7 +107,7 @@ class TextOfPictures:
         return told | ({"time_ids": torch.stack(list(map(self.sizes, indices)))} if is_xl(self.pipe) else {})
 
 
-def encode_pictures(pipe: TextToImagePipeline, options: Options, source: str, image_size: int) -> None:
+def encode_pictures(pipe: DiffusionPipeline, options: Options, source: str, image_size: int) -> None:
     """Encode captioned pictures into a store, or go on with one that was begun. Raises as :func:`encode` does."""
     with renamed(source="data"):
         images = open_captioned(source, image_size, split=options.split)
@@ -140,7 +140,7 @@ def read_prompts(source: str, split: str, image_size: int) -> list[str]:
     return prompts
 
 
-def draw_latents(pipe: TextToImagePipeline, options: Options, prompts: list[str], image_size: int) -> None:
+def draw_latents(pipe: DiffusionPipeline, options: Options, prompts: list[str], image_size: int) -> None:
     """Have a pipeline draw a picture for each prompt, into a store, or go on with one that was begun.
 
     Raises :class:`InputError` if the folder was begun with something else, or latents are not finite.
@@ -197,7 +197,7 @@ def draw_latents(pipe: TextToImagePipeline, options: Options, prompts: list[str]
 
 
 def draw_shard(
-    pipe: TextToImagePipeline,
+    pipe: DiffusionPipeline,
     prompts: Sequence[str],
     indices: range,
     extras: TextOfPictures,

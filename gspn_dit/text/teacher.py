@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -25,16 +25,11 @@ from gspn_dit.extras import require_extras
 from gspn_dit.registry import quoted
 from gspn_dit.storage.packaged import PACKAGED_TEXT_TO_IMAGE
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    TextToImagePipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
-
 KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 INDEX = "model_index.json"
 
 
-def load_teacher(base: str | os.PathLike) -> TextToImagePipeline:
+def load_teacher(base: str | os.PathLike) -> DiffusionPipeline:
     """A pipeline of Stable Diffusion 1.x, 2.x or SD-XL on the CPU, in float32, in eval mode and without gradients.
 
     Args:
@@ -88,28 +83,28 @@ def load_teacher(base: str | os.PathLike) -> TextToImagePipeline:
     return pipe
 
 
-def is_xl(pipe: TextToImagePipeline) -> bool:
+def is_xl(pipe: DiffusionPipeline) -> bool:
     """Whether its UNet is told the whole prompt's vector and the picture's size, as SD-XL's is."""
     return pipe.unet.config.addition_embed_type == "text_time"
 
 
-def text_encoders(pipe: TextToImagePipeline) -> list[torch.nn.Module]:
+def text_encoders(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
     """Its text encoders: one, or SD-XL's two."""
     return [part for name in ("text_encoder", "text_encoder_2") if (part := getattr(pipe, name, None)) is not None]
 
 
-def text_sha256(pipe: TextToImagePipeline) -> str:
+def text_sha256(pipe: DiffusionPipeline) -> str:
     """SHA-256 of its text encoders' weights: what tells two pipelines' embeddings apart."""
     return weights_sha256(*text_encoders(pipe))
 
 
-def trained_size(pipe: TextToImagePipeline) -> int:
+def trained_size(pipe: DiffusionPipeline) -> int:
     """The side in pixels of the pictures that it draws when it is not told."""
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
 @torch.no_grad()
-def embed(pipe: TextToImagePipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+def embed(pipe: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Prompts as the UNet is told of them, on the device of the text encoders.
 
     Returns:
@@ -122,7 +117,7 @@ def embed(pipe: TextToImagePipeline, prompts: Sequence[str]) -> dict[str, Tensor
 
 
 @torch.no_grad()
-def embed_nothing(pipe: TextToImagePipeline) -> dict[str, Tensor]:
+def embed_nothing(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     """As :func:`embed` of no prompt, without an axis of the batch: that of "", or zeros where the pipeline has those.
 
     Guidance is away from it, and it takes the place of captions that are dropped.
@@ -147,7 +142,7 @@ def _without_bars() -> Iterator[None]:
             each.utils.logging.enable_progress_bar()
 
 
-def _device(pipe: TextToImagePipeline) -> torch.device:
+def _device(pipe: DiffusionPipeline) -> torch.device:
     return next(text_encoders(pipe)[0].parameters()).device
 
 

@@ -10,17 +10,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from gspn_dit.autoencoder.vae import downsampling, vae_sha256, weights_sha256
-from gspn_dit.data import LatentStore, is_latent_store
+from gspn_dit.data import LatentStore, how_to_encode, is_latent_store
 from gspn_dit.data.captioned_source import CaptionedSource
 from gspn_dit.data.captions import open_captioned
+from gspn_dit.data.latent_store import is_unfinished_store
 from gspn_dit.data.source import LatentSource, is_of_latents
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.diffusion.stable_diffusion import StableDiffusion
@@ -48,9 +50,6 @@ from gspn_dit.training.stream import TrainingStream
 from gspn_dit.training.task import Task, steps_after
 from gspn_dit.training.trackers import note_scores
 
-if TYPE_CHECKING:
-    from gspn_dit.text.teacher import TextToImagePipeline
-
 PARTS = ("noise", "teacher", "features")  # of the loss of the second stage
 
 
@@ -66,10 +65,10 @@ class Teacher:
         record: What tells it from other teachers: SHA-256 of its UNet, its VAE's encoder and its text encoders.
     """
 
-    unet: nn.Module
+    unet: UNet2DConditionModel
     objective: StableDiffusion
     nothing: dict[str, Tensor]
-    readers: TextToImagePipeline | None
+    readers: DiffusionPipeline | None
     record: dict[str, str]
 
 
@@ -279,7 +278,7 @@ def sum_of(weights: Sequence[float], errors: Sequence[Tensor]) -> Tensor:
     return torch.stack([weight * error for weight, error in zip(weights, errors, strict=True) if weight]).sum(0)
 
 
-def teacher_of(pipe: TextToImagePipeline, encoded: bool, device: torch.device) -> Teacher:
+def teacher_of(pipe: DiffusionPipeline, encoded: bool, device: torch.device) -> Teacher:
     """What of a pipeline a distillation goes on with, on the device.
 
     Args:
@@ -301,7 +300,7 @@ def teacher_of(pipe: TextToImagePipeline, encoded: bool, device: torch.device) -
     return Teacher(pipe.unet.to(device), objective, nothing, None if encoded else pipe, record)
 
 
-def replaced_layers(config: DistillationConfig, unet: nn.Module) -> AttentionReplacement:
+def replaced_layers(config: DistillationConfig, unet: UNet2DConditionModel) -> AttentionReplacement:
     """New layers for a UNet, of its attention's weights. Raises :class:`InputError` for options that it cannot have."""
     options = config.replacement
     return replace_self_attention(
@@ -317,7 +316,7 @@ def replaced_layers(config: DistillationConfig, unet: nn.Module) -> AttentionRep
 
 
 def mount_beside(
-    replacement: AttentionReplacement, unet: nn.Module, config: DistillationConfig, accelerator: Accelerator
+    replacement: AttentionReplacement, unet: UNet2DConditionModel, config: DistillationConfig, accelerator: Accelerator
 ) -> LayerOutputs:
     """Mount new layers on their UNet, with both listened to; its weights take the run's precision, for they stay."""
     names, layerwise = replacement.layer_names, config.distillation.stage == "layerwise"
@@ -329,7 +328,7 @@ def mount_beside(
 
 
 def open_data(
-    config: DistillationConfig, pipe: TextToImagePipeline, device: torch.device
+    config: DistillationConfig, pipe: DiffusionPipeline, device: torch.device
 ) -> tuple[LatentSource | CaptionedSource, LatentEncoder, tuple[int, int, int]]:
     """The training data, what makes latents of their samples, and the shape (C, h, w) of these.
 
@@ -341,6 +340,13 @@ def open_data(
             store = LatentStore(data.source)
             check_store(store, data.image_size, pipe, config.base)
             return store, FromMoments(store), store.latent_shape
+        if is_unfinished_store(data.source):
+            raise InputError(
+                "holds an unfinished latent store",
+                argument="source",
+                value=data.source,
+                remedy=how_to_encode(data.source),
+            )
         if data.source not in SOURCES and not Path(data.source).exists():
             raise InputError(
                 "no such folder",
@@ -360,7 +366,7 @@ def open_data(
     return CaptionedSource(images), FromImages(pipe.vae.to(device)), (pipe.vae.config.latent_channels, side, side)
 
 
-def check_store(store: LatentStore, image_size: int, pipe: TextToImagePipeline, base: str) -> None:
+def check_store(store: LatentStore, image_size: int, pipe: DiffusionPipeline, base: str) -> None:
     """Raise :class:`InputError` for a store that a teacher did not make, or of another image size."""
     if store.image_size != image_size:
         raise InputError(f"it holds {store.image_size}-pixel pictures", argument="image_size", value=image_size)

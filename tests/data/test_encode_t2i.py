@@ -140,7 +140,7 @@ def test_what_cannot_be_encoded_is_answered_in_a_line(made, tmp_path):
         EncodeTextToImageOptions(base="x", out="y")
     with pytest.raises(InputError, match=r"image_size=33: this pipeline wants a multiple of 2"):
         encode(made, tmp_path / "store", data=str(made / "pictures"), image_size=33)
-    with pytest.raises(InputError, match="prompts=.*cannot be read"):
+    with pytest.raises(InputError, match=r"prompts=.*cannot be read"):
         encode(made, tmp_path / "store", prompts=str(tmp_path / "nothing.txt"))
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(InputError, match="has no prompt in it"):
@@ -176,6 +176,6 @@ def test_the_store_says_how_to_make_it(made, tmp_path):
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     assert manifest["scheduler"] == "DDIMScheduler" and manifest["num_inference_steps"] == 2
     (tmp_path / "store" / "shard-00001.safetensors").unlink()
-    with pytest.raises(InputError, match="shard-00001.*missing"):
+    with pytest.raises(InputError, match=r"shard-00001.*missing"):
         LatentStore(tmp_path / "store")
     assert len(encode(made, tmp_path / "store", prompts=str(made / "prompts.txt"), shard_size=2)) == 5

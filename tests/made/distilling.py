@@ -21,7 +21,7 @@ TEACHERS = {
 
 
 def write_teacher(folder, kind="sd"):
-    """A teacher's folder with, beside it, captioned pictures and a store of them by the teacher; the folder's parent."""
+    """A teacher's folder and, beside it, captioned pictures and a store of them by the teacher; what holds them."""
     TEACHERS[kind](folder / kind)
     if not (folder / "pictures").exists():
         write_captioned(folder / "pictures", CAPTIONS, size=(20, 24))

@@ -80,7 +80,7 @@ def test_what_is_no_teacher_is_answered_in_a_line(tmp_path):
     with pytest.raises(InputError, match="base='nowhere': no such folder, and no hub name"):
         load_teacher("nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no readable model_index.json"):
+    with pytest.raises(InputError, match=r"no readable model_index\.json"):
         load_teacher(tmp_path / "empty")
     other = tmp_path / "other"
     other.mkdir()

@@ -1,4 +1,4 @@
-"""Distillation of replaced self-attention: its loss by hand, what changes and what does not, and the harness around it."""
+"""Distillation of replaced self-attention: its loss by hand, what changes and what does not, and its harness."""
 
 import shutil
 from pathlib import Path
@@ -145,6 +145,7 @@ def test_it_learns(made, tmp_path, kind, stage):
 def test_nothing_but_the_layers_changes(made, tmp_path, stage):
     task, model, _ = opened(made, tmp_path / "run", "sd", "--distillation.stage", stage)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    (tmp_path / "run").mkdir()
     with StopRequest() as stop:
         take_steps(task, model, None, stop)
     model.unmount()
@@ -235,13 +236,21 @@ def test_the_frozen_part_is_kept_in_the_runs_precision(made, tmp_path, kind):
         assert {p.dtype for p in task.teacher.unet.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("mixer", ["fresh", "linear", "window"])
+@pytest.mark.parametrize("mixer", ["gspn", "fresh", "linear", "window"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_mixer_is_taught(made, tmp_path, mixer, stage):
+    """On one batch; a linear attention begins all but where a softmax of random weights is."""
     changes = ["--replacement.mixer", mixer, "--distillation.stage", stage, "--distillation.noise_weight", 0]
-    steps = ["--training.max_steps", 8, "--training.learning_rate", 2e-3]
-    train(config(tmp_path / "run", made / "sd", made / "sd-store", *changes, *steps))
-    assert values(tmp_path / "run")[-1] < values(tmp_path / "run")[0]
+    task, model, batch = opened(made, tmp_path / "run", "sd", *changes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4 if mixer == "linear" else 1e-3)
+    found = []
+    for _ in range(6):
+        loss = task.loss(model, batch).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss))
+    assert found[-1] < 0.95 * found[0]
 
 
 def test_captions_are_dropped_for_what_the_pipeline_has_for_none(made, tmp_path):
@@ -260,8 +269,10 @@ def test_captions_are_dropped_for_what_the_pipeline_has_for_none(made, tmp_path)
 def test_captions_are_embedded_with_the_picture_they_are_of(made, tmp_path):
     changes = ["--data.source", made / "pictures", "--distillation.caption_dropout", 0]
     task, _, batch = opened(made, tmp_path / "run", "sd", *changes)
+    teacher, files = load_teacher(made / "sd"), sorted(map(str, range(len(CAPTIONS))))
     for i in range(3):
-        wanted = embed(load_teacher(made / "sd"), [CAPTIONS[int(task.stream.order(i))]])["encoder_hidden_states"][0]
+        caption = CAPTIONS[int(files[task.stream.order(i)])]  # picture 10 comes before picture 2
+        wanted = embed(teacher, [caption])["encoder_hidden_states"][0]
         torch.testing.assert_close(batch["condition"]["encoder_hidden_states"][i], wanted, rtol=1e-4, atol=1e-5)
     store = LatentStore(made / "sd-store")
     noise = torch.stack([task.samples[i]["posterior_noise"] for i in range(3)])
@@ -282,7 +293,7 @@ def test_the_second_stage_begins_with_what_the_first_has_averaged(made, tmp_path
     other = ["--replacement.init_from", tmp_path / "first", "--replacement.layers", "mid_block"]
     with pytest.raises(InputError, match=r"replacement.init_from=.*this replacement's not there"):
         train(config(tmp_path / "third", *given, *other))
-    with pytest.raises(InputError, match="replacement.init_from='nowhere': no such folder"):
+    with pytest.raises(InputError, match=r"replacement.init_from='nowhere': no such folder"):
         train(config(tmp_path / "third", *given, "--replacement.init_from", "nowhere"))
 
 
@@ -310,10 +321,10 @@ def test_a_run_is_exported_and_mounted_on_its_base(made, tmp_path):
         (["--base", "nowhere"], "base='nowhere': no such folder, and no hub name"),
         (["--data.source", "nowhere"], "data.source='nowhere': no such folder; .*encode-t2i --base"),
         (["--data.image_size", 32], "data.image_size=32: it holds 16-pixel pictures"),
-        (["--replacement.layers", "levels=7"], "replacement.layers='levels=7': no self-attention at level 7"),
-        (["--replacement.keep_attention", "all"], "replacement.keep_attention='all': no layer is left"),
+        (["--replacement.layers", "levels=7"], "replacement.layers=.*levels=7.*: no self-attention at level 7"),
+        (["--replacement.keep_attention", "all"], "replacement.keep_attention=.*all.*: no layer is left"),
         (["--training.compile", "auto"], "training.compile='auto'.*false"),
-        (["--distillation.caption_dropout", 2], "distillation.caption_dropout=2.0; wanted a share"),
+        (["--distillation.caption_dropout", 2], "distillation.caption-dropout=2.0: wanted a share"),
         (["--distillation.stage", "both"], "distillation.stage"),
         (["--training.gradient_accumulation_steps", 3], "training.batch_size"),
     ],
