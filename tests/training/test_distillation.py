@@ -335,6 +335,13 @@ def test_bad_input_is_answered_in_a_line_before_any_work(made, tmp_path, changes
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_a_store_that_is_not_finished_is_refused(made, tmp_path):
+    shutil.copytree(made / "sd-store", tmp_path / "store")
+    (tmp_path / "store" / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"unfinished latent store; to finish .*gspn-dit encode-t2i"):
+        train(config(tmp_path / "run", made / "sd", tmp_path / "store"))
+
+
 def test_data_of_another_teacher_are_refused(made, tmp_path):
     with pytest.raises(InputError, match=r"data.source=.*it holds no text_embeds"):
         train(config(tmp_path / "run", made / "sdxl", made / "sd-store"))
