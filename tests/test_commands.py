@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "train_dit.py": "train",
     "train_classifier.py": "train-classifier",
+    "distill_t2i.py": "distill-t2i",
     "train_t2i.py": "train-t2i",
     "sample.py": "sample",
     "fid/evaluate.py": "evaluate",

@@ -59,7 +59,7 @@ def load_vae(name_or_folder: str | os.PathLike) -> AutoencoderKL:
     if source.is_dir():
         _check_folder(source, remedy)
     else:
-        options["local_files_only"] = not _is_on_hub(name, remedy)
+        options["local_files_only"] = not is_on_hub(name, remedy)
     try:
         vae = AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -202,16 +202,19 @@ def sample_posterior(scaling: LatentScaling, moments: Tensor, noise: Tensor) -> 
     return (latents - (scaling.shift_factor or 0.0)) * scaling.scaling_factor
 
 
-@torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images uint8 (B, 3, H, W) of normalised latents (B, C, h, w): undoes :func:`sample_posterior` and decodes."""
-    latents, scaling = latents.to(vae.device, vae.dtype), vae.config
+def unscale(scaling: LatentScaling, latents: Tensor) -> Tensor:
+    """What the VAE gave, and takes, of normalised latents (…, C, h, w): undoes the scaling of posterior samples."""
     if scaling.latents_mean is not None:
         centre, spread = channels(scaling, latents)
-        latents = latents * spread / scaling.scaling_factor + centre
-    else:
-        latents = latents / scaling.scaling_factor + (scaling.shift_factor or 0.0)
-    pixels = vae.decode(latents).sample.float()
+        return latents * spread / scaling.scaling_factor + centre
+    return latents / scaling.scaling_factor + (scaling.shift_factor or 0.0)
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images uint8 (B, 3, H, W) of normalised latents (B, C, h, w), scaled as :func:`sample_posterior` does."""
+    latents = latents.to(vae.device, vae.dtype)
+    pixels = vae.decode(unscale(vae.config, latents)).sample.float()
     return pixels.add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)  # in place: a large image is large
 
 
@@ -226,8 +229,14 @@ def _column(values: tuple[float, ...], device: torch.device, dtype: torch.dtype)
     return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
 
-def _is_on_hub(name: str, remedy: str) -> bool:
-    """Whether the hub can be asked for a VAE of that name; else only its cache here can.
+def is_on_hub(name: str, remedy: str, *, file: str = "config.json", argument: str = "vae") -> bool:
+    """Whether the hub can be asked for what has that name; else only its cache here can.
+
+    Args:
+        name: OWNER/NAME.
+        remedy: What to do instead, for the error.
+        file: What the repository must have.
+        argument: The option that names it.
 
     Raises:
         InputError: At once for what can be no hub's name; if the hub has no such repository, or can neither be reached
@@ -240,20 +249,20 @@ def _is_on_hub(name: str, remedy: str) -> bool:
         no_hub_name = True
     if no_hub_name:
         raise InputError(
-            "no such folder, and no hub name, which is OWNER/NAME", argument="vae", value=name, remedy=remedy
+            "no such folder, and no hub name, which is OWNER/NAME", argument=argument, value=name, remedy=remedy
         )
     try:  # one request, where from_pretrained would repeat it for half a minute
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_TIMEOUT)
+        get_hf_file_metadata(hf_hub_url(name, file), timeout=_HUB_TIMEOUT)
     except RepositoryNotFoundError as error:
         reason = "no such folder, and the hub has no such repository, or none that you may read"
-        raise InputError(reason, argument="vae", value=name, remedy=remedy) from error
+        raise InputError(reason, argument=argument, value=name, remedy=remedy) from error
     except EntryNotFoundError as error:
-        raise InputError("that repository has no config.json", argument="vae", value=name, remedy=remedy) from error
+        raise InputError(f"that repository has no {file}", argument=argument, value=name, remedy=remedy) from error
     except Exception as error:  # no network, no name service, no answer, offline: every library has its own
-        cached = try_to_load_from_cache(name, "config.json")
+        cached = try_to_load_from_cache(name, file)
         if not isinstance(cached, str):
             reason = f"no such folder, and the hub cannot be reached ({' '.join(str(error).split())[:120]})"
-            raise InputError(reason, argument="vae", value=name, remedy=remedy) from error
+            raise InputError(reason, argument=argument, value=name, remedy=remedy) from error
         return False
     return True
 

@@ -16,8 +16,10 @@ from gspn_dit.commands.demo import ClassifierOptions, SmallVAEOptions
 from gspn_dit.commands.evaluation import EvaluateOptions, ReferenceOptions
 from gspn_dit.commands.listings import ModelsOptions, OpsOptions
 from gspn_dit.commands.sampling import ExportOptions, SampleOptions
+from gspn_dit.commands.text_to_image import EncodeTextToImageOptions
 from gspn_dit.commands.training import BudgetOptions, PosthocEMAOptions
 from gspn_dit.config import Config
+from gspn_dit.distillation_config import DistillationConfig
 from gspn_dit.errors import InputError
 from gspn_dit.extras import require_extras
 from gspn_dit.options import command, fail
@@ -30,6 +32,7 @@ __all__ = [
     "ClassifierOptions",
     "ClassifyOptions",
     "EncodeOptions",
+    "EncodeTextToImageOptions",
     "EvaluateClassifierOptions",
     "EvaluateOptions",
     "ExportOptions",
@@ -120,10 +123,23 @@ GROUPS = {
         ),
     },
     "Text to image": {
+        "encode-t2i": Verb(
+            "gspn_dit.data.encode_t2i:main",
+            EncodeTextToImageOptions,
+            "Encode captioned pictures, or draw prompts, into a latent store.",
+            continues=True,
+            extras=("train", "t2i"),
+        ),
         "train-t2i": Verb(
             "gspn_dit.training.loop:main",
             TextToImageConfig,
             "Train a text-to-image model of Stable Diffusion's architecture.",
+            extras=("train", "t2i"),
+        ),
+        "distill-t2i": Verb(
+            "gspn_dit.training.loop:main",
+            DistillationConfig,
+            "Teach layers in the place of a pipeline's self-attention.",
             extras=("train", "t2i"),
         ),
     },

@@ -14,13 +14,14 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -52,7 +53,7 @@ from gspn_dit.storage.packaged import PACKAGED_TOKENIZERS, PACKAGED_VAES, absolu
 from gspn_dit.text.parts import load_text_parts
 
 if TYPE_CHECKING:
-    from gspn_dit.commands import EncodeOptions as Options
+    from gspn_dit.commands import EncodeOptions, EncodeTextToImageOptions
 
 logger = logging.getLogger(__name__)
 MEASURED_LATENTS, MEASURED_IMAGES = 4096, 8  # for the manifest
@@ -61,7 +62,7 @@ MEASURED_LATENTS, MEASURED_IMAGES = 4096, 8  # for the manifest
 Batch = tuple[Tensor, list[int], list[int], list[UnreadableImage], int]
 
 
-def main(options: Options) -> None:
+def main(options: EncodeOptions) -> None:
     """Encode a dataset into a store of latents for training, or verify one with --verify FOLDER."""
     if options.verify is None:
         encode(options)
@@ -80,33 +81,35 @@ class NoExtras:
         return {}
 
 
-def encode(options: Options, extras: Extras | None = None) -> None:
+def encode(
+    options: EncodeOptions | EncodeTextToImageOptions,
+    extras: Extras | None = None,
+    images: ImageDataset | None = None,
+    vae: AutoencoderKL | None = None,
+) -> None:
     """Encode a dataset into a store, or go on with one that was begun.
 
     Args:
         options: The command's.
         extras: Makes further tensors to store beside the latents of each image; None for none, or for what the options
             ask to store of captions.
+        images: The dataset that `options.data` names, where it is open already.
+        vae: The VAE that `options.vae` names, where it is loaded already.
 
     Raises:
         InputError: If something named cannot be had, or the folder was begun with something else.
     """
     if options.data is None or options.vae is None or options.image_size is None or options.out is None:
         raise TypeError("these options verify a store, and encode none")
-    chosen: dict[str, Any] = {"split": options.split, "exif_orientation": options.exif_orientation}
-    with renamed(source="data", max_length="tokens"):
-        if options.tokenizer is None and options.text_encoder is None:
-            images = open_images(options.data, options.image_size, **chosen)
-        else:
-            images = open_captioned(options.data, options.image_size, **chosen)
-            parts = load_text_parts(options.tokenizer, options.text_encoder, options.tokens)
-            extras = extras or caption_extras(images, parts)
+    if images is None:
+        images, of_captions = open_encoded(options)
+        extras = extras or of_captions
     extras = extras or NoExtras()
     described = to_json(extras.declared)
     processes, device = join_processes(options.device)
     if isinstance(extras, CaptionStates):
         extras.encoder.model.to(device)
-    vae = load_vae(options.vae).to(device)
+    vae = (load_vae(options.vae) if vae is None else vae).to(device)
     if options.image_size % downsampling(vae):
         raise InputError(
             f"this VAE wants a multiple of {downsampling(vae)} pixels", argument="image_size", value=options.image_size
@@ -131,29 +134,70 @@ def encode(options: Options, extras: Extras | None = None) -> None:
     }
     out, side = Path(options.out), options.image_size // downsampling(vae)
     values = len(images) * 2 * vae.config.latent_channels * side**2 * (2 if options.horizontal_flip else 1)
+    size = 2 * values + len(images) * bytes_per_image(extras.declared)
+
+    def make(shards: dict[str, range]) -> None:
+        if processes.is_main_process:
+            precision.say()
+        with autocast(device, precision.name):
+            encode_shards(images, vae, extras, out, shards, options, processes.is_main_process)
+
+    manifest = fill_store(out, settings, size, make)
+    if processes.is_main_process:
+        measured = measure(out, [shard["file"] for shard in manifest["shards"]], vae, images)
+        write_json(out / "manifest.json", manifest | measured)
+        report(out, manifest | measured, vae)
+    processes.destroy_process_group()
+
+
+def fill_store(
+    out: Path, settings: dict[str, Any], size: int, make: Callable[[dict[str, range]], None]
+) -> dict[str, Any]:
+    """Begin a store, or go on with one: have the shards made that are missing. Every process calls this.
+
+    Args:
+        out: The store's folder.
+        settings: What encode.json is to hold, `source_images` and `shard_size` among it.
+        size: Bytes that all shards will take, at the least.
+        make: Writes the shards of a process; it is given their names, and which images each is of.
+
+    Returns:
+        The manifest, which is written.
+
+    Raises :class:`InputError` if the folder was begun with something else, or holds something else.
+    """
+    processes = PartialState()
+    count, each = settings["source_images"], settings["shard_size"]
     shards = {
-        f"shard-{number:05d}.safetensors": range(start, min(start + options.shard_size, len(images)))
-        for number, start in enumerate(range(0, len(images), options.shard_size))
+        f"shard-{number:05d}.safetensors": range(start, min(start + each, count))
+        for number, start in enumerate(range(0, count, each))
     }
     missing: list[str] = []
     if processes.is_main_process:
         if not out.exists():  # else some of it may be there
-            check_place(out, folder=True, size=2 * values + len(images) * bytes_per_image(extras.declared))
+            check_place(out, folder=True, size=size)
         settings |= begin(out, settings)
-        precision.say()
         missing = [name for name in shards if not (out / name).exists()]
     (missing,) = broadcast_object_list([missing])  # one view of the folder, or a shard might be nobody's
     mine = missing[processes.process_index :: processes.num_processes]
-    with autocast(device, precision.name):
-        of_mine = {name: shards[name] for name in mine}
-        encode_shards(images, vae, extras, out, of_mine, options, processes.is_main_process)
+    make({name: shards[name] for name in mine})
     processes.wait_for_everyone()
-    manifest = write_manifest(out, settings, list(shards), rewritten=missing)
-    if processes.is_main_process:
-        measured = measure(out, list(shards), vae, images)
-        write_json(out / "manifest.json", manifest | measured)
-        report(out, manifest | measured, vae)
-    processes.destroy_process_group()
+    return write_manifest(out, settings, list(shards), rewritten=missing)
+
+
+def open_encoded(options: EncodeOptions | EncodeTextToImageOptions) -> tuple[ImageDataset, Extras | None]:
+    """The images to encode, and what makes tensors of their captions if the options ask to store some.
+
+    Raises :class:`InputError` if something named cannot be had.
+    """
+    data, size = not_none(options.data), not_none(options.image_size)
+    chosen: dict[str, Any] = {"split": options.split, "exif_orientation": options.exif_orientation}
+    with renamed(source="data", max_length="tokens"):
+        if options.tokenizer is None and options.text_encoder is None:
+            return open_images(data, size, **chosen), None
+        captioned = open_captioned(data, size, **chosen)
+        parts = load_text_parts(options.tokenizer, options.text_encoder, options.tokens)
+        return captioned, caption_extras(captioned, parts)
 
 
 def measure(out: Path, shards: list[str], vae: AutoencoderKL, images: ImageDataset) -> dict[str, Any]:
@@ -225,7 +269,7 @@ def encode_shards(
     extras: Extras,
     out: Path,
     shards: dict[str, range],
-    options: Options,
+    options: EncodeOptions | EncodeTextToImageOptions,
     show: bool,
 ) -> None:
     """Encode each shard's range of images and write it; unreadable files are printed and left out.
@@ -242,7 +286,11 @@ def encode_shards(
 
 
 def encode_shard(
-    batches: Iterable[Batch], vae: AutoencoderKL, extras: Extras, options: Options, bar: Bar | Lines
+    batches: Iterable[Batch],
+    vae: AutoencoderKL,
+    extras: Extras,
+    options: EncodeOptions | EncodeTextToImageOptions,
+    bar: Bar | Lines,
 ) -> tuple[Tensor, Tensor | None, Tensor, list[str], int, dict[str, Tensor]]:
     """What :func:`write_shard` writes of a shard's batches, in its order.
 

@@ -239,6 +239,14 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def crop_corner(width: int, height: int, size: int) -> tuple[int, int]:
+    """Where (top, left) :func:`centre_crop` begins its square, in the resized image of a file of that size."""
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+    scale = size / min(width, height)
+    return (round(height * scale) - size) // 2, (round(width * scale) - size) // 2
+
+
 def _is_image(file: str) -> bool:
     return file.lower().endswith(SUFFIXES) and not file.startswith(".")
 

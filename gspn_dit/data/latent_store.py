@@ -181,8 +181,7 @@ def _key(name: str) -> str:
 
 
 REMEDY = (
-    "delete it and run the same encode command again, or for a store with extras the same call of `encode`, "
-    "which makes what is missing"
+    "delete it and run the same encode command again, or make the same call of `encode`, which makes what is missing"
 )
 
 
@@ -203,7 +202,10 @@ def how_to_encode(folder: str | os.PathLike) -> str:
     readers = {name: begun[name] for name in ("tokenizer", "text_encoder") if begun.get(name)}
     if extras and not readers:
         names = ", ".join(extras)
-        return f"to finish the latent store there, call gspn_dit.data.encode.encode as before, with what makes {names}"
+        return (
+            "to finish the latent store there, run `gspn-dit encode-t2i` as before, or call "
+            f"gspn_dit.data.encode.encode with what makes {names}"
+        )
     data, vae, size = (begun.get(key, "…") for key in ("data", "vae", "image_size"))
     switches = " --horizontal-flip true" if begun.get("flipped") else ""
     switches += " --exif-orientation true" if begun.get("exif_orientation") else ""

@@ -4,7 +4,8 @@ The folder is a saved :class:`~gspn_dit.inference.pipeline.GSPNDiTPipeline`: ave
 names and the run's sampling defaults, with a model card and its grid of samples. Wherever a model is named, the folder
 can be named; diffusers' own `DiffusionPipeline` does not know the class.
 
-A run of `train-t2i` becomes a `StableDiffusionPipeline`, which diffusers knows.
+A run of `train-t2i` becomes a `StableDiffusionPipeline`, which diffusers knows; one of `distill-t2i` a folder that
+`AttentionReplacement.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from gspn_dit.inference.grid import draw_grid
 from gspn_dit.inference.loading import find_checkpoint, load_pipeline
 from gspn_dit.inference.model_card import GRID_FILE, model_card, stable_diffusion_card
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
+from gspn_dit.inference.replacements import export_replacement, is_replacement
 from gspn_dit.inference.stable_diffusion import is_text_to_image, load_stable_diffusion
+from gspn_dit.options import require
 from gspn_dit.storage.files import new_folder, require_new, save_tensors
 from gspn_dit.storage.run_folder import Checkpoint
 
@@ -47,6 +50,11 @@ def main(options: ExportOptions) -> None:
     if checkpoint is not None and is_text_to_image(checkpoint):
         export_stable_diffusion(checkpoint, out, options.vae)
         print(f"{options.model} as a StableDiffusionPipeline: {out}")
+        return
+    if checkpoint is not None and is_replacement(checkpoint):
+        require(options.vae is None, "vae", options.vae, "none: replaced layers have no VAE")
+        export_replacement(checkpoint, out)
+        print(f"{options.model} as replaced layers, to be mounted on their base model: {out}")
         return
     pipeline = load_pipeline(checkpoint or options.model, options.vae)
     require_new(out, pipeline.transformer.get_memory_footprint() + pipeline.vae.get_memory_footprint())

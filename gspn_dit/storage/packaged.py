@@ -15,6 +15,7 @@ PACKAGED_CLASSIFIERS = {
     "photos": _WEIGHTS / "photos_classifier.safetensors",
 }
 PACKAGED_IMAGE_CLASSIFIERS = {"fashion": _WEIGHTS / "fashion"}  # saved classifiers
+PACKAGED_TEXT_TO_IMAGE: dict[str, Path] = {}  # saved pipelines of Stable Diffusion's kind
 PACKAGED_TOKENIZERS = {"scenes": _WEIGHTS / "scenes" / "tokenizer"}  # of CLIP
 
 

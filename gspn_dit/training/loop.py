@@ -291,7 +291,7 @@ def prepare(task: Task, model: ModelMixin, is_new: bool, compiled: bool | None =
         if said and accelerator.is_main_process:
             logger.info(said)
     if options.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        task.recompute(model)
     if options.compile is True if compiled is None else compiled:
         compile_blocks(model, options.compile_mode)  # a run's batches are of one shape
     optimizer = torch.optim.AdamW(

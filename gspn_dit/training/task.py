@@ -24,6 +24,7 @@ from gspn_dit.training.stop_request import StopRequest
 TASKS = {
     "Config": "gspn_dit.training.diffusion:DiffusionTask",
     "ClassifierConfig": "gspn_dit.training.classification:ClassificationTask",
+    "DistillationConfig": "gspn_dit.training.distillation:DistillationTask",
     "TextToImageConfig": "gspn_dit.training.text_to_image:TextToImageTask",
 }
 
@@ -123,6 +124,10 @@ class Task(ABC):
     @abstractmethod
     def rehearse(self, model: Any, images: int, autocast: Any) -> None:
         """Compile and run a few new blocks of the model's kind, as the training will call them."""
+
+    def recompute(self, model: Any) -> None:
+        """Have the model's blocks recomputed in the backward pass, as `training.gradient_checkpointing` asks for."""
+        model.enable_gradient_checkpointing()
 
     def start(self, model: Any) -> str | None:
         """Give a new run's model the weights it is to begin with, if any are named; what became of them, in words.
