@@ -12,6 +12,7 @@ EXTRAS = {
     "train": ("accelerate", "docstring_parser", "jsonargparse", "matplotlib"),
     "eval": ("accelerate", "docstring_parser", "jsonargparse", "scipy", "torch_fidelity"),
     "timm": ("timm",),
+    "t2i": ("transformers",),
     "demo": ("mlxtend", "skimage"),
 }
 

@@ -24,6 +24,7 @@ SCRIPTS = {
     "train_dit.py": "train",
     "train_classifier.py": "train-classifier",
     "sample.py": "sample",
+    "generate_t2i.py": "generate",
     "fid/evaluate.py": "evaluate",
     "fid/reference.py": "reference",
 }

@@ -30,6 +30,7 @@ NOT_CORE = (
     "timm",
     "torch_fidelity",
     "torchvision",
+    "transformers",
 )
 
 

@@ -16,6 +16,7 @@ from gspn_dit.commands.demo import ClassifierOptions, SmallVAEOptions
 from gspn_dit.commands.evaluation import EvaluateOptions, ReferenceOptions
 from gspn_dit.commands.listings import ModelsOptions, OpsOptions
 from gspn_dit.commands.sampling import ExportOptions, SampleOptions
+from gspn_dit.commands.text_to_image import GenerateOptions
 from gspn_dit.commands.training import BudgetOptions, PosthocEMAOptions
 from gspn_dit.config import Config
 from gspn_dit.errors import InputError
@@ -32,6 +33,7 @@ __all__ = [
     "EvaluateClassifierOptions",
     "EvaluateOptions",
     "ExportOptions",
+    "GenerateOptions",
     "ModelsOptions",
     "OpsOptions",
     "PosthocEMAOptions",
@@ -127,6 +129,16 @@ GROUPS = {
             ExportOptions,
             "Save a run's newest checkpoint as a diffusers pipeline.",
             positional=("model", "out"),
+        ),
+    },
+    "Text to image": {
+        "generate": Verb(
+            "gspn_dit.inference.generate:main",
+            GenerateOptions,
+            "Draw images of texts, of any size, by a Stable Diffusion pipeline.",
+            positional=("prompt",),
+            continues=True,
+            extras=("train", "t2i"),
         ),
     },
     "Evaluation": {

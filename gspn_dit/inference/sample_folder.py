@@ -41,7 +41,23 @@ def image_file(i: int) -> str:
 def begin(
     folder: Path, settings: dict[str, Any], labels: Sequence[int], class_names: Sequence[str] | None = None
 ) -> list[int]:
+    """Begin a folder of images of classes, or continue it; as :func:`begin_images`."""
+    names = ([class_names[label]] if class_names else [] for label in labels)
+    rows = [[label, *name] for label, name in zip(labels, names, strict=True)]
+    return begin_images(folder, settings, "labels.csv", ["label", "name"][: 2 if class_names else 1], rows)
+
+
+def begin_images(
+    folder: Path, settings: dict[str, Any], table: str, columns: Sequence[str], rows: Sequence[Sequence]
+) -> list[int]:
     """Begin a folder of images, or continue it, and return which are still to be drawn; one process does this.
+
+    Args:
+        folder: It is made if there is none.
+        settings: What all images are a function of.
+        table: The name of the file that lists them.
+        columns: What it says of each image, beside its file.
+        rows: That, of every image.
 
     Raises:
         InputError: If the folder was begun with other settings, or holds images that none of this began.
@@ -58,12 +74,10 @@ def begin(
     begin_or_continue(folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)
     for torn in folder.glob(".*.tmp"):
         torn.unlink()
-    with replacing(folder / "labels.csv") as temporary, open(temporary, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["file", "label", "name"][: 3 if class_names else 2])
-        names = ([class_names[label]] if class_names else [] for label in labels)
-        table.writerows([image_file(i), labels[i], *name] for i, name in enumerate(names))
-    return [i for i in range(len(labels)) if i not in found]
+    with replacing(folder / table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow(["file", *columns])
+        csv.writer(file).writerows([image_file(i), *row] for i, row in enumerate(rows))
+    return [i for i in range(len(rows)) if i not in found]
 
 
 def finished_images(folder: Path, below: float = math.inf) -> set[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 _WEIGHTS = Path(__file__).parents[1] / "demo" / "weights"
 
 PACKAGED_MODELS = {"digits": _WEIGHTS / "digits", "photos": _WEIGHTS / "photos"}  # saved pipelines
+PACKAGED_TEXT_TO_IMAGE: dict[str, Path] = {}  # saved pipelines of Stable Diffusion's architecture
 PACKAGED_VAES = {"digits": _WEIGHTS / "digits" / "vae", "photos": _WEIGHTS / "photos" / "vae"}
 PACKAGED_CLASSIFIERS = {
     "digits": _WEIGHTS / "digits_classifier.safetensors",
