@@ -15,6 +15,8 @@ _EXPORTS = {
     "GSPN": "gspn_dit.models",
     "GSPNDiT": "gspn_dit.models",
     "GSPNClassifier": "gspn_dit.models",
+    "replace_self_attention": "gspn_dit.models",
+    "AttentionReplacement": "gspn_dit.models",
     "GSPNDiTPipeline": "gspn_dit.inference.pipeline",
     "ModelMixin": "diffusers",
 }

@@ -228,21 +228,26 @@ class AttentionMixer(Mixer):
 
 
 class LinearAttentionMixer(AttentionMixer):
-    """ReLU linear attention over all tokens, as SANA's (arXiv 2410.10629, section 2.2): linear in their number.
-
-    In bfloat16 the products take and give bfloat16 and add up in float32; in any other dtype all of it is float32.
-    """
+    """ReLU linear attention over all tokens, as SANA's (arXiv 2410.10629, section 2.2): linear in their number."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """φ(Q)(φ(K)ᵀV) / φ(Q)(φ(K)ᵀ1) with φ = ReLU, all (B, heads, N, D); 0 at a token whose query meets no key."""
-        dtype = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32  # sums would overflow float16
-        with without_autocast(query.device):
-            # one head after the other in memory: else each product would copy its operands to have it so
-            query, key, value = (part.to(dtype).contiguous() for part in (query.relu(), key.relu(), value))
-            # Means over tokens, not sums: ε weighs the same on every map.
-            summary = key.transpose(-1, -2) @ value / key.shape[-2]  # (B, heads, D, D)
-            weight = query @ key.mean(-2).unsqueeze(-1)  # (B, heads, N, 1)
-            return query @ summary / (weight + 1e-6)
+        return linear_attention(query.relu(), key.relu(), value)
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """φ(Q)(φ(K)ᵀV) / φ(Q)(φ(K)ᵀ1) of φ(Q), φ(K) and V, all (B, heads, N, D), over all tokens: linear in their number.
+
+    In bfloat16 the products take and give bfloat16 and add up in float32; in any other dtype all of it is float32.
+    """
+    dtype = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32  # sums would overflow float16
+    with without_autocast(query.device):
+        # one head after the other in memory: else each product would copy its operands to have it so
+        query, key, value = (part.to(dtype).contiguous() for part in (query, key, value))
+        # Means over tokens, not sums: ε weighs the same on every map.
+        summary = key.transpose(-1, -2) @ value / key.shape[-2]  # (B, heads, D, D)
+        weight = query @ key.mean(-2).unsqueeze(-1)  # (B, heads, N, 1)
+        return query @ summary / (weight + 1e-6)
 
 
 class WindowAttentionMixer(AttentionMixer):

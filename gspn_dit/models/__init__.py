@@ -21,6 +21,8 @@ _EXPORTS = {
     "GSPNClassifier": "gspn_dit.models.classifier",
     "create_classifier": "gspn_dit.models.classifier",
     "list_classifiers": "gspn_dit.models.classifier",
+    "replace_self_attention": "gspn_dit.models.attention_replacement",
+    "AttentionReplacement": "gspn_dit.models.attention_replacement",
 }
 
 __all__ = list(_EXPORTS)
