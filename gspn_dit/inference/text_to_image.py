@@ -137,9 +137,7 @@ def _check(pipe: TextToImagePipeline, model: str) -> None:
 
 def _mount(pipe: TextToImagePipeline, folder: Path) -> None:
     try:
-        layers = AttentionReplacement.from_pretrained(folder)
-        layers.to(pipe.unet.dtype).eval()
-        layers.mount(pipe)
+        AttentionReplacement.from_pretrained(folder).mount(pipe)
     except InputError as error:
         raise InputError(str(error), argument="replacement", value=str(folder)) from error
     except _DAMAGE as error:

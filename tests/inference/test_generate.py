@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from made.launched import finish, launch
 from made.stable_diffusion import tiny_sd, tiny_sd_pipeline, tiny_sdxl_pipeline
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from gspn_dit import replace_self_attention
 from gspn_dit.commands import GenerateOptions
 from gspn_dit.diffusion import image_generator
 from gspn_dit.inference import generate
@@ -32,6 +36,7 @@ from gspn_dit.inference.text_to_image import load_text_to_image
 from gspn_dit.inference.unet_sampling import draw_latents
 from gspn_dit.options import command
 
+SCRIPT = Path(__file__).parents[2] / "generate_t2i.py"
 FEW = ("--num-inference-steps", "2")
 
 
@@ -278,6 +283,41 @@ def test_saving_memory_gives_the_same_image(sdxl, tmp_path):
             tmp_path / memory,
         )
     assert np.abs(pictures(tmp_path / "on") - pictures(tmp_path / "off")).max() <= 1
+
+
+def test_replacement_layers_are_mounted_from_their_folder(sdxl, sd, tmp_path, capsys):
+    """The images are those of the pipeline that they are mounted on by hand; another model refuses them."""
+    pipe = load_text_to_image(str(sdxl))
+    layers = replace_self_attention(pipe, seed=3)
+    layers.save_pretrained(tmp_path / "layers")
+    words = ("a 3", "--replacement", tmp_path / "layers", *FEW, "--seed", 2, "--out", tmp_path / "images")
+    run(*words, "--model", sdxl)
+    layers.mount(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    (image,) = pipe("a 3", num_inference_steps=2, generator=image_generator(2, 0)).images
+    assert np.array_equal(pictures(tmp_path / "images")[0], np.asarray(image))
+    capsys.readouterr()
+    for more, said in (
+        (("--model", sd), "layers': the U-Net has no self-attention "),
+        (("--model", sdxl, "--replacement", sdxl / "unet"), "--replacement="),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run(*words, *more)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and said in line
+
+
+@pytest.mark.slow
+def test_processes_share_the_images_and_as_a_person_runs_it(sd, tmp_path):
+    words = ("a 3", "a 7", "--num-images", 2, "--model", sd, *FEW, "--upscale", "2x", "--strength", "0.5")
+    words = (*words, "--mixed-precision", "no", "--batch-size", 1, "--out")
+    printed = finish(launch(2, SCRIPT, *words, tmp_path / "two"))
+    assert "generating: 12 steps" in printed and "4 images: " in printed
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *map(str, words), tmp_path / "one"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert np.abs(pictures(tmp_path / "one") - pictures(tmp_path / "two")).max() <= 1
 
 
 def test_as_many_pixels_at_a_time_in_every_stage():
