@@ -260,7 +260,7 @@ def draw_missing(
     kept = kept_stages(folder)
     steps = [drawing.steps(number) for number in range(len(drawing.stages))]
     done = sum(steps) * (len(prompts) - len(missing)) + sum(sum(steps[: kept[i] + 1]) for i in missing if i in kept)
-    finished, own = finished_images(folder), 0
+    finished, own = len(finished_images(folder, below=len(prompts))), 0
     with progress(
         total=sum(steps) * len(prompts),
         initial=done,
@@ -272,7 +272,7 @@ def draw_missing(
         for batch in own_batches:
             draw_batch(drawing, folder, prompts, batch, kept, batch_size, bar)
             own += len(batch)
-            others = len(finished_images(folder, below=len(prompts))) - len(finished) - own
+            others = len(finished_images(folder, below=len(prompts))) - finished - own
             bar.update(max(0, others) * sum(steps))
             own += max(0, others)
         processes.wait_for_everyone()
