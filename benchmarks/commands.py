@@ -5,6 +5,7 @@ The work is named, not imported: torch and diffusers take seconds, which a wrong
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +97,34 @@ class LaunchesOptions:
 
     def __post_init__(self) -> None:
         require(self.threads >= 1, "threads", self.threads, "1 or more")
+
+
+@dataclass
+class UNetMemoryOptions:
+    """What to count.
+
+    Args:
+        unets: `SD 1.5`, `SD-XL`.
+        sizes: Heights and widths of images, as 16384x8192.
+        out: Also write the tables to this Markdown file.
+    """
+
+    unets: list[str] = field(default_factory=lambda: ["SD 1.5", "SD-XL"])
+    sizes: list[str] = field(
+        default_factory=lambda: ["1024x1024", "4096x4096", "8192x8192", "8192x16384", "16384x16384"]
+    )
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        require(set(self.unets) <= {"SD 1.5", "SD-XL"}, "unets", self.unets, "SD 1.5, SD-XL")
+        right = all(re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", size) for size in self.sizes)
+        require(right, "sizes", self.sizes, "heights and widths, as 1024x2048")
+
+    @property
+    def pixels(self) -> list[tuple[int, int]]:
+        """Heights and widths."""
+        sides = (size.split("x") for size in self.sizes)
+        return [(int(height), int(width)) for height, width in sides]
 
 
 @dataclass
@@ -532,6 +561,9 @@ BENCHMARKS = {
     "launches": Benchmark(LaunchesOptions, "What does a step of a small model launch, and how many does a graph save?"),
     "kernel_profile": Benchmark(
         KernelProfileOptions, "Which kernels take a GPU's time, and what limits those of the operator?"
+    ),
+    "unet_memory": Benchmark(
+        UNetMemoryOptions, "How much memory does a call of Stable Diffusion's UNets take by size?"
     ),
     "depthwise": Benchmark(DepthwiseOptions, "Which way to a block's depthwise convolution is fastest?"),
     "resolution": Benchmark(ResolutionOptions, "How do time and memory of whole models grow with the image?"),

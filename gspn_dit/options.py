@@ -287,7 +287,7 @@ def _given(argv: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]
                 listed = [word]
                 while words and not words[0].startswith("-"):
                     listed.append(words.pop(0))
-                given.append(_Given(bare.pop(0), json.dumps(listed)))
+                given.append(_Given(bare.pop(0), json.dumps(listed, ensure_ascii=False)))
                 continue
             if bare and not several:
                 given.append(_Given(bare.pop(0), word))

@@ -26,6 +26,7 @@ SCRIPTS = {
     "distill_t2i.py": "distill-t2i",
     "train_t2i.py": "train-t2i",
     "sample.py": "sample",
+    "generate_t2i.py": "generate",
     "fid/evaluate.py": "evaluate",
     "fid/reference.py": "reference",
 }

@@ -1,15 +1,16 @@
-"""Large images decoded in tiles, so that the VAE's activations are a tile's and not the image's."""
+"""Large images decoded and encoded in tiles, so that the VAE's activations are a tile's and not the image's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from gspn_dit.autoencoder.vae import decode, downsampling
+from gspn_dit.autoencoder.vae import decode, downsampling, encode_moments
 
 TILE_PIXELS = 512
 OVERLAP = 0.25
@@ -32,9 +33,27 @@ def decode_in_tiles(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     if vae.use_tiling:
         return decode(vae, latents)
     factor, (height, width) = downsampling(vae), latents.shape[2:]
-    norms = _norm_moments(vae, mosaic(latents, TILE_PIXELS // factor))
+    norms = _norm_moments(vae.decoder, partial(decode, vae, mosaic(latents, TILE_PIXELS // factor)))
     with _tiles(vae, tile_side(height, width, TILE_PIXELS // factor), factor), _fixed_norms(norms):
         return decode(vae, latents)
+
+
+def encode_in_tiles(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """As :func:`~gspn_dit.autoencoder.vae.encode_moments`, in tiles that share group norms as when decoding.
+
+    The moments are nearly, not exactly, those of the image that is encoded whole.
+
+    Args:
+        vae: Any; where its tiling is already enabled it is left as it is.
+        images: uint8 (B, 3, H, W), on any device; H and W are multiples of the VAE's factor.
+    """
+    if vae.use_tiling:
+        return encode_moments(vae, images)
+    factor = downsampling(vae)
+    height, width = (side // factor for side in images.shape[2:])
+    norms = _norm_moments(vae.encoder, partial(encode_moments, vae, mosaic(images, TILE_PIXELS // factor, factor)))
+    with _tiles(vae, tile_side(height, width, TILE_PIXELS // factor), factor), _fixed_norms(norms):
+        return encode_moments(vae, images)
 
 
 def tile_side(height: int, width: int, most: int) -> int:
@@ -51,19 +70,25 @@ def tile_side(height: int, width: int, most: int) -> int:
     return max(range(max(most // 4, 1) * 4, max(most * 3 // 16, 1) * 4 - 1, -4), key=last)
 
 
-def mosaic(latents: Tensor, side: int) -> Tensor:
-    """Square blocks taken evenly from all over a map (B, C, h, w), put together to (B, C, side, side) or smaller."""
+def mosaic(map: Tensor, side: int, scale: int = 1) -> Tensor:
+    """Square blocks taken evenly from all over a map (B, C, h, w), put together to a square of that side or smaller.
+
+    Args:
+        map: Latents, or an image.
+        side: In latents.
+        scale: How many of the map's places a side stand for one latent: 1, or the VAE's factor for an image.
+    """
     for axis in (2, 3):
-        length = latents.shape[axis]
+        length = map.shape[axis] // scale
         block = min(_BLOCK, length)
-        starts = torch.linspace(0, length - block, min(side, length) // block or 1).round().long()
-        places = (starts[:, None] + torch.arange(block)).flatten()
-        latents = latents.index_select(axis, places.to(latents.device))
-    return latents
+        starts = torch.linspace(0, length - block, min(side, length) // block or 1).round().long() * scale
+        places = (starts[:, None] + torch.arange(block * scale)).flatten()
+        map = map.index_select(axis, places.to(map.device))
+    return map
 
 
-def _norm_moments(vae: AutoencoderKL, latents: Tensor) -> NormMoments:
-    """Mean and variance (B, groups) that the decoder's group norms find as the latents are decoded."""
+def _norm_moments(network: nn.Module, run: Callable[[], object]) -> NormMoments:
+    """Mean and variance (B, groups) that a network's group norms find in their inputs as it runs."""
     found: NormMoments = {}
 
     def keep(norm: nn.GroupNorm, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -71,8 +96,8 @@ def _norm_moments(vae: AutoencoderKL, latents: Tensor) -> NormMoments:
         variance, mean = torch.var_mean(groups, dim=2, correction=0)
         found[norm] = mean, variance
 
-    with _hooked((module for module in vae.decoder.modules() if isinstance(module, nn.GroupNorm)), keep):
-        decode(vae, latents)
+    with _hooked((module for module in network.modules() if isinstance(module, nn.GroupNorm)), keep):
+        run()
     return found
 
 
@@ -105,7 +130,7 @@ def _hooked(modules: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
 
 @contextmanager
 def _tiles(vae: AutoencoderKL, side: int, factor: int) -> Iterator[None]:
-    """In the block, the VAE decodes in tiles of so many latents a side.
+    """In the block, the VAE decodes and encodes in tiles of so many latents a side.
 
     diffusers' own sizes come from the config's sample_size, which for a VAE of small images is tiny.
     """

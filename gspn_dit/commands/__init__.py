@@ -16,7 +16,7 @@ from gspn_dit.commands.demo import ClassifierOptions, SmallVAEOptions
 from gspn_dit.commands.evaluation import EvaluateOptions, ReferenceOptions
 from gspn_dit.commands.listings import ModelsOptions, OpsOptions
 from gspn_dit.commands.sampling import ExportOptions, SampleOptions
-from gspn_dit.commands.text_to_image import EncodeTextToImageOptions
+from gspn_dit.commands.text_to_image import EncodeTextToImageOptions, GenerateOptions
 from gspn_dit.commands.training import BudgetOptions, PosthocEMAOptions
 from gspn_dit.config import Config
 from gspn_dit.distillation_config import DistillationConfig
@@ -36,6 +36,7 @@ __all__ = [
     "EvaluateClassifierOptions",
     "EvaluateOptions",
     "ExportOptions",
+    "GenerateOptions",
     "ModelsOptions",
     "OpsOptions",
     "PosthocEMAOptions",
@@ -140,6 +141,14 @@ GROUPS = {
             "gspn_dit.training.loop:main",
             DistillationConfig,
             "Teach layers in the place of a pipeline's self-attention.",
+            extras=("train", "t2i"),
+        ),
+        "generate": Verb(
+            "gspn_dit.inference.generate:main",
+            GenerateOptions,
+            "Draw images of texts, of any size, by a Stable Diffusion pipeline.",
+            positional=("prompt",),
+            continues=True,
             extras=("train", "t2i"),
         ),
     },

@@ -16,8 +16,43 @@ from gspn_dit.options import require
 from gspn_dit.storage.files import is_stream
 
 
+class ImagesOut:
+    """Where images go that a command draws: `out` is a folder, or one picture that is made of them."""
+
+    out: str | None
+
+    @property
+    def single_files(self) -> bool:
+        """Whether `out` is a folder."""
+        if not self.out or is_stream(self.out):
+            return False
+        return self.out.endswith(("/", os.sep)) or not Path(self.out).suffix or Path(self.out).is_dir()
+
+    @property
+    def npz_file(self) -> str | None:
+        """A further file that is made of them, if there is to be one."""
+        return None
+
+    @property
+    def folder(self) -> Path:
+        """Where the single images go: `out`, or a hidden folder beside the one file that is made of them."""
+        if self.single_files:
+            path = Path(not_none(self.out))
+            return Path(os.path.realpath(path)) if path.is_symlink() else path
+        path = Path(self.out or not_none(self.npz_file))
+        if is_stream(path):  # there is no writing beside it
+            return Path(tempfile.gettempdir()) / f".{path.name}.{os.getuid()}.images"
+        return path.with_name(f".{path.name}.images")
+
+    def check_out(self) -> None:
+        """Raise :class:`InputError` if `out` is neither a folder nor a .png file."""
+        if self.out is not None:
+            fits = self.single_files or is_stream(self.out) or Path(self.out).suffix == ".png"
+            require(fits, "out", self.out, f"a .png file or a folder, which a slash at its end makes it: {self.out}/")
+
+
 @dataclass
-class SampleOptions:
+class SampleOptions(ImagesOut):
     """Sampling: what to draw, from which model, and where to.
 
     Args:
@@ -95,9 +130,7 @@ class SampleOptions:
         self.npz = self.npz or None
         if self.out is None and self.npz is None:
             self.out = "samples.png"
-        if self.out is not None:
-            fits = self.single_files or is_stream(self.out) or Path(self.out).suffix == ".png"
-            require(fits, "out", self.out, f"a .png file or a folder, which a slash at its end makes it: {self.out}/")
+        self.check_out()
         if self.npz is True:
             require(self.single_files, "npz", True, "a file name, or --out with a folder that gives it its name")
             self.npz = f"{Path(not_none(self.out))}.npz"
@@ -120,27 +153,9 @@ class SampleOptions:
         return [line.strip() for line in lines if line.strip()]
 
     @property
-    def single_files(self) -> bool:
-        """Whether `out` is a folder."""
-        if not self.out or is_stream(self.out):
-            return False
-        return self.out.endswith(("/", os.sep)) or not Path(self.out).suffix or Path(self.out).is_dir()
-
-    @property
     def npz_file(self) -> str | None:
         """The npz to write, which is `npz` with a name; None if there is to be none."""
         return self.npz if isinstance(self.npz, str) else None
-
-    @property
-    def folder(self) -> Path:
-        """Where the single images go: `out`, or a hidden folder beside the one file that is made of them."""
-        if self.single_files:
-            path = Path(not_none(self.out))
-            return Path(os.path.realpath(path)) if path.is_symlink() else path
-        path = Path(self.out or not_none(self.npz_file))
-        if is_stream(path):  # there is no writing beside it
-            return Path(tempfile.gettempdir()) / f".{path.name}.{os.getuid()}.images"
-        return path.with_name(f".{path.name}.images")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Latents to images in the form that a caller asks for, with no more of them in memory at once than there is room."""
+"""Latents to images in the form that a caller asks for, and back, with no more in memory at once than there is room."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from gspn_dit.autoencoder import decode, downsampling
-from gspn_dit.autoencoder.tiling import decode_in_tiles
+from gspn_dit.autoencoder import decode, downsampling, encode_moments, sample_posterior
+from gspn_dit.autoencoder.tiling import decode_in_tiles, encode_in_tiles
 
 _PIXELS_A_DECODE = 2**20  # together; an image of more is decoded in tiles
 
@@ -34,3 +34,10 @@ def decode_images(vae: AutoencoderKL, latents: Tensor, output_type: str) -> Any:
         return images.float().div_(255)
     arrays = images.permute(0, 2, 3, 1).cpu().numpy()
     return arrays / np.float32(255) if output_type == "np" else [Image.fromarray(array) for array in arrays]
+
+
+def encode_image(vae: AutoencoderKL, image: Tensor) -> Tensor:
+    """Latents (1, C, h, w) of an image, uint8 (3, H, W): the posterior's mean, scaled; of a large one in tiles."""
+    encoded = encode_in_tiles if image.shape[1] * image.shape[2] > _PIXELS_A_DECODE else encode_moments
+    moments = encoded(vae, image[None])
+    return sample_posterior(vae.config, moments, torch.zeros_like(moments[:, ::2]))

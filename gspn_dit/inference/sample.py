@@ -18,10 +18,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit
 
 import logging
-import math
-from contextlib import ExitStack, suppress
-from functools import partial
-from pathlib import Path
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -31,28 +28,25 @@ from diffusers.utils.logging import disable_progress_bar
 
 from gspn_dit.autoencoder import downsampling
 from gspn_dit.autoencoder.vae import weights_sha256
-from gspn_dit.devices import memory_of
 from gspn_dit.diffusion import create_scheduler, objective_of
 from gspn_dit.diffusion.sampling import check_steps
-from gspn_dit.errors import InputError, not_none
+from gspn_dit.errors import InputError
 from gspn_dit.inference.graphed_model import graph_choice
 from gspn_dit.inference.grid import captions
 from gspn_dit.inference.loading import find_checkpoint, load_pipeline
 from gspn_dit.inference.memory import check_memory
+from gspn_dit.inference.outputs import check_outputs, check_room, clear, prepare_folders
 from gspn_dit.inference.pipeline import GSPNDiTPipeline, unguided
 from gspn_dit.inference.sample_folder import (
     ABSENT,
     IGNORED,
-    SETTINGS_FILE,
     begin,
     draw_missing,
-    finished_images,
     image_file,
 )
 from gspn_dit.precision import Precision
 from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import progress
-from gspn_dit.storage.files import LOCK_FILE, alone_in, check_begun, check_place, in_bytes, is_stream
 from gspn_dit.storage.pictures import load_image, save_grid, save_npz
 
 if TYPE_CHECKING:
@@ -62,13 +56,12 @@ T = TypeVar("T")
 
 BATCH_SIZE = 16
 logger = logging.getLogger(__name__)
-_LEAST_FILE = 4096  # bytes that an image takes on a disk: a block
 
 
 def main(options: SampleOptions) -> None:
     """Draw images from a trained model. Image i depends on the seed and i alone."""
     disable_progress_bar()  # diffusers' own, while it loads
-    check_outputs(options)
+    check_outputs(options, options.num_images)
     processes, device = join_processes(options.device)
     # of a run in training the newest checkpoint changes: one process says which it is
     (checkpoint,) = broadcast_object_list([find_checkpoint(options.model) if processes.is_main_process else None])
@@ -82,7 +75,7 @@ def main(options: SampleOptions) -> None:
     check_memory(pipe, shape, call["guidance_scale"], call["mixed_precision"], device)
     together = batch_size * (2 if call["guidance_scale"] > 1 else 1)
     graph = graph_choice(pipe.transformer, options.cuda_graph, device, (together, *shape[1:]))
-    check_room(options, (call["height"], call["width"]))
+    check_room(options, options.num_images, (call["height"], call["width"]))
     subjects = choose_subjects(pipe, options)
     missing: list[int] = []
     with ExitStack() as stack:
@@ -90,7 +83,7 @@ def main(options: SampleOptions) -> None:
             if pipe.config.class_dropout in (0, 1):
                 logger.info(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", extra={"stderr": True})
             settings = sampling_settings(pipe, options, call) | {"model": str(checkpoint or options.model)}
-            prepare_folders(options, settings, stack)
+            prepare_folders(options, settings, stack, IGNORED, ABSENT)
             missing = begin_folder(options, settings, subjects, pipe.config.class_names)
             precision.say()
             if device.type == "cuda":
@@ -209,26 +202,6 @@ def sampling_settings(pipe: GSPNDiTPipeline, options: SampleOptions, call: dict[
     }
 
 
-def prepare_folders(options: SampleOptions, settings: dict[str, Any], stack: ExitStack) -> None:
-    """Make the outputs' folders, and lock the folder of images until the stack is left; another process is waited for.
-
-    Raises :class:`InputError` if a folder that was asked for was begun with other settings.
-    """
-    for folder in output_folders(options).values():
-        if folder != options.folder:
-            folder.mkdir(parents=True, exist_ok=True)
-    if options.single_files:  # before it waits for another process
-        check_begun(options.folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)
-    else:
-        stack.callback(remove_if_empty, options.folder)
-    stack.enter_context(alone_in(options.folder, partial(say_who, options.folder)))
-
-
-def say_who(folder: Path, holder: str) -> None:
-    """Tell the person whom this process waits for."""
-    logger.info(f"{holder} is drawing into {folder}; waiting for its end", extra={"stderr": True})
-
-
 def begin_folder(
     options: SampleOptions,
     settings: dict[str, Any],
@@ -246,19 +219,6 @@ def begin_folder(
             raise
         clear(options.folder)
         return begin(options.folder, settings, subjects, class_names)
-
-
-def remove_if_empty(folder: Path) -> None:
-    """Remove a hidden folder, unless it holds what a cut run goes on from, or another's lock."""
-    with suppress(OSError):
-        folder.rmdir()
-
-
-def clear(folder: Path) -> None:
-    """Remove what is in a hidden folder of images, but for its lock."""
-    for path in folder.iterdir():
-        if path.name != LOCK_FILE:
-            path.unlink()
 
 
 def assemble(options: SampleOptions, subjects: list[int] | list[str], pipe: GSPNDiTPipeline) -> None:
@@ -280,48 +240,3 @@ def assemble(options: SampleOptions, subjects: list[int] | list[str], pipe: GSPN
             images = np.stack([load_image(path) for path in paths])
             save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), options.out, captions(pipe, subjects))
         clear(options.folder)
-
-
-def output_folders(options: SampleOptions) -> dict[str, Path]:
-    """The folders that `out` and `npz` are written to, of those that are given."""
-    folders = {}
-    if options.out is not None and not is_stream(options.out):
-        folders["out"] = options.folder if options.single_files else Path(options.out).parent
-    if options.npz_file is not None:
-        folders["npz"] = Path(options.npz_file).parent
-    return folders
-
-
-def check_outputs(options: SampleOptions) -> None:
-    """Raise :class:`InputError` if the outputs cannot be written, or old images would stay among the new."""
-    finished = finished_images(options.folder, below=options.num_images)
-    size = (options.num_images - len(finished)) * _LEAST_FILE
-    for key in output_folders(options):
-        check_place(getattr(options, key), key, folder=key == "out" and options.single_files, size=size)
-    if options.single_files:
-        ours = set(map(image_file, finished))
-        if stale := sorted(path.name for path in Path(not_none(options.out)).glob("*.png") if path.name not in ours):
-            raise InputError(
-                f"{len(stale)} PNGs of another run would stay there ({stale[0]}, …)",
-                argument="out",
-                value=options.out,
-                remedy="empty it or name another folder",
-            )
-
-
-def check_room(options: SampleOptions, image_size: tuple[int, int]) -> None:
-    """Raise :class:`InputError` if the npz has no room on its disk, or the grid none in memory."""
-    size = options.num_images * math.prod(image_size) * 3
-    if options.npz_file is not None:
-        check_place(options.npz_file, "npz", size=size)
-    memory = memory_of(torch.device("cpu"))
-    if options.out is not None and not options.single_files and 2 * size > memory:  # the images, and the grid of them
-        raise InputError(
-            (
-                f"a grid of {options.num_images} images takes over {in_bytes(2 * size)}, and the memory "
-                f"is {in_bytes(memory)}"
-            ),
-            argument="out",
-            value=options.out,
-            remedy="give a folder for single files, or fewer",
-        )

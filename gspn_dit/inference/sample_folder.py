@@ -47,13 +47,25 @@ def begin(
     subjects: Sequence[int] | Sequence[str],
     class_names: Sequence[str] | None = None,
 ) -> list[int]:
+    """Begin a folder of images of class ids or of prompts, or continue it; as :func:`begin_images`."""
+    if all(isinstance(subject, str) for subject in subjects):
+        return begin_images(folder, settings, METADATA, ["text"], [[prompt] for prompt in subjects])
+    names = ([class_names[int(label)]] if class_names else [] for label in subjects)
+    rows = [[label, *name] for label, name in zip(subjects, names, strict=True)]
+    return begin_images(folder, settings, "labels.csv", ["label", "name"][: 2 if class_names else 1], rows)
+
+
+def begin_images(
+    folder: Path, settings: dict[str, Any], table: str, columns: Sequence[str], rows: Sequence[Sequence]
+) -> list[int]:
     """Begin a folder of images, or continue it, and return which are still to be drawn; one process does this.
 
     Args:
-        folder: Of the images.
-        settings: What the images are a function of.
-        subjects: Class id or prompt of every image.
-        class_names: The classes' names.
+        folder: It is made if there is none.
+        settings: What all images are a function of.
+        table: The name of the file that lists them, a csv or a jsonl.
+        columns: What it says of each image, beside its file.
+        rows: That, of every image.
 
     Raises:
         InputError: If the folder was begun with other settings, or holds images that none of this began.
@@ -70,17 +82,14 @@ def begin(
     begin_or_continue(folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)
     for torn in folder.glob(".*.tmp"):
         torn.unlink()
-    if all(isinstance(subject, str) for subject in subjects):
-        rows = ({"file_name": image_file(i), "text": prompt} for i, prompt in enumerate(subjects))
-        with replacing(folder / METADATA) as temporary:
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    else:
-        with replacing(folder / "labels.csv") as temporary, open(temporary, "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["file", "label", "name"][: 3 if class_names else 2])
-            names = ([class_names[int(label)]] if class_names else [] for label in subjects)
-            table.writerows([image_file(i), subjects[i], *name] for i, name in enumerate(names))
-    return [i for i in range(len(subjects)) if i not in found]
+    with replacing(folder / table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        if table.endswith(".jsonl"):
+            named = ({"file_name": image_file(i), **dict(zip(columns, row, strict=True))} for i, row in enumerate(rows))
+            file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in named)
+        else:
+            csv.writer(file).writerow(["file", *columns])
+            csv.writer(file).writerows([image_file(i), *row] for i, row in enumerate(rows))
+    return [i for i in range(len(rows)) if i not in found]
 
 
 def finished_images(folder: Path, below: float = math.inf) -> set[int]:

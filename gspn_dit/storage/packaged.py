@@ -9,13 +9,13 @@ from pathlib import Path
 _WEIGHTS = Path(__file__).parents[1] / "demo" / "weights"
 
 PACKAGED_MODELS = {"digits": _WEIGHTS / "digits", "photos": _WEIGHTS / "photos"}  # saved pipelines
+PACKAGED_TEXT_TO_IMAGE: dict[str, Path] = {}  # saved pipelines of Stable Diffusion's architecture
 PACKAGED_VAES = {name: _WEIGHTS / name / "vae" for name in ("digits", "photos", "scenes")}
 PACKAGED_CLASSIFIERS = {
     "digits": _WEIGHTS / "digits_classifier.safetensors",
     "photos": _WEIGHTS / "photos_classifier.safetensors",
 }
 PACKAGED_IMAGE_CLASSIFIERS = {"fashion": _WEIGHTS / "fashion"}  # saved classifiers
-PACKAGED_TEXT_TO_IMAGE: dict[str, Path] = {}  # saved pipelines of Stable Diffusion's kind
 PACKAGED_TOKENIZERS = {"scenes": _WEIGHTS / "scenes" / "tokenizer"}  # of CLIP
 
 

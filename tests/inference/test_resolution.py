@@ -13,8 +13,8 @@ from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from made.runs import pipeline, tiny_vae
 from PIL import Image
 
-from gspn_dit.autoencoder import decode
-from gspn_dit.autoencoder.tiling import decode_in_tiles, mosaic, tile_side
+from gspn_dit.autoencoder import decode, encode_moments
+from gspn_dit.autoencoder.tiling import decode_in_tiles, encode_in_tiles, mosaic, tile_side
 from gspn_dit.diffusion import create_scheduler, image_generator
 from gspn_dit.diffusion.schedulers import own_shift, shifted
 from gspn_dit.errors import InputError
@@ -207,6 +207,26 @@ def test_tiled_decoding_is_nearly_the_whole_and_leaves_the_vae(monkeypatch):
     assert difference < 0.3 * of_its_own
 
 
+def test_tiled_encoding_is_nearly_the_whole_and_leaves_the_vae(monkeypatch):
+    """Of a picture whose ends are unlike, which tiles with norms of their own know nothing of."""
+    monkeypatch.setattr("gspn_dit.autoencoder.tiling.TILE_PIXELS", 64)
+    vae = tiny_vae()
+    latents = torch.randn(1, 4, 96, 72, generator=torch.Generator().manual_seed(0))
+    picture = decode(vae, latents * torch.linspace(0.3, 1.5, 96)[:, None] + torch.linspace(-1, 1, 72)).float()
+    picture = (picture * torch.linspace(0.2, 1, 192)[:, None]).to(torch.uint8)
+    whole = encode_moments(vae, picture)
+    tiled = encode_in_tiles(vae, picture)
+    assert tiled.shape == whole.shape and not vae.use_tiling
+    assert torch.equal(encode_moments(vae, picture), whole)
+    vae.enable_tiling()
+    vae.tile_latent_min_size, vae.tile_sample_min_size = 32, 64
+    alone = encode_in_tiles(vae, picture)  # somebody's own tiling, as diffusers does it
+    assert torch.equal(alone, encode_moments(vae, picture))
+    difference, of_its_own = ((other - whole)[:, :4].abs().mean() for other in (tiled, alone))
+    assert 0 < difference < 0.1 * whole[:, :4].std()
+    assert difference < 0.3 * of_its_own
+
+
 def test_a_mosaic_takes_blocks_from_all_over():
     map = torch.arange(40 * 64).view(1, 1, 40, 64)
     found = mosaic(map, 32)
@@ -215,6 +235,8 @@ def test_a_mosaic_takes_blocks_from_all_over():
     assert rows.tolist() == [*range(8), *range(11, 19), *range(21, 29), *range(32, 40)]
     assert columns[0] == 0 and columns[-1] == 63 and torch.equal(found[0, 0], 64 * rows[:, None] + columns)
     assert torch.equal(mosaic(map[:, :, :5], 64), map[:, :, :5])
+    image = mosaic(map.repeat_interleave(2, 2).repeat_interleave(2, 3), 32, 2)  # of an image the same places
+    assert torch.equal(image, found.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
 def test_large_images_alone_are_decoded_in_tiles(monkeypatch):

@@ -260,7 +260,7 @@ def test_refusals(run, tmp_path, monkeypatch, capsys, arguments, words):
 
 def test_memory_is_refused_by_the_numbers(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("gspn_dit.inference.memory.memory_of", lambda device: 50_000_000)
-    monkeypatch.setattr("gspn_dit.inference.sample.memory_of", lambda device: 1_000_000)
+    monkeypatch.setattr("gspn_dit.inference.outputs.memory_of", lambda device: 1_000_000)
     for arguments, words in (
         ("--batch-size 1000 --num-images 1000 --out all/", "1000 at a time take over 122.9 MB, and the memory of cpu"),
         ("--num-images 1000 --batch-size 1", "a grid of 1000 images takes over 1.5 MB, and the memory is 1.0 MB"),
@@ -365,7 +365,7 @@ def test_the_same_command_several_times_at_once_ends_well(run, tmp_path):
 def test_another_command_is_refused_before_it_waits(run, tmp_path, monkeypatch, capsys):
     arguments = ("--model", str(run), "--num-images", "2", "--out", str(tmp_path))
     sample(*arguments)
-    monkeypatch.setattr("gspn_dit.inference.sample.alone_in", lambda *_: pytest.fail("it waits"))
+    monkeypatch.setattr("gspn_dit.inference.outputs.alone_in", lambda *_: pytest.fail("it waits"))
     with pytest.raises(SystemExit):
         sample(*arguments, "--seed", "1")
     assert "was begun with seed=0" in capsys.readouterr().err.splitlines()[-1]

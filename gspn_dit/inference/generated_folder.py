@@ -1,0 +1,84 @@
+"""A folder of images of texts: as a folder of sampled images, with prompts.csv, and with what stages are through.
+
+settings.json              what the images are a function of, beside their prompts
+prompts.csv                file,prompt of every image there will be
+000000.png …               image i, whole or not there
+.000001.stage0.safetensors the latents of an image that has stages to go; they go when it is there
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gspn_dit.errors import InputError
+from gspn_dit.inference.sample_folder import begin_images, image_file
+from gspn_dit.storage.files import replacing, save_tensors
+
+PROMPTS_FILE = "prompts.csv"
+
+
+def begin(folder: Path, settings: dict[str, Any], prompts: Sequence[str]) -> list[int]:
+    """Begin a folder, or continue it, and return which images are still to be drawn; one process does this.
+
+    Args:
+        folder: It is made if there is none.
+        settings: What images are a function of, beside their prompts.
+        prompts: Of every image. More of them than before go on after those.
+
+    Raises:
+        InputError: If the folder was begun with other settings or prompts, or holds images that none of this began.
+    """
+    if (folder / PROMPTS_FILE).exists():
+        _check_prompts(folder / PROMPTS_FILE, prompts)
+    return begin_images(folder, settings, PROMPTS_FILE, ["prompt"], [[prompt] for prompt in prompts])
+
+
+def _check_prompts(path: Path, prompts: Sequence[str]) -> None:
+    with path.open(newline="", encoding="utf-8") as file:
+        before = [row["prompt"] for row in csv.DictReader(file)]
+    for i, (old, new) in enumerate(zip(before, prompts, strict=False)):
+        if old != new:
+            raise InputError(
+                f"{path.parent} was begun with {old!r} for {image_file(i)}",
+                argument="prompt",
+                value=new,
+                remedy="give the same first, or choose another --out",
+            )
+
+
+def keep_latents(folder: Path, i: int, stage: int, latents: Tensor) -> None:
+    """Keep the latents (C, h, w) of image i after a stage, in the place of an earlier stage's."""
+    with replacing(_latents_file(folder, i, stage)) as temporary:
+        save_tensors({"latents": latents}, temporary)
+    forget_latents(folder, i, before=stage)
+
+
+def kept_stages(folder: Path) -> dict[int, int]:
+    """The last stage that is through, of every image whose latents are kept."""
+    kept: dict[int, int] = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if name := re.fullmatch(r"\.([0-9]{6,})\.stage([0-9]+)\.safetensors", path.name):
+            kept[int(name[1])] = max(kept.get(int(name[1]), 0), int(name[2]))
+    return kept
+
+
+def load_latents(folder: Path, i: int, stage: int) -> Tensor:
+    """What :func:`keep_latents` kept."""
+    return load_file(_latents_file(folder, i, stage))["latents"]
+
+
+def forget_latents(folder: Path, i: int, before: int) -> None:
+    """Remove the latents of image i that stages before one left."""
+    for stage in range(before):
+        _latents_file(folder, i, stage).unlink(missing_ok=True)
+
+
+def _latents_file(folder: Path, i: int, stage: int) -> Path:
+    return folder / f".{image_file(i).removesuffix('.png')}.stage{stage}.safetensors"
