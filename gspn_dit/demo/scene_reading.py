@@ -251,6 +251,6 @@ def _cut_out(brightness: np.ndarray, thing: _Part) -> Tensor:
     y, x = (((axis + 0.5) * shown).sum() / shown.sum() for axis in (rows, columns))
     half = _SIDE / 2 * thing.size / WRITTEN
     around = math.ceil(2 * half)
-    window = [around + x - half, around + y - half, around + x + half, around + y + half]
+    window = (around + x - half, around + y - half, around + x + half, around + y + half)
     resized = Image.fromarray(np.pad(shown, around)).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, box=window)
     return torch.from_numpy(np.array(resized)).clamp(0, 1)

@@ -111,7 +111,8 @@ class Scenes(CaptionedImages):
 
     A third have one digit, a third two, a third three. Digits and colours are independent, apart from the six
     combinations of :data:`HELD_OUT`. Training scenes are written with the training digits, test scenes with the test
-    digits but for five that the packaged classifier cannot read. They must not be mirrored: a mirrored scene is not what its caption says.
+    digits but for five that the packaged classifier cannot read. They must not be mirrored: a
+    mirrored scene is not what its caption says.
 
     Args:
         split: `train` (50,000 scenes) or `test` (2,000, each with a combination that no training caption has).
