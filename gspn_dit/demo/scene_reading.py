@@ -32,7 +32,7 @@ CLOSE = 0.18  # of the larger part's longer side: parts of one colour no farther
 SPECK = 0.08  # of the largest thing's ink: less than this is dirt, not a thing
 MOST = 0.7  # of a thing's ink: a smaller share than this of any one colour, and the thing has none
 PALE = 0.25  # saturation below which ink has no hue
-WRITTEN = 21  # pixels of the longer side of a digit as the classifier knows it
+WRITTEN = 22  # pixels of the longer side of a digit as the classifier knows it
 NO_COLOUR = "mixed"  # no caption names it
 _SIDE = DigitsClassifier.image_size
 

@@ -113,9 +113,9 @@ def tiny_text_encoder(tokenizer, projects=False, seed=2):
 
 
 def tiny_controlnet(unet):
-    """A ControlNet for the UNet."""
+    """A ControlNet for the UNet, whose pictures have twice the latents' side."""
     torch.manual_seed(3)
-    return ControlNetModel.from_unet(unet, conditioning_channels=3).eval()
+    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16)).eval()
 
 
 def tiny_sd_pipeline(folder=None, unet=None, prediction_type="epsilon"):

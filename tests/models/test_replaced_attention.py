@@ -83,9 +83,9 @@ def controlled():
     pipeline = tiny_sd_pipeline()
     net = tiny_controlnet(pipeline.unet)
     return of_kind(StableDiffusionControlNetPipeline, pipeline, controlnet=net), {
-        "image": torch.rand(1, 3, 128, 192, generator=torch.Generator().manual_seed(0)),
-        "height": 128,
-        "width": 192,
+        "image": torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0)),
+        "height": 32,
+        "width": 48,
     }
 
 
