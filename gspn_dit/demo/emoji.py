@@ -1,14 +1,17 @@
 """Captioned emoji: some 1,400 pictures of 64×64 pixels with their English names, which come with the package.
 
-The pictures are one WebP, without loss, beside a table of code points and names. `python -m gspn_dit.demo.emoji --font
-NotoColorEmoji.ttf --out emoji.webp` draws it again. The font is Noto Color Emoji 2.042, of Debian's
-fonts-noto-color-emoji. The names are those that PyPI's emoji 2.16 gives to fully qualified emoji of a single code
+The pictures are one WebP, without loss, beside a table of code points and names. It was drawn by
+
+    draw_sheet("NotoColorEmoji.ttf", [character for character, _ in read_names()]).save(
+        "emoji.webp", lossless=True, quality=100, method=6
+    )
+
+The font is Noto Color Emoji 2.042, of Debian's fonts-noto-color-emoji. The names are those that PyPI's emoji 2.16 gives to fully qualified emoji of a single code
 point; the font lacks 23 of them, which are left out. emoji.LICENSE has the licences of both.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -109,17 +112,3 @@ def draw_sheet(font: str, characters: Sequence[str]) -> Image.Image:
         small = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
         sheet.paste(small, (column * IMAGE_SIZE, row * IMAGE_SIZE))
     return sheet
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the pictures of all names with a font."""
-    parser = argparse.ArgumentParser(prog="python -m gspn_dit.demo.emoji", description=main.__doc__)
-    parser.add_argument("--font", required=True, help="NotoColorEmoji.ttf, or another font of bitmaps of its size")
-    parser.add_argument("--out", required=True, help="WebP to write")
-    options = parser.parse_args(argv)
-    characters = [character for character, _ in read_names()]
-    draw_sheet(options.font, characters).save(options.out, "WEBP", lossless=True, quality=100, method=6)
-
-
-if __name__ == "__main__":
-    main()
