@@ -6,8 +6,9 @@ The pictures are one WebP, without loss, beside a table of code points and names
         "emoji.webp", lossless=True, quality=100, method=6
     )
 
-The font is Noto Color Emoji 2.042, of Debian's fonts-noto-color-emoji. The names are those that PyPI's emoji 2.16 gives to fully qualified emoji of a single code
-point; the font lacks 23 of them, which are left out. emoji.LICENSE has the licences of both.
+The font is Noto Color Emoji 2.042, of Debian's fonts-noto-color-emoji. The names are those that PyPI's emoji 2.16 gives
+to fully qualified emoji of a single code point; the font lacks 23 of them, which are left out. emoji.LICENSE has the
+licences of both.
 """
 
 from __future__ import annotations
