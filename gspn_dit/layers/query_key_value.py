@@ -80,7 +80,7 @@ class GSPNMixing(QueryKeyValueMixing):
     attention's, the result has the size of what is averaged.
 
     It starts as the mean of V over the neighbourhood, weighted the same for all of a head's channels, as attention's
-    mean is: λ = 1/4, u = 1, s = 1, d = 0, all three neighbours of a line alike, and half-lives from 2 lines in the
+    mean is: λ = 1/4, u = 1, s = 1, d = 0, all three neighbours on a line alike, and half-lives from 8 lines in the
     first head to 64 in the last.
     """
 
@@ -92,7 +92,7 @@ class GSPNMixing(QueryKeyValueMixing):
         nn.init.normal_(wide.weight, std=0.02)
         self.input_gate = PerHeadLinear(channels, heads, NUM_DIRECTIONS, start=INPUT_GATE)
         self.output_gate = PerHeadLinear(channels, heads, NUM_DIRECTIONS, start=1.0)
-        half_lives = 2 ** torch.linspace(1, 6, heads).repeat_interleave(channels // heads)
+        half_lives = 2 ** torch.linspace(3, 6, heads).repeat_interleave(channels // heads)
         self.log_rate = nn.Parameter((math.log(2) / half_lives).log().repeat(NUM_DIRECTIONS, 1))
         self.scale = nn.Parameter(torch.ones(NUM_DIRECTIONS, channels))
         self.direct = nn.Parameter(torch.zeros(channels))
