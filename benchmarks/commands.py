@@ -348,7 +348,7 @@ class ClassificationOptions:
         out: The folder of results; run again with the same one to go on. Several processes may share it.
         mixers: How tokens exchange information: `gspn` and baselines.
         seeds: How many seeds, 0, 1, …
-        steps: Optimiser steps; the default is two epochs of Fashion-MNIST.
+        steps: Optimiser steps.
         batch_size: Images a step.
         learning_rate: Peak of AdamW's learning rate, after a warm-up over 5% of the steps; then a cosine down to 0.
         sizes: Smallest and largest side in pixels that a step's images are resized to; null leaves them at 28.
@@ -359,7 +359,7 @@ class ClassificationOptions:
     out: str = "runs/classification"
     mixers: list[str] = field(default_factory=lambda: list(CLASSIFICATION_MIXERS))
     seeds: int = 3
-    steps: int = 3750
+    steps: int = 2500
     batch_size: int = 32
     learning_rate: float = 3e-3
     sizes: tuple[int, int] | None = (20, 40)
