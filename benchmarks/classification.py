@@ -1,7 +1,8 @@
 """Classification at equal cost: one design with each mixer, trained alike on pictures of clothes of 28 pixels.
 
 `python -m benchmarks.classification --data FOLDER --out FOLDER` trains every mixer with every seed by the project's own
-training, for the same steps on the same pictures in the same order, altered alike. It writes
+training, for the same steps on the same pictures in the same order, altered alike; every step has them at a size of its
+own, around 28 pixels. Test pictures are shown at these sizes, and at half and twice 28 pixels. It writes
 
     settings.json                  what it was begun with
     <mixer>/seed-<k>/run/          the run of a training
@@ -44,7 +45,8 @@ from gspn_dit.storage.files import alone_in, begin_or_continue, write_json
 
 def settings(options: Options) -> dict[str, Any]:
     """What the figures of one folder have in common; mixers and seeds may be added to it."""
-    return {key: getattr(options, key) for key in ("steps", "batch_size", "learning_rate")}
+    numbers = {key: getattr(options, key) for key in ("steps", "batch_size", "learning_rate")}
+    return {**numbers, "sizes": None if options.sizes is None else list(options.sizes)}
 
 
 def main(options: Options) -> None:

@@ -41,8 +41,8 @@ from gspn_dit.training.step import take_step
 from gspn_dit.training.stop_request import StopRequest
 
 NAME, SIDE = "gspn-grouped-pico", 28
-DESIGN: dict[str, Any] = {"widths": [32, 96], "depths": [1, 2], "group_width": 16}
-SHOWN = {28: 1, 14: 1, 56: 4}  # at a side in pixels, every so many of the test pictures are judged
+DESIGN: dict[str, Any] = {"widths": [48], "depths": [2], "stem_stride": 4, "group_width": 16}
+SHOWN = {14: 1, 20: 1, 28: 1, 40: 2, 56: 2}  # at a side in pixels, every so many of the test pictures are judged
 ROUNDS, STEPS = 5, 8  # of the speed: how often each mixer has its turn, and how long that is
 
 
@@ -71,7 +71,9 @@ def cell_config(folder: Path, mixer: str, seed: int, options: ClassificationOpti
         seed=seed,
         model=ClassifierModelConfig(NAME, {**DESIGN, "mixer": mixer, "mlp_ratio": mlp_ratio(mixer)}),
         data=ClassifierDataConfig(options.data, image_size=SIDE, num_workers=0),
-        augmentation=AugmentationConfig("shift", max_shift=1, color_jitter=0.0, label_smoothing=0.1),
+        augmentation=AugmentationConfig(
+            "shift", max_shift=1, sizes=options.sizes, color_jitter=0.0, label_smoothing=0.1
+        ),
         training=ClassifierTrainingConfig(
             max_steps=options.steps,
             batch_size=options.batch_size,
@@ -83,7 +85,7 @@ def cell_config(folder: Path, mixer: str, seed: int, options: ClassificationOpti
             ema_decay=0.99,
             compile=False,
             log_every=10,
-            checkpoint_every=300,
+            checkpoint_every=500,
             keep_checkpoints=1,
             trackers=[],
         ),

@@ -16,10 +16,10 @@ from benchmarks.tables import header, row, spread
 from gspn_dit.storage.files import replacing
 
 NOTES = [
-    "Mean ± standard deviation over the seeds. Top-1 in percent of the averaged weights, learned from at 28 pixels:",
-    "judged on all test pictures at 28, and resized to 14 by bicubic interpolation, and on every fourth at 56.",
+    "Mean ± standard deviation over the seeds. Top-1 in percent of the averaged weights: on all test pictures, of 28",
+    "pixels or resized to 14 and 20 by bicubic interpolation, and on every second of them at 40 and 56.",
     "A baseline's feed-forward has the multiple of 1/8 of the width at which its cost at 28 pixels is nearest to ours.",
-    "The loss is that of the last 100 steps, on altered pictures with smoothed labels.",
+    "The loss is that of the last 100 steps, on altered pictures of several sizes, with smoothed labels.",
     "",
 ]
 Results = dict[str, list[dict[str, Any]]]  # by mixer, a result a seed

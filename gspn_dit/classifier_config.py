@@ -71,6 +71,8 @@ class AugmentationConfig:
         ratio: For `resized`: smallest and largest ratio of its sides.
         max_shift: For `shift`: pixels by which an image moves at most; what comes in is black.
         interpolation: For `resized`: how it is resampled.
+        sizes: Smallest and largest side in pixels that a step's images are resized to, all to one side, which is drawn
+            for the step; null leaves them as they are. Blocks are then not compiled, and steps are no CUDA graph.
         horizontal_flip: Share of images that are mirrored.
         color_jitter: Strength of random brightness, contrast and saturation; with RandAugment, timm leaves it out.
         rand_augment: timm's name of an automatic augmentation, for example `rand-m9-mstd0.5-inc1`; null for none.
@@ -88,6 +90,7 @@ class AugmentationConfig:
     ratio: tuple[float, float] = (0.75, 4 / 3)
     max_shift: int = 0
     interpolation: Interpolation = "bicubic"
+    sizes: tuple[int, int] | None = None
     horizontal_flip: float = 0.5
     color_jitter: float = 0.4
     rand_augment: str | None = None
@@ -110,6 +113,9 @@ class AugmentationConfig:
             low, high = getattr(self, key)
             within = 0 < low <= high <= most
             require(within, f"augmentation.{key}", (low, high), f"two numbers, 0 < low <= high <= {most:g}")
+        if self.sizes is not None:
+            low, high = self.sizes
+            require(0 < low <= high, "augmentation.sizes", self.sizes, "two numbers of pixels, 0 < low <= high")
         if self.crop == "shift":
             only = "none where images are shifted (augmentation.crop=shift)"
             require(self.color_jitter == 0, "augmentation.color_jitter", self.color_jitter, only)

@@ -99,9 +99,9 @@ class GSPNMixing(QueryKeyValueMixing):
 
     def forward(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk = None) -> Tensor:
         dtype = torch.promote_types(value.dtype, torch.float32)
-        rate, (height, width) = self.log_rate.to(dtype).exp(), x.shape[1:3]
+        rate = self.log_rate.to(dtype).exp()
         logits = self.gates(x).to(value.dtype).unflatten(-1, (self.heads, NUM_DIRECTIONS, 3))
-        output_gate = self.output_gate(query) / self.weight_of_scans(rate, height, width, chunk).unsqueeze(-2)
+        output_gate = self.output_gate(query) / self.weight_of_scans(rate, x.shape[1], x.shape[2], chunk).unsqueeze(-2)
         scanned = propagate(
             value,
             logits.permute(0, 1, 2, 4, 5, 3),

@@ -30,7 +30,7 @@ from gspn_dit.models.compiled_blocks import compile_blocks
 from gspn_dit.models.macs import count_macs
 from gspn_dit.storage.run_folder import Checkpoint
 from gspn_dit.training.ema import EMA
-from gspn_dit.training.image_stream import Mixing, ResizedImages, Samples, ShiftedImages
+from gspn_dit.training.image_stream import Mixing, ResizedImages, Resizing, Samples, ShiftedImages
 from gspn_dit.training.record import Record, attempt
 from gspn_dit.training.sharding import full_tensor
 from gspn_dit.training.stop_request import StopRequest
@@ -76,12 +76,21 @@ class ClassificationTask(Task):
     def __post_init__(self) -> None:
         options, classes = self.config.augmentation, len(self.pictures.class_names)
         self.mixing = Mixing(options, classes, self.config.seed) if options.mixes else None
+        self.resizing = Resizing(options.sizes, self.config.seed) if options.sizes is not None else None
         self._averaged: GSPNClassifier | None = None
 
     @classmethod
     def check(cls, config: ClassifierConfig) -> None:
         if taken := [name for name in SET_BY_DATA if name in config.model.overrides]:
             raise InputError("the data set it", argument=OVERRIDES + taken[0], remedy="leave it out")
+        for key in ("compile", "cuda_graph"):
+            if config.augmentation.sizes is not None and getattr(config.training, key) is True:
+                raise InputError(
+                    "steps' images are of several sizes (augmentation.sizes)",
+                    argument=f"training.{key}",
+                    value=True,
+                    remedy="give false",
+                )
 
     @classmethod
     def open(cls, config: ClassifierConfig, accelerator: Accelerator) -> tuple[ClassificationTask, GSPNClassifier]:
@@ -96,6 +105,8 @@ class ClassificationTask(Task):
                 remedy="give a folder of them, or --evaluation.every-epochs 0",
             )
         training = with_steps(config.training, len(pictures))
+        if config.augmentation.sizes is not None:  # what `auto` would choose is made for one size
+            training = dataclasses.replace(training, compile=False, cuda_graph=False)
         check_pairs(steps_after(0, training, accelerator).micro_batch, config.augmentation)
         set_seed(config.seed)
         build = partial(build_classifier, config, pictures)
@@ -141,6 +152,8 @@ class ClassificationTask(Task):
         images, targets = samples["images"], samples["labels"]
         if self.mixing is not None:
             images, targets = self.mixing(images, targets, step)
+        if self.resizing is not None:
+            images = self.resizing(images, step)
         return {"images": images, "targets": targets}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

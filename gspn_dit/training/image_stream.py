@@ -1,4 +1,4 @@
-"""The streams of a classifier's training: item n is a function of (seed, n), as is how a step's images are mixed.
+"""The streams of a classifier's training: item n is a function of (seed, n), and of (seed, step) how images are mixed.
 
 timm's augmentations draw from Python's, NumPy's and torch's global generators. Each is set for one image, or for one
 step, and set back; so a resumed run, and any number of processes and workers, sees the same images.
@@ -24,7 +24,8 @@ from gspn_dit.data.preparation import Preparation
 from gspn_dit.errors import InputError
 from gspn_dit.training.positions import EpochOrder, generator_at
 
-_STEPS = 1 << 62  # keys from here up, and below epochs' orders, are steps
+_STEPS = 1 << 62  # keys from here up are steps, of which the shifts are drawn
+_SIZES = _STEPS + (1 << 61)  # keys from here up, and below epochs' orders, are steps, of which the sizes are drawn
 
 Samples = dict[str, Tensor]
 """`images` float32 (B, C, H, W), normalised, and `labels` int64 (B,)."""
@@ -220,3 +221,26 @@ class Mixing:
         images, labels = (torch.cat([each[0::2], each[1::2].flip(0)]) for each in (images, labels))
         with global_draws(self.seed, step, 1):
             return self.mixup(images, labels)
+
+
+class Resizing:
+    """All images of a step at one size, which is drawn for the step: a classifier of all its sizes learns from it.
+
+    The logarithm of the side is uniform, so that half the size is as likely as twice the size.
+
+    Args:
+        sizes: Smallest and largest side in pixels.
+        seed: Of everything random.
+    """
+
+    def __init__(self, sizes: tuple[int, int], seed: int) -> None:
+        self.sizes, self.seed = sizes, seed
+
+    def side(self, step: int) -> int:
+        """The side in pixels of a step's images."""
+        low, high = self.sizes
+        return round(low * (high / low) ** generator_at(self.seed, _SIZES + step).random())
+
+    def __call__(self, images: Tensor, step: int) -> Tensor:
+        """A step's images (B, C, H, W) as (B, C, side, side), without aliasing."""
+        return F.interpolate(images, size=(self.side(step),) * 2, mode="bilinear", antialias=True)

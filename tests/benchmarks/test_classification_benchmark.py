@@ -40,8 +40,8 @@ def results(out):
 def test_every_baseline_costs_what_ours_does_and_all_are_small():
     sizes = {mixer: size_of(mixer, mlp_ratio(mixer)) for mixer in CLASSIFICATION_MIXERS}
     ours = sizes["gspn"][1]
-    assert all(abs(macs / ours - 1) < 0.02 and parameters < 1e6 for parameters, macs in sizes.values())
-    assert mlp_ratio("gspn") == 4 and mlp_ratio("attention") < mlp_ratio("window") < mlp_ratio("conv") <= 4
+    assert all(abs(macs / ours - 1) < 0.01 and parameters < 1e6 for parameters, macs in sizes.values())
+    assert mlp_ratio("gspn") == 4 and all(1 < mlp_ratio(mixer) < 4 for mixer in sizes.keys() - {"gspn"})
 
 
 def test_what_is_finished_is_not_trained_again_and_mixers_may_be_added(clothes, tmp_path, monkeypatch, capsys):
@@ -113,6 +113,7 @@ def test_the_table_has_means_over_seeds():
     [
         (["--data", "/", "--mixers", "[mamba]"], "mixers='mamba': wanted one of gspn, attention, linear, window, conv"),
         (["--data", "/", "--steps", "0"], "steps=0: wanted 1 or more"),
+        (["--data", "/", "--sizes", "[40, 20]"], r"sizes=\(40, 20\): wanted two numbers of pixels"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_value(arguments, message):

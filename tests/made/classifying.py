@@ -12,7 +12,7 @@ from gspn_dit.options import parse
 
 ROOT = Path(__file__).parents[2]
 SIZE, CLASSES = 12, 3
-# Everything that is random: parts of pictures, RandAugment, erasing, mixing, and the network's own drop path.
+# Everything that is random: parts of pictures, RandAugment, erasing, mixing, sizes, and the network's own drop path.
 EVERYTHING = [
     "--augmentation.crop",
     "resized",
@@ -26,6 +26,8 @@ EVERYTHING = [
     0.8,
     "--augmentation.cutmix",
     1.0,
+    "--augmentation.sizes",
+    "[8, 16]",
     "--augmentation.label_smoothing",
     0.1,
 ]

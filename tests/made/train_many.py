@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 
 from gspn_dit.classifier_config import ClassifierConfig
 from gspn_dit.config import Config
+from gspn_dit.distillation_config import DistillationConfig
 from gspn_dit.layers.embeddings import TimestepEmbedding
 from gspn_dit.messages import plain_messages
 from gspn_dit.options import parse
@@ -49,7 +50,7 @@ compile_module = torch.nn.Module.compile
 torch.nn.Module.compile = lambda self, **options: compile_module(self, backend="aot_eager", **options)
 PartialState.destroy_process_group = lambda self, group=None: None  # the next run talks over it too
 
-kinds = {each.__name__: each for each in (Config, ClassifierConfig, TextToImageConfig)}
+kinds = {each.__name__: each for each in (Config, ClassifierConfig, DistillationConfig, TextToImageConfig)}
 for kind, argv in json.loads(Path(sys.argv[1]).read_text()):
     with plain_messages():
         train(parse(kinds[kind], argv))

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from made.classifying import write_idx_folder
 from made.distilling import CAPTIONS, SIZE, TEACHERS, config, options, parts, write_teacher
-from made.launched import launchers, train_many
+from made.launched import LAUNCHERS, train_many
 from made.runs import list_checkpoints
 from made.training import losses
 from safetensors.torch import load_file
@@ -192,15 +192,16 @@ def test_a_run_cut_back_to_a_checkpoint_goes_on_to_the_same_losses(made, tmp_pat
 
 
 @pytest.mark.slow
-@launchers
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_learn_as_one(made, tmp_path, launcher):
     runs = []
     for stage in STAGES:
         given = [made / "sd", made / "sd-store", "--distillation.stage", stage]
         train(config(tmp_path / f"{stage}-one", *given))
         AcceleratorState._reset_state(reset_partial_state=True)
-        runs.append(options(tmp_path / f"{stage}-two", *given, "--training.gradient_accumulation_steps", 2))
-    train_many(tmp_path, runs, launcher, "DistillationConfig")
+        split = ["--training.gradient_accumulation_steps", 2]
+        runs.append(("DistillationConfig", options(tmp_path / f"{stage}-two", *given, *split)))
+    train_many(tmp_path, runs, launcher)
     for stage in STAGES:
         one, two = tmp_path / f"{stage}-one", tmp_path / f"{stage}-two"
         torch.testing.assert_close(values(two), values(one), rtol=1e-4, atol=0)

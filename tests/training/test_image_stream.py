@@ -14,7 +14,7 @@ from gspn_dit.data.pictures import open_training
 from gspn_dit.data.preparation import Preparation
 from gspn_dit.data.workers import load
 from gspn_dit.errors import InputError
-from gspn_dit.training.image_stream import Mixing, ResizedImages, ShiftedImages, global_draws
+from gspn_dit.training.image_stream import Mixing, ResizedImages, Resizing, ShiftedImages, global_draws
 from gspn_dit.training.positions import EpochOrder, StepSampler
 
 EVERYTHING = AugmentationConfig(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.5)
@@ -185,6 +185,29 @@ def test_without_mixing_at_a_step_the_labels_are_smoothed_alone():
     mixed, targets = mixing(images.clone(), torch.tensor([0, 1, 2, 3]), 1)
     assert torch.equal(mixed[[0, 3, 1, 2]], images)
     assert targets[0].tolist() == pytest.approx([0.85, 0.05, 0.05, 0.05])
+
+
+def test_half_of_a_size_is_drawn_as_often_as_twice_the_size():
+    resizing, images = Resizing((7, 28), seed=0), torch.rand(2, 3, 14, 14)
+    sides = np.array([resizing.side(step) for step in range(2000)])
+    assert set(sides) == set(range(7, 29))
+    assert abs((sides < 14).mean() - np.log(13.5 / 7) / np.log(4)) < 0.045  # four standard deviations
+    assert abs(np.corrcoef(sides[1:], sides[:-1])[0, 1]) < 0.1
+    again, other = (Resizing((7, 28), seed=seed) for seed in (0, 1))
+    assert [again.side(step) for step in (5, 1999, 3)] == sides[[5, 1999, 3]].tolist()
+    assert [other.side(step) for step in range(20)] != sides[:20].tolist()
+    for step in range(5):
+        assert resizing(images, step).shape == (2, 3, sides[step], sides[step])
+
+
+def test_a_picture_of_another_size_is_the_same_picture():
+    rows = torch.linspace(-1, 1, 12)[:, None].expand(1, 1, 12, 12)
+    assert torch.equal(Resizing((12, 12), seed=0)(rows, 1), rows)
+    for side in (8, 16):
+        resized = Resizing((side, side), seed=0)(rows, 1)
+        centres = (torch.arange(side) + 0.5) * 12 / side - 0.5  # of the new pixels among the old ones
+        torch.testing.assert_close(resized[0, 0, 2:-2, 0], (centres * 2 / 11 - 1)[2:-2], rtol=0, atol=0.01)
+        torch.testing.assert_close(resized, resized[..., :1].expand_as(resized), rtol=0, atol=1e-6)
 
 
 def test_pictures_that_cannot_be_shifted_are_refused(pictures):
