@@ -16,7 +16,12 @@ from gspn_dit.commands.demo import ClassifierOptions, SmallVAEOptions
 from gspn_dit.commands.evaluation import EvaluateOptions, ReferenceOptions
 from gspn_dit.commands.listings import ModelsOptions, OpsOptions
 from gspn_dit.commands.sampling import ExportOptions, SampleOptions
-from gspn_dit.commands.text_to_image import EncodeTextToImageOptions, GenerateOptions
+from gspn_dit.commands.text_to_image import (
+    COCOPromptsOptions,
+    EncodeTextToImageOptions,
+    EvaluateTextToImageOptions,
+    GenerateOptions,
+)
 from gspn_dit.commands.training import BudgetOptions, PosthocEMAOptions
 from gspn_dit.config import Config
 from gspn_dit.distillation_config import DistillationConfig
@@ -29,12 +34,14 @@ __all__ = [
     "GROUPS",
     "VERBS",
     "BudgetOptions",
+    "COCOPromptsOptions",
     "ClassifierOptions",
     "ClassifyOptions",
     "EncodeOptions",
     "EncodeTextToImageOptions",
     "EvaluateClassifierOptions",
     "EvaluateOptions",
+    "EvaluateTextToImageOptions",
     "ExportOptions",
     "GenerateOptions",
     "ModelsOptions",
@@ -150,6 +157,19 @@ GROUPS = {
             positional=("prompt",),
             continues=True,
             extras=("train", "t2i"),
+        ),
+        "coco-prompts": Verb(
+            "gspn_dit.data.coco:main",
+            COCOPromptsOptions,
+            "Draw prompts from COCO's captions, one of each picture.",
+            positional=("captions", "out"),
+            extras=("cli",),
+        ),
+        "evaluate-t2i": Verb(
+            "gspn_dit.evaluation.text_to_image:main",
+            EvaluateTextToImageOptions,
+            "Score images of texts: FID, CLIP score, caption accuracy.",
+            extras=("eval", "t2i"),
         ),
     },
     "Sampling": {

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps
 from gspn_dit.commands.sampling import ImagesOut
 from gspn_dit.errors import InputError
+from gspn_dit.evaluation.classifiers import CAPTION_ACCURACIES, check_features
 from gspn_dit.options import require
+from gspn_dit.registry import quoted
 from gspn_dit.storage.packaged import PACKAGED_TEXT_TO_IMAGE, absolute
 
 
@@ -95,7 +98,8 @@ class GenerateOptions(ImagesOut):
 
     Args:
         prompt: Texts, each in quotes.
-        prompts: A text file of further prompts, one a line; blank lines and lines that begin with # are none.
+        prompts: A text file of further prompts, one a line; blank lines and lines that begin with # are none. Or a
+            `.jsonl`, of whose lines the `text` is the prompt.
         model: A folder that a diffusers pipeline of Stable Diffusion 1.x, 2.x or XL was saved to, a name that is in the
             hub's cache, or a packaged model: `scenes`.
         replacement: A folder of saved replacement layers, which take the place of the model's self-attention.
@@ -178,3 +182,67 @@ class GenerateOptions(ImagesOut):
             require(0 < strength <= 1, "strength", self.strength, "numbers above 0, up to 1")
         for steps in self.upscale_steps or ():
             require(steps >= 1, "upscale_steps", self.upscale_steps, "1 or more")
+
+
+@dataclass
+class COCOPromptsOptions:
+    """Prompts: COCO's captions of some of its pictures, drawn at random, one of each picture.
+
+    Args:
+        captions: COCO's own file, `captions_val2014.json`.
+        out: The `.jsonl` to write: a line of `file_name` and `text` for each picture.
+        num_captions: How many. Fewer of the same seed are the first of more.
+        seed: Seed of the draw.
+    """
+
+    captions: str
+    out: str
+    num_captions: int = 30_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(Path(self.captions).is_file(), "captions", self.captions, "a file: no such file")
+        require(Path(self.out).suffix == ".jsonl", "out", self.out, "a file name ending in .jsonl")
+        require(self.num_captions >= 1, "num_captions", self.num_captions, "1 or more")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+@dataclass
+class EvaluateTextToImageOptions:
+    """Evaluation: images of texts, and what they are compared with: a reference, their texts, or both.
+
+    Args:
+        samples: A folder that `generate` or `sample` wrote, or any of images with a prompts.csv (file,prompt) or a
+            metadata.jsonl (file_name, text).
+        out: The JSON file to write.
+        reference: For the Fréchet distance: a folder, an npz that `gspn-dit reference` wrote, or a named source.
+        image_size: Side in pixels of the squares that the samples, and the images of a reference folder, are cropped
+            and resized to for the Fréchet distance; if not given, they are taken as they are.
+        clip: For the CLIP score: the folder of a CLIPModel of transformers, with its tokenizer and its image processor.
+        captions: For caption accuracy: the grammar of the texts: `scenes`.
+        features: Of the Fréchet distance: `inception`, or the name of a classifier: `digits`, `photos`.
+        weights: Weights file of the features; if not given, the packaged one, or torch-fidelity's download.
+        device: `auto` is the accelerator if there is one; each process of `accelerate launch` has its own.
+    """
+
+    samples: str
+    out: str
+    reference: str | None = None
+    image_size: int | None = None
+    clip: str | None = None
+    captions: str | None = None
+    features: str = "inception"
+    weights: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        given = (self.reference, self.clip, self.captions)
+        require(any(each is not None for each in given), "reference", None, "one of reference, clip and captions")
+        known = self.captions is None or self.captions in CAPTION_ACCURACIES
+        require(known, "captions", self.captions, quoted(CAPTION_ACCURACIES))
+        if self.image_size is not None:
+            require(self.reference is not None, "image_size", self.image_size, "a reference with it")
+            require(self.image_size >= 1, "image_size", self.image_size, "1 or more")
+        check_features("features", self.features)
+        require(not Path(self.out).is_dir(), "out", self.out, "the name of a file to write, this is a folder")
+        require(self.weights is None or Path(self.weights).is_file(), "weights", self.weights, "a file: no such file")

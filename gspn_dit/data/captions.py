@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 METADATA = "metadata.jsonl"  # as Hugging Face's imagefolder calls the file of captions
+PROMPTS_FILE = "prompts.csv"  # file,prompt of every image in a folder of generated ones
 NO_CLASSES = ("image",)  # the class names of pictures that have no classes
 _NAMED = 3  # how many files a message names
 _LOOKED_AT = 512  # captions, before they are read
@@ -148,20 +149,8 @@ def read_beside(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
 def read_table(path: str | os.PathLike) -> tuple[list[str], list[str]]:
     """Paths of the pictures that a jsonl names, and their captions. Raises :class:`InputError`, naming the line."""
     path = Path(path)
-    paths, captions = [], []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which also splits within JSON
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is no UTF-8 text ({error.reason})", argument="source", value=os.fspath(path)
-        ) from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            file, caption = _row(line, f"line {number} of {path}")
-            paths.append(os.path.join(path.parent, file))
-            captions.append(caption)
-    if not paths:
-        raise InputError("no lines in it", argument="source", value=os.fspath(path))
+    rows = read_rows(path)
+    paths, captions = [os.path.join(path.parent, file) for file, _ in rows], [caption for _, caption in rows]
     if missing := [file for file in dict.fromkeys(paths) if not os.path.isfile(file)]:
         raise InputError(
             f"{len(missing)} of the pictures that {path} names are not there: {_first(missing)}",
@@ -171,6 +160,24 @@ def read_table(path: str | os.PathLike) -> tuple[list[str], list[str]]:
     if path.name == METADATA and (others := set(find_images(path.parent)[0]) - set(paths)):
         warn(f"{path.parent}: {len(others)} pictures are not in {METADATA} and left out, such as {min(others)}")
     return paths, captions
+
+
+def read_rows(path: str | os.PathLike) -> list[tuple[str, str]]:
+    """File names and captions of a jsonl's lines, whether the files are there or not.
+
+    Raises :class:`InputError`, naming the line, or if it has none.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which also splits within JSON
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is no UTF-8 text ({error.reason})", argument="source", value=os.fspath(path)
+        ) from None
+    rows = [_row(line, f"line {number} of {path}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise InputError("no lines in it", argument="source", value=os.fspath(path))
+    return rows
 
 
 def warn_of_long_captions(images: CaptionedImages, tokenizer: PreTrainedTokenizerBase) -> None:

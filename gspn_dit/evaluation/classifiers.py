@@ -24,6 +24,8 @@ CLASSIFIERS = Registry(
         "photos": "gspn_dit.demo.classifier:PhotosClassifier",
     },
 )
+# Functions of pictures (each uint8 (3, H, W)) and as many captions: shares of the pictures of which something is true.
+CAPTION_ACCURACIES = Registry("gspn_dit.caption_accuracies", {"scenes": "gspn_dit.demo.scene_reading:caption_accuracy"})
 
 
 class Classifier(Protocol):

@@ -54,16 +54,20 @@ def main(options: Options) -> None:
         reference = open_reference(options.reference, samples.image_size)
         extractor = create_extractor(options.features, options.weights, device=device)
         metrics = evaluate(samples, reference, extractor, processes)
-        if not processes.is_main:
-            return
-        text = json.dumps(metrics, indent=2, ensure_ascii=False)
-        try:
-            if not is_stdout(out):
-                print(text, flush=True)
-        finally:  # a figure that one place does not take is in the other
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(out) as temporary:
-                temporary.write_text(text + "\n")
+        if processes.is_main:
+            say_figures(metrics, out)
+
+
+def say_figures(figures: dict[str, Any], out: Path) -> None:
+    """Print figures as JSON, and write them to a file."""
+    text = json.dumps(figures, indent=2, ensure_ascii=False)
+    try:
+        if not is_stdout(out):
+            print(text, flush=True)
+    finally:  # a figure that one place does not take is in the other
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as temporary:
+            temporary.write_text(text + "\n")
 
 
 def evaluate(

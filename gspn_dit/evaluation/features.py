@@ -30,9 +30,20 @@ class Accumulator(Protocol):
         """Make this what all processes together have taken in."""
 
 
+class Encoder(Protocol):
+    """What gives layers of images: an :class:`~gspn_dit.evaluation.extractors.Extractor`, or CLIP."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    def __call__(self, images: Tensor, /) -> dict[str, Tensor]:
+        """Every layer (B, width) of images (B, 3, H, W) on the device, by its name."""
+
+
 def observe(
     images: ImageSet,
-    extractor: Extractor,
+    extractor: Encoder,
     accumulators: Sequence[tuple[str, Accumulator]],
     processes: Processes = ALONE,
 ) -> None:
@@ -53,9 +64,7 @@ def layer_widths(extractor: Extractor, image_size: tuple[int, int]) -> dict[str,
     return {name: values.shape[1] for name, values in extractor(black).items()}
 
 
-def _extract(
-    images: ImageSet, extractor: Extractor, processes: Processes
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+def _extract(images: ImageSet, extractor: Encoder, processes: Processes) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """This process's batches: indices (n,), and each layer (n, width) on the extractor's device.
 
     The next batches are read while one is computed.

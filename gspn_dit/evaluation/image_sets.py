@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from gspn_dit.data import open_images
-from gspn_dit.data.image_folder import SUFFIXES, find_images, say_left_out, to_rgb
-from gspn_dit.data.images import ImageDataset
+from gspn_dit.data.captions import METADATA, PROMPTS_FILE
+from gspn_dit.data.image_folder import SUFFIXES, find_images, read_square, say_left_out, to_rgb
+from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.sources import split_name
 from gspn_dit.errors import InputError
 from gspn_dit.evaluation.moments import Statistics
@@ -24,7 +25,7 @@ from gspn_dit.evaluation.npz import members, read_images, read_notes, read_stati
 from gspn_dit.progress import progress
 
 LABELS_FILE = "labels.csv"
-WITH_SAMPLES = (LABELS_FILE, "settings.json")  # what sampling writes beside its images
+WITH_SAMPLES = (LABELS_FILE, PROMPTS_FILE, METADATA, "settings.json")  # what sampling writes beside its images
 
 
 @dataclass(frozen=True)
@@ -144,14 +145,40 @@ def of_dataset(source: str, dataset: ImageDataset) -> ImageSet:
     return ImageSet(source, len(dataset), size, lambda i: dataset[i][0], class_names=names)
 
 
-def _open_folder(folder: Path, argument: str) -> ImageSet:
+def open_cropped(folder: str, image_size: int, argument: str) -> ImageSet:
+    """The images of a folder and its subfolders, of any sizes, cropped to squares of that side as ADM does.
+
+    Raises :class:`InputError` if there are none.
+    """
+    files = image_files(Path(folder), argument)
+
+    def read(index: int) -> Tensor:
+        try:
+            return read_square(str(files[index]), image_size)[0]
+        except UnreadableImage as error:
+            raise _unreadable(files[index], error.reason) from error
+
+    return ImageSet(folder, len(files), (image_size, image_size), read)
+
+
+def image_files(folder: Path, argument: str) -> list[Path]:
+    """A folder's images at any depth, in the order in which they are scored; other files are told.
+
+    Raises :class:`InputError` if there are none.
+    """
+    if not folder.is_dir():
+        raise InputError("no such folder", argument=argument, value=folder)
     images, others = find_images(folder)
-    files = sorted(map(Path, images))
     say_left_out(folder, [path for path in others if os.path.basename(path) not in WITH_SAMPLES])
-    if not files:
+    if not images:
         raise InputError(
             "no images in it", argument=argument, value=folder, wanted=f"files ending in {' '.join(SUFFIXES)}"
         )
+    return sorted(map(Path, images))
+
+
+def _open_folder(folder: Path, argument: str) -> ImageSet:
+    files = image_files(folder, argument)
     first = _header_size(files[0])
     for file in progress(files, desc=f"checking {argument}", unit="image", leave=False):
         if (size := _header_size(file)) != first:
@@ -190,7 +217,7 @@ def _read_file(file: Path) -> Tensor:
         raise _unreadable(file, error) from error
 
 
-def _unreadable(file: Path, error: Exception) -> InputError:
+def _unreadable(file: Path, error: Exception | str) -> InputError:
     return InputError(
         f"{file}: not a readable image ({' '.join(str(error).split())})", remedy="remove it or make it again"
     )

@@ -17,11 +17,10 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gspn_dit.data.captions import PROMPTS_FILE
 from gspn_dit.errors import InputError
 from gspn_dit.inference.sample_folder import begin_images, image_file
 from gspn_dit.storage.files import replacing, save_tensors
-
-PROMPTS_FILE = "prompts.csv"
 
 
 def begin(folder: Path, settings: dict[str, Any], prompts: Sequence[str]) -> list[int]:

@@ -11,7 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from gspn_dit.errors import InputError
+from gspn_dit.data.captions import read_rows
+from gspn_dit.errors import InputError, renamed
 
 TextToImagePipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
@@ -19,8 +20,13 @@ TextToImagePipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipe
 def read_prompts(path: str) -> list[str]:
     """The prompts of a text file, one a line; lines that are blank or begin with # are no prompts.
 
+    Of a `.jsonl` they are the `text` of every line, as captioned data has it; the pictures need not be there.
+
     Raises :class:`InputError` if it cannot be read, or has none.
     """
+    if path.endswith(".jsonl") and Path(path).is_file():
+        with renamed(source="prompts"):
+            return [caption for _, caption in read_rows(path)]
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:

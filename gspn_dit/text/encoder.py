@@ -142,7 +142,7 @@ def load_text_model(folder: str | os.PathLike, dtype: torch.dtype = torch.float3
         )
     try:
         kind = json.loads((place / "config.json").read_text()).get("model_type")
-        with _silent():
+        with without_bars():
             model, info = getattr(transformers, _ENCODERS.get(kind, "AutoModel")).from_pretrained(
                 str(place), local_files_only=True, output_loading_info=True
             )
@@ -154,7 +154,7 @@ def load_text_model(folder: str | os.PathLike, dtype: torch.dtype = torch.float3
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """In the block, transformers draws no progress bars."""
     from transformers.utils import logging
 
