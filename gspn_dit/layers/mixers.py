@@ -154,11 +154,11 @@ class GSPNMixer(Mixer):
         with torch.no_grad():
             by_group = wide.bias.view(num_groups, -1)
             logits, input_gate = by_group.split([NUM_DIRECTIONS * 3, NUM_DIRECTIONS], -1)
-            aside = torch.linspace(-3.0, -7.0, num_groups)
+            aside = torch.linspace(-3.0, -7.0, num_groups, device=by_group.device)
             logits.copy_((aside[:, None] * torch.tensor([1.0, 0.0, 1.0])).repeat(1, NUM_DIRECTIONS))
             input_gate.fill_(0.25)
         spread = width // num_groups if num_groups < width else width  # channels from 2 to 64 lines
-        half_lives = 2 ** torch.linspace(1, 6, spread).repeat(width // spread)
+        half_lives = 2 ** torch.linspace(1, 6, spread, device=wide.bias.device).repeat(width // spread)
         self.log_rate = nn.Parameter((math.log(2) / half_lives).log().repeat(NUM_DIRECTIONS, 1))
         self.scale = nn.Parameter(torch.randn(NUM_DIRECTIONS, width))
         if projections is not None:

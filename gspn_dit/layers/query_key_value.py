@@ -92,7 +92,7 @@ class GSPNMixing(QueryKeyValueMixing):
         nn.init.normal_(wide.weight, std=0.02)
         self.input_gate = PerHeadLinear(channels, heads, NUM_DIRECTIONS, start=INPUT_GATE)
         self.output_gate = PerHeadLinear(channels, heads, NUM_DIRECTIONS, start=1.0)
-        half_lives = 2 ** torch.linspace(3, 6, heads).repeat_interleave(channels // heads)
+        half_lives = 2 ** torch.linspace(3, 6, heads, device=wide.bias.device).repeat_interleave(channels // heads)
         self.log_rate = nn.Parameter((math.log(2) / half_lives).log().repeat(NUM_DIRECTIONS, 1))
         self.scale = nn.Parameter(torch.ones(NUM_DIRECTIONS, channels))
         self.direct = nn.Parameter(torch.zeros(channels))

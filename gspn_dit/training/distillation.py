@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -119,6 +119,7 @@ class DistillationTask(Task):
         cls, config: DistillationConfig, accelerator: Accelerator
     ) -> tuple[DistillationTask, AttentionReplacement]:
         steps_after(0, config.training, accelerator)  # refuses a batch that does not split evenly
+        check_not_sharded(accelerator)
         pipe = load_teacher(config.base)
         source, encoder, latent_shape = open_data(config, pipe, accelerator.device)
         teacher = teacher_of(pipe, is_of_latents(source), accelerator.device)
@@ -325,6 +326,17 @@ def mount_beside(
     teachers = {name: unet.get_submodule(name) for name in names}
     replacement.mount(unet, dtype=torch.float32)
     return LayerOutputs(teachers, {name: replacement.layer(name) for name in names}, alone=layerwise)
+
+
+def check_not_sharded(accelerator: Accelerator) -> None:
+    """Raise :class:`InputError` under FSDP: it gathers weights at a model's own call, and the UNet calls the layers."""
+    if accelerator.distributed_type is DistributedType.FSDP:
+        raise InputError(
+            argument="distributed_type",
+            value="FSDP",
+            wanted="several processes as they are, for the new layers are small",
+            remedy="launch with --multi_gpu",
+        )
 
 
 def open_data(

@@ -2,15 +2,17 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from made.classifying import write_idx_folder
 from made.distilling import CAPTIONS, SIZE, TEACHERS, config, options, parts, write_teacher
-from made.launched import LAUNCHERS, train_many
+from made.launched import MANY, train_many
 from made.runs import list_checkpoints
 from made.training import losses
 from safetensors.torch import load_file
@@ -25,7 +27,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.inference.export import main as export
 from gspn_dit.models.attention_replacement import AttentionReplacement
 from gspn_dit.text.teacher import embed, embed_nothing, load_teacher
-from gspn_dit.training.distillation import DistillationTask
+from gspn_dit.training.distillation import DistillationTask, check_not_sharded
 from gspn_dit.training.loop import take_steps, train
 from gspn_dit.training.stop_request import StopRequest
 
@@ -136,7 +138,7 @@ def test_it_learns(made, tmp_path, kind, stage):
         assert found.pop("noise")[0] > 0.5
         assert sum(found["features"][-3:]) < 0.8 * sum(found["features"][:3])
     else:
-        assert all(sum(errors[-3:]) < 0.6 * sum(errors[:3]) for errors in found.values())
+        assert all(sum(errors[-3:]) < 0.8 * sum(errors[:3]) for errors in found.values())
     first, *_, last = [float(loss) for _, loss in losses(tmp_path / "run")]
     assert last < 0.8 * first
 
@@ -192,8 +194,7 @@ def test_a_run_cut_back_to_a_checkpoint_goes_on_to_the_same_losses(made, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_learn_as_one(made, tmp_path, launcher):
+def test_two_processes_learn_as_one(made, tmp_path):
     runs = []
     for stage in STAGES:
         given = [made / "sd", made / "sd-store", "--distillation.stage", stage]
@@ -201,12 +202,17 @@ def test_two_processes_learn_as_one(made, tmp_path, launcher):
         AcceleratorState._reset_state(reset_partial_state=True)
         split = ["--training.gradient_accumulation_steps", 2]
         runs.append(("DistillationConfig", options(tmp_path / f"{stage}-two", *given, *split)))
-    train_many(tmp_path, runs, launcher)
+    train_many(tmp_path, runs, MANY)
     for stage in STAGES:
         one, two = tmp_path / f"{stage}-one", tmp_path / f"{stage}-two"
         torch.testing.assert_close(values(two), values(one), rtol=1e-4, atol=0)
         for name, numbers in parts(one).items():
             assert parts(two)[name] == pytest.approx(numbers, rel=1e-3)
+
+
+def test_weights_in_shards_are_refused():
+    with pytest.raises(InputError, match=r"distributed_type.*FSDP.*--multi_gpu"):
+        check_not_sharded(SimpleNamespace(distributed_type=DistributedType.FSDP))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from gspn_dit.text.tokens import load_tokenizer, tokenize
 from gspn_dit.text_to_image_config import TextToImageConfig
 from gspn_dit.training.loop import train
 
-RECIPES = sorted((ROOT / "configs" / "t2i").glob("*.yaml"))
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
@@ -236,10 +235,9 @@ def test_a_run_is_not_continued_as_another(tmp_path, data, tokenizer):
             train(config(tmp_path / "run", data, tokenizer, "--resume", "auto", *change))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_run_on_made_pictures(tmp_path, data, tokenizer, path):
+def test_the_recipe_runs_on_made_pictures(tmp_path, data, tokenizer):
     changes = ["--output_dir", tmp_path / "run", "--data.source", data, "--data.vae", "digits"]
     changes += ["--model.tokenizer", tokenizer, "--training.max_steps", 1, "--training.batch_size", 2]
     changes += ["--training.trackers", "[]", "--sampling.num_inference_steps", 2, "--sampling.num_images", 2]
-    train(TextToImageConfig.load(path, [str(value) for value in changes]))
+    train(TextToImageConfig.load(ROOT / "configs" / "t2i" / "scenes-teacher.yaml", [str(value) for value in changes]))
     assert len(losses(tmp_path / "run")) == 1 and RunFolder(tmp_path / "run").samples(1).is_file()
