@@ -201,7 +201,6 @@ class COCOPromptsOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(Path(self.captions).is_file(), "captions", self.captions, "a file: no such file")
         require(Path(self.out).suffix == ".jsonl", "out", self.out, "a file name ending in .jsonl")
         require(self.num_captions >= 1, "num_captions", self.num_captions, "1 or more")
         require(self.seed >= 0, "seed", self.seed, "0 or more")

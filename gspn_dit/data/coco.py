@@ -46,6 +46,8 @@ def draw_captions(path: str | os.PathLike, count: int, seed: int = 0) -> list[tu
     Raises:
         InputError: If the file is of another kind, or has captions of fewer pictures.
     """
+    if not Path(path).is_file():
+        raise InputError("no such file", argument="captions", value=os.fspath(path))
     captions: defaultdict[int, list[str]] = defaultdict(list)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -57,6 +57,20 @@ def test_other_files_are_refused(tmp_path, content):
         draw_captions(tmp_path / "file.json", 1)
 
 
+def test_a_mistake_is_answered_in_one_line(captions, tmp_path, capsys):
+    for argv, named in (
+        (["nowhere.json", "coco.jsonl"], "captions='nowhere.json': no such file"),
+        ([captions, tmp_path / "coco.txt"], ".jsonl"),
+        ([captions, tmp_path / "coco.jsonl"], "num-captions=30000"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            gspn_dit(["coco-prompts", *map(str, argv)])
+        printed = capsys.readouterr().err
+        assert stopped.value.code == 2 and printed.count("\n") == 1
+        assert printed.startswith("gspn-dit coco-prompts: error: ") and named in printed, printed
+    assert not list(tmp_path.glob("*coco*"))
+
+
 def test_more_than_there_are_pictures_is_refused(captions):
     with pytest.raises(InputError, match=r"num_captions=13.*captions of 12 pictures"):
         draw_captions(captions, PICTURES + 1)
