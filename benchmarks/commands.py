@@ -43,6 +43,12 @@ RESOLUTION_PIXELS = {
     "cpu": [128, 256, 512, 1024, 2048],
     "cuda": [256, 512, 1024, 2048, 4096, 8192, 16384],
 }
+TEXT_TO_IMAGE_NETWORKS = ("SD 1.5", "SD-XL", "SD-XL layer")
+TEXT_TO_IMAGE_MIXERS = ("gspn", "sdpa", "sdpa-cudnn", "linear", "fresh", "window")
+TEXT_TO_IMAGE_SIZES = {
+    "cpu": ["1024x1024", "2048x2048", "4096x4096"],
+    "cuda": ["2048x2048", "4096x4096", "8192x8192", "8192x16384", "1024x1024", "512x512"],
+}
 
 
 @dataclass
@@ -117,14 +123,81 @@ class UNetMemoryOptions:
 
     def __post_init__(self) -> None:
         require(set(self.unets) <= {"SD 1.5", "SD-XL"}, "unets", self.unets, "SD 1.5, SD-XL")
-        right = all(re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", size) for size in self.sizes)
-        require(right, "sizes", self.sizes, "heights and widths, as 1024x2048")
+        pixels_of(self.sizes)
 
     @property
     def pixels(self) -> list[tuple[int, int]]:
         """Heights and widths."""
-        sides = (size.split("x") for size in self.sizes)
-        return [(int(height), int(width)) for height, width in sides]
+        return pixels_of(self.sizes)
+
+
+def pixels_of(sizes: list[str]) -> list[tuple[int, int]]:
+    """Heights and widths. Raises :class:`InputError` for other words than such as 1024x2048."""
+    right = all(re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", size) for size in sizes)
+    require(right, "sizes", sizes, "heights and widths, as 1024x2048")
+    sides = (size.split("x") for size in sizes)
+    return [(int(height), int(width)) for height, width in sides]
+
+
+@dataclass
+class TextToImageOptions:
+    """What to measure, and where the results go.
+
+    Args:
+        networks: `SD 1.5` and `SD-XL`, one call of the UNet; `SD-XL layer`, one self-attention of it, with 640
+            channels. By default the UNets on a GPU, and the layer on the CPU.
+        mixers: What is in the place of self-attention: sdpa, which is softmax attention by flash's kernel on a GPU,
+            sdpa-cudnn, the same by cuDNN's, and replacements. If not given, all that the device has.
+        sizes: Heights and widths of images, as 8192x16384, in the order of measuring; what has a target comes first.
+        end_to_end: In place of single calls, generate an image of each size by SD-XL with line scans, from a text to a
+            file.
+        num_inference_steps: Of such an image.
+        memory: What saves memory, as `memory` of `gspn-dit generate`.
+        device: cpu or cuda.
+        dtype: float32 or bfloat16; by default the latter where the device has instructions for it.
+        threads: Threads of the CPU.
+        repeats: Most timed calls of each mixer at each size, after the first.
+        time_budget: Seconds after which no call begins.
+        out: Where the results go, without the .json and .md.
+    """
+
+    networks: list[str] | None = None
+    mixers: list[str] | None = None
+    sizes: list[str] | None = None
+    end_to_end: bool = False
+    num_inference_steps: int = 2
+    memory: Literal["auto", "on", "off"] = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    threads: int = 2
+    repeats: int = 5
+    time_budget: float = 3600.0
+    out: str = "runs/text-to-image"
+
+    def __post_init__(self) -> None:
+        on_gpu = self.device == "cuda"
+        if self.networks is None:
+            self.networks = ["SD-XL", "SD 1.5"] if on_gpu else ["SD-XL layer"]
+        for name in self.networks:
+            require(name in TEXT_TO_IMAGE_NETWORKS, "networks", name, f"one of {', '.join(TEXT_TO_IMAGE_NETWORKS)}")
+        if self.mixers is None:
+            self.mixers = [each for each in TEXT_TO_IMAGE_MIXERS if on_gpu or each != "sdpa-cudnn"]
+        for name in self.mixers:
+            require(name in TEXT_TO_IMAGE_MIXERS, "mixers", name, f"one of {', '.join(TEXT_TO_IMAGE_MIXERS)}")
+        if self.sizes is None and self.end_to_end:
+            self.sizes = ["8192x16384"]
+        elif self.sizes is None:
+            self.sizes = TEXT_TO_IMAGE_SIZES[self.device]
+        for height, width in self.pixels:
+            require(height % 64 == width % 64 == 0, "sizes", f"{height}x{width}", "multiples of 64")
+        self.dtype = self.dtype or fast_dtype(self.device)
+        for key in ("num_inference_steps", "threads", "repeats", "time_budget"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+
+    @property
+    def pixels(self) -> list[tuple[int, int]]:
+        """Heights and widths."""
+        return pixels_of(self.sizes)
 
 
 @dataclass
@@ -568,6 +641,9 @@ BENCHMARKS = {
     ),
     "unet_memory": Benchmark(
         UNetMemoryOptions, "How much memory does a call of Stable Diffusion's UNets take by size?"
+    ),
+    "text_to_image": Benchmark(
+        TextToImageOptions, "How fast are Stable Diffusion's UNets with line scans, beside attention and the bound?"
     ),
     "depthwise": Benchmark(DepthwiseOptions, "Which way to a block's depthwise convolution is fastest?"),
     "resolution": Benchmark(ResolutionOptions, "How do time and memory of whole models grow with the image?"),

@@ -8,6 +8,8 @@
 #              depthwise convolution
 #   models     time and memory of whole models by image size
 #   classifier images a second of classifiers and of timm's, at 224, 1024, 384 and 512 px
+#   t2i        SD-XL generates 16384 × 8192 px end to end; one call of the UNets of SD-XL and SD 1.5 by size, beside
+#              attention and the bound
 #   profile    which kernels take the time, of the operator and of whole models; what Nsight Compute counts in them
 #   sanitizer  compute-sanitizer's memcheck and racecheck on small maps
 #   train      three minutes of training dit, gspn-dit and gspn-dit with convolutions, more each time it is run
@@ -29,7 +31,7 @@
 # GSPN_DIT_REVISION=HASH says which commit this is.
 # shellcheck disable=SC2329 # parts are called by their names
 set -uo pipefail
-all=(tests operator budget models classifier profile sanitizer train)
+all=(tests operator budget models classifier t2i profile sanitizer train)
 wrong() { # wrong WORDS...: refuse the command line
   echo "benchmarks/gpu.sh: $*; usage: benchmarks/gpu.sh OUT [--seconds N] [--state FOLDER] [--max-autotune] [PART...], PART out of ${all[*]}" >&2
   exit 2
@@ -175,6 +177,12 @@ classifier() { # the sizes with a target first; a call has the pixels of 128 ima
     step "classifiers-compiled-${size%:*}" "${program[@]}" --compile true --image-sizes "${size%:*}" \
       --batch-size "${size#*:}" --names "$tiny" --seconds "$(within 20)" --out "$out/classifiers-compiled-${size%:*}.md"
   done
+}
+
+t2i() { # the whole image first; the table of calls goes on each time
+  local program=("$python" -m benchmarks.text_to_image --device cuda)
+  step t2i-generate "${program[@]}" --end-to-end true --out "$out/text-to-image-whole-cuda"
+  step t2i-calls "${program[@]}" --time-budget "$(within 35)" --out "$out/text-to-image-cuda"
 }
 
 profile() { # the operator first: whole models take as long to compile as two cases of it take to count

@@ -19,6 +19,7 @@ NEEDED = {  # a module, and the package that brings it
     "budget": KERNELS | OPTIONS | MODELS,
     "models": KERNELS | OPTIONS | MODELS | {"matplotlib": "matplotlib"},
     "classifier": KERNELS | OPTIONS | MODELS | {"timm": "timm"},
+    "t2i": KERNELS | OPTIONS | MODELS | {"transformers": "transformers", "accelerate": "accelerate"},
     "profile": KERNELS | OPTIONS | MODELS,
     "sanitizer": KERNELS,
     "train": KERNELS | OPTIONS | MODELS | TRAINING | {"skimage": "scikit-image"},

@@ -1,4 +1,4 @@
-"""The UNets of Stable Diffusion at their real sizes, on the meta device: for what is counted, not run."""
+"""The UNets of Stable Diffusion at their real sizes, with random weights, or on the meta device without any."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
 SDXL: dict[str, Any] = {
@@ -23,14 +24,19 @@ SDXL: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
 }
 UNETS = {"SD 1.5": SD15, "SD-XL": SDXL}
-FACTOR, TOKENS, POOLED = 8, 77, 1280  # pixels a side of a latent; of the texts
+FACTOR, TOKENS = 8, 77  # pixels a side of a latent; of a text
 
 
 def unet_on_meta(name: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditionModel:
     """One of UNETS, without weights."""
-    with torch.device("meta"):
+    return random_unet(name, "meta", dtype)
+
+
+def random_unet(name: str, device: str, dtype: torch.dtype) -> UNet2DConditionModel:
+    """One of UNETS, at random weights."""
+    with torch.device(device):
         unet = UNet2DConditionModel(**UNETS[name])
-    return torch.nn.Module.to(unet, dtype).eval()
+    return torch.nn.Module.to(unet, dtype).eval().requires_grad_(False)
 
 
 def inputs_on_meta(unet: UNet2DConditionModel, pixels: tuple[int, int], batch: int) -> dict[str, Any]:
@@ -45,5 +51,17 @@ def inputs_on_meta(unet: UNet2DConditionModel, pixels: tuple[int, int], batch: i
         "encoder_hidden_states": empty(batch, TOKENS, unet.config.cross_attention_dim),
     }
     if unet.config.addition_embed_type == "text_time":
-        inputs["added_cond_kwargs"] = {"text_embeds": empty(batch, POOLED), "time_ids": empty(batch, 6)}
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": empty(batch, pooled), "time_ids": empty(batch, 6)}
     return inputs
+
+
+def random_inputs(unet: UNet2DConditionModel, pixels: tuple[int, int], batch: int) -> dict[str, Any]:
+    """As :func:`inputs_on_meta`, with numbers, on the UNet's device."""
+
+    def filled(like: Tensor) -> Tensor:
+        if like.dtype.is_floating_point:
+            return torch.randn(like.shape, dtype=like.dtype, device=unet.device)
+        return torch.full(like.shape, 500, dtype=like.dtype, device=unet.device)
+
+    return tree_map(filled, inputs_on_meta(unet, pixels, batch))

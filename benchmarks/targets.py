@@ -1,8 +1,8 @@
 """What is reached of what the GPU's figures are to be: targets, landed figures, predictions and those of a folder.
 
-`python -m benchmarks.targets --results FOLDER` reads operator-cuda.json, resolution-cuda.json and classifiers-*.json,
-which the parts `operator`, `models` and `classifier` of benchmarks/gpu.sh write there, and benchmarks/targets.yaml,
-which has the other figures, and prints a row for each target. It needs no GPU.
+`python -m benchmarks.targets --results FOLDER` reads operator-cuda.json, resolution-cuda.json, classifiers-*.json
+and text-to-image-*.json, which the parts `operator`, `models`, `classifier` and `t2i` of benchmarks/gpu.sh write there,
+and benchmarks/targets.yaml, which has the other figures, and prints a row for each target. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ import yaml
 from benchmarks.result_files import write_text
 from benchmarks.tables import header, row
 
-FILES = {"operator": "operator", "models": "resolution"}  # what the benchmarks call theirs
+FILES = {  # what the benchmarks call theirs
+    "operator": "operator",
+    "models": "resolution",
+    "UNets": "text-to-image",
+    "whole image": "text-to-image-whole",
+}
 FIGURES = Path(__file__).with_name("targets.yaml")
 NOTES = [
     "Attention is measured in DiT's own layout. The landed figure at 256 px is in that layout too, those at 512 and "
     "1024 px are on contiguous heads; each prediction is of the same layout as its landed figure.",
     "Predictions are computed, not measured: shares and ratios from docs/kernels.md, the forward of XL at 256 px from "
     "one block in docs/performance.md.",
+    "The bound of a UNet is its call with attention's four projections alone, measured in turns with line scans.",
     "Speed at equal MACs is images a second times the MACs of an image, of the faster of eager and compiled.",
 ]
 Rows = dict[str, dict[str, Any]]  # of a results file, by their keys
@@ -43,7 +49,7 @@ class Target:
     """How a row is measured, and how its figures are written.
 
     Args:
-        measure: The figure in the results of the operator, the models and the classifiers; None where they lack it.
+        measure: The figure in the results by benchmark; None where they lack it.
         form: As of :func:`format`.
         at_most: Whether less is better.
     """
@@ -113,6 +119,18 @@ def against_swin(which: str, pixels: int, results: Results) -> float | None:
     return figures[0] / figures[1]
 
 
+def over_bound(network: str, size: str, results: Results) -> float | None:
+    """Seconds of a UNet's call with line scans over those with attention's projections alone."""
+    found = [results["UNets"].get(f"{network}, {size}, {what}", {}) for what in ("gspn", "projections alone")]
+    return found[0]["seconds"] / found[1]["seconds"] if all("seconds" in each for each in found) else None
+
+
+def taken_from_the_card(results: Results) -> float | None:
+    """GB (10⁹ bytes) that torch takes to generate 16384 × 8192 pixels."""
+    found = results["whole image"].get("SD-XL, 8192x16384, end to end", {})
+    return found["reserved_bytes"] / 1e9 if "reserved_bytes" in found else None
+
+
 def targets() -> dict[str, Target]:
     """Every row by its name in targets.yaml."""
     gspn_2 = "GSPN-2: 1024², 8 ch, global"
@@ -139,6 +157,11 @@ def targets() -> dict[str, Target]:
         for pixels in (224, 1024):
             name = f"gspn-grouped-t {which}, times the speed of swin_tiny at equal MACs: {pixels} px"
             rows[name] = Target(partial(against_swin, which, pixels))
+    for network in ("SD-XL", "SD 1.5"):
+        for size in ("2048x2048", "4096x4096", "8192x8192", "8192x16384"):
+            name = f"UNet of {network} with line scans, times the bound: {size.replace('x', ' x ')} px"
+            rows[name] = Target(partial(over_bound, network, size), at_most=True)
+    rows["SD-XL generates 16384 x 8192 px, GB of the card"] = Target(taken_from_the_card, ".0f", at_most=True)
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,9 +30,14 @@ def count_macs(
             arguments; None takes the model's `example_condition`.
     """
     inputs = model.example_inputs(size) if condition is None else model.example_inputs(size, condition)
+    return macs_of(lambda: model(**inputs))
+
+
+def macs_of(call: Callable[[], object]) -> int:
+    """Multiply-accumulates of a call of any model, of all samples in it, counted as :func:`count_macs` does."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.gspn_dit.propagate: _propagate_flops})
     with counter, torch.no_grad():
-        model(**inputs)
+        call()
     return counter.get_total_flops() // 2
 
 

@@ -30,6 +30,8 @@ STEPS = [
     "models",
     *[f"classifiers-{size}" for size in (224, 1024, 384, 512)],
     *[f"classifiers-compiled-{size}" for size in (224, 1024)],
+    "t2i-generate",
+    "t2i-calls",
     "kernels-operator",
     "counters",
     "kernels-models",
@@ -99,6 +101,7 @@ def test_it_runs_all_parts_and_then_no_step_of_the_same_commit_again(script):
         "benchmarks.depthwise",
         "benchmarks.resolution",
         *["benchmarks.classifier_throughput"] * 6,
+        *["benchmarks.text_to_image"] * 2,
         *["benchmarks.kernel_profile"] * 3,
         *["benchmarks.small_shapes"] * 2,
         "benchmarks.quality_curves",
@@ -139,6 +142,17 @@ def test_what_a_time_budget_has_stopped_is_unfinished(script):
     assert done.returncode == 1 and table(done.stdout)["models"] == "UNFINISHED: run it again"
     done, calls = script("models")
     assert done.returncode == 0 and calls[-1] == "benchmarks.resolution"
+
+
+def test_a_table_of_unets_that_has_no_time_left_goes_on_the_next_time(script):
+    done, _ = script("t2i", SAYS="benchmarks.text_to_image", WORDS=GO_ON)
+    assert done.returncode == 1
+    assert table(done.stdout)["t2i-calls"] == "UNFINISHED: run it again"
+    done, calls = script("t2i")
+    assert (done.returncode, calls) == (0, ["gspn_dit.ops", *["benchmarks.text_to_image"] * 2])
+    whole, calls = [line for line in script.whole.read_text().splitlines() if "text_to_image" in line][-2:]
+    assert "--end-to-end true" in whole and whole.endswith("out/text-to-image-whole-cuda")
+    assert "--time-budget" in calls and calls.endswith("out/text-to-image-cuda")
 
 
 def test_each_part_ends_within_its_seconds_and_says_what_it_has_left_out(script):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from benchmarks import scan_cases
-from benchmarks.commands import ResolutionOptions
+from benchmarks.commands import ResolutionOptions, TextToImageOptions
 from benchmarks.resolution import FIRST, batch_of
 from benchmarks.resolution_case import Case
 from benchmarks.targets import FIGURES, Options, main, table, targets
@@ -48,8 +48,20 @@ def classifier_rows(pixels, compiled, **speeds):
     return rows
 
 
-def write(folder, operator, models, **classifiers):
+def unet_rows(ours, bound):
+    """Rows of both UNets at all sizes that have a target."""
+    seconds = {"gspn": ours, "projections alone": bound}
+    return {
+        f"{network}, {size}, {what}": {"seconds": took, "revision": "abc1234"}
+        for network in ("SD-XL", "SD 1.5")
+        for size in ("2048x2048", "4096x4096", "8192x8192", "8192x16384")
+        for what, took in seconds.items()
+    }
+
+
+def write(folder, operator, models, unets=None, whole_image=None, **classifiers):
     files = {"operator-cuda": operator, "resolution-cuda": models}
+    files |= {"text-to-image-cuda": unets or {}, "text-to-image-whole-cuda": whole_image or {}}
     files |= {f"classifiers-{name}": rows for name, rows in classifiers.items()}
     for name, rows in files.items():
         content = {"machine": "A Card, torch 2", "revision": "abc1234", "rows": rows}
@@ -70,7 +82,8 @@ def everything(tmp_path):
         models |= model_rows(step, pixels, ours=1.0, dit=2.0)
     eager = {f"{pixels}": classifier_rows(pixels, "eager", ours=100, swin=100) for pixels in (224, 1024)}
     compiled = classifier_rows(224, "compiled", ours=250, swin=50)
-    write(tmp_path, operator, models, **eager, compiled=compiled)
+    whole = {"SD-XL, 8192x16384, end to end": {"reserved_bytes": 42e9, "revision": "abc1234"}}
+    write(tmp_path, operator, models, unet_rows(1.5, 1.0), whole, **eager, compiled=compiled)
     return tmp_path
 
 
@@ -99,7 +112,18 @@ def test_every_row_has_its_figures_and_is_measured(everything):
     assert found[swin[224]] == ["–", "1.20", "–", "2.00", "yes"]  # the faster of eager and compiled, of each
     assert found[swin[1024]][3:] == ["0.80", "no"]
     assert found[swin[224].replace("forward", "training step")][3:] == ["2.00", "yes"]
+    assert found["UNet of SD-XL with line scans, times the bound: 2048 x 2048 px"][3:] == ["1.50", "no"]
+    assert found["UNet of SD 1.5 with line scans, times the bound: 8192 x 16384 px"][2:] == ["–", "1.50", "no"]
+    assert found["SD-XL generates 16384 x 8192 px, GB of the card"][1:] == ["at most 80", "21", "42", "yes"]
     assert "not measured" not in {figures[-1] for figures in found.values()}
+
+
+def test_an_image_that_there_was_no_memory_for_is_not_measured(tmp_path):
+    whole = {"SD-XL, 8192x16384, end to end": {"error": "out of memory", "revision": "abc1234"}}
+    write(tmp_path, {}, {}, {"SD-XL, 2048x2048, gspn": {"error": "out of memory", "revision": "abc1234"}}, whole)
+    found = rows_of(table(tmp_path))
+    assert found["SD-XL generates 16384 x 8192 px, GB of the card"][3:] == ["–", "not measured"]
+    assert found["UNet of SD-XL with line scans, times the bound: 2048 x 2048 px"][3:] == ["–", "not measured"]
 
 
 def test_each_model_has_the_faster_of_its_settings(tmp_path):
@@ -143,3 +167,6 @@ def test_what_predictions_are_and_which_layout_attention_had_is_said(everything)
 
 def test_the_models_that_have_targets_are_measured_on_a_gpu():
     assert {pixels for _, pixels in FIRST} <= set(ResolutionOptions(device="cuda", dtypes=["bfloat16"]).pixels)
+    asked = TextToImageOptions(device="cuda", dtype="bfloat16")
+    measured = {f"{network}, {size}, gspn" for network in asked.networks for size in asked.sizes}
+    assert set(unet_rows(1.0, 1.0)) <= measured | {key.replace("gspn", "projections alone") for key in measured}
