@@ -154,8 +154,9 @@ class GSPNMixer(Mixer):
         with torch.no_grad():
             by_group = wide.bias.view(num_groups, -1)
             logits, input_gate = by_group.split([NUM_DIRECTIONS * 3, NUM_DIRECTIONS], -1)
-            aside = torch.linspace(-3.0, -7.0, num_groups, device=by_group.device)
-            logits.copy_((aside[:, None] * torch.tensor([1.0, 0.0, 1.0])).repeat(1, NUM_DIRECTIONS))
+            sides = torch.tensor([1.0, 0.0, 1.0])
+            aside = torch.linspace(-3.0, -7.0, num_groups, device=sides.device)  # transformers may leave it on the CPU
+            logits.copy_((aside[:, None] * sides).repeat(1, NUM_DIRECTIONS))
             input_gate.fill_(0.25)
         spread = width // num_groups if num_groups < width else width  # channels from 2 to 64 lines
         half_lives = 2 ** torch.linspace(1, 6, spread, device=wide.bias.device).repeat(width // spread)

@@ -427,3 +427,12 @@ def test_a_mixer_of_shifted_windows_compiles_as_one_graph():
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(value, Window(4, shifted=True)), mixer(value, Window(4, shifted=True)))
     assert not torch.allclose(compiled(value, Window(4)), mixer(value, Window(4, shifted=True)))
+
+
+def test_a_mixer_is_made_on_one_device_whoever_moves_torch_linspace(monkeypatch):
+    """transformers 5 has it default to the CPU while it loads, and two loads at once leave it so."""
+    linspace = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *args, **options: linspace(*args, **{"device": "cpu"} | options))
+    with torch.device("meta"):
+        mixer = GSPNMixer(32, 2)
+    assert all(parameter.is_meta for parameter in mixer.parameters())
