@@ -124,7 +124,7 @@ def tables_of(results: Results, network: str, sizes: list[tuple[int, int]]) -> I
                 cells[1],
                 ratio(attention, projections),
                 cells[2],
-                ratio(attention, nothing),
+                "–" if macs is not None and not macs[NOTHING] else ratio(attention, nothing),  # a layer has no rest
                 ratio(ours, projections),
             ]
         )
