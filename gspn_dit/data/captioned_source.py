@@ -34,13 +34,15 @@ class CaptionedSource:
         return len(self.images)
 
     def sample(self, index: int, flip: bool = False, names: Collection[str] | None = None) -> dict[str, Any]:
-        """`image` uint8 (3, H, W), `caption` str and `time_ids` (6,) float32, of the picture that could be read."""
+        """`image` uint8 (3, H, W), `caption` str and `time_ids` (6,) float32, of the picture that could be read.
+
+        Sizes that are not in `names` are left out: a file is opened once more for them.
+        """
         image, _, found = self.images.load_readable(index)
-        return {
-            "image": image.flip(-1) if flip else image,
-            "caption": self.images.caption(found),
-            "time_ids": size_condition(self.images, found),
-        }
+        sample = {"image": image.flip(-1) if flip else image, "caption": self.images.caption(found)}
+        if names is None or "time_ids" in names:
+            sample["time_ids"] = size_condition(self.images, found)
+        return sample
 
 
 def size_condition(images: CaptionedImages, index: int) -> Tensor:

@@ -51,7 +51,16 @@ class StableDiffusion:
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin, min_snr_gamma: float | None = None) -> StableDiffusion:
-        """The objective of the network that a diffusers scheduler samples. Raises as the class does."""
+        """The objective of the network that a diffusers scheduler samples.
+
+        Raises :class:`InputError` as the class does, and for a scheduler of another process, such as EDM's or a flow's.
+        """
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise InputError(
+                f"a {type(scheduler).__name__} describes no chain of noise",
+                argument="scheduler",
+                wanted="one of Stable Diffusion 1, 2 or SD-XL, such as DDIMScheduler",
+            )
         return cls(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type, min_snr_gamma)
 
     @property

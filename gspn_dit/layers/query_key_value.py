@@ -197,7 +197,7 @@ class WindowMixing(QueryKeyValueMixing):
         key, value = (F.pad(part, padding) for part in (key, value))
         query = F.pad(query, (0, 0, 0, across * radius - width, 0, down * radius - height))
         apart = self.squared_distances(radius, x.device)
-        disc, itself = apart < radius**2, apart == 0
+        disc, itself = 4 * apart < side**2, apart == 0
         column = torch.arange(-radius, (across + 1) * radius, device=x.device).unfold(0, 3 * radius, radius)
         rows = []
         for top in range(0, down * radius, radius):

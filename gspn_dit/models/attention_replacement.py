@@ -107,7 +107,7 @@ def replace_self_attention(
     with torch.random.fork_rng(enabled=seed is not None, devices=[]), torch.device(first.device):
         if seed is not None:
             torch.manual_seed(seed)
-        replacement = AttentionReplacement(layer_configs, base_model or unet.config.get("_name_or_path") or None)
+        replacement = AttentionReplacement(layer_configs, base_model or name_of(model) or name_of(unet))
     nn.Module.to(replacement, first.dtype)  # diffusers' own warns of modules to keep in float32: there are none
     for name in chosen:
         if replacement.layer(name).keeps_projections:
@@ -223,11 +223,13 @@ class AttentionReplacement(SavedModel):
     def unmounted(self) -> Iterator[None]:
         """In the block, the U-Net runs with its own attentions, as the teacher of the layers; their sizes are noted."""
         mounting = self._mounted()
-        mounting.put_originals()
+        before = mounting.standing()
         try:
+            mounting.put_originals()
             yield
         finally:
-            mounting.put_layers()
+            if self._mounting is mounting:  # not if it was unmounted in the block
+                mounting.put(before)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The U-Net's forward, with these layers."""
@@ -291,13 +293,18 @@ class Mounting:
                 for block in transformer.transformer_blocks:
                     hook = TakesSize(by_block.get(id(block)))
                     self.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-        self.put_layers()
+        self.put(self.layers)
 
-    def put_layers(self) -> None:
+    def standing(self) -> dict[str, Any]:
+        """What stands in each place now."""
+        return {name: block.attn1 for name, block in self.blocks.items()}
+
+    def put(self, modules: Mapping[str, Any]) -> None:
         for name, block in self.blocks.items():
-            block.attn1 = self.layers[name]
+            block.attn1 = modules[name]
 
     def put_originals(self) -> None:
+        """Put all originals in their places, or none if one cannot be moved to the U-Net's device."""
         for name, block in self.blocks.items():
             like, original = reference(block), self.originals[name]
             if like.is_meta and not original.to_q.weight.is_meta:
@@ -305,7 +312,8 @@ class Mounting:
                     "the U-Net's weights are away by enable_sequential_cpu_offload",
                     remedy="remove_all_hooks() of the pipeline first",
                 )
-            block.attn1 = original.to(like.device, like.dtype)
+            original.to(like.device, like.dtype)
+        self.put(self.originals)
 
     def remove(self) -> None:
         self.put_originals()
@@ -355,6 +363,12 @@ def unet_of(model: Any) -> UNet2DConditionModel:
     if not isinstance(unet, UNet2DConditionModel):
         raise InputError(f"a {type(unet).__name__} is not supported", argument="model", wanted=SUPPORTED)
     return unet
+
+
+def name_of(model: Any) -> str | None:
+    """What a model or a pipeline calls itself, if it does: its hub name, or its folder."""
+    name = (getattr(model, "config", None) or {}).get("_name_or_path")
+    return str(name) if name else None
 
 
 def attention_places(unet: UNet2DConditionModel) -> dict[str, Place]:

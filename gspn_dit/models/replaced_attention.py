@@ -114,7 +114,7 @@ class ReplacedAttention(TokensOfMap, Attention):
         Raises:
             InputError: Another processor, such as one of perturbed-attention guidance.
         """
-        if not isinstance(processor, SAME_RESULT):
+        if type(processor) not in SAME_RESULT:  # a subclass may compute anything
             raise InputError(
                 f"a {type(self).__name__} is no softmax attention that {type(processor).__name__} could compute",
                 argument="processor",

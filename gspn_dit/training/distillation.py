@@ -292,7 +292,7 @@ def teacher_of(pipe: DiffusionPipeline, encoded: bool, device: torch.device) -> 
         "VAE": vae_sha256(pipe.vae)["encoder"],
         "text encoder": text_sha256(pipe),
     }
-    with renamed(prediction_type="base"):
+    with renamed(prediction_type="base", scheduler="base"):
         objective = StableDiffusion.of(pipe.scheduler)
     nothing = {name: tensor.to(device) for name, tensor in embed_nothing(pipe).items()}
     if not encoded:

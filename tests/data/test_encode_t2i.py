@@ -169,6 +169,8 @@ def test_captions_and_sizes_come_with_the_picture_that_could_be_read(tmp_path):
         sample = source.sample(0)
     assert sample["caption"] == CAPTIONS[1] and sample["image"].shape == (3, 32, 32)
     assert torch.equal(sample["time_ids"], size_condition(source.images, 1))
+    assert torch.equal(source.sample(1, names=("caption", "time_ids"))["time_ids"], sample["time_ids"])
+    assert "time_ids" not in source.sample(1, names=("caption",))
 
 
 def test_the_store_says_how_to_make_it(made, tmp_path):

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from gspn_dit.diffusion.stable_diffusion import CHAIN, StableDiffusion, stable_diffusion_scheduler
 from gspn_dit.errors import InputError
@@ -96,5 +102,8 @@ def test_min_snr_weighs_the_error_of_clean_latents(kind):
 def test_what_there_is_not_is_refused():
     with pytest.raises(InputError, match=r"^prediction_type='sample': wanted epsilon or v_prediction"):
         StableDiffusion.of(DDPMScheduler(prediction_type="sample"))
+    for scheduler in (EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()):
+        with pytest.raises(InputError, match=rf"^scheduler: a {type(scheduler).__name__} describes no chain"):
+            StableDiffusion.of(scheduler)
     with pytest.raises(InputError, match=r"^sampler='heun': wanted ddim or dpm\+\+"):
         stable_diffusion_scheduler("heun")

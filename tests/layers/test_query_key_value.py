@@ -119,12 +119,12 @@ def test_linear_attention_adds_to_what_queries_and_keys_are_made_of():
     assert not torch.allclose(for_query, x) and not torch.allclose(for_query, for_key)
 
 
-@pytest.mark.parametrize("chunk", [2, 5, 8, Window(12), 40, None])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8, Window(12), 40, None])
 def test_window_attention_sees_a_disc(chunk):
     x, query, key, value = maps()
     q, k, v = (in_tokens(part) for part in (query, key, value))
     place = torch.cartesian_prod(torch.arange(HEIGHT), torch.arange(WIDTH)).float()
     side = chunk.side if isinstance(chunk, Window) else chunk
-    mask = torch.cdist(place, place) < (1e9 if side is None else side // 2)
+    mask = torch.cdist(place, place) < (1e9 if side is None else side / 2)
     expected = in_map(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask))
     torch.testing.assert_close(WindowMixing(CHANNELS, HEADS)(x, query, key, value, chunk), expected)

@@ -13,7 +13,7 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from made.stable_diffusion import latents_of, stirred, tiny_sd, tiny_sd2, tiny_sdxl
+from made.stable_diffusion import latents_of, stirred, tiny_sd, tiny_sd2, tiny_sd_pipeline, tiny_sdxl
 
 from gspn_dit import AttentionReplacement, replace_self_attention
 from gspn_dit.errors import InputError
@@ -33,6 +33,10 @@ def unet():
 def noise(unet, *size, **options):
     """The U-Net's output for inputs of this size."""
     return unet(**{**latents_of(unet, *size), **options}).sample
+
+
+def refuse(*args, **kwargs):
+    raise torch.OutOfMemoryError
 
 
 class TestMounting:
@@ -57,6 +61,39 @@ class TestMounting:
         assert not any(module._forward_pre_hooks for module in unet.modules())
         AttentionReplacement.from_pretrained(tmp_path).mount(unet)
         assert torch.equal(noise(unet, 13, 17), mounted)
+
+    def test_an_original_that_cannot_be_moved_leaves_all_layers_in_place(self, unet, monkeypatch):
+        replacement = replace_self_attention(unet, seed=0)
+        last = unet.get_submodule(replacement.layer_names[-1])
+        replacement.mount(unet)
+        mounted = noise(unet)
+        monkeypatch.setattr(last, "to", refuse)
+        with pytest.raises(torch.OutOfMemoryError), replacement.unmounted():
+            pass
+        assert torch.equal(noise(unet), mounted)
+        with pytest.raises(torch.OutOfMemoryError):
+            replacement.unmount()
+        assert torch.equal(noise(unet), mounted)
+        monkeypatch.undo()
+        replacement.unmount()
+        assert unet.get_submodule(replacement.layer_names[-1]) is last
+
+    def test_turns_of_the_teacher_may_be_nested_fail_or_end_unmounted(self, unet):
+        replacement, before = replace_self_attention(unet, seed=0), noise(unet)
+        replacement.mount(unet)
+        mounted = noise(unet)
+        with replacement.unmounted():
+            with replacement.unmounted():
+                pass
+            assert torch.equal(noise(unet), before)
+        with pytest.raises(KeyError), replacement.unmounted():
+            raise KeyError
+        assert torch.equal(noise(unet), mounted)
+        with replacement.unmounted():
+            replacement.unmount()
+        assert torch.equal(noise(unet), before)
+        replacement.mount(unet)
+        assert torch.equal(noise(unet), mounted)
 
     def test_it_is_called_as_the_unet_and_trains_its_own_weights_alone(self, unet):
         replacement = replace_self_attention(unet, seed=0).mount(unet)
@@ -262,6 +299,13 @@ class TestFiles:
         loaded = AttentionReplacement.from_pretrained(tmp_path)
         assert all(key.startswith(f"{MID}.") for key in loaded.state_dict())
         assert (tmp_path / "diffusion_pytorch_model.safetensors").stat().st_size < 4.5 * 64 * 64 * 4 + 20_000
+
+    def test_a_pipelines_name_is_the_models(self, tmp_path):
+        pipe = tiny_sd_pipeline(tmp_path / "base")
+        assert pipe.unet.config["_name_or_path"] == str(tmp_path / "base" / "unet")  # of a hub's, a folder of its cache
+        assert replace_self_attention(pipe).config.base_model == str(tmp_path / "base")
+        assert replace_self_attention(pipe, base_model="some/base").config.base_model == "some/base"
+        assert replace_self_attention(pipe.unet).config.base_model == str(tmp_path / "base" / "unet")
 
     @pytest.mark.slow
     def test_another_process_mounts_them(self, unet, tmp_path):

@@ -208,11 +208,16 @@ def test_processors_that_change_no_result_change_none():
     assert torch.equal(noise(unet), before)
 
 
-def test_a_processor_that_changes_the_result_is_refused():
+class Sharper(AttnProcessor2_0):
+    """As users write one: what it inherits says nothing of what it computes."""
+
+
+@pytest.mark.parametrize("processor", [PAGIdentitySelfAttnProcessor2_0, Sharper])
+def test_a_processor_that_changes_the_result_is_refused(processor):
     unet = tiny_sd()
     replace_self_attention(unet, seed=0).mount(unet)
-    with pytest.raises(InputError, match="no softmax attention that PAGIdentitySelfAttnProcessor2_0 could compute"):
-        unet.set_attn_processor(PAGIdentitySelfAttnProcessor2_0())
+    with pytest.raises(InputError, match=f"no softmax attention that {processor.__name__} could compute"):
+        unet.set_attn_processor(processor())
 
 
 def test_options_for_cross_attention_do_not_disturb_it(caplog):
