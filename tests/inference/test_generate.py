@@ -27,9 +27,11 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from gspn_dit import replace_self_attention
 from gspn_dit.commands import GenerateOptions
 from gspn_dit.diffusion import image_generator
+from gspn_dit.errors import InputError
 from gspn_dit.inference import generate
 from gspn_dit.inference.decoding import decode_images
 from gspn_dit.inference.generate import Drawing, main
+from gspn_dit.inference.generated_folder import begin, keep_latents, kept_stages
 from gspn_dit.inference.prompts import encode_prompts
 from gspn_dit.inference.stages import Stage, enlarged, ladder, stage_noise
 from gspn_dit.inference.text_to_image import load_text_to_image
@@ -392,9 +394,12 @@ def test_a_model_that_is_not_packaged_yet_is_asked_for(tmp_path, monkeypatch, ca
 
 
 def test_a_prompt_that_is_too_long_is_said(sd, tmp_path, capsys):
-    run("x" * 100, "a 3", "--model", sd, *FEW, "--out", tmp_path / "images")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert warnings == [f"warning: longer than the model reads, which leaves off its end: {'x' * 100!r}"]
+    run("x" * 100, "a 3", "--negative-prompt", "y" * 90, "--model", sd, *FEW, "--out", tmp_path / "images")
+    said = capsys.readouterr().err
+    warnings = [line for line in said.splitlines() if line.startswith("warning")]
+    texts = ("x" * 100, "y" * 90)
+    assert warnings == [f"warning: longer than the model reads, which leaves off its end: {text!r}" for text in texts]
+    assert "indexing errors" not in said
 
 
 def test_the_vae_stays_in_float32_and_the_rest_is_converted(sdxl):
@@ -424,3 +429,59 @@ def test_the_models_safety_checker_is_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "is_unsafe", lambda pipe, image: found.max() > 0)
     run("a 3", "--model", tmp_path / "model", *FEW, "--out", tmp_path / "again")
     assert (pictures(tmp_path / "again").max() == 0) == (found.max() > 0)
+
+
+def test_latents_of_a_prompt_that_is_left_out_are_not_anothers(sd, tmp_path, monkeypatch):
+    """Cut between stages with two prompts, cut again with one of them, and then given with another second prompt."""
+    more = ("--model", sd, *FEW, "--upscale", "2x", "--strength", "0.5", "--batch-size", 2, "--out")
+    draw = Drawing.draw
+
+    def cut(self, number, *rest):
+        if number:
+            raise KeyboardInterrupt
+        return draw(self, number, *rest)
+
+    with monkeypatch.context() as cutting:
+        cutting.setattr(Drawing, "draw", cut)
+        for texts in (("a 3", "a 7"), ("a 3",)):
+            with pytest.raises(SystemExit):
+                run(*texts, *more, tmp_path / "cut")
+    run("a 3", "the other", *more, tmp_path / "cut")
+    run("a 3", "the other", *more, tmp_path / "whole")
+    assert np.abs(pictures(tmp_path / "cut") - pictures(tmp_path / "whole")).max() <= 1
+
+
+def test_a_hidden_image_of_a_prompt_that_is_left_out_is_not_anothers(tmp_path):
+    begin(tmp_path, {}, ["a 3", "a 7"])
+    (tmp_path / "000001.png").touch()
+    with pytest.raises(InputError, match=r"holds 000001\.png of another prompt"):
+        begin(tmp_path, {}, ["a 3"])
+
+
+def test_latents_of_a_finished_image_go(tmp_path):
+    """A command that was cut after the image was written and before they were removed."""
+    keep_latents(tmp_path, 0, 1, torch.zeros(4, 2, 2))
+    keep_latents(tmp_path, 1, 1, torch.zeros(4, 2, 2))
+    begin(tmp_path, {}, ["a 3", "a 7"])
+    (tmp_path / "000000.png").touch()
+    assert begin(tmp_path, {}, ["a 3", "a 7"]) == [1]
+    assert kept_stages(tmp_path) == {1: 1}
+
+
+def test_replacement_layers_may_move_but_not_change(sd, tmp_path, capsys):
+    """The same weights in another folder go on; with other chunks, which are no weights, they are other layers."""
+    for name, chunk in (("layers", 4), ("moved", 4), ("other", 2)):
+        replace_self_attention(load_text_to_image(str(sd)), seed=3, chunk=chunk).save_pretrained(tmp_path / name)
+    words = ("--model", sd, *FEW, "--out", tmp_path / "images", "--replacement")
+    run("a 3", *words, tmp_path / "layers")
+    run("a 3", "a 7", *words, tmp_path / "moved")
+    assert len(pictures(tmp_path / "images")) == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run("a 3", "a 7", *words, tmp_path / "other")
+    assert "was begun with replacement_layers=" in capsys.readouterr().err
+
+
+def test_a_factor_is_taken_as_it_is_written():
+    """200 · 1.1 is 220, though not of floats."""
+    assert [stage.size for stage in ladder(Stage(200, 400, 50), 4, [1.1], None, None)] == [(200, 400), (220, 440)]
