@@ -363,7 +363,10 @@ def unfit(tmp_path_factory) -> Path:
         ("a --upscale 2x --upscale-steps 5000", "--upscale-steps=5000: DDIMScheduler takes 1 to 1000"),
         ("a --num-inference-steps 5000", "--num-inference-steps=5000: DDIMScheduler takes 1 to 1000"),
         ("a --guidance-scale 0.5", "--guidance-scale=0.5: wanted 1 (none) or more"),
-        ("a --negative-prompt b --guidance-scale 1", "--negative-prompt='b': there is no guidance to lead away from it"),
+        (
+            "a --negative-prompt b --guidance-scale 1",
+            "--negative-prompt='b': there is no guidance to lead away from it",
+        ),
         ("a --num-images 0", "--num-images=0: wanted 1 or more"),
         ("a --batch-size 0", "--batch-size=0: wanted 1 or more"),
         ("a --seed -1", "--seed=-1: wanted 0 or more"),
