@@ -87,6 +87,7 @@ def main(options: GenerateOptions) -> None:
     processes, device = join_processes(options.device)
     precision = agreed_precision(options.mixed_precision, device)
     pipe = load_text_to_image(options.model, options.replacement, precision.dtype)
+    logging.getLogger(type(pipe).__module__).setLevel(logging.ERROR)  # it says of every batch what is said below, once
     stages = plan_stages(pipe, options)
     guidance_scale = default_guidance_scale(pipe) if options.guidance_scale is None else options.guidance_scale
     drawing = Drawing(pipe, stages, guidance_scale, options.negative_prompt, options.seed, options.memory)

@@ -43,7 +43,15 @@ def begin(folder: Path, settings: dict[str, Any], prompts: Sequence[str]) -> lis
             argument="prompt",
             remedy="give as many as before, or choose another --out",
         )
-    if (folder / PROMPTS_FILE).exists():
+    if not (folder / PROMPTS_FILE).exists():
+        if finished_images(folder) or kept_stages(folder):
+            raise InputError(
+                f"holds images without the {PROMPTS_FILE} that says what of",
+                argument="out",
+                value=str(folder),
+                remedy="empty it or name another folder",
+            )
+    else:
         _check_prompts(folder / PROMPTS_FILE, prompts)
     missing = begin_images(folder, settings, PROMPTS_FILE, ["prompt"], [[prompt] for prompt in prompts], IGNORED)
     for i, stage in kept_stages(folder).items():
@@ -54,7 +62,7 @@ def begin(folder: Path, settings: dict[str, Any], prompts: Sequence[str]) -> lis
 
 def _check_prompts(path: Path, prompts: Sequence[str]) -> None:
     with path.open(newline="", encoding="utf-8") as file:
-        before = [row["prompt"] for row in csv.DictReader(file)]
+        before = [row.get("prompt") for row in csv.DictReader(file)]
     for i, (old, new) in enumerate(zip(before, prompts, strict=False)):
         if old != new:
             raise InputError(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import subprocess
 import sys
 from functools import partial
@@ -16,6 +17,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -396,13 +398,16 @@ def test_a_model_that_is_not_packaged_yet_is_asked_for(tmp_path, monkeypatch, ca
     assert "--model='scenes': no such folder" in capsys.readouterr().err
 
 
-def test_a_prompt_that_is_too_long_is_said(sd, tmp_path, capsys):
+def test_a_prompt_that_is_too_long_is_said(sd, tmp_path, capsys, monkeypatch):
+    """Once, and not by diffusers for every batch of every stage."""
+    theirs, of_diffusers = logging.getLogger(StableDiffusionPipeline.__module__), []
+    monkeypatch.setattr(theirs, "handle", of_diffusers.append)
     run("x" * 100, "a 3", "--negative-prompt", "y" * 90, "--model", sd, *FEW, "--out", tmp_path / "images")
     said = capsys.readouterr().err
     warnings = [line for line in said.splitlines() if line.startswith("warning")]
     texts = ("x" * 100, "y" * 90)
     assert warnings == [f"warning: longer than the model reads, which leaves off its end: {text!r}" for text in texts]
-    assert "indexing errors" not in said
+    assert "indexing errors" not in said and not of_diffusers
 
 
 def test_the_vae_stays_in_float32_and_the_rest_is_converted(sdxl):
@@ -453,6 +458,17 @@ def test_latents_of_a_prompt_that_is_left_out_are_not_anothers(sd, tmp_path, mon
     assert np.abs(pictures(tmp_path / "cut") - pictures(tmp_path / "whole")).max() <= 1
 
 
+def test_images_without_their_prompts_are_not_gone_on_with(tmp_path):
+    begin(tmp_path, {}, ["a 3", "a 7"])
+    (tmp_path / "000000.png").touch()
+    (tmp_path / "prompts.csv").write_text("damaged\nfile\n")
+    with pytest.raises(InputError, match="was begun with None"):
+        begin(tmp_path, {}, ["a 3", "a 7"])
+    (tmp_path / "prompts.csv").unlink()
+    with pytest.raises(InputError, match=r"holds images without the prompts\.csv"):
+        begin(tmp_path, {}, ["a 3", "a 7"])
+
+
 def test_a_hidden_image_of_a_prompt_that_is_left_out_is_not_anothers(tmp_path):
     begin(tmp_path, {}, ["a 3", "a 7"])
     (tmp_path / "000001.png").touch()
@@ -462,9 +478,9 @@ def test_a_hidden_image_of_a_prompt_that_is_left_out_is_not_anothers(tmp_path):
 
 def test_latents_of_a_finished_image_go(tmp_path):
     """A command that was cut after the image was written and before they were removed."""
+    begin(tmp_path, {}, ["a 3", "a 7"])
     keep_latents(tmp_path, 0, 1, torch.zeros(4, 2, 2))
     keep_latents(tmp_path, 1, 1, torch.zeros(4, 2, 2))
-    begin(tmp_path, {}, ["a 3", "a 7"])
     (tmp_path / "000000.png").touch()
     assert begin(tmp_path, {}, ["a 3", "a 7"]) == [1]
     assert kept_stages(tmp_path) == {1: 1}
