@@ -157,6 +157,13 @@ class GenerateOptions(ImagesOut):
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         check_num_inference_steps(self.num_inference_steps)
         check_guidance(1 if self.guidance_scale is None else self.guidance_scale, (0, 1))
+        if self.negative_prompt is not None and self.guidance_scale == 1:
+            raise InputError(
+                "there is no guidance to lead away from it",
+                argument="negative_prompt",
+                value=self.negative_prompt,
+                remedy="raise --guidance-scale above 1, or leave it out",
+            )
         self._check_ladder()
         self.check_out()
         self.model = absolute(self.model, PACKAGED_TEXT_TO_IMAGE)

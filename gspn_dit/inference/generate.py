@@ -39,7 +39,14 @@ from gspn_dit.autoencoder import downsampling
 from gspn_dit.autoencoder.vae import weights_sha256
 from gspn_dit.errors import InputError, renamed, warn
 from gspn_dit.inference.decoding import decode_images
-from gspn_dit.inference.generated_folder import begin, forget_latents, keep_latents, kept_stages, load_latents
+from gspn_dit.inference.generated_folder import (
+    IGNORED,
+    begin,
+    forget_latents,
+    keep_latents,
+    kept_stages,
+    load_latents,
+)
 from gspn_dit.inference.outputs import check_outputs, check_room, clear, prepare_folders
 from gspn_dit.inference.prompts import TextToImagePipeline, encode_prompts, read_prompts, truncated
 from gspn_dit.inference.safety import is_unsafe
@@ -48,6 +55,7 @@ from gspn_dit.inference.stages import Stage, enlarged, ladder, stage_noise
 from gspn_dit.inference.text_to_image import (
     default_guidance_scale,
     default_size,
+    described_layers,
     find_replacement,
     find_text_to_image,
     load_text_to_image,
@@ -63,7 +71,6 @@ if TYPE_CHECKING:
     from gspn_dit.commands import GenerateOptions
 
 BATCH_SIZE = 4
-IGNORED = ("model", "replacement")  # settings that may differ: their places may, since the weights' hash may not
 logger = logging.getLogger(__name__)
 
 
@@ -80,6 +87,7 @@ def main(options: GenerateOptions) -> None:
     processes, device = join_processes(options.device)
     precision = agreed_precision(options.mixed_precision, device)
     pipe = load_text_to_image(options.model, options.replacement, precision.dtype)
+    logging.getLogger(type(pipe).__module__).setLevel(logging.ERROR)  # it says of every batch what is said below, once
     stages = plan_stages(pipe, options)
     guidance_scale = default_guidance_scale(pipe) if options.guidance_scale is None else options.guidance_scale
     drawing = Drawing(pipe, stages, guidance_scale, options.negative_prompt, options.seed, options.memory)
@@ -89,11 +97,13 @@ def main(options: GenerateOptions) -> None:
     missing: list[int] = []
     with ExitStack() as stack:
         if processes.is_main_process:
-            for text in truncated(pipe, texts):
+            negative = [] if options.negative_prompt is None else [options.negative_prompt]
+            for text in truncated(pipe, texts + negative):
                 warn(f"longer than the model reads, which leaves off its end: {text!r}")
             settings = generation_settings(drawing, precision.name) | {
                 "model": options.model,
                 "replacement": options.replacement,
+                "replacement_layers": None if options.replacement is None else described_layers(options.replacement),
             }
             prepare_folders(options, settings, stack, IGNORED)
             missing = begin_folder(options, settings, prompts)

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from gspn_dit.data.captions import PROMPTS_FILE
 from gspn_dit.errors import InputError
-from gspn_dit.inference.sample_folder import begin_images, image_file
+from gspn_dit.inference.sample_folder import begin_images, finished_images, image_file
 from gspn_dit.storage.files import replacing, save_tensors
+
+IGNORED = ("model", "replacement")  # settings that may differ: their places may, since the weights' hash may not
 
 
 def begin(folder: Path, settings: dict[str, Any], prompts: Sequence[str]) -> list[int]:
@@ -29,19 +31,38 @@ def begin(folder: Path, settings: dict[str, Any], prompts: Sequence[str]) -> lis
     Args:
         folder: It is made if there is none.
         settings: What images are a function of, beside their prompts.
-        prompts: Of every image. More of them than before go on after those.
+        prompts: Of every image. More of them than before go on after those; of fewer, latents of the others go.
 
     Raises:
-        InputError: If the folder was begun with other settings or prompts, or holds images that none of this began.
+        InputError: If the folder was begun with other settings or prompts, or holds images that none of this began, or
+            images of more prompts: nothing would say any more what of they are.
     """
-    if (folder / PROMPTS_FILE).exists():
+    if beyond := [i for i in finished_images(folder) if i >= len(prompts)]:
+        raise InputError(
+            f"{folder} holds {image_file(min(beyond))} of another prompt",
+            argument="prompt",
+            remedy="give as many as before, or choose another --out",
+        )
+    if not (folder / PROMPTS_FILE).exists():
+        if finished_images(folder) or kept_stages(folder):
+            raise InputError(
+                f"holds images without the {PROMPTS_FILE} that says what of",
+                argument="out",
+                value=str(folder),
+                remedy="empty it or name another folder",
+            )
+    else:
         _check_prompts(folder / PROMPTS_FILE, prompts)
-    return begin_images(folder, settings, PROMPTS_FILE, ["prompt"], [[prompt] for prompt in prompts])
+    missing = begin_images(folder, settings, PROMPTS_FILE, ["prompt"], [[prompt] for prompt in prompts], IGNORED)
+    for i, stage in kept_stages(folder).items():
+        if i not in missing:
+            forget_latents(folder, i, before=stage + 1)
+    return missing
 
 
 def _check_prompts(path: Path, prompts: Sequence[str]) -> None:
     with path.open(newline="", encoding="utf-8") as file:
-        before = [row["prompt"] for row in csv.DictReader(file)]
+        before = [row.get("prompt") for row in csv.DictReader(file)]
     for i, (old, new) in enumerate(zip(before, prompts, strict=False)):
         if old != new:
             raise InputError(

@@ -93,5 +93,5 @@ def encode_prompts(
 def truncated(pipe: TextToImagePipeline, prompts: Sequence[str]) -> list[str]:
     """Those of some prompts that have more tokens than the pipeline reads, which leaves off their ends."""
     tokenizer = pipe.tokenizer or pipe.tokenizer_2
-    lengths = map(len, tokenizer(list(prompts)).input_ids)
+    lengths = map(len, tokenizer(list(prompts), verbose=False).input_ids)
     return [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > tokenizer.model_max_length]

@@ -56,7 +56,12 @@ def begin(
 
 
 def begin_images(
-    folder: Path, settings: dict[str, Any], table: str, columns: Sequence[str], rows: Sequence[Sequence]
+    folder: Path,
+    settings: dict[str, Any],
+    table: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence],
+    ignored: tuple[str, ...] = IGNORED,
 ) -> list[int]:
     """Begin a folder of images, or continue it, and return which are still to be drawn; one process does this.
 
@@ -66,6 +71,7 @@ def begin_images(
         table: The name of the file that lists them, a csv or a jsonl.
         columns: What it says of each image, beside its file.
         rows: That, of every image.
+        ignored: Settings that may differ.
 
     Raises:
         InputError: If the folder was begun with other settings, or holds images that none of this began.
@@ -79,7 +85,7 @@ def begin_images(
             remedy="empty it or name another folder",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    begin_or_continue(folder / SETTINGS_FILE, settings, "out", IGNORED, ABSENT)
+    begin_or_continue(folder / SETTINGS_FILE, settings, "out", ignored, ABSENT)
     for torn in folder.glob(".*.tmp"):
         torn.unlink()
     with replacing(folder / table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -68,11 +69,11 @@ def ladder(
     ours = strengths or [STRENGTHS[0], *[STRENGTHS[1]] * (len(upscale) - 1)]
     each = zip(upscale, _one_each(ours, upscale), _one_each(steps or [first.num_inference_steps], upscale), strict=True)
     for times, strength, n in each:
-        height, width = (side * times for side in stages[-1].size)
+        height, width = (side * Fraction(str(times)) for side in stages[-1].size)  # 200 × 1.1 is no whole float
         stage = Stage(round(height), round(width), n, strength)
         if (height, width) != stage.size:
             raise InputError(
-                f"{stages[-1].width}×{stages[-1].height} pixels become {width:g}×{height:g}",
+                f"{stages[-1].width}×{stages[-1].height} pixels become {float(width):g}×{float(height):g}",
                 argument="upscale",
                 value=list(upscale),
                 wanted="whole sides",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -58,6 +59,11 @@ def find_replacement(replacement: str) -> Path:
             wanted="a folder that an AttentionReplacement was saved to",
         )
     return folder
+
+
+def described_layers(replacement: str) -> list[dict[str, Any]]:
+    """What the configuration in a folder of replacement layers says of each, such as its chunk, which is no weight."""
+    return json.loads((find_replacement(replacement) / "config.json").read_text())["layers"]
 
 
 def load_text_to_image(

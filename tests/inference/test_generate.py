@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import subprocess
 import sys
 from functools import partial
@@ -16,6 +17,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -27,9 +29,10 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from gspn_dit import replace_self_attention
 from gspn_dit.commands import GenerateOptions
 from gspn_dit.diffusion import image_generator
-from gspn_dit.inference import generate
+from gspn_dit.errors import InputError
 from gspn_dit.inference.decoding import decode_images
 from gspn_dit.inference.generate import Drawing, main
+from gspn_dit.inference.generated_folder import begin, keep_latents, kept_stages
 from gspn_dit.inference.prompts import encode_prompts
 from gspn_dit.inference.stages import Stage, enlarged, ladder, stage_noise
 from gspn_dit.inference.text_to_image import load_text_to_image
@@ -362,6 +365,10 @@ def unfit(tmp_path_factory) -> Path:
         ("a --upscale 2x --upscale-steps 5000", "--upscale-steps=5000: DDIMScheduler takes 1 to 1000"),
         ("a --num-inference-steps 5000", "--num-inference-steps=5000: DDIMScheduler takes 1 to 1000"),
         ("a --guidance-scale 0.5", "--guidance-scale=0.5: wanted 1 (none) or more"),
+        (
+            "a --negative-prompt b --guidance-scale 1",
+            "--negative-prompt='b': there is no guidance to lead away from it",
+        ),
         ("a --num-images 0", "--num-images=0: wanted 1 or more"),
         ("a --batch-size 0", "--batch-size=0: wanted 1 or more"),
         ("a --seed -1", "--seed=-1: wanted 0 or more"),
@@ -391,10 +398,16 @@ def test_a_model_that_is_not_packaged_yet_is_asked_for(tmp_path, monkeypatch, ca
     assert "--model='scenes': no such folder" in capsys.readouterr().err
 
 
-def test_a_prompt_that_is_too_long_is_said(sd, tmp_path, capsys):
-    run("x" * 100, "a 3", "--model", sd, *FEW, "--out", tmp_path / "images")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert warnings == [f"warning: longer than the model reads, which leaves off its end: {'x' * 100!r}"]
+def test_a_prompt_that_is_too_long_is_said(sd, tmp_path, capsys, monkeypatch):
+    """Once, and not by diffusers for every batch of every stage."""
+    theirs, of_diffusers = logging.getLogger(StableDiffusionPipeline.__module__), []
+    monkeypatch.setattr(theirs, "handle", of_diffusers.append)
+    run("x" * 100, "a 3", "--negative-prompt", "y" * 90, "--model", sd, *FEW, "--out", tmp_path / "images")
+    said = capsys.readouterr().err
+    warnings = [line for line in said.splitlines() if line.startswith("warning")]
+    texts = ("x" * 100, "y" * 90)
+    assert warnings == [f"warning: longer than the model reads, which leaves off its end: {text!r}" for text in texts]
+    assert "indexing errors" not in said and not of_diffusers
 
 
 def test_the_vae_stays_in_float32_and_the_rest_is_converted(sdxl):
@@ -407,20 +420,86 @@ def test_the_vae_stays_in_float32_and_the_rest_is_converted(sdxl):
     assert latents.dtype == torch.float32 and latents.isfinite().all()
 
 
-def test_the_models_safety_checker_is_asked(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("unfit", [True, False])
+def test_the_models_safety_checker_is_asked(unfit, tmp_path, capsys):
+    """It compares cosines with thresholds: of -2 it finds every image unfit, of 2 none."""
     pipe = tiny_sd_pipeline()
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 32, "patch_size": 16}
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 100}
     config = CLIPConfig(vision_config=vision | {"num_attention_heads": 4}, text_config=text, projection_dim=16)
     checker = StableDiffusionSafetyChecker(config).eval()
+    checker.concept_embeds_weights.fill_(-2 if unfit else 2)
     small = {"shortest_edge": 32}
     reader = CLIPImageProcessor(size=small, crop_size={"height": 32, "width": 32})
     pipe.register_modules(safety_checker=checker, feature_extractor=reader)
     pipe.save_pretrained(tmp_path / "model")
     run("a 3", "--model", tmp_path / "model", *FEW, "--out", tmp_path / "seen")
-    found = pictures(tmp_path / "seen")
-    said = capsys.readouterr().err
-    assert ("000000.png is black" in said) == (found.max() == 0)  # its answer on random weights is either
-    monkeypatch.setattr(generate, "is_unsafe", lambda pipe, image: found.max() > 0)
-    run("a 3", "--model", tmp_path / "model", *FEW, "--out", tmp_path / "again")
-    assert (pictures(tmp_path / "again").max() == 0) == (found.max() > 0)
+    assert ("000000.png is black" in capsys.readouterr().err) == unfit
+    assert (pictures(tmp_path / "seen").max() == 0) == unfit
+
+
+def test_latents_of_a_prompt_that_is_left_out_are_not_anothers(sd, tmp_path, monkeypatch):
+    """Cut between stages with two prompts, cut again with one of them, and then given with another second prompt."""
+    more = ("--model", sd, *FEW, "--upscale", "2x", "--strength", "0.5", "--batch-size", 2, "--out")
+    draw = Drawing.draw
+
+    def cut(self, number, *rest):
+        if number:
+            raise KeyboardInterrupt
+        return draw(self, number, *rest)
+
+    with monkeypatch.context() as cutting:
+        cutting.setattr(Drawing, "draw", cut)
+        for texts in (("a 3", "a 7"), ("a 3",)):
+            with pytest.raises(SystemExit):
+                run(*texts, *more, tmp_path / "cut")
+    run("a 3", "the other", *more, tmp_path / "cut")
+    run("a 3", "the other", *more, tmp_path / "whole")
+    assert np.abs(pictures(tmp_path / "cut") - pictures(tmp_path / "whole")).max() <= 1
+
+
+def test_images_without_their_prompts_are_not_gone_on_with(tmp_path):
+    begin(tmp_path, {}, ["a 3", "a 7"])
+    (tmp_path / "000000.png").touch()
+    (tmp_path / "prompts.csv").write_text("damaged\nfile\n")
+    with pytest.raises(InputError, match="was begun with None"):
+        begin(tmp_path, {}, ["a 3", "a 7"])
+    (tmp_path / "prompts.csv").unlink()
+    with pytest.raises(InputError, match=r"holds images without the prompts\.csv"):
+        begin(tmp_path, {}, ["a 3", "a 7"])
+
+
+def test_a_hidden_image_of_a_prompt_that_is_left_out_is_not_anothers(tmp_path):
+    begin(tmp_path, {}, ["a 3", "a 7"])
+    (tmp_path / "000001.png").touch()
+    with pytest.raises(InputError, match=r"holds 000001\.png of another prompt"):
+        begin(tmp_path, {}, ["a 3"])
+
+
+def test_latents_of_a_finished_image_go(tmp_path):
+    """A command that was cut after the image was written and before they were removed."""
+    begin(tmp_path, {}, ["a 3", "a 7"])
+    keep_latents(tmp_path, 0, 1, torch.zeros(4, 2, 2))
+    keep_latents(tmp_path, 1, 1, torch.zeros(4, 2, 2))
+    (tmp_path / "000000.png").touch()
+    assert begin(tmp_path, {}, ["a 3", "a 7"]) == [1]
+    assert kept_stages(tmp_path) == {1: 1}
+
+
+def test_replacement_layers_may_move_but_not_change(sd, tmp_path, capsys):
+    """The same weights in another folder go on; with other chunks, which are no weights, they are other layers."""
+    for name, chunk in (("layers", 4), ("moved", 4), ("other", 2)):
+        replace_self_attention(load_text_to_image(str(sd)), seed=3, chunk=chunk).save_pretrained(tmp_path / name)
+    words = ("--model", sd, *FEW, "--out", tmp_path / "images", "--replacement")
+    run("a 3", *words, tmp_path / "layers")
+    run("a 3", "a 7", *words, tmp_path / "moved")
+    assert len(pictures(tmp_path / "images")) == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run("a 3", "a 7", *words, tmp_path / "other")
+    assert "was begun with replacement_layers=" in capsys.readouterr().err
+
+
+def test_a_factor_is_taken_as_it_is_written():
+    """200 · 1.1 is 220, though not of floats."""
+    assert [stage.size for stage in ladder(Stage(200, 400, 50), 4, [1.1], None, None)] == [(200, 400), (220, 440)]

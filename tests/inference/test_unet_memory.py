@@ -31,6 +31,10 @@ def call(unet, inputs):
         return unet(**inputs).sample
 
 
+def hooks(unet):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in unet.modules())
+
+
 def forwards(unet):
     return [(module, vars(module).get("forward")) for module in unet.modules()]
 
@@ -42,7 +46,7 @@ def test_each_saving_gives_the_same_numbers_and_leaves_the_unet(make, size, monk
     monkeypatch.setattr(unet_memory, "SLICE_TOKENS", 50)
     unet = make()
     inputs = latents_of(unet, *size)
-    before, expected, hooks = forwards(unet), call(unet, inputs), sum(len(m._forward_hooks) for m in unet.modules())
+    before, expected, hooked = forwards(unet), call(unet, inputs), hooks(unet)
     for saving, tolerance in (
         (feed_forwards_in_slices(unet), 1e-5),
         (activations_in_place(unet), 0),
@@ -52,7 +56,17 @@ def test_each_saving_gives_the_same_numbers_and_leaves_the_unet(make, size, monk
         with saving:
             torch.testing.assert_close(call(unet, inputs), expected, rtol=0, atol=tolerance)
         assert forwards(unet) == before
-        assert sum(len(module._forward_hooks) for module in unet.modules()) == hooks
+        assert hooks(unet) == hooked
+    assert torch.equal(call(unet, inputs), expected)
+
+
+def test_a_call_that_fails_leaves_the_unet_as_it_was():
+    unet = tiny_sdxl()
+    inputs = latents_of(unet)
+    before, expected, hooked = forwards(unet), call(unet, inputs), hooks(unet)
+    with pytest.raises(RuntimeError), saving_memory(unet, Saving(slices=True, skips_on_cpu=True)):
+        call(unet, inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"][..., 1:]})
+    assert (forwards(unet), hooks(unet)) == (before, hooked)
     assert torch.equal(call(unet, inputs), expected)
 
 
