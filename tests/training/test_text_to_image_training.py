@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from gspn_dit.commands import run as run_command
 from gspn_dit.data import LatentStore
 from gspn_dit.errors import InputError
-from gspn_dit.inference.stable_diffusion import draw_prompt_grid
+from gspn_dit.inference.stable_diffusion import draw_prompt_grid, load_stable_diffusion
 from gspn_dit.storage.run_folder import RunFolder
 from gspn_dit.text.tokens import load_tokenizer, tokenize
 from gspn_dit.text_to_image_config import TextToImageConfig
@@ -279,3 +279,13 @@ def test_a_base_with_another_kind_of_chain_is_refused(tmp_path):
                 tmp_path,
             )
         )
+
+
+def test_a_run_whose_tokenizer_has_changed_is_not_exported(tmp_path, data, tokenizer):
+    mine = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    train(config(tmp_path / "run", data, mine, "--training.max_steps", 1))
+    ids = json.loads((mine / "vocab.json").read_text())
+    ids["red</w>"], ids["blue</w>"] = ids["blue</w>"], ids["red</w>"]
+    (mine / "vocab.json").write_text(json.dumps(ids))
+    with pytest.raises(InputError, match=r"model\.tokenizer=.*trained with captions read by tokenizer"):
+        load_stable_diffusion(RunFolder(tmp_path / "run").newest_checkpoint())
