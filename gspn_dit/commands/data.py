@@ -61,3 +61,5 @@ class EncodeOptions:
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
         require(self.tokens >= 3, "tokens", self.tokens, "3 or more: a begin, a word and an end")
+        stores_captions = self.tokenizer is not None or self.text_encoder is not None
+        require(stores_captions or self.tokens == 77, "tokens", self.tokens, "a tokenizer or a text_encoder beside it")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gspn_dit.data.image_folder import find_images, read_square
 from gspn_dit.data.images import ImageDataset
+from gspn_dit.data.latent_store import how_to_encode, is_unfinished_store
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.errors import InputError, warn
 from gspn_dit.registry import quoted
@@ -120,6 +121,10 @@ def open_captioned(
             argument="source",
             value=os.fspath(source),
             remedy=f"give {quoted(SOURCES)}, a folder of pictures with captions or a jsonl that exists",
+        )
+    if is_unfinished_store(place):
+        raise InputError(
+            "holds an unfinished latent store", argument="source", value=os.fspath(source), remedy=how_to_encode(place)
         )
     paths, captions = read_table(table) if table.is_file() else read_beside(place)
     return CaptionedFolder(paths, captions, image_size, exif_orientation)

@@ -196,9 +196,16 @@ def _parts(checkpoint: Checkpoint, run: RunDescription, transformer: LatentModel
     """What the model's kind of condition needs: the classes' names, or what reads text."""
     if transformer.conditioned_on == "text":
         try:
-            return load_text_parts(run.tokenizer, run.text_encoder, run.max_tokens)._asdict()
+            parts = load_text_parts(run.tokenizer, run.text_encoder, run.max_tokens)
         except InputError as error:
             raise InputError(f"the run's {error}") from error
+        trained = checkpoint.read_metadata().get("text") if checkpoint.metadata.is_file() else None
+        if trained is not None and (found := parts.made_by) != trained:
+            raise InputError(
+                f"it was trained with captions read by {trained}, and what lies there now is {found}",
+                remedy="bring the run's tokenizer and text encoder back",
+            )
+        return parts._asdict()
     return {"class_names": _class_names(checkpoint)}
 
 

@@ -341,7 +341,8 @@ def check_text_parts(
             remedy="leave it out" if own else "give that of its training",
         )
     for name, wanted in TextParts(tokenizer, text_encoder).model_options.items():
-        if (found := transformer.config[name]) != wanted and name in ("vocab_size", "text_width", "text_length"):
+        of_own_encoder = name in ("pad_token", "end_token")  # which finds a text's end by them
+        if (found := transformer.config[name]) != wanted and (own or not of_own_encoder):
             raise InputError(
                 f"the transformer was made for {name} {found}, and this is {wanted}",
                 argument="tokenizer" if own else "text_encoder",

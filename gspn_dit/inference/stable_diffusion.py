@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gspn_dit.autoencoder import load_vae
 from gspn_dit.autoencoder.vae import LatentScaling
+from gspn_dit.data.caption_tokens import made_by
 from gspn_dit.diffusion import image_generator
 from gspn_dit.diffusion.stable_diffusion import stable_diffusion_scheduler
 from gspn_dit.errors import InputError
@@ -53,6 +54,13 @@ def load_stable_diffusion(checkpoint: Checkpoint, vae: str | None = None) -> Sta
     model = TextToImageModel.from_pretrained(checkpoint.ema, use_safetensors=True).eval()
     own = vae_of_run(checkpoint, config["data"]["vae"], None if vae is None else load_vae(vae), vae)
     tokenizer = load_tokenizer(tokenizer_of(config["model"]), token_length(model))
+    if (found := made_by(tokenizer)) != (trained := checkpoint.read_metadata()["tokens"]):
+        raise InputError(
+            f"it was trained with captions read by {trained}, and what lies there now is {found}",
+            argument="model.tokenizer",
+            value=os.fspath(tokenizer_of(config["model"])),
+            remedy="bring the run's tokenizer back",
+        )
     scheduler = stable_diffusion_scheduler(config["sampling"]["sampler"], **checkpoint.read_metadata()["chain"])
     return stable_diffusion_pipeline(model, own, tokenizer, scheduler)
 

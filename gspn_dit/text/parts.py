@@ -11,7 +11,7 @@ from torch import Tensor
 from gspn_dit.conditioning.text import EncodedTokens, TextStates, TextTokens
 from gspn_dit.storage.packaged import PACKAGED_TOKENIZERS
 from gspn_dit.text.encoder import TextEncoder, load_text_encoder
-from gspn_dit.text.tokens import load_tokenizer, tokenize, warn_of_cut
+from gspn_dit.text.tokens import load_tokenizer, tokenize, tokenizer_sha256, warn_of_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +27,12 @@ class TextParts(NamedTuple):
     def encoder(self) -> TextEncoder | None:
         """Both as one that encodes captions. Raises :class:`InputError` if they do not fit each other."""
         return None if self.text_encoder is None else TextEncoder(self.text_encoder, self.tokenizer)
+
+    @property
+    def made_by(self) -> str:
+        """What a text is read by, as checksums: a checkpoint says it."""
+        encoder = self.encoder
+        return f"tokenizer {tokenizer_sha256(self.tokenizer)}" if encoder is None else encoder.made_by
 
     def conditioning(self, of_tokens: bool = False) -> TextTokens | TextStates:
         """The condition of a model that reads text by these.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from gspn_dit.training.positions import EpochOrder
 from gspn_dit.training.stream import open_source
 
 STATES = TextStates.names[0]
+SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+LOOKED_AT = 64  # captions
 
 
 @dataclass
@@ -60,6 +63,13 @@ def _open_classes(config: Config, device: torch.device) -> TrainingCondition:
                 value=given,
                 remedy="leave it out, or name a model of the family gspn-t2i",
             )
+    if config.sampling.prompts:
+        raise InputError(
+            f"{config.model.name} draws classes",
+            argument="sampling.prompts",
+            value=config.sampling.prompts,
+            remedy="leave it out, or name a model of the family gspn-t2i",
+        )
     source = open_source(config.data, config.seed)
     count = len(source.class_names)
     return TrainingCondition(
@@ -88,6 +98,8 @@ def _open_text(config: Config, device: torch.device) -> TrainingCondition:
         made = {INPUT_IDS: made_by(parts.tokenizer)} | ({STATES: not_none(encoder).made_by} if stored else {})
         check_store(source, made, config.data.source)
     caption = captions_of(source, parts)
+    if config.data.horizontal_flip:
+        check_mirrored([caption(k * len(source) // LOOKED_AT) for k in range(LOOKED_AT)])
     config.sampling.prompts = config.sampling.prompts or [
         caption(i) for i in range(min(config.sampling.num_images, len(source)))
     ]
@@ -98,7 +110,7 @@ def _open_text(config: Config, device: torch.device) -> TrainingCondition:
         parts.model_options,
         lambda numbers: {"prompt": [caption(order(i)) for i in numbers]},
         parts._asdict(),
-        {"text": made_by(parts.tokenizer) if encoder is None else encoder.made_by},
+        {"text": parts.made_by},
     )
 
 
@@ -123,6 +135,17 @@ def check_store(store: LatentStore, made: dict[str, str], name: str) -> None:
                 value=name,
                 remedy=f"name that as text.{what}, with the same text.max_tokens, or encode anew",
             )
+
+
+def check_mirrored(captions: Sequence[str]) -> None:
+    """Raise :class:`InputError` for captions of images half of which are mirrored, if one says left or right."""
+    if said := next(filter(SIDES.search, captions), None):
+        raise InputError(
+            f"captions say left or right, such as {said[:60]!r}, and are not true of mirrored images",
+            argument="data.horizontal_flip",
+            value=True,
+            remedy="give false",
+        )
 
 
 def captions_of(source: Source, parts: TextParts) -> Callable[[int], str]:

@@ -33,7 +33,7 @@ from gspn_dit.inference.stable_diffusion import (
 from gspn_dit.launches import Work
 from gspn_dit.models.compiled_blocks import compile_blocks
 from gspn_dit.models.macs import count_macs
-from gspn_dit.models.text_to_image import TextToImageModel, filled_text_encoder, filled_unet
+from gspn_dit.models.text_to_image import TEXT_ENCODER, TextToImageModel, filled_text_encoder, filled_unet
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder
 from gspn_dit.text.tokens import load_tokenizer, tokenize
 from gspn_dit.text_to_image_config import TextToImageConfig
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 HOW = "encode anew with --tokenizer"
 SET_BY_DATA = ("sample_size", "in_channels", "out_channels")
+OTHER_CHAINS = ("trained_betas", "rescale_betas_zero_snr")  # of diffusers' schedulers; training knows neither
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock")  # of diffusers' UNet
 OF_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -350,7 +351,8 @@ def text_options_of(config: TextToImageConfig) -> dict[str, Any]:
     left_out = ("architectures", "dtype", "model_type", "torch_dtype", "transformers_version")
     saved = {key: value for key, value in saved.items() if key in known and key not in left_out}
     defaults = CLIPTextConfig()
-    always = {key: getattr(defaults, key) for key in ("hidden_size", "max_position_embeddings", "vocab_size")}
+    # what a saved one leaves out is transformers' default, which for some of these is not Stable Diffusion's
+    always = {key: getattr(defaults, key) for key in TEXT_ENCODER if key == "vocab_size" or key not in OF_TOKENIZER}
     return {**always, **saved}
 
 
@@ -392,6 +394,14 @@ def scheduler_of(config: TextToImageConfig) -> SchedulerMixin:
         folder = Path(config.model.base) / "scheduler"
         with reading(folder, "model.base"):
             saved = DDIMScheduler.load_config(folder, local_files_only=True)
+        for key in OTHER_CHAINS:
+            if saved.get(key):
+                raise InputError(
+                    f"its scheduler has {key}={saved[key]!r}, which is another chain than its betas' ends say",
+                    argument="model.base",
+                    value=config.model.base,
+                    remedy="name a model without",
+                )
         chain = {key: saved[key] for key in CHAIN if key in saved}
     if config.diffusion.prediction_type is not None:
         chain = {**chain, "prediction_type": config.diffusion.prediction_type}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from made.captions import CAPTIONS, write_captioned, write_tokenizer
 
+from gspn_dit.commands import EncodeOptions
 from gspn_dit.data.captions import TokenizedCaptions, open_captioned
 from gspn_dit.data.image_folder import ImageFolder
 from gspn_dit.errors import InputError
@@ -101,3 +102,16 @@ def test_samples_hold_the_tokens_of_the_picture_that_could_be_read(tmp_path):
     assert sample["input_ids"].shape == (12,)
     assert all(torch.equal(sample[name], source.sample(1)[name]) for name in ("image", "input_ids"))
     assert torch.equal(source.sample(1, flip=True)["image"], sample["image"].flip(-1))
+
+
+def test_an_unfinished_store_is_named_as_one(tmp_path):
+    (tmp_path / "encode.json").write_text('{"data": "scenes"}')
+    with pytest.raises(InputError, match=r"unfinished latent store; to finish .* --data scenes"):
+        open_captioned(tmp_path, 64)
+
+
+def test_tokens_without_what_makes_them_are_refused():
+    given = {"data": "scenes", "vae": "scenes", "image_size": 64, "out": "store", "tokens": 18}
+    with pytest.raises(InputError, match="tokens=18: wanted a tokenizer or a text_encoder"):
+        EncodeOptions(**given)
+    assert EncodeOptions(**given, tokenizer="scenes").tokens == 18

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from made.captioned_runs import config, options
 from made.captions import CAPTIONS, write_captioned, write_tokenizer
 from made.launched import MANY, train_many
@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from gspn_dit.commands import run as run_command
 from gspn_dit.data import LatentStore
 from gspn_dit.errors import InputError
-from gspn_dit.inference.stable_diffusion import draw_prompt_grid
+from gspn_dit.inference.stable_diffusion import draw_prompt_grid, load_stable_diffusion
 from gspn_dit.storage.run_folder import RunFolder
 from gspn_dit.text.tokens import load_tokenizer, tokenize
 from gspn_dit.text_to_image_config import TextToImageConfig
 from gspn_dit.training.loop import train
+from gspn_dit.training.text_to_image import scheduler_of, text_options_of
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -241,3 +242,48 @@ def test_the_recipe_runs_on_made_pictures(tmp_path, data, tokenizer):
     changes += ["--training.trackers", "[]", "--sampling.num_inference_steps", 2, "--sampling.num_images", 2]
     train(TextToImageConfig.load(ROOT / "configs" / "t2i" / "scenes-teacher.yaml", [str(value) for value in changes]))
     assert len(losses(tmp_path / "run")) == 1 and RunFolder(tmp_path / "run").samples(1).is_file()
+
+
+def test_a_saved_text_encoder_has_transformers_defaults_where_its_config_says_nothing(tmp_path, monkeypatch):
+    """transformers 4 leaves defaults out of what `to_diff_dict` gives, and CLIP ViT-B/32's are those."""
+    from transformers import CLIPTextConfig
+
+    default = CLIPTextConfig().to_dict()
+
+    def shorter(self):
+        return {key: value for key, value in self.to_dict().items() if key not in default or value != default[key]}
+
+    CLIPTextConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    monkeypatch.setattr(CLIPTextConfig, "to_diff_dict", shorter)
+    given = ["--model.text_encoder", "{}", "--model.text_encoder_from", tmp_path]
+    found = text_options_of(config(tmp_path / "run", "scenes", "scenes", *given))
+    names = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
+    assert {name: found[name] for name in names} == {name: default[name] for name in names} | {"num_hidden_layers": 1}
+
+
+def test_a_base_with_another_kind_of_chain_is_refused(tmp_path):
+    DDIMScheduler(rescale_betas_zero_snr=True).save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(InputError, match=r"model\.base=.*rescale_betas_zero_snr=True"):
+        scheduler_of(
+            config(
+                tmp_path / "run",
+                "scenes",
+                "scenes",
+                "--model.unet",
+                "{}",
+                "--model.text_encoder",
+                "{}",
+                "--model.base",
+                tmp_path,
+            )
+        )
+
+
+def test_a_run_whose_tokenizer_has_changed_is_not_exported(tmp_path, data, tokenizer):
+    mine = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    train(config(tmp_path / "run", data, mine, "--training.max_steps", 1))
+    ids = json.loads((mine / "vocab.json").read_text())
+    ids["red</w>"], ids["blue</w>"] = ids["blue</w>"], ids["red</w>"]
+    (mine / "vocab.json").write_text(json.dumps(ids))
+    with pytest.raises(InputError, match=r"model\.tokenizer=.*trained with captions read by tokenizer"):
+        load_stable_diffusion(RunFolder(tmp_path / "run").newest_checkpoint())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -135,6 +136,37 @@ def test_what_draws_classes_takes_no_text_and_the_other_way_round(pictures, part
         train(begin(tmp_path, store, parts, "--data.image_size", LatentStore(store).image_size))
     with pytest.raises(InputError, match=r"model\.overrides\.vocab_size: the data sets it"):
         train(begin(tmp_path, pictures, parts, "--model.overrides", "{vocab_size: 3}"))
+
+
+def test_captions_that_say_left_or_right_are_not_mirrored(pictures, parts, tmp_path):
+    mirrored = ("--data.horizontal_flip", "true", "--training.max_steps", 1)
+    with pytest.raises(InputError, match=r"data\.horizontal_flip=True: .*'a green three left of a red seven'"):
+        train(begin(tmp_path / "run", pictures, parts, *mirrored))
+    train(begin(tmp_path / "run", write_captioned(tmp_path / "data", ("a bright three",) * 4), parts, *mirrored))
+
+
+def test_prompts_of_a_model_of_classes_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"sampling\.prompts=.*gspn-dit-ti-1 draws classes"):
+        train(config(tmp_path, "digits", "--sampling.prompts", "[a red three]"))
+
+
+def test_a_run_whose_tokenizer_has_changed_draws_nothing(pictures, parts, tmp_path):
+    mine = shutil.copytree(parts.parent, tmp_path / "text") / "text_encoder"
+    train(begin(tmp_path / "run", pictures, mine, "--training.max_steps", 1))
+    load_pipeline(tmp_path / "run")
+    vocabulary = mine.parent / "tokenizer" / "vocab.json"
+    ids = json.loads(vocabulary.read_text())
+    ids["red</w>"], ids["blue</w>"] = ids["blue</w>"], ids["red</w>"]
+    vocabulary.write_text(json.dumps(ids))
+    with pytest.raises(InputError, match="trained with captions read by tokenizer"):
+        load_pipeline(tmp_path / "run")
+
+
+def test_a_tokenizer_that_fills_up_with_another_token_is_refused(run):
+    pipe = load_pipeline(run)
+    pipe.tokenizer.pad_token = "red</w>"
+    with pytest.raises(InputError, match="made for pad_token"):
+        GSPNDiTPipeline(pipe.transformer, pipe.vae, pipe.scheduler, tokenizer=pipe.tokenizer)
 
 
 def test_another_tokenizer_does_not_resume(run, pictures, parts, tmp_path):
