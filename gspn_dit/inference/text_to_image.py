@@ -36,7 +36,7 @@ def find_text_to_image(model: str) -> Path:
     index = folder / _INDEX
     try:
         kind = json.loads(index.read_text()).get("_class_name")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             f"no readable {_INDEX} there",
             argument="model",
@@ -134,6 +134,13 @@ def _check(pipe: TextToImagePipeline, model: str) -> None:
             argument="model",
             value=model,
             wanted="a UNet of text-to-image, not one of inpainting or of editing",
+        )
+    if config.sample_size is None:
+        raise InputError(
+            "its UNet does not say the size that it was made for",
+            argument="model",
+            value=model,
+            remedy="write sample_size, in latents, to unet/config.json",
         )
     if config.time_cond_proj_dim is not None:
         raise InputError(

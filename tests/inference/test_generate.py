@@ -334,6 +334,9 @@ def unfit(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("unfit")
     (folder / "empty.txt").write_text("# none\n")
     tiny_sd_pipeline(unet=tiny_sd(in_channels=9)).save_pretrained(folder / "inpainting")
+    tiny_sd_pipeline(unet=tiny_sd(sample_size=None)).save_pretrained(folder / "sizeless")
+    (folder / "list").mkdir()
+    (folder / "list" / "model_index.json").write_text("[1]")
     (folder / "transformer").mkdir()
     (folder / "transformer" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
     return folder
@@ -349,6 +352,8 @@ def unfit(tmp_path_factory) -> Path:
         ("a --model owner/nowhere", "--model='owner/nowhere': no such folder, and no model of that name in the hub"),
         ("a --model .", ": no readable model_index.json there; wanted a folder that a diffusers pipeline was saved to"),
         ("a --model inpainting", "its UNet takes 9 channels, and its latents have 4"),
+        ("a --model sizeless", "its UNet does not say the size that it was made for; write sample_size"),
+        ("a --model list", ": no readable model_index.json there; wanted a folder that a diffusers pipeline was"),
         ("a --model transformer", "a PixArtAlphaPipeline; wanted StableDiffusionPipeline or StableDiffusionXLPipeline"),
         ("a --replacement nowhere", "--replacement='nowhere': no config.json there; wanted a folder that an Attention"),
         ("a --height 33", "height and width: 32×33 pixels; wanted multiples of 2, the VAE's factor"),
