@@ -57,9 +57,11 @@ def main(options: ExportOptions) -> None:
         print(f"{options.model} as replaced layers, to be mounted on their base model: {out}")
         return
     pipeline = load_pipeline(checkpoint or options.model, options.vae)
-    require_new(out, pipeline.transformer.get_memory_footprint() + pipeline.vae.get_memory_footprint())
+    parts = (pipeline.transformer, pipeline.vae, pipeline.text_encoder)
+    require_new(out, sum(part.get_memory_footprint() for part in parts if part is not None))
     with new_folder(out) as folder:
         pipeline.save_pretrained(folder)
+        _suit_older_transformers(pipeline, folder)
         for path in folder.rglob("*.json"):
             _forget_origin(path)
         save_samples(pipeline, checkpoint, folder / GRID_FILE)
@@ -92,12 +94,17 @@ def save_samples(pipe: GSPNDiTPipeline, checkpoint: Checkpoint | None, path: Pat
     draw_grid(pipe.to(choose_device()), path, count=GRID_IMAGES, seed=0)
 
 
-def _suit_older_transformers(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write a saved text encoder and tokenizer as transformers 4 reads them, too: 5 has other names and other files."""
-    path = folder / "text_encoder" / "model.safetensors"
-    tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
-    save_tensors(tensors, path, {"format": "pt"})
-    if not (folder / "tokenizer" / "vocab.json").is_file():
+def _suit_older_transformers(pipe: StableDiffusionPipeline | GSPNDiTPipeline, folder: Path) -> None:
+    """Write a saved CLIPTextModel and a CLIP tokenizer as transformers 4 reads them, too: 5 has other names and files.
+
+    Nothing is done where there is none.
+    """
+    if type(pipe.text_encoder).__name__ == "CLIPTextModel":
+        path = folder / "text_encoder" / "model.safetensors"
+        tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
+        save_tensors(tensors, path, {"format": "pt"})
+    is_clip = type(pipe.tokenizer).__name__.startswith("CLIPTokenizer")
+    if is_clip and not (folder / "tokenizer" / "vocab.json").is_file():
         pipe.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # vocab.json and merges.txt
 
 

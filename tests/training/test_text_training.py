@@ -10,6 +10,7 @@ import yaml
 from made.captions import CAPTIONS, write_captioned, write_text_encoder
 from made.training import ROOT, config, losses
 from PIL import Image
+from safetensors.torch import load_file
 
 from gspn_dit import GSPNDiTPipeline
 from gspn_dit.commands import EncodeOptions, ExportOptions, SampleOptions
@@ -244,6 +245,9 @@ def test_a_frozen_encoder_goes_with_the_export(pictures, parts, tmp_path):
         images += pipe(prompt="a red three", generator=image_generator(0, 0), output_type="pt", return_dict=False)
     assert torch.equal(*images)
     assert type(pipes[1].text_encoder).__name__ == "CLIPTextModel"
+    saved = load_file(tmp_path / "model" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in saved), "as transformers 4 calls them"
+    assert (tmp_path / "model" / "tokenizer" / "vocab.json").is_file(), "which transformers 4 reads"
 
 
 def test_the_other_kind_of_subject_is_refused_in_one_line(run, tmp_path):
