@@ -9,7 +9,7 @@ from typing import Literal
 
 from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps
 from gspn_dit.commands.sampling import ImagesOut
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, not_none
 from gspn_dit.evaluation.classifiers import CAPTION_ACCURACIES, check_features
 from gspn_dit.options import require
 from gspn_dit.registry import quoted
@@ -101,7 +101,7 @@ class GenerateOptions(ImagesOut):
         prompts: A text file of further prompts, one a line; blank lines and lines that begin with # are none. Or a
             `.jsonl`, of whose lines the `text` is the prompt.
         model: A folder that a diffusers pipeline of Stable Diffusion 1.x, 2.x or XL was saved to, a name that is in the
-            hub's cache, or a packaged model: `scenes`.
+            hub's cache; no such model comes with the package yet.
         replacement: A folder of saved replacement layers, which take the place of the model's self-attention.
         negative_prompt: What guidance leads away from; no text if not given.
         num_images: How many images of each prompt.
@@ -129,7 +129,7 @@ class GenerateOptions(ImagesOut):
 
     prompt: list[str] = field(default_factory=list)
     prompts: str | None = None
-    model: str = "scenes"
+    model: str | None = None
     replacement: str | None = None
     negative_prompt: str | None = None
     num_images: int = 1
@@ -166,7 +166,9 @@ class GenerateOptions(ImagesOut):
             )
         self._check_ladder()
         self.check_out()
-        self.model = absolute(self.model, PACKAGED_TEXT_TO_IMAGE)
+        wanted = "a folder that a pipeline of Stable Diffusion was saved to, for none comes with the package yet"
+        require(self.model is not None, "model", None, wanted)
+        self.model = absolute(not_none(self.model), PACKAGED_TEXT_TO_IMAGE)
 
     @property
     def factors(self) -> list[float]:

@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 from gspn_dit.autoencoder import downsampling
 from gspn_dit.autoencoder.vae import weights_sha256
-from gspn_dit.errors import InputError, renamed, warn
+from gspn_dit.errors import InputError, not_none, renamed, warn
 from gspn_dit.inference.decoding import decode_images
 from gspn_dit.inference.generated_folder import (
     IGNORED,
@@ -81,12 +81,12 @@ def main(options: GenerateOptions) -> None:
     texts = options.prompt + ([] if options.prompts is None else read_prompts(options.prompts))
     prompts = [text for text in texts for _ in range(options.num_images)]
     check_outputs(options, len(prompts))
-    find_text_to_image(options.model)
+    find_text_to_image(not_none(options.model))
     if options.replacement is not None:
         find_replacement(options.replacement)
     processes, device = join_processes(options.device)
     precision = agreed_precision(options.mixed_precision, device)
-    pipe = load_text_to_image(options.model, options.replacement, precision.dtype)
+    pipe = load_text_to_image(not_none(options.model), options.replacement, precision.dtype)
     logging.getLogger(type(pipe).__module__).setLevel(logging.ERROR)  # it says of every batch what is said below, once
     stages = plan_stages(pipe, options)
     guidance_scale = default_guidance_scale(pipe) if options.guidance_scale is None else options.guidance_scale

@@ -395,12 +395,11 @@ def test_refusals(sd, unfit, monkeypatch, capsys, words, said):
     assert sorted(Path().rglob("*")) == before
 
 
-def test_a_model_that_is_not_packaged_yet_is_asked_for(tmp_path, monkeypatch, capsys):
+def test_a_model_is_asked_for_while_none_is_packaged(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gspn_dit.inference.text_to_image.PACKAGED_TEXT_TO_IMAGE", {})
     with pytest.raises(SystemExit):
         run("a 3")
-    assert "--model='scenes': no such folder" in capsys.readouterr().err
+    assert "--model: missing; wanted a folder that a pipeline" in capsys.readouterr().err
 
 
 def test_a_prompt_that_is_too_long_is_said(sd, tmp_path, capsys, monkeypatch):
