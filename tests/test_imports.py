@@ -24,6 +24,7 @@ NOT_CORE = (
     "jsonargparse",
     "matplotlib",
     "mlxtend",
+    "peft",  # where it is, diffusers imports it, and it asks for accelerate and transformers
     "scipy",
     "skimage",
     "tensorboard",

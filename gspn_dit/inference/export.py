@@ -100,7 +100,9 @@ def _suit_older_transformers(pipe: StableDiffusionPipeline | GSPNDiTPipeline, fo
     Nothing is done where there is none.
     """
     if type(pipe.text_encoder).__name__ == "CLIPTextModel":
-        path = folder / "text_encoder" / "model.safetensors"
+        from transformers.utils import SAFE_WEIGHTS_NAME
+
+        path = folder / "text_encoder" / SAFE_WEIGHTS_NAME
         tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
         save_tensors(tensors, path, {"format": "pt"})
     is_clip = type(pipe.tokenizer).__name__.startswith("CLIPTokenizer")

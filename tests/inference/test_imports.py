@@ -19,6 +19,7 @@ WITHOUT = (
     "jsonargparse",
     "matplotlib",
     "mlxtend",
+    "peft",  # where it is, diffusers imports it, and it asks for accelerate and transformers
     "skimage",
     "tensorboard",
     "torch_fidelity",

@@ -525,7 +525,8 @@ def test_models_are_listed_family_by_family_and_by_pattern(monkeypatch):
     by_import = list(registry._presets.items())
     monkeypatch.setattr(registry, "_presets", dict([*by_import[20:], *by_import[:20]]))  # as another order of imports
     names = list_models()
-    assert len(names) == 60 and names[0] == "dit-ti-1" and names[20] == "gspn-ti-1" and names[-1] == "gspn-dit-xl-8"
+    assert len(names) == 80 and names[::20] == ["dit-ti-1", "gspn-ti-1", "gspn-dit-ti-1", "gspn-t2i-ti-1"]
+    assert names[-1] == "gspn-t2i-xl-8"
     assert list_models("gspn-dit-*-2") == [f"gspn-dit-{size}-2" for size in ("ti", "s", "b", "l", "xl")]
     assert list_models("gspn-*") == names[20:]
     assert list_models("mamba-*") == []
