@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from gspn_dit.arguments import MixedPrecision, Switch, check_guidance, check_num_inference_steps
-from gspn_dit.errors import InputError, not_none
+from gspn_dit.errors import not_none
 from gspn_dit.options import require
 from gspn_dit.storage.files import is_stream
+from gspn_dit.text.prompts import prompt_lines
 
 
 class ImagesOut:
@@ -139,18 +140,10 @@ class SampleOptions(ImagesOut):
 
     @cached_property
     def prompt_list(self) -> list[str]:
-        """The prompts that are given, or the lines of their file that are not blank. Raises :class:`InputError`."""
+        """The prompts that are given, or those of their file. Raises :class:`InputError`."""
         if self.prompts is None or not self.prompts.endswith(".txt"):
             return [self.prompts] if self.prompts else []
-        try:
-            lines = Path(self.prompts).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"cannot be read ({getattr(error, 'strerror', None) or 'it is no UTF-8 text'})",
-                argument="prompts",
-                value=self.prompts,
-            ) from error
-        return [line.strip() for line in lines if line.strip()]
+        return prompt_lines(self.prompts)
 
     @property
     def npz_file(self) -> str | None:

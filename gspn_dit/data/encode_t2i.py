@@ -42,6 +42,7 @@ from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import Bar, Lines, progress
 from gspn_dit.storage.files import write_json
 from gspn_dit.storage.packaged import PACKAGED_TEXT_TO_IMAGE, absolute
+from gspn_dit.text.prompts import prompt_lines
 from gspn_dit.text.teacher import (
     embed,
     is_xl,
@@ -117,7 +118,7 @@ def encode_pictures(pipe: DiffusionPipeline, options: Options, source: str, imag
 
 
 def read_prompts(source: str, split: str, image_size: int) -> list[str]:
-    """The prompts of a text file, one a line, or the captions of captioned pictures.
+    """The prompts of a text file, or the captions of captioned pictures.
 
     Raises :class:`InputError` if there are none.
     """
@@ -125,19 +126,7 @@ def read_prompts(source: str, split: str, image_size: int) -> list[str]:
         with renamed(source="prompts"):
             images = open_captioned(source, image_size, split=split)
         return [images.caption(index) for index in range(len(images))]
-    try:
-        lines = Path(source).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"it cannot be read ({' '.join(str(error).split())})",
-            argument="prompts",
-            value=source,
-            wanted="a text file with a prompt a line, or captioned pictures",
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError("has no prompt in it", argument="prompts", value=source, wanted="a prompt a line")
-    return prompts
+    return prompt_lines(source)
 
 
 def draw_latents(pipe: DiffusionPipeline, options: Options, prompts: list[str], image_size: int) -> None:

@@ -12,31 +12,23 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from gspn_dit.data.captions import read_rows
-from gspn_dit.errors import InputError, renamed
+from gspn_dit.errors import renamed
+from gspn_dit.text.prompts import prompt_lines
 
 TextToImagePipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a text file, one a line; lines that are blank or begin with # are no prompts.
+    """The prompts of a text file, as :func:`~gspn_dit.text.prompts.prompt_lines` reads it, or of a `.jsonl`.
 
-    Of a `.jsonl` they are the `text` of every line, as captioned data has it; the pictures need not be there.
+    Of that they are the `text` of every line, as captioned data has it; the pictures need not be there.
 
     Raises :class:`InputError` if it cannot be read, or has none.
     """
     if path.endswith(".jsonl") and Path(path).is_file():
         with renamed(source="prompts"):
             return [caption for _, caption in read_rows(path)]
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", argument="prompts", value=path) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 text ({error})", argument="prompts", value=path) from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not prompts:
-        raise InputError("has no prompts", argument="prompts", value=path, wanted="one a line")
-    return prompts
+    return prompt_lines(path)
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def test_what_cannot_be_encoded_is_answered_in_a_line(made, tmp_path):
     with pytest.raises(InputError, match=r"prompts=.*cannot be read"):
         encode(made, tmp_path / "store", prompts=str(tmp_path / "nothing.txt"))
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(InputError, match="has no prompt in it"):
+    with pytest.raises(InputError, match="has no prompts"):
         encode(made, tmp_path / "store", prompts=str(tmp_path / "empty.txt"))
     assert not (tmp_path / "store").exists()
 
