@@ -24,23 +24,21 @@ if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit(run("classification"))
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.cells import finish_all
 from benchmarks.classification_cell import Cell, cell_config, measure_speed
 from benchmarks.classification_report import write_report
 from benchmarks.deadline import GO_ON
 from benchmarks.machine import machine
 from benchmarks.result_files import noted
 from gspn_dit.data.idx import is_idx_folder
-from gspn_dit.errors import InputError
 from gspn_dit.ops.registry import require_kernels
 from gspn_dit.options import require
-from gspn_dit.storage.files import alone_in, begin_or_continue, write_json
+from gspn_dit.storage.files import begin_or_continue, write_json
 
 
 def settings(options: Options) -> dict[str, Any]:
@@ -61,10 +59,7 @@ def main(options: Options) -> None:
         speed = {"machine": machine(), "images": measure_speed(configs)}
         write_json(out / "speed.json", noted({**speed, "load": os.getloadavg()[0], "cores": os.cpu_count()}))
     else:
-        for cell in cells(options):
-            with claimed(cell) as mine:
-                if mine and not cell.result.exists() and not cell.finish():
-                    break  # it was asked to stop
+        finish_all(cells(options))
     print(write_report(out, options.mixers, settings(options)))
     done = all(cell.result.exists() for cell in cells(options))
     print(f"{'all is done' if done else GO_ON}; report: {out / 'report.md'}")
@@ -77,19 +72,3 @@ def cells(options: Options) -> list[Cell]:
         for seed in range(options.seeds)
         for mixer in options.mixers
     ]
-
-
-@contextmanager
-def claimed(cell: Cell) -> Iterator[bool]:
-    """In the block, whether a cell is this process's and no other's."""
-
-    def refuse(holder: str) -> None:
-        raise InputError(f"{holder} has it", argument="out", value=cell.folder)
-
-    with ExitStack() as leaving:
-        try:
-            leaving.enter_context(alone_in(cell.folder, refuse))
-            mine = True
-        except InputError:
-            mine = False
-        yield mine

@@ -15,6 +15,7 @@ from gspn_dit.options import command, require
 
 DATA = ("digits", "photos", "reach-32", "reach-64")  # of benchmarks.quality
 CLASSIFICATION_MIXERS = ("gspn", "attention", "linear", "window", "conv")
+DISTILLATION_MIXERS = ("teacher", "gspn", "fresh", "linear", "window")
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "width": 128,
@@ -478,6 +479,51 @@ class ClassificationOptions:
 
 
 @dataclass
+class DistillationOptions:
+    """What is taught to take the place of attention, and how.
+
+    Args:
+        teacher: The folder of a Stable Diffusion pipeline that draws scenes.
+        data: A store of scenes' latents and embeddings that `gspn-dit encode-t2i` made with it.
+        out: The folder of results; run again with the same one to go on. Several processes may share it.
+        mixers: What takes attention's place: `gspn`, line scans from its Q, K and V, and baselines; `teacher` is judged
+            as it is.
+        seeds: How many seeds, 0, 1, …
+        layerwise_steps: Optimiser steps of the first stage, every layer alone; 0 leaves it out.
+        steps: Optimiser steps of the second stage, the whole UNet.
+        batch_size: Latents a step.
+        learning_rate: Peak of AdamW's learning rate, after a warm-up over 5% of a stage; then a cosine down to 0.
+        chunk: Side of scans' and attention's windows, in latents.
+        num_inference_steps: Of the pictures.
+        guidance_scale: Of the pictures.
+        images: Pictures at the trained size; fewer of larger ones.
+    """
+
+    teacher: str
+    data: str
+    out: str = "runs/distillation"
+    mixers: list[str] = field(default_factory=lambda: list(DISTILLATION_MIXERS))
+    seeds: int = 3
+    layerwise_steps: int = 400
+    steps: int = 800
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    chunk: int = 8
+    num_inference_steps: int = 20
+    guidance_scale: float = 3.0
+    images: int = 300
+
+    def __post_init__(self) -> None:
+        for key in ("seeds", "steps", "batch_size", "chunk", "num_inference_steps"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(self.layerwise_steps >= 0, "layerwise_steps", self.layerwise_steps, "0 or more")
+        require(self.images >= 2, "images", self.images, "2 or more, for their covariance")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
+        for name in self.mixers:
+            require(name in DISTILLATION_MIXERS, "mixers", name, f"one of {', '.join(DISTILLATION_MIXERS)}")
+
+
+@dataclass
 class ResolutionOptions:
     """What to measure, and where the results go.
 
@@ -653,6 +699,9 @@ BENCHMARKS = {
     "higher": Benchmark(HigherOptions, "How good are images larger than the models were trained for, at what cost?"),
     "quality": Benchmark(QualityOptions, "Which network learns most in the same number of steps?"),
     "classification": Benchmark(ClassificationOptions, "Which mixer tells clothes apart best in the same few minutes?"),
+    "distillation": Benchmark(
+        DistillationOptions, "What can take the place of a text-to-image model's attention, and at what loss?"
+    ),
     "targets": Benchmark(TargetsOptions, "What is reached of what a GPU's figures are to be?"),
     "quality_curves": Benchmark(QualityCurvesOptions, "Which network learns most in the same minutes?"),
     "store": Benchmark(StoreOptions, "What does the latent store cost and gain at ImageNet's size?"),

@@ -86,7 +86,7 @@ def test_a_cell_that_another_process_has_is_left_to_it(clothes, tmp_path, monkey
             wait("process 1")
         return alone_in(folder, wait)
 
-    monkeypatch.setattr("benchmarks.classification.alone_in", held)
+    monkeypatch.setattr("benchmarks.cells.alone_in", held)
     main(few(clothes, tmp_path, mixers=["gspn", "conv"]))
     assert list(results(tmp_path)) == ["conv/seed-0/result.json"] and GO_ON in capsys.readouterr().out
 
