@@ -299,7 +299,7 @@ def prepare(task: Task, model: ModelMixin, is_new: bool, compiled: bool | None =
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.weight_decay,
-        fused=accelerator.device.type == "cuda",
+        fused=accelerator.device.type in ("cpu", "cuda"),
     )
     # FSDP2 warns that nobody may change the model's output in place; nobody does. DDP would have the axis of length 1
     # of a depthwise convolution's weight in other strides, of which there is nothing to gain.
