@@ -8,7 +8,7 @@ from typing import Any, Literal
 from gspn_dit.arguments import check_guidance, check_num_inference_steps
 from gspn_dit.config import DataConfig, RunConfig, TrainingConfig
 from gspn_dit.options import require
-from gspn_dit.storage.packaged import PACKAGED_TOKENIZERS, absolute
+from gspn_dit.storage.packaged import PACKAGED_TEXT_ENCODERS, PACKAGED_TOKENIZERS, absolute
 
 
 @dataclass
@@ -20,7 +20,8 @@ class TextToImageModelConfig:
             given is as in Stable Diffusion 1.
         text_encoder: Options of transformers' CLIPTextConfig, for example `{hidden_size: 128, num_hidden_layers: 3}`;
             what is not given is as in Stable Diffusion 1, in the proportions of `hidden_size`.
-        text_encoder_from: A folder of a saved CLIPTextModel to begin with, in place of options.
+        text_encoder_from: A packaged text encoder (`scenes`) or a folder of a saved CLIPTextModel to begin with, in
+            place of options.
         train_text_encoder: Train the text encoder with the UNet; false leaves it as it begins.
         tokenizer: A packaged tokenizer (`scenes`: CLIP's vocabulary) or a folder of a saved CLIPTokenizer; if not
             given, that of `base`, or `scenes`.
@@ -36,9 +37,10 @@ class TextToImageModelConfig:
     base: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("base", "text_encoder_from"):
-            if (folder := getattr(self, key)) is not None:
-                setattr(self, key, absolute(folder))
+        if self.base is not None:
+            self.base = absolute(self.base)
+        if self.text_encoder_from is not None:
+            self.text_encoder_from = absolute(self.text_encoder_from, PACKAGED_TEXT_ENCODERS)
         if self.tokenizer is not None:
             self.tokenizer = absolute(self.tokenizer, PACKAGED_TOKENIZERS)
         for key in ("unet", "text_encoder"):

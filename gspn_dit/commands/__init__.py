@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from gspn_dit.classifier_config import ClassifierConfig
 from gspn_dit.commands.classification import ClassifyOptions, EvaluateClassifierOptions
 from gspn_dit.commands.data import EncodeOptions
-from gspn_dit.commands.demo import ClassifierOptions, SmallVAEOptions
+from gspn_dit.commands.demo import ClassifierOptions, SmallCLIPOptions, SmallVAEOptions
 from gspn_dit.commands.evaluation import EvaluateOptions, ReferenceOptions
 from gspn_dit.commands.listings import ModelsOptions, OpsOptions
 from gspn_dit.commands.sampling import ExportOptions, SampleOptions
@@ -49,6 +49,7 @@ __all__ = [
     "PosthocEMAOptions",
     "ReferenceOptions",
     "SampleOptions",
+    "SmallCLIPOptions",
     "SmallVAEOptions",
     "Verb",
     "run",
@@ -200,6 +201,12 @@ GROUPS = {
     "Small models for trying things out": {
         "small-vae": Verb(
             "gspn_dit.demo.small_vae:main", SmallVAEOptions, "Train a small VAE of digits, photos or a folder."
+        ),
+        "small-clip": Verb(
+            "gspn_dit.demo.small_clip:main",
+            SmallCLIPOptions,
+            "Train the small text encoder of scenes, by contrast with pictures.",
+            extras=("train", "t2i", "demo"),
         ),
         "classifier": Verb(
             "gspn_dit.demo.classifier:main",

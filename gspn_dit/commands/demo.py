@@ -1,4 +1,4 @@
-"""Options of the commands that train the small VAEs and classifiers."""
+"""Options of the commands that train the small VAEs, the small CLIP and the classifiers."""
 
 from __future__ import annotations
 
@@ -57,6 +57,30 @@ class SmallVAEOptions:
             require(getattr(self, key) is None or getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         rate = self.learning_rate
         require(rate is None or rate > 0, "learning_rate", rate, "a positive number")
+
+
+@dataclass
+class SmallCLIPOptions:
+    """Small CLIP: its training on `scenes`.
+
+    Args:
+        out: Folder to write, of a CLIPTextModel; it must not exist yet.
+        steps: Optimiser steps.
+        batch_size: Scenes per step.
+        learning_rate: Peak learning rate of AdamW; it rises over 100 steps and falls to 0 along a cosine.
+        seed: Seed of the weights and every draw.
+    """
+
+    out: str
+    steps: int = 1500
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "1 or more")
+        require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more: one is told from others")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
 
 
 @dataclass

@@ -106,6 +106,38 @@ def parse_caption(caption: str) -> Description:
     )
 
 
+def contrary(description: Description, draw: np.random.Generator) -> Description:
+    """A description that differs in one respect from another, of which it is no picture's if that one is.
+
+    A relation is turned round, two things change places, two things change colours, or a digit or a colour is another.
+    It has a held-out combination only if the other has one.
+    """
+    things, relations = list(description.things), list(description.relations)
+    kind = draw.integers(5) if relations else draw.integers(3, 5)
+    k = draw.integers(len(things))
+    if kind == 0:
+        turned = draw.integers(len(relations))
+        relations[turned] = _opposite(relations[turned])
+    elif kind in (1, 2):
+        i, j = draw.choice(len(things), 2, replace=False)
+        if kind == 1:
+            things[i], things[j] = things[j], things[i]
+        else:
+            colours = things[i].colour, things[j].colour
+            things[i], things[j] = Thing(colours[1], things[i].digit), Thing(colours[0], things[j].digit)
+    elif kind == 3:
+        things[k] = Thing(things[k].colour, int(things[k].digit + draw.integers(1, 10)) % 10)
+    else:
+        others = [colour for colour in COLOURS if colour != things[k].colour]
+        things[k] = Thing(others[draw.integers(len(others))], things[k].digit)
+    found = Description(tuple(things), tuple(relations))
+    if found == description:  # alike things have changed places or colours
+        return contrary(description, draw)
+    if any(map(_is_held_out, things)) and not any(map(_is_held_out, description.things)):
+        return contrary(description, draw)
+    return found
+
+
 class Scenes(CaptionedImages):
     """Scenes of handwritten digits; scene i depends on the seed, the split and i alone.
 
@@ -210,6 +242,11 @@ def _is_held_out(thing: Thing) -> bool:
 
 def _is_horizontal(relation: str) -> bool:
     return RELATIONS[relation][0] != 0
+
+
+def _opposite(relation: str) -> str:
+    x, y = RELATIONS[relation]
+    return next(name for name, direction in RELATIONS.items() if direction == (-x, -y))
 
 
 def _along(horizontal: bool) -> list[str]:

@@ -62,7 +62,7 @@ class TextToImageModel(SavedModel):
             raise InputError(
                 f"no UNet2DConditionModel is made of these ({' '.join(str(error).split())})", argument="unet_options"
             ) from error
-        self.text_encoder = None if text_encoder_options is None else _text_encoder(text_encoder_options)
+        self.text_encoder = None if text_encoder_options is None else text_encoder(text_encoder_options)
         if self.text_encoder is None:
             return
         self.text_encoder.requires_grad_(train_text_encoder)
@@ -126,7 +126,7 @@ class TextToImageModel(SavedModel):
         return {"latents": latents, "timesteps": torch.zeros(1, device=device), **condition}
 
 
-def _text_encoder(options: Mapping[str, Any]) -> Any:
+def text_encoder(options: Mapping[str, Any]) -> Any:
     """A CLIPTextModel of options. Raises :class:`InputError` for what no such model can be made of."""
     from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -16,6 +16,7 @@ PACKAGED_CLASSIFIERS = {
     "photos": _WEIGHTS / "photos_classifier.safetensors",
 }
 PACKAGED_IMAGE_CLASSIFIERS = {"fashion": _WEIGHTS / "fashion"}  # saved classifiers
+PACKAGED_TEXT_ENCODERS = {"scenes": _WEIGHTS / "scenes" / "text_encoder"}  # saved CLIPTextModels
 PACKAGED_TOKENIZERS = {"scenes": _WEIGHTS / "scenes" / "tokenizer"}  # of CLIP
 
 

@@ -34,9 +34,10 @@ from gspn_dit.launches import Work
 from gspn_dit.models.compiled_blocks import compile_blocks
 from gspn_dit.models.macs import count_macs
 from gspn_dit.models.text_to_image import TEXT_ENCODER, TextToImageModel, filled_text_encoder, filled_unet
+from gspn_dit.storage.packaged import PACKAGED_TEXT_ENCODERS
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder
 from gspn_dit.text.tokens import load_tokenizer, tokenize
-from gspn_dit.text_to_image_config import TextToImageConfig
+from gspn_dit.text_to_image_config import TextToImageConfig, TextToImageModelConfig
 from gspn_dit.training.diffusion import check_same_vae, open_latents
 from gspn_dit.training.ema import EMA
 from gspn_dit.training.latents import LatentEncoder
@@ -226,12 +227,10 @@ class TextToImageTask(Task):
         named = self.config.model
         if named.base is not None:
             load_part(model.unet, UNet2DConditionModel, Path(named.base) / "unet", "model.base")
-        folder = named.text_encoder_from or (named.base and Path(named.base) / "text_encoder")
-        if folder is not None:
+        if (saved := saved_text_encoder(named)) is not None:
             from transformers import CLIPTextModel
 
-            argument = "model.base" if named.text_encoder_from is None else "model.text_encoder_from"
-            load_part(not_none(model.text_encoder), CLIPTextModel, Path(folder), argument)
+            load_part(not_none(model.text_encoder), CLIPTextModel, *saved)
         return None
 
     def parameter_groups(self, model: TextToImageModel) -> list[dict[str, Any]]:
@@ -335,17 +334,23 @@ def open_with_tokens(config: TextToImageConfig, tokenizer: CLIPTokenizer) -> Sou
     return store
 
 
+def saved_text_encoder(named: TextToImageModelConfig) -> tuple[Path, str] | None:
+    """The folder of the saved text encoder to begin with, and the option that names it; None if there is none."""
+    if (name := named.text_encoder_from) is not None:
+        return PACKAGED_TEXT_ENCODERS.get(name, Path(name)), "model.text_encoder_from"
+    return None if named.base is None else (Path(named.base) / "text_encoder", "model.base")
+
+
 def text_options_of(config: TextToImageConfig) -> dict[str, Any]:
     """Options of the text encoder: those of a saved one if one is named. Raises :class:`InputError`."""
     named = config.model
-    folder = named.text_encoder_from or (named.base and Path(named.base) / "text_encoder")
-    if folder is None:
+    if (found := saved_text_encoder(named)) is None:
         given = filled_text_encoder(named.text_encoder)
         return {key: value for key, value in given.items() if key in named.text_encoder or key not in OF_TOKENIZER}
     from transformers import CLIPTextConfig
 
-    argument = "model.base" if named.text_encoder_from is None else "model.text_encoder_from"
-    with reading(Path(folder), argument):
+    folder, argument = found
+    with reading(folder, argument):
         saved = CLIPTextConfig.from_pretrained(folder, local_files_only=True).to_diff_dict()
         known = CLIPTextConfig().to_dict()
     left_out = ("architectures", "dtype", "model_type", "torch_dtype", "transformers_version")

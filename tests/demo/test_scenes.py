@@ -7,7 +7,19 @@ import torch
 from gspn_dit.data import open_images
 from gspn_dit.data.captions import CaptionedImages, open_captioned
 from gspn_dit.demo.digits import Digits
-from gspn_dit.demo.scenes import COLOURS, GAP, HELD_OUT, MARGIN, RELATIONS, Description, Scenes, Thing, parse_caption
+from gspn_dit.demo.scene_reading import read_scenes, score
+from gspn_dit.demo.scenes import (
+    COLOURS,
+    GAP,
+    HELD_OUT,
+    MARGIN,
+    RELATIONS,
+    Description,
+    Scenes,
+    Thing,
+    contrary,
+    parse_caption,
+)
 from gspn_dit.errors import InputError
 
 COUNT = 300
@@ -141,6 +153,26 @@ def test_other_captions_are_refused(caption):
 
 def test_a_caption_is_read_as_it_was_drawn(scenes):
     assert all(parse_caption(scenes.caption(i)) == scenes.describe(i) for i in range(100))
+
+
+def test_a_contrary_caption_is_not_true_of_the_picture(scenes):
+    draw, count = np.random.default_rng(0), 60
+    others = [contrary(scenes.describe(i), draw) for i in range(count)]
+    found = read_scenes(scenes[i][0] for i in range(count))
+    assert not any(score(things, other).all for things, other in zip(found, others, strict=True))
+    for i, other in enumerate(others):
+        own = scenes.describe(i)
+        assert len(other.things) == len(own.things) and parse_caption(str(other)) == other
+        held_out = [any((thing.colour, thing.digit) in HELD_OUT for thing in each.things) for each in (other, own)]
+        assert held_out[1] or not held_out[0]
+
+
+def test_every_kind_of_contrary_caption_is_made():
+    own = parse_caption("a red 3 left of a blue 8")
+    draw = np.random.default_rng(0)
+    found = {str(contrary(own, draw)) for _ in range(200)}
+    assert {"a red 3 right of a blue 8", "a blue 8 left of a red 3", "a blue 3 left of a red 8"} <= found
+    assert {"a red 4 left of a blue 8", "a green 3 left of a blue 8"} <= found
 
 
 @pytest.mark.parametrize(("options", "said"), [({"split": "val"}, "split="), ({"image_size": 32}, "64 pixels a side")])
