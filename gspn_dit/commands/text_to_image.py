@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps
+from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps, default_workers
 from gspn_dit.commands.sampling import ImagesOut
 from gspn_dit.errors import InputError, not_none
 from gspn_dit.evaluation.classifiers import CAPTION_ACCURACIES, check_features
@@ -35,7 +35,7 @@ class EncodeTextToImageOptions:
         seed: For `prompts`: picture i depends on (seed, i) alone.
         batch_size: Pictures at once.
         shard_size: Pictures per shard file; a run that was interrupted makes anew what it had not finished of one.
-        num_workers: Processes that read pictures; 0 reads in this one.
+        num_workers: Processes that read pictures; 0 reads in this one. If not given, one for each core, up to 4.
         mixed_precision: Number format of the pipeline: `no` is float32; or `auto`, `bf16`, `fp16`.
         device: `auto` is the accelerator if there is one.
     """
@@ -51,7 +51,7 @@ class EncodeTextToImageOptions:
     seed: int = 0
     batch_size: int = 8
     shard_size: int = 512
-    num_workers: int = 4
+    num_workers: int = field(default_factory=default_workers)
     mixed_precision: MixedPrecision = "no"
     device: str = "auto"
 
