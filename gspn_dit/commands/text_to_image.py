@@ -123,7 +123,7 @@ class GenerateOptions(ImagesOut):
         seed: Image i depends on (seed, i) alone, not on the batch size or the number of processes.
         batch_size: Images at a time in each process in the first stage; as many pixels in further ones, one image at
             the least. If not given, 4, or fewer of images that are larger than the model was made for.
-        out: A `.png` file for one grid, or a folder for single PNGs and prompts.csv.
+        out: A `.png` file for one grid, or a folder for single PNGs and metadata.jsonl.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
     """
 
@@ -220,8 +220,7 @@ class EvaluateTextToImageOptions:
     """Evaluation: images of texts, and what they are compared with: a reference, their texts, or both.
 
     Args:
-        samples: A folder that `generate` or `sample` wrote, or any of images with a prompts.csv (file,prompt) or a
-            metadata.jsonl (file_name, text).
+        samples: A folder that `generate` or `sample` wrote, or any of images with a metadata.jsonl (file_name, text).
         out: The JSON file to write.
         reference: For the Fréchet distance: a folder, an npz that `gspn-dit reference` wrote, or a named source.
         image_size: Side in pixels of the squares that the samples, and the images of a reference folder, are cropped

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 METADATA = "metadata.jsonl"  # as Hugging Face's imagefolder calls the file of captions
-PROMPTS_FILE = "prompts.csv"  # file,prompt of every image in a folder of generated ones
 NO_CLASSES = ("image",)  # the class names of pictures that have no classes
 _NAMED = 3  # how many files a message names
 _LOOKED_AT = 512  # captions, before they are read

@@ -1,6 +1,5 @@
 """The command `generate_t2i.py`, run as a person runs it: texts to images by tiny pipelines, and its refusals."""
 
-import csv
 import json
 import logging
 import subprocess
@@ -28,6 +27,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from gspn_dit import replace_self_attention
 from gspn_dit.commands import GenerateOptions
+from gspn_dit.data.captions import open_captioned
 from gspn_dit.diffusion import image_generator
 from gspn_dit.errors import InputError
 from gspn_dit.inference.decoding import decode_images
@@ -196,14 +196,15 @@ def test_a_file_of_prompts_and_a_folder_of_images(sd, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text('# digits\na red "3", big\n\n  a blue 7 ✨\n', encoding="utf-8")
     out = tmp_path / "new" / "images"
     run("a 🐈, sitting", "--prompts", tmp_path / "prompts.txt", "--model", sd, *FEW, "--out", f"{out}/")
-    with (out / "prompts.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
+    rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = ["a 🐈, sitting", 'a red "3", big', "a blue 7 ✨"]
-    assert rows == [["file", "prompt"], *([f"00000{i}.png", text] for i, text in enumerate(texts))]
+    assert rows == [{"file_name": f"00000{i}.png", "text": text} for i, text in enumerate(texts)]
     assert sorted(path.name for path in out.iterdir()) == [f"00000{i}.png" for i in range(3)] + [
-        "prompts.csv",
+        "metadata.jsonl",
         "settings.json",
     ]
+    captioned = open_captioned(out, 16)
+    assert [captioned.caption(i) for i in range(3)] == texts, "it is a folder of captioned pictures"
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1] == f"3 images: {out}/"
     assert "generating: 6 steps" in printed.err
@@ -238,12 +239,17 @@ def test_a_cut_command_goes_on_between_the_stages(sd, tmp_path, monkeypatch, cap
     assert stopped.value.code == 130
     assert "the same command goes on here" in capsys.readouterr().err
     kept = [".000000.stage2.safetensors", ".000001.stage1.safetensors"]
-    assert sorted(path.name for path in out.iterdir()) == [*kept, "prompts.csv", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == [*kept, "metadata.jsonl", "settings.json"]
     monkeypatch.setattr(Drawing, "draw", noted)
     run(*command_line, "--out", out)
     assert drawn == [(2, [1])]
     assert "generating: 8 steps, 1 of them" in capsys.readouterr().err  # 2 + 1 + 1 of each image
-    assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "prompts.csv", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "metadata.jsonl",
+        "settings.json",
+    ]
     assert np.abs(pictures(out) - pictures(tmp_path / "whole")).max() <= 1
     run(*command_line, "--out", out)  # nothing is left to do
     assert drawn == [(2, [1])]
@@ -465,11 +471,12 @@ def test_latents_of_a_prompt_that_is_left_out_are_not_anothers(sd, tmp_path, mon
 def test_images_without_their_prompts_are_not_gone_on_with(tmp_path):
     begin(tmp_path, {}, ["a 3", "a 7"])
     (tmp_path / "000000.png").touch()
-    (tmp_path / "prompts.csv").write_text("damaged\nfile\n")
-    with pytest.raises(InputError, match="was begun with None"):
-        begin(tmp_path, {}, ["a 3", "a 7"])
-    (tmp_path / "prompts.csv").unlink()
-    with pytest.raises(InputError, match=r"holds images without the prompts\.csv"):
+    for damaged in ("{", "[]\n", "3\n", '{"file_name": "000000.png"}\n'):
+        (tmp_path / "metadata.jsonl").write_text(damaged)
+        with pytest.raises(InputError, match=r"metadata\.jsonl is damaged"):
+            begin(tmp_path, {}, ["a 3", "a 7"])
+    (tmp_path / "metadata.jsonl").unlink()
+    with pytest.raises(InputError, match=r"holds images without the metadata\.jsonl"):
         begin(tmp_path, {}, ["a 3", "a 7"])
 
 
