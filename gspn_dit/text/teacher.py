@@ -6,12 +6,13 @@ a vector of the whole prompt; and six numbers about the picture's size and crop,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -24,7 +25,12 @@ from gspn_dit.errors import InputError, machine_fault
 from gspn_dit.extras import require_extras
 from gspn_dit.registry import quoted
 from gspn_dit.storage.packaged import PACKAGED_TEXT_TO_IMAGE
+from gspn_dit.text.tokens import tokenizer_sha256
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STORED = torch.float16  # the embeddings of a latent store
 KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 INDEX = "model_index.json"
 
@@ -93,9 +99,15 @@ def text_encoders(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
     return [part for name in ("text_encoder", "text_encoder_2") if (part := getattr(pipe, name, None)) is not None]
 
 
+def tokenizers(pipe: DiffusionPipeline) -> list[PreTrainedTokenizerBase]:
+    """Its text encoders' tokenizers, in their order."""
+    return [part for name in ("tokenizer", "tokenizer_2") if (part := getattr(pipe, name, None)) is not None]
+
+
 def text_sha256(pipe: DiffusionPipeline) -> str:
-    """SHA-256 of its text encoders' weights: what tells two pipelines' embeddings apart."""
-    return weights_sha256(*text_encoders(pipe))
+    """SHA-256 of its text encoders' weights and of their tokenizers: what tells two pipelines' embeddings apart."""
+    parts = [weights_sha256(*text_encoders(pipe)), *map(tokenizer_sha256, tokenizers(pipe))]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def trained_size(pipe: DiffusionPipeline) -> int:
