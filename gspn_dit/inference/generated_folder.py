@@ -22,7 +22,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.inference.sample_folder import begin_images, finished_images, image_file
 from gspn_dit.storage.files import replacing, save_tensors
 
-IGNORED = ("model", "replacement")  # settings that may differ: their places may, since the weights' hash may not
+IGNORED = ("model", "replacement")  # settings that may differ: the files' places may, since their hashes may not
 
 
 def begin(folder: Path, settings: dict[str, Any], prompts: Sequence[str]) -> list[int]:

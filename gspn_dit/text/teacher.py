@@ -21,7 +21,7 @@ from diffusers.utils import is_accelerate_available
 from torch import Tensor
 
 from gspn_dit.autoencoder.vae import check_vae, is_on_hub, weights_sha256
-from gspn_dit.errors import InputError, machine_fault
+from gspn_dit.errors import InputError, is_of_files
 from gspn_dit.extras import require_extras
 from gspn_dit.registry import quoted
 from gspn_dit.storage.packaged import PACKAGED_TEXT_TO_IMAGE
@@ -70,8 +70,8 @@ def load_teacher(base: str | os.PathLike) -> DiffusionPipeline:
             pipe = getattr(diffusers, kind).from_pretrained(
                 str(source) if local else name, local_files_only=only_here, **options
             )
-    except (OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:  # damaged files
-        if machine_fault(error) is not None:
+    except Exception as error:
+        if not is_of_files(error):
             raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"its files cannot be read ({reason})", argument="base", value=name, remedy=remedy) from error
@@ -84,7 +84,8 @@ def load_teacher(base: str | os.PathLike) -> DiffusionPipeline:
             wanted="a text-to-image model",
         )
     for part in (pipe.unet, pipe.vae, *text_encoders(pipe)):
-        part.to(torch.float32).eval().requires_grad_(False)
+        torch.nn.Module.to(part, torch.float32)  # diffusers' own warns of modules to keep in it: of none
+        part.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -144,6 +144,14 @@ class TestMounting:
         assert torch.equal(torch.cuda.get_rng_state(), before)
         assert all(on_gpu[key].is_cuda and torch.equal(on_gpu[key].cpu(), on_cpu[key]) for key in on_cpu)
 
+    @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+    @pytest.mark.filterwarnings("error::FutureWarning")
+    def test_the_dtype_may_have_either_name(self, unet, tmp_path, name):
+        replace_self_attention(unet, seed=0, layers="mid_block").save_pretrained(tmp_path)
+        loaded = AttentionReplacement.from_pretrained(tmp_path, **{name: torch.bfloat16})
+        assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in AttentionReplacement.from_pretrained(tmp_path).parameters()} == {torch.float32}
+
     def test_what_was_chosen_is_replaced_and_nothing_else(self, unet):
         replacement = replace_self_attention(
             unet, layers=["levels=0", "mid_block", "down_blocks.1"], keep_attention=["up_blocks.2.attentions.1"]
