@@ -38,7 +38,7 @@ from gspn_dit.autoencoder.quality import (
 from gspn_dit.autoencoder.vae import NORMALISATION, downsampling, encode_moments, load_vae, vae_sha256
 from gspn_dit.data import open_images
 from gspn_dit.data.caption_tokens import CaptionStates, caption_extras
-from gspn_dit.data.captions import open_captioned
+from gspn_dit.data.captions import check_mirrored, open_captioned, some_captions
 from gspn_dit.data.extras import Extra, Extras, bytes_per_image, check_extras, no_extras, to_json
 from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.latent_store import begun_with, some_moments, verify, write_manifest, write_shard
@@ -197,6 +197,8 @@ def open_encoded(options: EncodeOptions | EncodeTextToImageOptions) -> tuple[Ima
             return open_images(data, size, **chosen), None
         captioned = open_captioned(data, size, **chosen)
         parts = load_text_parts(options.tokenizer, options.text_encoder, options.tokens)
+        if options.horizontal_flip:
+            check_mirrored(data, some_captions(captioned.caption, len(captioned)))
         return captioned, caption_extras(captioned, parts)
 
 

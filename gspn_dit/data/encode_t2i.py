@@ -29,7 +29,7 @@ from torch import Tensor
 
 from gspn_dit.autoencoder.quality import latent_statistics, warn_of_latents
 from gspn_dit.autoencoder.vae import NORMALISATION, downsampling, unscale, vae_sha256, weights_sha256
-from gspn_dit.data.captioned_source import size_condition, size_of_whole
+from gspn_dit.data.captioned_source import size_condition, size_of_whole, warn_of_cut_captions
 from gspn_dit.data.captions import open_captioned
 from gspn_dit.data.encode import MEASURED_LATENTS, encode, fill_store, half
 from gspn_dit.data.extras import Extra, bytes_per_image, check_extras, to_json
@@ -112,6 +112,7 @@ def encode_pictures(pipe: DiffusionPipeline, options: Options, source: str, imag
     """Encode captioned pictures into a store, or go on with one that was begun. Raises as :func:`encode` does."""
     with renamed(source="data"):
         images = open_captioned(source, image_size, split=options.split)
+    warn_of_cut_captions(pipe, images.caption, len(images))
     _, device = join_processes(options.device)
     extras = TextOfPictures(pipe, images.caption, partial(size_condition, images), device)
     encode(options, extras, images, pipe.vae)
@@ -134,6 +135,7 @@ def draw_latents(pipe: DiffusionPipeline, options: Options, prompts: list[str], 
 
     Raises :class:`InputError` if the folder was begun with something else, or latents are not finite.
     """
+    warn_of_cut_captions(pipe, prompts.__getitem__, len(prompts))
     processes, device = join_processes(options.device)
     pipe.to(device)
     whole = size_of_whole(image_size)  # as the pipeline is told when it is asked for no other

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gspn_dit.autoencoder.vae import downsampling, vae_sha256, weights_sha256
 from gspn_dit.data import LatentStore, how_to_encode, is_latent_store
-from gspn_dit.data.captioned_source import CaptionedSource
+from gspn_dit.data.captioned_source import CaptionedSource, warn_of_cut_captions
 from gspn_dit.data.captions import open_captioned
 from gspn_dit.data.latent_store import is_unfinished_store
 from gspn_dit.data.source import LatentSource, is_of_latents
@@ -370,6 +370,7 @@ def open_data(
                 ),
             )
         images = open_captioned(data.source, data.image_size, seed=config.seed)
+    warn_of_cut_captions(pipe, images.caption, len(images))
     side, rest = divmod(data.image_size, downsampling(pipe.vae))
     if rest:
         raise InputError(
