@@ -45,6 +45,7 @@ from gspn_dit.data.latent_store import begun_with, some_moments, verify, write_m
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.data.workers import load
 from gspn_dit.errors import InputError, not_none, renamed
+from gspn_dit.layers.norm import without_autocast
 from gspn_dit.precision import autocast
 from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import Bar, Lines, progress
@@ -318,7 +319,8 @@ def encode_shard(
             check_extras(extras.declared, made[-1], len(indices))
         bar.update(len(batch_labels) + len(faults))
     mirrored = half(flipped) if options.horizontal_flip else None
-    joined = {name: torch.cat([each[name] for each in made]) for name in extras.declared}
+    with without_autocast(vae.device):  # the CPU's joins no float16
+        joined = {name: torch.cat([each[name] for each in made]) for name in extras.declared}
     return half(moments), mirrored, torch.tensor(labels, dtype=torch.int64), skipped, tagged, joined
 
 

@@ -37,6 +37,7 @@ from gspn_dit.data.latent_store import some_moments, write_shard
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.diffusion.sampling import image_generator
 from gspn_dit.errors import InputError, renamed
+from gspn_dit.layers.norm import without_autocast
 from gspn_dit.precision import autocast
 from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import Bar, Lines, progress
@@ -44,6 +45,7 @@ from gspn_dit.storage.files import write_json
 from gspn_dit.storage.packaged import PACKAGED_TEXT_TO_IMAGE, absolute
 from gspn_dit.text.prompts import prompt_lines
 from gspn_dit.text.teacher import (
+    STORED,
     embed,
     is_xl,
     load_teacher,
@@ -100,11 +102,11 @@ class TextOfPictures:
         made_by = text_sha256(pipe)
         like = embed(pipe, [""])
         self.declared: Mapping[str, Extra] = {
-            name: Extra(torch.float16, tuple(tensor.shape[1:]), made_by) for name, tensor in like.items()
+            name: Extra(STORED, tuple(tensor.shape[1:]), made_by) for name, tensor in like.items()
         } | ({"time_ids": Extra(torch.float32, (6,))} if is_xl(pipe) else {})
 
     def __call__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        told = {name: tensor.half() for name, tensor in embed(self.pipe, list(map(self.captions, indices))).items()}
+        told = {name: tensor.to(STORED) for name, tensor in embed(self.pipe, list(map(self.captions, indices))).items()}
         return told | ({"time_ids": torch.stack(list(map(self.sizes, indices)))} if is_xl(self.pipe) else {})
 
 
@@ -215,4 +217,5 @@ def draw_shard(
         told.append({name: tensor.cpu() for name, tensor in extras(some).items()})
         check_extras(extras.declared, told[-1], len(some))
         bar.update(len(some))
-    return half(moments), {name: torch.cat([each[name] for each in told]) for name in extras.declared}
+    with without_autocast(pipe.vae.device):  # the CPU's joins no float16
+        return half(moments), {name: torch.cat([each[name] for each in told]) for name in extras.declared}

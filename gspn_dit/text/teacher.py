@@ -23,6 +23,7 @@ from torch import Tensor
 from gspn_dit.autoencoder.vae import check_vae, is_on_hub, weights_sha256
 from gspn_dit.errors import InputError, is_of_files
 from gspn_dit.extras import require_extras
+from gspn_dit.layers.norm import without_autocast
 from gspn_dit.registry import quoted
 from gspn_dit.storage.packaged import PACKAGED_TEXT_TO_IMAGE
 from gspn_dit.text.tokens import tokenizer_sha256
@@ -118,14 +119,16 @@ def trained_size(pipe: DiffusionPipeline) -> int:
 
 @torch.no_grad()
 def embed(pipe: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Prompts as the UNet is told of them, on the device of the text encoders.
+    """Prompts as the UNet is told of them, on the device of the text encoders; the same within autocast as without.
 
     Returns:
         `encoder_hidden_states` (B, L, D) and, with SD-XL, `text_embeds` (B, P), float32.
     """
-    encoded = pipe.encode_prompt(
-        list(prompts), device=_device(pipe), num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
+    device = _device(pipe)
+    with without_autocast(device):
+        encoded = pipe.encode_prompt(
+            list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
     return _named(encoded[0], encoded[2] if is_xl(pipe) else None)
 
 
@@ -135,7 +138,9 @@ def embed_nothing(pipe: DiffusionPipeline) -> dict[str, Tensor]:
 
     Guidance is away from it, and it takes the place of captions that are dropped.
     """
-    encoded = pipe.encode_prompt([""], device=_device(pipe), num_images_per_prompt=1, do_classifier_free_guidance=True)
+    device = _device(pipe)
+    with without_autocast(device):
+        encoded = pipe.encode_prompt([""], device=device, num_images_per_prompt=1, do_classifier_free_guidance=True)
     named = _named(encoded[1], encoded[3] if is_xl(pipe) else None)
     return {name: tensor[0] for name, tensor in named.items()}
 

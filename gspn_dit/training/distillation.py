@@ -34,6 +34,7 @@ from gspn_dit.models.attention_replacement import AttentionReplacement, replace_
 from gspn_dit.precision import DTYPES
 from gspn_dit.storage.run_folder import Checkpoint
 from gspn_dit.text.teacher import (
+    STORED,
     embed,
     embed_nothing,
     is_xl,
@@ -60,7 +61,8 @@ class Teacher:
     Args:
         unet: Its UNet, frozen.
         objective: What the UNet has learned to predict.
-        nothing: What it is told where there is no caption, without an axis of the batch.
+        nothing: What it is told where there is no caption, without an axis of the batch; float32, as the captions are,
+            and like them rounded to float16 where these are a store's.
         readers: The pipeline, if captions and pictures are to be encoded as they come; None if they have been.
         record: What tells it from other teachers: SHA-256 of its UNet, its VAE's encoder and its text encoders.
     """
@@ -295,6 +297,8 @@ def teacher_of(pipe: DiffusionPipeline, encoded: bool, device: torch.device) -> 
     with renamed(prediction_type="base", scheduler="base"):
         objective = StableDiffusion.of(pipe.scheduler)
     nothing = {name: tensor.to(device) for name, tensor in embed_nothing(pipe).items()}
+    if encoded:  # rounded as the captions of a store are
+        nothing = {name: tensor.to(STORED).float() for name, tensor in nothing.items()}
     if not encoded:
         for part in text_encoders(pipe):
             part.to(device)
