@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Literal
@@ -16,6 +17,12 @@ Switch = bool | Literal["auto"]
 
 CompileMode = Literal["default", "max-autotune"]
 """How blocks are compiled: see :mod:`gspn_dit.models.compiled_blocks`."""
+
+
+def default_workers() -> int:
+    """Processes that read data where nobody says how many: one for each core that this process may use, up to 4."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores)
 
 
 def check_switch(argument: str, value: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gspn_dit.arguments import default_workers
 from gspn_dit.config import LoopConfig, ModelConfig, RunConfig
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.options import require
@@ -39,7 +40,8 @@ class ClassifierDataConfig:
         image_size: Side in pixels of the square images that the network learns from.
         mean: What is subtracted from each channel, of values from 0 to 1; if not given, the model's.
         std: What each channel is then divided by; if not given, the model's.
-        num_workers: Processes that read data, per training process; 0 reads in the training process itself.
+        num_workers: Processes that read data, per training process; 0 reads in the training process itself. If not
+            given, one for each core, up to 4.
     """
 
     source: str = "data/imagenet"
@@ -48,7 +50,7 @@ class ClassifierDataConfig:
     image_size: int = 224
     mean: list[float] | None = None
     std: list[float] | None = None
-    num_workers: int = 4
+    num_workers: int = field(default_factory=default_workers)
 
     def __post_init__(self) -> None:
         require(self.image_size >= 1, "data.image_size", self.image_size, "a positive number of pixels")

@@ -10,7 +10,14 @@ from typing import Any, Literal, Self
 
 import yaml
 
-from gspn_dit.arguments import CompileMode, MixedPrecision, Switch, check_guidance, check_num_inference_steps
+from gspn_dit.arguments import (
+    CompileMode,
+    MixedPrecision,
+    Switch,
+    check_guidance,
+    check_num_inference_steps,
+    default_workers,
+)
 from gspn_dit.data.sources import SOURCES, split_name
 from gspn_dit.evaluation.classifiers import check_features
 from gspn_dit.options import parse, require
@@ -50,7 +57,8 @@ class DataConfig:
         horizontal_flip: Mirror half of the images, at random.
         exif_orientation: Turn a folder's images as their EXIF orientation says; ADM, and so every published figure,
             does not. A store keeps what it was encoded with.
-        num_workers: Processes that read data, per training process; 0 reads in the training process itself.
+        num_workers: Processes that read data, per training process; 0 reads in the training process itself. If not
+            given, one for each core, up to 4.
     """
 
     source: str = "data/imagenet-256-latents"
@@ -58,7 +66,7 @@ class DataConfig:
     image_size: int = 256
     horizontal_flip: bool = True
     exif_orientation: bool = False
-    num_workers: int = 4
+    num_workers: int = field(default_factory=default_workers)
 
     def __post_init__(self) -> None:
         require(self.image_size >= 1, "data.image_size", self.image_size, "a positive number of pixels")

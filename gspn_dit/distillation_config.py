@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gspn_dit.arguments import Switch
+from gspn_dit.arguments import Switch, default_workers
 from gspn_dit.config import LoopConfig, RunConfig
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.options import require
@@ -56,12 +56,13 @@ class DistillationDataConfig:
         source: A store made by `gspn-dit encode-t2i`; a named source with captions (`scenes`); or a folder of pictures
             with `.txt` beside them or a jsonl of `file_name` and `text`.
         image_size: Side of the square pictures in pixels.
-        num_workers: Processes that read data, per training process; 0 reads in the training process itself.
+        num_workers: Processes that read data, per training process; 0 reads in the training process itself. If not
+            given, one for each core, up to 4.
     """
 
     source: str = "data/captioned"
     image_size: int = 512
-    num_workers: int = 4
+    num_workers: int = field(default_factory=default_workers)
 
     def __post_init__(self) -> None:
         require(self.image_size >= 1, "data.image_size", self.image_size, "a positive number of pixels")

@@ -144,6 +144,20 @@ def machine_fault(error: BaseException, place: str | None = None) -> str | None:
     return f"{f'{path}: ' if path else ''}{os.strerror(number)}; {remedy}"
 
 
+def is_of_files(error: Exception) -> bool:
+    """Whether what a library raised on loading a model says that files are missing, damaged or do not fit each other.
+
+    Anything else is a fault of a program, of a device or of versions, and not to be taken for the files'.
+    """
+    if machine_fault(error) is not None:
+        return False
+    if isinstance(error, OSError | ValueError) or type(error).__name__ == "SafetensorError":
+        return True
+    if type(error) is Exception:  # as tokenizers raises it, of files that it cannot parse
+        return True
+    return isinstance(error, RuntimeError) and re.search("size mismatch|mismatched_sizes", str(error)) is not None
+
+
 def warn(message: str) -> None:
     """Warn, which a command prints as one line; of a machine's processes the first alone does.
 

@@ -61,7 +61,8 @@ class CaptionedDataConfig(DataConfig):
         image_size: Side of the square images in pixels.
         horizontal_flip: Mirror half of the images, at random; captions that say left or right are then wrong.
         exif_orientation: Turn a folder's images as their EXIF orientation says.
-        num_workers: Processes that read data, per training process; 0 reads in the training process itself.
+        num_workers: Processes that read data, per training process; 0 reads in the training process itself. If not
+            given, one for each core, up to 4.
         sample_posterior: Draw latents from the VAE's posterior, as Stable Diffusion does; false takes its mean, which
             is the easier to learn where the posterior is wide, as a small VAE's is of plain backgrounds.
     """

@@ -1,10 +1,13 @@
 """The rules of arguments that several rooms take."""
 
+import dataclasses
 import math
+import os
 
 import pytest
 
-from gspn_dit.arguments import check_guidance, check_num_inference_steps
+from gspn_dit.arguments import check_guidance, check_num_inference_steps, default_workers
+from gspn_dit.commands import VERBS
 from gspn_dit.errors import InputError
 
 
@@ -34,3 +37,29 @@ def test_a_guidance_interval_is_two_shares_in_order(interval):
     with pytest.raises(InputError, match=r"^guidance_interval="):
         check_guidance(1, interval)
     check_guidance(1, [0, 1])
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (4, 4), (64, 4)])
+def test_as_many_processes_read_data_as_there_are_cores_for_up_to_four(monkeypatch, cores, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert default_workers() == workers
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert default_workers() == workers
+
+
+def readers(options):
+    """The fields `num_workers` of a dataclass of options and of those in it, each with its dataclass."""
+    for field in dataclasses.fields(options):
+        if dataclasses.is_dataclass(field.default_factory):
+            yield from readers(field.default_factory)
+        elif field.name == "num_workers":
+            yield field, options
+
+
+def test_every_command_that_reads_data_has_that_default_and_says_so():
+    found = [each for verb in VERBS.values() for each in readers(verb.options)]
+    assert len(found) >= 7
+    for field, options in found:
+        assert field.default_factory is default_workers, options
+        assert "If not given, one for each core, up to 4." in " ".join(options.__doc__.split()), options

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +62,8 @@ def load_vae(name_or_folder: str | os.PathLike) -> AutoencoderKL:
     else:
         options["local_files_only"] = not is_on_hub(name, remedy)
     try:
-        vae = AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32, **options)
+        vae = AutoencoderKL.from_pretrained(str(source), **options)
+        nn.Module.to(vae, torch.float32)  # diffusers' own warns of modules to keep in float32: there are none
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(reason, argument="vae", value=name, remedy=remedy) from error
@@ -153,11 +155,18 @@ def vae_sha256(vae: AutoencoderKL) -> dict[str, str]:
     }
 
 
-def weights_sha256(*modules: nn.Module) -> str:
-    """SHA-256 of modules' parameters and buffers, with their names, in hexadecimal: what tells two models apart."""
-    digest = hashlib.sha256()
+def weights_sha256(*modules: nn.Module, without: Iterable[str] = ()) -> str:
+    """SHA-256 of modules' parameters and buffers, with their names, in hexadecimal: what tells two models apart.
+
+    Args:
+        modules: The modules.
+        without: Names of modules within each whose parameters and buffers do not count.
+    """
+    digest, left_out = hashlib.sha256(), tuple(f"{name}." for name in without)
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
+            if name.startswith(left_out):
+                continue
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

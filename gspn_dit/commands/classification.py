@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from gspn_dit.arguments import MixedPrecision
+from gspn_dit.arguments import MixedPrecision, default_workers
 from gspn_dit.classifier_config import Interpolation, check_preparation
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.options import require
@@ -50,7 +50,8 @@ class EvaluateClassifierOptions:
             model's.
         interpolation: How images are resampled; if not given, the model's.
         batch_size: Images per forward pass in each process.
-        num_workers: Processes that read images, per process.
+        num_workers: Processes that read images, per process; 0 reads in the process itself. If not given, one for each
+            core, up to 4.
         mixed_precision: `auto` is bf16 where the device has instructions for it and float32 elsewhere; `no` is float32;
             or `bf16`, or `fp16`.
         out: A JSON file to write; if not given, the scores are printed alone.
@@ -63,7 +64,7 @@ class EvaluateClassifierOptions:
     crop_pct: float | None = None
     interpolation: Interpolation | None = None
     batch_size: int = 256
-    num_workers: int = 4
+    num_workers: int = field(default_factory=default_workers)
     mixed_precision: MixedPrecision = "auto"
     out: str | None = None
     device: str = "auto"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from gspn_dit.arguments import MixedPrecision
+from gspn_dit.arguments import MixedPrecision, default_workers
 from gspn_dit.options import require
 
 
@@ -23,7 +23,7 @@ class EncodeOptions:
         exif_orientation: Turn images as their EXIF orientation says; ADM, and so every published figure, does not.
         batch_size: Images the VAE encodes at once.
         shard_size: Images per shard file.
-        num_workers: Processes that read images; 0 reads in this one.
+        num_workers: Processes that read images; 0 reads in this one. If not given, one for each core, up to 4.
         mixed_precision: Number format of the VAE: `no` is float32; or `auto`, `bf16`, `fp16`. Rounding to the store's
             float16 changes latents of the packaged VAEs by 3e-4 (root mean square), a VAE in bf16 by 1e-2 to 2e-2, in
             fp16 by 2e-3.
@@ -45,7 +45,7 @@ class EncodeOptions:
     exif_orientation: bool = False
     batch_size: int = 32
     shard_size: int = 4096
-    num_workers: int = 4
+    num_workers: int = field(default_factory=default_workers)
     mixed_precision: MixedPrecision = "no"
     device: str = "auto"
     tokenizer: str | None = None

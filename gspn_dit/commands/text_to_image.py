@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps
+from gspn_dit.arguments import MixedPrecision, check_guidance, check_num_inference_steps, default_workers
 from gspn_dit.commands.sampling import ImagesOut
 from gspn_dit.errors import InputError, not_none
 from gspn_dit.evaluation.classifiers import CAPTION_ACCURACIES, check_features
@@ -35,7 +35,7 @@ class EncodeTextToImageOptions:
         seed: For `prompts`: picture i depends on (seed, i) alone.
         batch_size: Pictures at once.
         shard_size: Pictures per shard file; a run that was interrupted makes anew what it had not finished of one.
-        num_workers: Processes that read pictures; 0 reads in this one.
+        num_workers: Processes that read pictures; 0 reads in this one. If not given, one for each core, up to 4.
         mixed_precision: Number format of the pipeline: `no` is float32; or `auto`, `bf16`, `fp16`.
         device: `auto` is the accelerator if there is one.
     """
@@ -51,7 +51,7 @@ class EncodeTextToImageOptions:
     seed: int = 0
     batch_size: int = 8
     shard_size: int = 512
-    num_workers: int = 4
+    num_workers: int = field(default_factory=default_workers)
     mixed_precision: MixedPrecision = "no"
     device: str = "auto"
 
@@ -123,7 +123,7 @@ class GenerateOptions(ImagesOut):
         seed: Image i depends on (seed, i) alone, not on the batch size or the number of processes.
         batch_size: Images at a time in each process in the first stage; as many pixels in further ones, one image at
             the least. If not given, 4, or fewer of images that are larger than the model was made for.
-        out: A `.png` file for one grid, or a folder for single PNGs and prompts.csv.
+        out: A `.png` file for one grid, or a folder for single PNGs and metadata.jsonl.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
     """
 
@@ -220,8 +220,7 @@ class EvaluateTextToImageOptions:
     """Evaluation: images of texts, and what they are compared with: a reference, their texts, or both.
 
     Args:
-        samples: A folder that `generate` or `sample` wrote, or any of images with a prompts.csv (file,prompt) or a
-            metadata.jsonl (file_name, text).
+        samples: A folder that `generate` or `sample` wrote, or any of images with a metadata.jsonl (file_name, text).
         out: The JSON file to write.
         reference: For the Fréchet distance: a folder, an npz that `gspn-dit reference` wrote, or a named source.
         image_size: Side in pixels of the squares that the samples, and the images of a reference folder, are cropped

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gspn_dit.conditioning.text import TextStates
-from gspn_dit.data.captions import CaptionedImages, warn_of_long_captions
+from gspn_dit.data.captions import CaptionedImages, TokenizedCaptions, some_captions, warn_of_long_captions
 from gspn_dit.data.extras import Extra
+from gspn_dit.data.source import Source
 from gspn_dit.text.encoder import TextEncoder
 from gspn_dit.text.parts import TextParts
 from gspn_dit.text.tokens import tokenize, tokenizer_sha256
@@ -70,8 +71,21 @@ class CaptionStates:
 def caption_extras(images: CaptionedImages, parts: TextParts) -> CaptionTokens | CaptionStates:
     """What a store holds of captions: their tokens, and with a frozen text encoder its hidden states."""
     encoder = parts.encoder
-    warn_of_long_captions(images, parts.tokenizer)
+    remedy = "shorten them, or give more --tokens if the text encoder takes more"
+    warn_of_long_captions(some_captions(images.caption, len(images)), parts.tokenizer, remedy)
     return CaptionTokens(images, parts.tokenizer) if encoder is None else CaptionStates(images, encoder)
+
+
+def captions_of(source: Source, tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """What says the caption of an image of a source: its own words, or those that its stored tokens stand for."""
+    if isinstance(source, TokenizedCaptions):
+        return source.caption
+
+    def read(index: int) -> str:
+        ids = source.sample(index, names=(INPUT_IDS,))[INPUT_IDS]
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    return read
 
 
 def made_by(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from gspn_dit.data.captions import CaptionedFolder, CaptionedImages
+from gspn_dit.data.captions import CaptionedFolder, CaptionedImages, some_captions, warn_of_long_captions
 from gspn_dit.data.image_folder import crop_corner
+from gspn_dit.text.teacher import tokenizers
 
 
 class CaptionedSource:
@@ -43,6 +45,18 @@ class CaptionedSource:
         if names is None or "time_ids" in names:
             sample["time_ids"] = size_condition(self.images, found)
         return sample
+
+
+def warn_of_cut_captions(pipe: DiffusionPipeline, caption: Callable[[int], str], count: int) -> None:
+    """Warn if captions have more tokens than a pipeline's text encoders read.
+
+    Args:
+        pipe: The pipeline.
+        caption: Says what picture `index` shows.
+        count: Of the pictures; some of their captions are looked at.
+    """
+    remedy = "shorten them, for the pipeline reads no more"
+    warn_of_long_captions(some_captions(caption, count), tokenizers(pipe)[0], remedy)
 
 
 def size_condition(images: CaptionedImages, index: int) -> Tensor:

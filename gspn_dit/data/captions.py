@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,16 +18,16 @@ from gspn_dit.data.latent_store import how_to_encode, is_unfinished_store
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.errors import InputError, warn
 from gspn_dit.registry import quoted
-from gspn_dit.text.tokens import tokenize, warn_of_cut
+from gspn_dit.text.tokens import begin_of, tokenize, too_long
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 METADATA = "metadata.jsonl"  # as Hugging Face's imagefolder calls the file of captions
-PROMPTS_FILE = "prompts.csv"  # file,prompt of every image in a folder of generated ones
 NO_CLASSES = ("image",)  # the class names of pictures that have no classes
 _NAMED = 3  # how many files a message names
 _LOOKED_AT = 512  # captions, before they are read
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 class CaptionedImages(ImageDataset):
@@ -34,7 +35,12 @@ class CaptionedImages(ImageDataset):
 
     A source defines :meth:`load`, :meth:`caption` and `__len__`. One without classes has the one class name "image",
     and 0 for every label.
+
+    Attributes:
+        mirrors: Whether the mirror image of a picture can be what the caption says. Where not, none is mirrored.
     """
+
+    mirrors = True
 
     def __init__(self, class_names: Sequence[str] = NO_CLASSES, image_size: int = 64) -> None:
         super().__init__(list(class_names), image_size)
@@ -185,10 +191,56 @@ def read_rows(path: str | os.PathLike) -> list[tuple[str, str]]:
     return rows
 
 
-def warn_of_long_captions(images: CaptionedImages, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn if captions have more tokens than the tokenizer's `model_max_length`; a few of them all are looked at."""
-    count = min(_LOOKED_AT, len(images))
-    warn_of_cut(tokenizer, [images.caption(k * len(images) // count) for k in range(count)])
+def some_captions(caption: Callable[[int], str], count: int) -> list[str]:
+    """Captions to judge all by: those of some of `count` images, spread over them.
+
+    Args:
+        caption: Says what image `index` shows.
+        count: Of all images.
+    """
+    some = min(_LOOKED_AT, count)
+    return [caption(k * count // some) for k in range(some)]
+
+
+def warn_of_long_captions(captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, remedy: str) -> None:
+    """Warn if some of the captions that are looked at have more tokens than the tokenizer's `model_max_length`.
+
+    Args:
+        captions: As :func:`some_captions` chooses them.
+        tokenizer: Of transformers.
+        remedy: What to do about it.
+    """
+    if cut := too_long(tokenizer, captions):
+        caption, length = cut[0]
+        warn(
+            f"{len(cut)} of {len(captions)} captions looked at are cut to {tokenizer.model_max_length} tokens, such as "
+            f"{begin_of(caption)} of {length}; {remedy}"
+        )
+
+
+def check_mirrored(source: str, captions: Sequence[str]) -> None:
+    """Judge whether a source's images may be mirrored beside their captions; warn if captions say left or right.
+
+    Args:
+        source: A name, or where the images are from.
+        captions: As :func:`some_captions` chooses them.
+
+    Raises:
+        InputError: Of the argument `horizontal_flip`: it is a named source whose captions are never true of mirrored
+            images.
+    """
+    if source in SOURCES and not getattr(SOURCES.load(source), "mirrors", True):
+        raise InputError(
+            f"mirrored images of {source} are not what their captions say",
+            argument="horizontal_flip",
+            value=True,
+            remedy="give false",
+        )
+    if sided := [caption for caption in captions if _SIDES.search(caption)]:
+        warn(
+            f"{len(sided)} of {len(captions)} captions looked at say left or right, such as {begin_of(sided[0])}, "
+            "which is not true of a mirrored image; give false for horizontal_flip"
+        )
 
 
 class TokenizedCaptions:

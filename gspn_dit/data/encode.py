@@ -38,13 +38,14 @@ from gspn_dit.autoencoder.quality import (
 from gspn_dit.autoencoder.vae import NORMALISATION, downsampling, encode_moments, load_vae, vae_sha256
 from gspn_dit.data import open_images
 from gspn_dit.data.caption_tokens import CaptionStates, caption_extras
-from gspn_dit.data.captions import open_captioned
+from gspn_dit.data.captions import check_mirrored, open_captioned, some_captions
 from gspn_dit.data.extras import Extra, Extras, bytes_per_image, check_extras, no_extras, to_json
 from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.latent_store import begun_with, some_moments, verify, write_manifest, write_shard
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.data.workers import load
 from gspn_dit.errors import InputError, not_none, renamed
+from gspn_dit.layers.norm import without_autocast
 from gspn_dit.precision import autocast
 from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import Bar, Lines, progress
@@ -197,6 +198,8 @@ def open_encoded(options: EncodeOptions | EncodeTextToImageOptions) -> tuple[Ima
             return open_images(data, size, **chosen), None
         captioned = open_captioned(data, size, **chosen)
         parts = load_text_parts(options.tokenizer, options.text_encoder, options.tokens)
+        if options.horizontal_flip:
+            check_mirrored(data, some_captions(captioned.caption, len(captioned)))
         return captioned, caption_extras(captioned, parts)
 
 
@@ -316,7 +319,8 @@ def encode_shard(
             check_extras(extras.declared, made[-1], len(indices))
         bar.update(len(batch_labels) + len(faults))
     mirrored = half(flipped) if options.horizontal_flip else None
-    joined = {name: torch.cat([each[name] for each in made]) for name in extras.declared}
+    with without_autocast(vae.device):  # the CPU's joins no float16
+        joined = {name: torch.cat([each[name] for each in made]) for name in extras.declared}
     return half(moments), mirrored, torch.tensor(labels, dtype=torch.int64), skipped, tagged, joined
 
 

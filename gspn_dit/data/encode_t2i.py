@@ -29,7 +29,7 @@ from torch import Tensor
 
 from gspn_dit.autoencoder.quality import latent_statistics, warn_of_latents
 from gspn_dit.autoencoder.vae import NORMALISATION, downsampling, unscale, vae_sha256, weights_sha256
-from gspn_dit.data.captioned_source import size_condition, size_of_whole
+from gspn_dit.data.captioned_source import size_condition, size_of_whole, warn_of_cut_captions
 from gspn_dit.data.captions import open_captioned
 from gspn_dit.data.encode import MEASURED_LATENTS, encode, fill_store, half
 from gspn_dit.data.extras import Extra, bytes_per_image, check_extras, to_json
@@ -37,6 +37,7 @@ from gspn_dit.data.latent_store import some_moments, write_shard
 from gspn_dit.data.sources import SOURCES
 from gspn_dit.diffusion.sampling import image_generator
 from gspn_dit.errors import InputError, renamed
+from gspn_dit.layers.norm import without_autocast
 from gspn_dit.precision import autocast
 from gspn_dit.processes import agreed_precision, join_processes
 from gspn_dit.progress import Bar, Lines, progress
@@ -44,6 +45,7 @@ from gspn_dit.storage.files import write_json
 from gspn_dit.storage.packaged import PACKAGED_TEXT_TO_IMAGE, absolute
 from gspn_dit.text.prompts import prompt_lines
 from gspn_dit.text.teacher import (
+    STORED,
     embed,
     is_xl,
     load_teacher,
@@ -100,11 +102,11 @@ class TextOfPictures:
         made_by = text_sha256(pipe)
         like = embed(pipe, [""])
         self.declared: Mapping[str, Extra] = {
-            name: Extra(torch.float16, tuple(tensor.shape[1:]), made_by) for name, tensor in like.items()
+            name: Extra(STORED, tuple(tensor.shape[1:]), made_by) for name, tensor in like.items()
         } | ({"time_ids": Extra(torch.float32, (6,))} if is_xl(pipe) else {})
 
     def __call__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        told = {name: tensor.half() for name, tensor in embed(self.pipe, list(map(self.captions, indices))).items()}
+        told = {name: tensor.to(STORED) for name, tensor in embed(self.pipe, list(map(self.captions, indices))).items()}
         return told | ({"time_ids": torch.stack(list(map(self.sizes, indices)))} if is_xl(self.pipe) else {})
 
 
@@ -112,6 +114,7 @@ def encode_pictures(pipe: DiffusionPipeline, options: Options, source: str, imag
     """Encode captioned pictures into a store, or go on with one that was begun. Raises as :func:`encode` does."""
     with renamed(source="data"):
         images = open_captioned(source, image_size, split=options.split)
+    warn_of_cut_captions(pipe, images.caption, len(images))
     _, device = join_processes(options.device)
     extras = TextOfPictures(pipe, images.caption, partial(size_condition, images), device)
     encode(options, extras, images, pipe.vae)
@@ -134,6 +137,7 @@ def draw_latents(pipe: DiffusionPipeline, options: Options, prompts: list[str], 
 
     Raises :class:`InputError` if the folder was begun with something else, or latents are not finite.
     """
+    warn_of_cut_captions(pipe, prompts.__getitem__, len(prompts))
     processes, device = join_processes(options.device)
     pipe.to(device)
     whole = size_of_whole(image_size)  # as the pipeline is told when it is asked for no other
@@ -213,4 +217,5 @@ def draw_shard(
         told.append({name: tensor.cpu() for name, tensor in extras(some).items()})
         check_extras(extras.declared, told[-1], len(some))
         bar.update(len(some))
-    return half(moments), {name: torch.cat([each[name] for each in told]) for name in extras.declared}
+    with without_autocast(pipe.vae.device):  # the CPU's joins no float16
+        return half(moments), {name: torch.cat([each[name] for each in told]) for name in extras.declared}

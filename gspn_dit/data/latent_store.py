@@ -185,6 +185,11 @@ REMEDY = (
 )
 
 
+def origin_of(source: object, name: str) -> str:
+    """The name or folder of the images of a source that was opened by that name: of a store, those that it is of."""
+    return source.manifest.get("data", name) if isinstance(source, LatentStore) else name
+
+
 def is_latent_store(folder: str | os.PathLike) -> bool:
     """Whether a folder holds a finished latent store."""
     return (Path(folder) / "manifest.json").is_file()

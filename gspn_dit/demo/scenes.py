@@ -143,8 +143,7 @@ class Scenes(CaptionedImages):
 
     A third have one digit, a third two, a third three. Digits and colours are independent, apart from the six
     combinations of :data:`HELD_OUT`. Training scenes are written with the training digits, test scenes with the test
-    digits but for five that the packaged classifier cannot read. They must not be mirrored: a
-    mirrored scene is not what its caption says.
+    digits but for five that the packaged classifier cannot read.
 
     Args:
         split: `train` (50,000 scenes) or `test` (2,000, each with a combination that no training caption has).
@@ -153,6 +152,7 @@ class Scenes(CaptionedImages):
 
     Attributes:
         only_size: That size.
+        mirrors: False: a mirrored scene is not what its caption says.
         class_names: A scene's label is how many digits it has, less one.
 
     Raises:
@@ -160,6 +160,7 @@ class Scenes(CaptionedImages):
     """
 
     only_size = IMAGE_SIZE
+    mirrors = False
 
     def __init__(self, split: str = "train", image_size: int = IMAGE_SIZE, seed: int = 0) -> None:
         check_split(split)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from gspn_dit.data import open_images
-from gspn_dit.data.captions import METADATA, PROMPTS_FILE
+from gspn_dit.data.captions import METADATA
 from gspn_dit.data.image_folder import SUFFIXES, find_images, read_square, say_left_out, to_rgb
 from gspn_dit.data.images import ImageDataset, UnreadableImage
 from gspn_dit.data.sources import split_name
@@ -25,7 +25,7 @@ from gspn_dit.evaluation.npz import members, read_images, read_notes, read_stati
 from gspn_dit.progress import progress
 
 LABELS_FILE = "labels.csv"
-WITH_SAMPLES = (LABELS_FILE, PROMPTS_FILE, METADATA, "settings.json")  # what sampling writes beside its images
+WITH_SAMPLES = (LABELS_FILE, METADATA, "settings.json")  # what sampling writes beside its images
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ if __name__ == "__main__":  # before the imports that take seconds
     run("evaluate-t2i", prog="python -m gspn_dit.evaluation.text_to_image")
     raise SystemExit
 
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gspn_dit.autoencoder.vae import weights_sha256
-from gspn_dit.data.captions import METADATA, PROMPTS_FILE, read_rows
+from gspn_dit.data.captions import METADATA, read_rows
 from gspn_dit.data.image_folder import find_images
 from gspn_dit.errors import InputError, renamed
 from gspn_dit.evaluation.classifiers import CAPTION_ACCURACIES
@@ -97,18 +96,11 @@ def read_texts(folder: Path) -> list[str]:
     """
     about = {"argument": "samples", "value": str(folder)}
     if not folder.is_dir():
-        raise InputError("is no folder", **about, wanted=f"one of images with {PROMPTS_FILE} or {METADATA}")
-    if (table := folder / PROMPTS_FILE).is_file():
-        with table.open(newline="", encoding="utf-8") as lines:
-            rows = csv.DictReader(lines)
-            if not {"file", "prompt"} <= set(rows.fieldnames or ()):
-                raise InputError(f"{table}: its header is {','.join(rows.fieldnames or ())!r}", wanted="file,prompt")
-            text_of = {row["file"]: row["prompt"] for row in rows}
-    elif (table := folder / METADATA).is_file():
-        with renamed(source="samples"):
-            text_of = dict(read_rows(table))
-    else:
-        raise InputError(f"nothing says what its images show, no {PROMPTS_FILE} and no {METADATA}", **about)
+        raise InputError("is no folder", **about, wanted=f"one of images with {METADATA}")
+    if not (table := folder / METADATA).is_file():
+        raise InputError(f"nothing says what its images show: no {METADATA}", **about)
+    with renamed(source="samples"):
+        text_of = dict(read_rows(table))
     names = [file.relative_to(folder).as_posix() for file in sorted(map(Path, find_images(folder)[0]))]
     if untold := [name for name in names if not text_of.get(name)]:
         raise InputError(f"{table}: no text for {untold[0]} ({len(untold)} of {len(names)} images have none)")

@@ -36,7 +36,6 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from gspn_dit.autoencoder import downsampling
-from gspn_dit.autoencoder.vae import weights_sha256
 from gspn_dit.errors import InputError, not_none, renamed, warn
 from gspn_dit.inference.decoding import decode_images
 from gspn_dit.inference.generated_folder import (
@@ -55,10 +54,10 @@ from gspn_dit.inference.stages import Stage, enlarged, ladder, stage_noise
 from gspn_dit.inference.text_to_image import (
     default_guidance_scale,
     default_size,
-    described_layers,
     find_replacement,
     find_text_to_image,
     load_text_to_image,
+    sha256_of_parts,
 )
 from gspn_dit.inference.unet_memory import check_unet_memory, choose_saving, saving_memory
 from gspn_dit.inference.unet_sampling import draw_latents, fresh, set_steps
@@ -100,11 +99,9 @@ def main(options: GenerateOptions) -> None:
             negative = [] if options.negative_prompt is None else [options.negative_prompt]
             for text in truncated(pipe, texts + negative):
                 warn(f"longer than the model reads, which leaves off its end: {text!r}")
-            settings = generation_settings(drawing, precision.name) | {
-                "model": options.model,
-                "replacement": options.replacement,
-                "replacement_layers": None if options.replacement is None else described_layers(options.replacement),
-            }
+            named = {"model": options.model, "replacement": options.replacement}
+            settings = generation_settings(drawing, precision.name) | named
+            settings |= sha256_of_parts(pipe, not_none(options.model), options.replacement)
             prepare_folders(options, settings, stack, IGNORED)
             missing = begin_folder(options, settings, prompts)
             precision.say()
@@ -222,10 +219,9 @@ class Drawing:
 
 
 def generation_settings(drawing: Drawing, mixed_precision: str) -> dict[str, Any]:
-    """Everything that the images are a function of beside their prompts, for JSON; who draws them is no part."""
+    """What a command asks for beside the prompts, and how images are sampled, for JSON; who draws them is no part."""
     pipe = drawing.pipe
     scheduler = {key: value for key, value in sorted(pipe.scheduler.config.items()) if not key.startswith("_")}
-    parts = (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
     return {
         "seed": drawing.seed,
         "negative_prompt": drawing.negative_prompt,
@@ -234,7 +230,6 @@ def generation_settings(drawing: Drawing, mixed_precision: str) -> dict[str, Any
         "mixed_precision": mixed_precision,
         "sampler": type(pipe.scheduler).__name__,
         "scheduler": scheduler,
-        "model_weights": weights_sha256(*(part for part in parts if part is not None)),
     }
 
 

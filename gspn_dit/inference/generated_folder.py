@@ -1,14 +1,14 @@
-"""A folder of images of texts: as a folder of sampled images, with prompts.csv, and with what stages are through.
+"""A folder of images of texts: as a folder of sampled images, with what stages are through.
 
 settings.json              what the images are a function of, beside their prompts
-prompts.csv                file,prompt of every image there will be
+metadata.jsonl             file_name and text of every image there will be, as captioned data has them
 000000.png …               image i, whole or not there
 .000001.stage0.safetensors the latents of an image that has stages to go; they go when it is there
 """
 
 from __future__ import annotations
 
-import csv
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gspn_dit.data.captions import PROMPTS_FILE
+from gspn_dit.data.captions import METADATA
 from gspn_dit.errors import InputError
 from gspn_dit.inference.sample_folder import begin_images, finished_images, image_file
 from gspn_dit.storage.files import replacing, save_tensors
 
-IGNORED = ("model", "replacement")  # settings that may differ: their places may, since the weights' hash may not
+IGNORED = ("model", "replacement")  # settings that may differ: the files' places may, since their hashes may not
 
 
 def begin(folder: Path, settings: dict[str, Any], prompts: Sequence[str]) -> list[int]:
@@ -43,17 +43,17 @@ def begin(folder: Path, settings: dict[str, Any], prompts: Sequence[str]) -> lis
             argument="prompt",
             remedy="give as many as before, or choose another --out",
         )
-    if not (folder / PROMPTS_FILE).exists():
+    if not (folder / METADATA).exists():
         if finished_images(folder) or kept_stages(folder):
             raise InputError(
-                f"holds images without the {PROMPTS_FILE} that says what of",
+                f"holds images without the {METADATA} that says what of",
                 argument="out",
                 value=str(folder),
                 remedy="empty it or name another folder",
             )
     else:
-        _check_prompts(folder / PROMPTS_FILE, prompts)
-    missing = begin_images(folder, settings, PROMPTS_FILE, ["prompt"], [[prompt] for prompt in prompts], IGNORED)
+        _check_prompts(folder / METADATA, prompts)
+    missing = begin_images(folder, settings, METADATA, ["text"], [[prompt] for prompt in prompts], IGNORED)
     for i, stage in kept_stages(folder).items():
         if i not in missing:
             forget_latents(folder, i, before=stage + 1)
@@ -61,8 +61,12 @@ def begin(folder: Path, settings: dict[str, Any], prompts: Sequence[str]) -> lis
 
 
 def _check_prompts(path: Path, prompts: Sequence[str]) -> None:
-    with path.open(newline="", encoding="utf-8") as file:
-        before = [row.get("prompt") for row in csv.DictReader(file)]
+    try:  # not as captions are read, which makes all space one
+        before = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged ({error!r})", argument="out", value=str(path.parent), remedy="name another folder"
+        ) from error
     for i, (old, new) in enumerate(zip(before, prompts, strict=False)):
         if old != new:
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from pathlib import Path
@@ -11,18 +12,20 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
+from torch import nn
 
 from gspn_dit.autoencoder import downsampling, load_vae
-from gspn_dit.errors import InputError, machine_fault
+from gspn_dit.autoencoder.vae import weights_sha256
+from gspn_dit.errors import InputError, is_of_files
 from gspn_dit.inference.prompts import TextToImagePipeline
 from gspn_dit.models.attention_replacement import AttentionReplacement
 from gspn_dit.registry import quoted
 from gspn_dit.storage.packaged import PACKAGED_TEXT_TO_IMAGE
+from gspn_dit.text.tokens import tokenizer_sha256
 
 _INDEX = "model_index.json"  # of a saved pipeline, as diffusers calls it
+_NOTES = ("architectures", "dtype", "torch_dtype", "transformers_version")  # in configurations, of who wrote them
 _KINDS = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
-_DAMAGE = (OSError, ValueError, LookupError, AttributeError, RuntimeError, TypeError, SafetensorError)
 
 
 def find_text_to_image(model: str) -> Path:
@@ -51,19 +54,44 @@ def find_text_to_image(model: str) -> Path:
 def find_replacement(replacement: str) -> Path:
     """The folder of saved replacement layers. Raises :class:`InputError` if it is none."""
     folder = Path(replacement)
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            "no config.json there",
-            argument="replacement",
-            value=replacement,
-            wanted="a folder that an AttentionReplacement was saved to",
-        )
+    about = {"argument": "replacement", "value": replacement}
+    wanted = f"a folder that an {AttentionReplacement.__name__} was saved to"
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError("no readable config.json there", **about, wanted=wanted) from error
+    if kind != AttentionReplacement.__name__:
+        raise InputError(f"a {kind}", **about, wanted=wanted)
     return folder
 
 
-def described_layers(replacement: str) -> list[dict[str, Any]]:
-    """What the configuration in a folder of replacement layers says of each, such as its chunk, which is no weight."""
-    return json.loads((find_replacement(replacement) / "config.json").read_text())["layers"]
+def sha256_of_parts(pipe: TextToImagePipeline, model: str, replacement: str | None = None) -> dict[str, str]:
+    """SHA-256 of all that images are drawn with, by what it is of: weights, configurations, tokenizers.
+
+    They are of what the files hold: another place, or another version that wrote the same, does not show. The scheduler
+    is left out, for it is a few numbers.
+
+    Args:
+        pipe: As :func:`load_text_to_image` gave it.
+        model: Where it is from.
+        replacement: The folder of the layers that are mounted on it.
+    """
+    folder = find_text_to_image(model)
+    found = {"pipeline_config_sha256": _sha256_of(_config(folder / _INDEX))}
+    layers: list[str] = []
+    if replacement is not None:
+        described = _config(find_replacement(replacement) / "config.json")["layers"]
+        layers = [layer["name"] for layer in described]
+        mounted = [pipe.unet.get_submodule(name) for name in layers]
+        found |= {"replacement_config_sha256": _sha256_of(described), "replacement_sha256": weights_sha256(*mounted)}
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker"):
+        if (part := getattr(pipe, name, None)) is not None:
+            found[f"{name}_config_sha256"] = _sha256_of(_config(folder / name / "config.json"))
+            found[f"{name}_sha256"] = weights_sha256(part, without=layers if name == "unet" else ())
+    for name in ("tokenizer", "tokenizer_2"):
+        if (part := getattr(pipe, name, None)) is not None:
+            found[f"{name}_sha256"] = tokenizer_sha256(part)
+    return found
 
 
 def load_text_to_image(
@@ -83,12 +111,16 @@ def load_text_to_image(
     layers = None if replacement is None else find_replacement(replacement)
     vae = load_vae(folder / "vae")
     try:
-        pipe = kind.from_pretrained(str(folder), vae=vae, torch_dtype=dtype, local_files_only=True)
-    except _DAMAGE as error:
-        if machine_fault(error) is not None:
+        # without the dtype: versions of diffusers differ in its name, and warn of the other
+        pipe = kind.from_pretrained(str(folder), vae=vae, local_files_only=True)
+    except Exception as error:
+        if not is_of_files(error):
             raise
         raise _unreadable("model", model, error) from error
     _check(pipe, model)
+    for name in ("unet", "text_encoder", "text_encoder_2", "safety_checker"):
+        if (part := getattr(pipe, name, None)) is not None:
+            nn.Module.to(part, dtype)  # diffusers' own warns of modules to keep in float32, also where there are none
     if layers is not None:
         _mount(pipe, layers)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
@@ -107,6 +139,16 @@ def default_size(pipe: TextToImagePipeline) -> tuple[int, int]:
     size, factor = pipe.unet.config.sample_size, downsampling(pipe.vae)
     height, width = (size, size) if isinstance(size, int) else size
     return height * factor, width * factor
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What a configuration says, but for who wrote it and in which dtype."""
+    said = json.loads(path.read_text())
+    return {key: value for key, value in said.items() if not key.startswith("_") and key not in _NOTES}
+
+
+def _sha256_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _in_hub_cache(model: str) -> Path:
@@ -153,8 +195,8 @@ def _mount(pipe: TextToImagePipeline, folder: Path) -> None:
         AttentionReplacement.from_pretrained(folder).mount(pipe)
     except InputError as error:
         raise InputError(str(error), argument="replacement", value=str(folder)) from error
-    except _DAMAGE as error:
-        if machine_fault(error) is not None:
+    except Exception as error:
+        if not is_of_files(error):
             raise
         raise _unreadable("replacement", str(folder), error) from error
 

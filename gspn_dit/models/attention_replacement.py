@@ -73,7 +73,8 @@ def replace_self_attention(
             right in every second layer of a level; `aligned` for the same grid in all; None for chunks of lines.
         global_layers: Which layers take the whole map whatever the chunk; () for none.
         base_model: The name of the model that the layers are for, kept in their config; None is what it calls itself.
-        seed: For the weights that are new; None takes them from torch's generator.
+        seed: For the weights that are new, which are then the same on every device, and torch's own generators stay
+            as they are; None takes them from torch's generator of the model's device.
 
     Raises:
         InputError: A model, a mixer or a choice of layers that there is not.
@@ -104,11 +105,13 @@ def replace_self_attention(
         for name in chosen
     ]
     first = next(unet.parameters())
-    with torch.random.fork_rng(enabled=seed is not None, devices=[]), torch.device(first.device):
+    drawn_on = first.device if seed is None or first.is_meta else torch.device("cpu")
+    with torch.random.fork_rng(enabled=seed is not None, devices=[]), drawn_on:
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's: torch.manual_seed would change every GPU's, too
         replacement = AttentionReplacement(layer_configs, base_model or name_of(model) or name_of(unet))
-    nn.Module.to(replacement, first.dtype)  # diffusers' own warns of modules to keep in float32: there are none
+    # diffusers' own warns of modules to keep in float32: there are none
+    nn.Module.to(replacement, first.device, first.dtype)
     for name in chosen:
         if replacement.layer(name).keeps_projections:
             replacement.layer(name).load_state_dict(places[name].attention.state_dict(), strict=False)

@@ -40,7 +40,8 @@ class SavedModel(ModelMixin, ConfigMixin):
     ) -> Self | tuple[Self, dict[str, Any]]:
         """As diffusers', but a folder without some of the weights is refused, where diffusers would leave them out.
 
-        Weights of another shape are refused too, unless `ignore_mismatched_sizes` asks for them to be left out.
+        Weights of another shape are refused too, unless `ignore_mismatched_sizes` asks for them to be left out. The
+        dtype may be called `dtype` or, as diffusers called it before, `torch_dtype`; None is float32.
 
         Raises:
             InputError: The folder lacks weights that the model has, or has them in another shape.
@@ -48,6 +49,9 @@ class SavedModel(ModelMixin, ConfigMixin):
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # which asks for accelerate, loudly
         wants_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        # versions of diffusers differ in the name, and warn of the other: the weights are converted here
+        given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        dtype = next((each for each in given if isinstance(each, torch.dtype)), torch.float32)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
@@ -64,9 +68,8 @@ class SavedModel(ModelMixin, ConfigMixin):
                 f"such as {missing[0]}",
                 remedy=remedy,
             )
-        dtype = kwargs.get("torch_dtype")  # some weights are smaller in the file
         # diffusers' own warns, of any dtype, of the modules that should stay in float32, of which there are none
-        nn.Module.to(model, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+        nn.Module.to(model, dtype)
         return (model, info) if wants_info else model
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:

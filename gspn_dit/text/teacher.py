@@ -6,12 +6,13 @@ a vector of the whole prompt; and six numbers about the picture's size and crop,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -20,11 +21,17 @@ from diffusers.utils import is_accelerate_available
 from torch import Tensor
 
 from gspn_dit.autoencoder.vae import check_vae, is_on_hub, weights_sha256
-from gspn_dit.errors import InputError, machine_fault
+from gspn_dit.errors import InputError, is_of_files
 from gspn_dit.extras import require_extras
+from gspn_dit.layers.norm import without_autocast
 from gspn_dit.registry import quoted
 from gspn_dit.storage.packaged import PACKAGED_TEXT_TO_IMAGE
+from gspn_dit.text.tokens import tokenizer_sha256
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STORED = torch.float16  # the embeddings of a latent store
 KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 INDEX = "model_index.json"
 
@@ -64,8 +71,8 @@ def load_teacher(base: str | os.PathLike) -> DiffusionPipeline:
             pipe = getattr(diffusers, kind).from_pretrained(
                 str(source) if local else name, local_files_only=only_here, **options
             )
-    except (OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:  # damaged files
-        if machine_fault(error) is not None:
+    except Exception as error:
+        if not is_of_files(error):
             raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"its files cannot be read ({reason})", argument="base", value=name, remedy=remedy) from error
@@ -78,7 +85,8 @@ def load_teacher(base: str | os.PathLike) -> DiffusionPipeline:
             wanted="a text-to-image model",
         )
     for part in (pipe.unet, pipe.vae, *text_encoders(pipe)):
-        part.to(torch.float32).eval().requires_grad_(False)
+        torch.nn.Module.to(part, torch.float32)  # diffusers' own warns of modules to keep in it: of none
+        part.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -93,9 +101,15 @@ def text_encoders(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
     return [part for name in ("text_encoder", "text_encoder_2") if (part := getattr(pipe, name, None)) is not None]
 
 
+def tokenizers(pipe: DiffusionPipeline) -> list[PreTrainedTokenizerBase]:
+    """Its text encoders' tokenizers, in their order."""
+    return [part for name in ("tokenizer", "tokenizer_2") if (part := getattr(pipe, name, None)) is not None]
+
+
 def text_sha256(pipe: DiffusionPipeline) -> str:
-    """SHA-256 of its text encoders' weights: what tells two pipelines' embeddings apart."""
-    return weights_sha256(*text_encoders(pipe))
+    """SHA-256 of its text encoders' weights and of their tokenizers: what tells two pipelines' embeddings apart."""
+    parts = [weights_sha256(*text_encoders(pipe)), *map(tokenizer_sha256, tokenizers(pipe))]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def trained_size(pipe: DiffusionPipeline) -> int:
@@ -105,14 +119,16 @@ def trained_size(pipe: DiffusionPipeline) -> int:
 
 @torch.no_grad()
 def embed(pipe: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Prompts as the UNet is told of them, on the device of the text encoders.
+    """Prompts as the UNet is told of them, on the device of the text encoders; the same within autocast as without.
 
     Returns:
         `encoder_hidden_states` (B, L, D) and, with SD-XL, `text_embeds` (B, P), float32.
     """
-    encoded = pipe.encode_prompt(
-        list(prompts), device=_device(pipe), num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
+    device = _device(pipe)
+    with without_autocast(device):
+        encoded = pipe.encode_prompt(
+            list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
     return _named(encoded[0], encoded[2] if is_xl(pipe) else None)
 
 
@@ -122,7 +138,9 @@ def embed_nothing(pipe: DiffusionPipeline) -> dict[str, Tensor]:
 
     Guidance is away from it, and it takes the place of captions that are dropped.
     """
-    encoded = pipe.encode_prompt([""], device=_device(pipe), num_images_per_prompt=1, do_classifier_free_guidance=True)
+    device = _device(pipe)
+    with without_autocast(device):
+        encoded = pipe.encode_prompt([""], device=device, num_images_per_prompt=1, do_classifier_free_guidance=True)
     named = _named(encoded[1], encoded[3] if is_xl(pipe) else None)
     return {name: tensor[0] for name, tensor in named.items()}
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_LENGTH = 77  # tokens of a caption in CLIP's text encoders
 LEAST_LENGTH = 3  # a start, a word and an end
 _FILES = ("tokenizer.json", "vocab.json", "spiece.model", "vocab.txt")  # one of these holds a vocabulary
+# Of case, accents, spaces, digits, other scripts, and words that may stand for ends: what tokenizers treat differently.
+_PROBES = ("a Red 3, LEFT of Anna's  1234", " naïve Ångström\n½ 日本 🙂", "<|endoftext|> </s> [SEP]", "")
 
 
 def load_tokenizer(folder: str | os.PathLike, max_length: int = MAX_LENGTH) -> PreTrainedTokenizerBase:
@@ -73,11 +75,22 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> Ten
 
 def warn_of_cut(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> None:
     """Warn of captions that are longer than the tokenizer's `model_max_length`, naming the first."""
-    most = tokenizer.model_max_length
-    lengths = [len(ids) for ids in tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]]
-    if cut := [caption for caption, length in zip(captions, lengths, strict=True) if length > most]:
+    if cut := too_long(tokenizer, captions):
+        (first, _), most = cut[0], max(length for _, length in cut)
         others = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
-        warn(f"cut to {most} tokens, of {max(lengths)}: {cut[0][:60]!r}{'…' if len(cut[0]) > 60 else ''}{others}")
+        warn(f"cut to {tokenizer.model_max_length} tokens, of {most}: {begin_of(first)}{others}")
+
+
+def too_long(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[tuple[str, int]]:
+    """Those of some captions that have more tokens than the tokenizer's `model_max_length`, each with its number."""
+    lengths = [len(ids) for ids in tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]]
+    counted = zip(captions, lengths, strict=True)
+    return [(caption, length) for caption, length in counted if length > tokenizer.model_max_length]
+
+
+def begin_of(caption: str) -> str:
+    """A caption as a message names it: in quotes, and not all of a long one."""
+    return f"{caption[:60]!r}{'…' if len(caption) > 60 else ''}"
 
 
 def token_mask(input_ids: Tensor, pad_token: int, end_token: int | None) -> Tensor:
@@ -95,9 +108,30 @@ def token_mask(input_ids: Tensor, pad_token: int, end_token: int | None) -> Tens
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what a tokenizer makes of captions: its vocabulary and its length."""
-    described = [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length]
+    """SHA-256 of all that decides the tokens of captions, whatever file says it.
+
+    That is the vocabulary, how words are split into its pieces, the length, the tokens that end and fill up and where
+    they stand, and what becomes of a few texts, which shows the treatment of case, spaces and marks.
+    """
+    described = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "splits": _splits(tokenizer),
+        "length": tokenizer.model_max_length,
+        "ends": [tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.padding_side, tokenizer.truncation_side],
+        "probes": tokenizer(list(_PROBES), truncation=False, verbose=False)["input_ids"],
+    }
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def _splits(tokenizer: PreTrainedTokenizerBase) -> list[list[Any]]:
+    """How words are split, beside the vocabulary: pairs of pieces to merge, in order, or pieces with their scores."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # one that transformers 4 has in Python
+        ranks = getattr(tokenizer, "bpe_ranks", {})
+        return [list(pair) for pair in sorted(ranks, key=ranks.__getitem__)]
+    model = json.loads(backend.to_str())["model"]
+    merges = model.get("merges") or (model["vocab"] if isinstance(model["vocab"], list) else [])
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]  # text in older files
 
 
 def within_pipeline(folder: str | os.PathLike, part: str) -> Path:

@@ -254,7 +254,8 @@ class ClassificationTask(Task):
     def _network_of(self, ema: EMA) -> nn.Module:
         """A network of the averaged weights, in evaluation mode; every process calls this."""
         if self._averaged is None:
-            with torch.random.fork_rng(devices=[]), torch.device(self.accelerator.device):
+            device = self.accelerator.device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
                 self._averaged = self.build().eval().requires_grad_(False)
         parameters = dict(self._averaged.named_parameters())
         for name, tensor in ema.tensors.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,18 +10,23 @@ import torch
 
 from gspn_dit.conditioning import ClassLabels, Conditioning, TextStates
 from gspn_dit.config import Config
-from gspn_dit.data.caption_tokens import INPUT_IDS, made_by
-from gspn_dit.data.captions import CaptionedImages, TokenizedCaptions, open_captioned, warn_of_long_captions
-from gspn_dit.data.latent_store import LatentStore
+from gspn_dit.data.caption_tokens import INPUT_IDS, captions_of, made_by
+from gspn_dit.data.captions import (
+    CaptionedImages,
+    TokenizedCaptions,
+    check_mirrored,
+    open_captioned,
+    some_captions,
+    warn_of_long_captions,
+)
+from gspn_dit.data.latent_store import LatentStore, origin_of
 from gspn_dit.data.source import Source
 from gspn_dit.errors import InputError, not_none, renamed
-from gspn_dit.text.parts import TextParts, load_text_parts
+from gspn_dit.text.parts import load_text_parts
 from gspn_dit.training.positions import EpochOrder
 from gspn_dit.training.stream import open_source
 
 STATES = TextStates.names[0]
-SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
-LOOKED_AT = 64  # captions
 
 
 @dataclass
@@ -91,15 +95,17 @@ def _open_text(config: Config, device: torch.device) -> TrainingCondition:
         parts.text_encoder.to(device)
     source: Source = open_source(config.data, config.seed, open_captioned)
     if isinstance(source, CaptionedImages):
-        warn_of_long_captions(source, parts.tokenizer)
+        looked_at = some_captions(source.caption, len(source))
+        warn_of_long_captions(looked_at, parts.tokenizer, "shorten them, or give more text.max_tokens")
         source = TokenizedCaptions(source, parts.tokenizer)
     stored = encoder is not None and STATES in source.condition_names
     if isinstance(source, LatentStore):
         made = {INPUT_IDS: made_by(parts.tokenizer)} | ({STATES: not_none(encoder).made_by} if stored else {})
         check_store(source, made, config.data.source)
-    caption = captions_of(source, parts)
+    caption = captions_of(source, parts.tokenizer)
     if config.data.horizontal_flip:
-        check_mirrored([caption(k * len(source) // LOOKED_AT) for k in range(LOOKED_AT)])
+        with renamed("data."):
+            check_mirrored(origin_of(source, config.data.source), some_captions(caption, len(source)))
     config.sampling.prompts = config.sampling.prompts or [
         caption(i) for i in range(min(config.sampling.num_images, len(source)))
     ]
@@ -135,26 +141,3 @@ def check_store(store: LatentStore, made: dict[str, str], name: str) -> None:
                 value=name,
                 remedy=f"name that as text.{what}, with the same text.max_tokens, or encode anew",
             )
-
-
-def check_mirrored(captions: Sequence[str]) -> None:
-    """Raise :class:`InputError` for captions of images half of which are mirrored, if one says left or right."""
-    if said := next(filter(SIDES.search, captions), None):
-        raise InputError(
-            f"captions say left or right, such as {said[:60]!r}, and are not true of mirrored images",
-            argument="data.horizontal_flip",
-            value=True,
-            remedy="give false",
-        )
-
-
-def captions_of(source: Source, parts: TextParts) -> Callable[[int], str]:
-    """What says the caption of an image of a source: its own words, or those that its tokens stand for."""
-    if isinstance(source, TokenizedCaptions):
-        return source.caption
-
-    def read(index: int) -> str:
-        ids = source.sample(index, names=(INPUT_IDS,))[INPUT_IDS]
-        return parts.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-    return read

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gspn_dit.autoencoder.vae import downsampling, vae_sha256, weights_sha256
 from gspn_dit.data import LatentStore, how_to_encode, is_latent_store
-from gspn_dit.data.captioned_source import CaptionedSource
+from gspn_dit.data.captioned_source import CaptionedSource, warn_of_cut_captions
 from gspn_dit.data.captions import open_captioned
 from gspn_dit.data.latent_store import is_unfinished_store
 from gspn_dit.data.source import LatentSource, is_of_latents
@@ -34,6 +34,7 @@ from gspn_dit.models.attention_replacement import AttentionReplacement, replace_
 from gspn_dit.precision import DTYPES
 from gspn_dit.storage.run_folder import Checkpoint
 from gspn_dit.text.teacher import (
+    STORED,
     embed,
     embed_nothing,
     is_xl,
@@ -60,7 +61,8 @@ class Teacher:
     Args:
         unet: Its UNet, frozen.
         objective: What the UNet has learned to predict.
-        nothing: What it is told where there is no caption, without an axis of the batch.
+        nothing: What it is told where there is no caption, without an axis of the batch; float32, as the captions are,
+            and like them rounded to float16 where these are a store's.
         readers: The pipeline, if captions and pictures are to be encoded as they come; None if they have been.
         record: What tells it from other teachers: SHA-256 of its UNet, its VAE's encoder and its text encoders.
     """
@@ -295,6 +297,8 @@ def teacher_of(pipe: DiffusionPipeline, encoded: bool, device: torch.device) -> 
     with renamed(prediction_type="base", scheduler="base"):
         objective = StableDiffusion.of(pipe.scheduler)
     nothing = {name: tensor.to(device) for name, tensor in embed_nothing(pipe).items()}
+    if encoded:  # rounded as the captions of a store are
+        nothing = {name: tensor.to(STORED).float() for name, tensor in nothing.items()}
     if not encoded:
         for part in text_encoders(pipe):
             part.to(device)
@@ -370,6 +374,7 @@ def open_data(
                 ),
             )
         images = open_captioned(data.source, data.image_size, seed=config.seed)
+    warn_of_cut_captions(pipe, images.caption, len(images))
     side, rest = divmod(data.image_size, downsampling(pipe.vae))
     if rest:
         raise InputError(

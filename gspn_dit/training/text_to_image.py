@@ -16,9 +16,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DCondit
 from torch import Tensor, nn
 
 from gspn_dit.config import TrainingConfig
-from gspn_dit.data.caption_tokens import INPUT_IDS, made_by
-from gspn_dit.data.captions import TokenizedCaptions, open_captioned
-from gspn_dit.data.latent_store import LatentStore, is_latent_store
+from gspn_dit.data.caption_tokens import INPUT_IDS, captions_of, made_by
+from gspn_dit.data.captions import (
+    TokenizedCaptions,
+    check_mirrored,
+    open_captioned,
+    some_captions,
+    warn_of_long_captions,
+)
+from gspn_dit.data.latent_store import LatentStore, is_latent_store, origin_of
 from gspn_dit.data.source import Source, is_of_latents
 from gspn_dit.diffusion import Batch
 from gspn_dit.diffusion.sampling import check_steps
@@ -135,6 +141,10 @@ class TextToImageTask(Task):
             )
         with renamed(source="data.source", image_size="data.image_size", vae="data.vae"):
             source = open_with_tokens(config, tokenizer)
+        if config.data.horizontal_flip:
+            looked_at = some_captions(captions_of(source, tokenizer), len(source))
+            with renamed("data."):
+                check_mirrored(origin_of(source, config.data.source), looked_at)
         steps_after(0, config.training, accelerator)  # refuses a batch that does not split evenly
         if is_of_latents(source):
             check_scaling(source, config.data.source)
@@ -296,7 +306,8 @@ class TextToImageTask(Task):
     def averaged_pipeline(self, ema: EMA) -> StableDiffusionPipeline:
         """The pipeline of the averaged weights, in evaluation mode; every process calls this."""
         if self._averaged is None:
-            with torch.random.fork_rng(devices=[]), torch.device(self.accelerator.device):
+            device = self.accelerator.device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
                 self._averaged = self.build().eval().requires_grad_(False)
         parameters = dict(self._averaged.named_parameters())
         for name, tensor in ema.tensors.items():
@@ -312,6 +323,10 @@ def open_with_tokens(config: TextToImageConfig, tokenizer: CLIPTokenizer) -> Sou
     data = config.data
     if not is_latent_store(data.source):
         images = open_captioned(data.source, data.image_size, seed=config.seed, exif_orientation=data.exif_orientation)
+        named = config.model
+        fixed = named.base is not None or named.text_encoder_from is not None
+        more = "" if fixed else ", or give more model.text_encoder.max_position_embeddings"
+        warn_of_long_captions(some_captions(images.caption, len(images)), tokenizer, f"shorten them{more}")
         return TokenizedCaptions(images, tokenizer)
     store = not_none(open_source(data, config.seed))
     stored = store.extras.get(INPUT_IDS) if isinstance(store, LatentStore) else None

@@ -1,13 +1,21 @@
 """Pictures with captions, from folders and tables."""
 
 import json
+import warnings
 
 import pytest
 import torch
 from made.captions import CAPTIONS, write_captioned, write_tokenizer
 
 from gspn_dit.commands import EncodeOptions
-from gspn_dit.data.captions import TokenizedCaptions, open_captioned
+from gspn_dit.data.captions import (
+    TokenizedCaptions,
+    check_mirrored,
+    open_captioned,
+    some_captions,
+    warn_of_long_captions,
+)
+from gspn_dit.data.encode import open_encoded
 from gspn_dit.data.image_folder import ImageFolder
 from gspn_dit.errors import InputError
 from gspn_dit.text import load_tokenizer
@@ -102,6 +110,43 @@ def test_samples_hold_the_tokens_of_the_picture_that_could_be_read(tmp_path):
     assert sample["input_ids"].shape == (12,)
     assert all(torch.equal(sample[name], source.sample(1)[name]) for name in ("image", "input_ids"))
     assert torch.equal(source.sample(1, flip=True)["image"], sample["image"].flip(-1))
+
+
+def test_captions_to_judge_all_by_are_spread_over_the_images():
+    assert some_captions(str, 3) == ["0", "1", "2"]
+    many = list(map(int, some_captions(str, 10_000)))
+    assert len(many) == len(set(many)) <= 1000 and many[0] == 0 and many[-1] > 9_900
+
+
+def test_how_many_captions_are_cut_is_said_with_the_remedy(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path), 8)
+    said = r"^2 of 4 captions looked at are cut to 8 tokens, such as 'a a a a a a a' of 9; shorten them$"
+    with pytest.warns(UserWarning, match=said):
+        warn_of_long_captions(["a red", "a a a a a a a", "a " * 40, "a"], tokenizer, "shorten them")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_long_captions(["a a a a a a"], tokenizer, "shorten them")
+
+
+def test_scenes_are_not_mirrored_beside_their_captions():
+    with pytest.raises(InputError, match=r"^horizontal_flip=True: mirrored images of scenes are .*; give false$"):
+        check_mirrored("scenes", ["a red 3"])
+    asked = {"tokenizer": "scenes", "horizontal_flip": True}
+    with pytest.raises(InputError, match="horizontal_flip=True: mirrored images of scenes"):
+        open_encoded(EncodeOptions("scenes", "scenes", 64, "out", tokens=18, **asked))
+
+
+def test_captions_that_say_left_or_right_are_named_where_images_are_mirrored(tmp_path):
+    said = "^2 of 3 captions looked at say left or right, such as 'the LEFT one', which is not true of a mirrored"
+    with pytest.warns(UserWarning, match=said) as warned:
+        check_mirrored("emoji", ["bright leftovers", "the LEFT one", "right of it"])
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_mirrored("somewhere", ["bright leftovers"])
+    given = {"tokenizer": str(write_tokenizer(tmp_path / "tokenizer")), "horizontal_flip": True}
+    with pytest.warns(UserWarning, match="^1 of 3 captions looked at say left or right"):
+        open_encoded(EncodeOptions(str(write_captioned(tmp_path / "data")), "digits", 32, "out", tokens=16, **given))
 
 
 def test_an_unfinished_store_is_named_as_one(tmp_path):

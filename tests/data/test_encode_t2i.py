@@ -127,6 +127,25 @@ def test_a_store_is_not_continued_with_another_unet_or_other_prompts(made, tmp_p
         encode(tmp_path, tmp_path / "store", prompts=str(prompts))
 
 
+def test_captions_that_are_cut_are_said(made, tmp_path):
+    """Of pictures and of prompts; 77 tokens are read, one for each letter here."""
+    long = ["a red seven " * 9, "a blue three"]
+    (tmp_path / "prompts.txt").write_text("\n".join(long))
+    for given in ({"data": str(write_captioned(tmp_path / "pictures", long))}, {"prompts": f"{tmp_path}/prompts.txt"}):
+        with pytest.warns(UserWarning, match="^1 of 2 captions looked at are cut to 77 tokens, .*; shorten them"):
+            encode(made, tmp_path / next(iter(given)), **given)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_embeddings_are_computed_in_float32_and_stored_in_float16_whatever_the_precision(made, tmp_path, kind):
+    options = {"data": str(made / "pictures")}
+    precise, rough = (encode(made, tmp_path / name, kind, mixed_precision=name, **options) for name in ("no", "bf16"))
+    told = [name for name in precise.extras if name != "time_ids"]
+    assert {precise.extras[name].dtype for name in told} == {torch.float16}
+    assert all(torch.equal(rough.sample(i)[name], precise.sample(i)[name]) for i in range(3) for name in told)
+    assert not torch.equal(rough.moments(0), precise.moments(0))
+
+
 def test_captions_are_drawn_as_prompts(made, tmp_path):
     drawn = encode(made, tmp_path / "captions", prompts=str(made / "pictures"))
     (tmp_path / "lines.txt").write_text("\n".join(CAPTIONS))

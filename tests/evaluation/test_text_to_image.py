@@ -1,6 +1,5 @@
 """The command `evaluate-t2i`: CLIP score, caption accuracy and Fréchet distance of folders of images of texts."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -43,20 +42,19 @@ def samples(tmp_path) -> Path:
 
 
 def write_prompts(folder: Path, texts) -> None:
-    with open(folder / "prompts.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["file", "prompt"], *([f"{i}.png", text] for i, text in enumerate(texts))])
+    rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
 def scenes(tmp_path) -> tuple[Path, list[str]]:
-    """A folder of scenes as `sample` writes it, and captions of which one is another scene's."""
+    """A folder of scenes as `sample` and `generate` write it, and captions of which one is another scene's."""
     folder, images = tmp_path / "scenes", open_captioned("scenes", 64, split="test")
     captions = [images.caption(max(i, 1)) for i in range(5)]
     folder.mkdir()
     for i in range(5):
         save_image(images[i][0], folder / f"{i}.png")
-    rows = [{"file_name": f"{i}.png", "text": caption} for i, caption in enumerate(captions)]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(folder, captions)
     return folder, captions
 
 
@@ -127,11 +125,11 @@ def test_the_distance_is_that_of_the_cropped_images(samples, tmp_path):
 
 
 def spoil_table(folder):
-    (folder / "prompts.csv").unlink()
+    (folder / "metadata.jsonl").unlink()
 
 
-def spoil_header(folder):
-    (folder / "prompts.csv").write_text("name,text\n0.png,a\n")
+def spoil_line(folder):
+    (folder / "metadata.jsonl").write_text('{"file": "0.png", "text": "a"}\n')
 
 
 def leave_one_untold(folder):
@@ -156,8 +154,8 @@ def nothing(folder):
         (nothing, {"reference": "nowhere", "features": "photos"}, ["reference='nowhere'", "no such folder"]),
         (nothing, {"clip": "nowhere", "image-size": 8}, ["image-size=8", "a reference with it"]),
         (nothing, {"reference": "photos", "features": "photos"}, ["square samples"]),
-        (spoil_table, {"captions": "scenes"}, ["no prompts.csv and no metadata.jsonl"]),
-        (spoil_header, {"captions": "scenes"}, ["'name,text'", "file,prompt"]),
+        (spoil_table, {"captions": "scenes"}, ["nothing says what its images show: no metadata.jsonl"]),
+        (spoil_line, {"captions": "scenes"}, ["line 1 of", "metadata.jsonl has no file_name"]),
         (leave_one_untold, {"captions": "scenes"}, ["no text for 4.png (1 of 5 images have none)"]),
         (
             leave_one_undrawn,

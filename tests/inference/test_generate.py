@@ -1,8 +1,8 @@
 """The command `generate_t2i.py`, run as a person runs it: texts to images by tiny pipelines, and its refusals."""
 
-import csv
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -28,6 +28,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from gspn_dit import replace_self_attention
 from gspn_dit.commands import GenerateOptions
+from gspn_dit.data.captions import open_captioned
 from gspn_dit.diffusion import image_generator
 from gspn_dit.errors import InputError
 from gspn_dit.inference.decoding import decode_images
@@ -35,9 +36,10 @@ from gspn_dit.inference.generate import Drawing, main
 from gspn_dit.inference.generated_folder import begin, keep_latents, kept_stages
 from gspn_dit.inference.prompts import encode_prompts
 from gspn_dit.inference.stages import Stage, enlarged, ladder, stage_noise
-from gspn_dit.inference.text_to_image import load_text_to_image
+from gspn_dit.inference.text_to_image import load_text_to_image, sha256_of_parts
 from gspn_dit.inference.unet_sampling import draw_latents
 from gspn_dit.options import command
+from gspn_dit.text.teacher import load_teacher
 
 SCRIPT = Path(__file__).parents[2] / "generate_t2i.py"
 FEW = ("--num-inference-steps", "2")
@@ -196,14 +198,15 @@ def test_a_file_of_prompts_and_a_folder_of_images(sd, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text('# digits\na red "3", big\n\n  a blue 7 ✨\n', encoding="utf-8")
     out = tmp_path / "new" / "images"
     run("a 🐈, sitting", "--prompts", tmp_path / "prompts.txt", "--model", sd, *FEW, "--out", f"{out}/")
-    with (out / "prompts.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
+    rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = ["a 🐈, sitting", 'a red "3", big', "a blue 7 ✨"]
-    assert rows == [["file", "prompt"], *([f"00000{i}.png", text] for i, text in enumerate(texts))]
+    assert rows == [{"file_name": f"00000{i}.png", "text": text} for i, text in enumerate(texts)]
     assert sorted(path.name for path in out.iterdir()) == [f"00000{i}.png" for i in range(3)] + [
-        "prompts.csv",
+        "metadata.jsonl",
         "settings.json",
     ]
+    captioned = open_captioned(out, 16)
+    assert [captioned.caption(i) for i in range(3)] == texts, "it is a folder of captioned pictures"
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1] == f"3 images: {out}/"
     assert "generating: 6 steps" in printed.err
@@ -238,12 +241,17 @@ def test_a_cut_command_goes_on_between_the_stages(sd, tmp_path, monkeypatch, cap
     assert stopped.value.code == 130
     assert "the same command goes on here" in capsys.readouterr().err
     kept = [".000000.stage2.safetensors", ".000001.stage1.safetensors"]
-    assert sorted(path.name for path in out.iterdir()) == [*kept, "prompts.csv", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == [*kept, "metadata.jsonl", "settings.json"]
     monkeypatch.setattr(Drawing, "draw", noted)
     run(*command_line, "--out", out)
     assert drawn == [(2, [1])]
     assert "generating: 8 steps, 1 of them" in capsys.readouterr().err  # 2 + 1 + 1 of each image
-    assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "prompts.csv", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "metadata.jsonl",
+        "settings.json",
+    ]
     assert np.abs(pictures(out) - pictures(tmp_path / "whole")).max() <= 1
     run(*command_line, "--out", out)  # nothing is left to do
     assert drawn == [(2, [1])]
@@ -355,7 +363,10 @@ def unfit(tmp_path_factory) -> Path:
         ("a --model sizeless", "its UNet does not say the size that it was made for; write sample_size"),
         ("a --model list", ": no readable model_index.json there; wanted a folder that a diffusers pipeline was"),
         ("a --model transformer", "a PixArtAlphaPipeline; wanted StableDiffusionPipeline or StableDiffusionXLPipeline"),
-        ("a --replacement nowhere", "--replacement='nowhere': no config.json there; wanted a folder that an Attention"),
+        (
+            "a --replacement nowhere",
+            "--replacement='nowhere': no readable config.json there; wanted a folder that an Attention",
+        ),
         ("a --height 33", "height and width: 32×33 pixels; wanted multiples of 2, the VAE's factor"),
         ("a --height 0", "--height=0: wanted 1 or more"),
         ("a --upscale 2x,big", "--upscale=['2x', 'big']: wanted factors above 1, as in 2x,1.5x"),
@@ -414,6 +425,7 @@ def test_a_prompt_that_is_too_long_is_said(sd, tmp_path, capsys, monkeypatch):
     assert "indexing errors" not in said and not of_diffusers
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_the_vae_stays_in_float32_and_the_rest_is_converted(sdxl):
     pipe = load_text_to_image(str(sdxl), dtype=torch.bfloat16)
     assert (pipe.vae.dtype, pipe.unet.dtype, pipe.text_encoder_2.dtype) == (torch.float32, *[torch.bfloat16] * 2)
@@ -465,11 +477,12 @@ def test_latents_of_a_prompt_that_is_left_out_are_not_anothers(sd, tmp_path, mon
 def test_images_without_their_prompts_are_not_gone_on_with(tmp_path):
     begin(tmp_path, {}, ["a 3", "a 7"])
     (tmp_path / "000000.png").touch()
-    (tmp_path / "prompts.csv").write_text("damaged\nfile\n")
-    with pytest.raises(InputError, match="was begun with None"):
-        begin(tmp_path, {}, ["a 3", "a 7"])
-    (tmp_path / "prompts.csv").unlink()
-    with pytest.raises(InputError, match=r"holds images without the prompts\.csv"):
+    for damaged in ("{", "[]\n", "3\n", '{"file_name": "000000.png"}\n'):
+        (tmp_path / "metadata.jsonl").write_text(damaged)
+        with pytest.raises(InputError, match=r"metadata\.jsonl is damaged"):
+            begin(tmp_path, {}, ["a 3", "a 7"])
+    (tmp_path / "metadata.jsonl").unlink()
+    with pytest.raises(InputError, match=r"holds images without the metadata\.jsonl"):
         begin(tmp_path, {}, ["a 3", "a 7"])
 
 
@@ -492,16 +505,109 @@ def test_latents_of_a_finished_image_go(tmp_path):
 
 def test_replacement_layers_may_move_but_not_change(sd, tmp_path, capsys):
     """The same weights in another folder go on; with other chunks, which are no weights, they are other layers."""
-    for name, chunk in (("layers", 4), ("moved", 4), ("other", 2)):
-        replace_self_attention(load_text_to_image(str(sd)), seed=3, chunk=chunk).save_pretrained(tmp_path / name)
+    for name, chunk, seed in (("layers", 4, 3), ("moved", 4, 3), ("other", 2, 3), ("weights", 4, 4)):
+        replace_self_attention(tiny_sd(), seed=seed, chunk=chunk).save_pretrained(tmp_path / name)
     words = ("--model", sd, *FEW, "--out", tmp_path / "images", "--replacement")
     run("a 3", *words, tmp_path / "layers")
     run("a 3", "a 7", *words, tmp_path / "moved")
     assert len(pictures(tmp_path / "images")) == 2
     capsys.readouterr()
-    with pytest.raises(SystemExit):
-        run("a 3", "a 7", *words, tmp_path / "other")
-    assert "was begun with replacement_layers=" in capsys.readouterr().err
+    for name, said in (("other", "replacement_config_sha256="), ("weights", "replacement_sha256=")):
+        with pytest.raises(SystemExit):
+            run("a 3", "a 7", *words, tmp_path / name)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"was begun with {said}" in line
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda model: halve(model / "text_encoder" / "model.safetensors"),
+        lambda model: halve(model / "unet" / "diffusion_pytorch_model.safetensors"),
+        lambda model: halve(model / "unet" / "config.json"),
+        lambda model: halve(model / "tokenizer" / "tokenizer_config.json"),
+        lambda model: (model / "text_encoder" / "config.json").write_text('{"model_type": "clip_text_model"}'),
+    ],
+    ids=["text encoder", "unet", "config", "tokenizer", "sizes"],
+)
+def test_damaged_files_are_said_to_be_it(sd, tmp_path, damage):
+    """By `generate`, and of the same folder as a teacher."""
+    model = shutil.copytree(sd, tmp_path / "model")
+    damage(model)
+    for load, argument in ((load_text_to_image, "model"), (load_teacher, "base")):
+        with pytest.raises(InputError, match=f"^{argument}=.*: its files cannot be read "):
+            load(str(model))
+
+
+def test_damaged_layers_are_said_to_be_it(sd, tmp_path):
+    layers = tmp_path / "layers"
+    replace_self_attention(tiny_sd(), layers="mid_block").save_pretrained(layers)
+    halve(layers / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(InputError, match=r"^replacement=.*: its files cannot be read "):
+        load_text_to_image(str(sd), str(layers))
+    halve(layers / "config.json")
+    with pytest.raises(InputError, match=r"^replacement=.*: no readable config\.json there"):
+        load_text_to_image(str(sd), str(layers))
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("CUDA error: device-side assert"), TypeError("unexpected keyword"), AttributeError("dtype")]
+)
+def test_what_is_no_damage_is_not_taken_for_it(sd, monkeypatch, fault):
+    def fail(*arguments: object, **options: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", fail)
+    for load in (load_text_to_image, load_teacher):
+        with pytest.raises(type(fault)) as raised:
+            load(str(sd))
+        assert raised.value is fault
+
+
+def edited(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda model: edited(model / "unet" / "config.json", attention_head_dim=2), {"unet_config"}),
+        (lambda model: edited(model / "vae" / "config.json", scaling_factor=0.2), {"vae_config"}),
+        (lambda model: edited(model / "text_encoder" / "config.json", hidden_act="gelu"), {"text_encoder_config"}),
+        (lambda model: edited(model / "model_index.json", requires_safety_checker=True), {"pipeline_config"}),
+        (lambda model: tiny_sd(seed=1).save_pretrained(model / "unet"), {"unet"}),
+        (lambda model: edited(model / "unet" / "config.json", _diffusers_version="0.1"), set()),
+    ],
+    ids=["unet/config", "vae/config", "text_encoder/config", "pipeline", "unet", "version"],
+)
+def test_what_decides_the_images_is_told_apart_by_part(sd, tmp_path, change, said):
+    model = shutil.copytree(sd, tmp_path / "model")
+    before = sha256_of_parts(load_text_to_image(str(model)), str(model))
+    change(model)
+    after = sha256_of_parts(load_text_to_image(str(model)), str(model))
+    assert {name.removesuffix("_sha256") for name in before if before[name] != after[name]} == said
+
+
+def test_layers_are_told_apart_from_the_network_that_they_are_mounted_on(sd, tmp_path):
+    """What they take the place of draws nothing, and may be anything."""
+    replace_self_attention(tiny_sd(), seed=3).save_pretrained(tmp_path / "layers")
+    model, layers = shutil.copytree(sd, tmp_path / "model"), str(tmp_path / "layers")
+    pipe = load_text_to_image(str(model), layers)
+    before = sha256_of_parts(pipe, str(model), layers)
+    other = load_text_to_image(str(model))
+    with torch.no_grad():
+        other.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.add_(1)
+    other.unet.save_pretrained(model / "unet")
+    assert sha256_of_parts(load_text_to_image(str(model), layers), str(model), layers) == before
+    pipe.tokenizer.pad_token = "!"
+    with torch.no_grad():
+        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.add_(1)
+    after = sha256_of_parts(pipe, str(model), layers)
+    assert {name for name in before if before[name] != after[name]} == {"replacement_sha256", "tokenizer_sha256"}
 
 
 def test_a_factor_is_taken_as_it_is_written():

@@ -125,6 +125,33 @@ class TestMounting:
         torch.manual_seed(7)
         assert torch.equal(drawn, torch.rand(1))
 
+    def test_a_seed_changes_no_generator_of_a_gpu_and_draws_alike_on_any_device(self, unet, monkeypatch):
+        """A GPU's generators are seeded by torch.manual_seed alone, which is not called."""
+        seeded = []
+        for device in ("cuda", "mps"):
+            monkeypatch.setattr(f"torch.{device}.manual_seed{'_all' if device == 'cuda' else ''}", seeded.append)
+        replace_self_attention(unet, "fresh", seed=3)
+        assert not seeded
+        torch.manual_seed(3)
+        assert seeded
+
+    @pytest.mark.gpu
+    def test_a_seed_leaves_a_gpus_generator_and_draws_what_it_does_on_the_cpu(self, unet):
+        on_cpu = replace_self_attention(unet, "fresh", seed=3).state_dict()
+        unet.to("cuda")
+        before = torch.cuda.get_rng_state()
+        on_gpu = replace_self_attention(unet, "fresh", seed=3).state_dict()
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+        assert all(on_gpu[key].is_cuda and torch.equal(on_gpu[key].cpu(), on_cpu[key]) for key in on_cpu)
+
+    @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+    @pytest.mark.filterwarnings("error::FutureWarning")
+    def test_the_dtype_may_have_either_name(self, unet, tmp_path, name):
+        replace_self_attention(unet, seed=0, layers="mid_block").save_pretrained(tmp_path)
+        loaded = AttentionReplacement.from_pretrained(tmp_path, **{name: torch.bfloat16})
+        assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in AttentionReplacement.from_pretrained(tmp_path).parameters()} == {torch.float32}
+
     def test_what_was_chosen_is_replaced_and_nothing_else(self, unet):
         replacement = replace_self_attention(
             unet, layers=["levels=0", "mid_block", "down_blocks.1"], keep_attention=["up_blocks.2.attentions.1"]

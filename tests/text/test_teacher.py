@@ -76,6 +76,15 @@ def test_what_draws_at_which_size_and_is_frozen(teachers):
     assert text_sha256(teachers["sd"]) != text_sha256(teachers["sdxl"])
 
 
+def test_pipelines_whose_tokenizers_differ_are_told_apart(teachers):
+    pipe, tokenizer = teachers["sdxl"], teachers["sdxl"].tokenizer_2
+    before, pad = text_sha256(pipe), tokenizer.pad_token
+    tokenizer.pad_token = "!"
+    assert text_sha256(pipe) != before
+    tokenizer.pad_token = pad
+    assert text_sha256(pipe) == before
+
+
 def test_what_is_no_teacher_is_answered_in_a_line(tmp_path):
     with pytest.raises(InputError, match="base='nowhere': no such folder, and no hub name"):
         load_teacher("nowhere")

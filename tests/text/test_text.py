@@ -7,6 +7,7 @@ import pytest
 import torch
 from made.captions import CAPTIONS, write_text_encoder, write_tokenizer
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 
 from gspn_dit.errors import InputError
 from gspn_dit.text import load_text_encoder, load_tokenizer, tokenize
@@ -51,6 +52,30 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     assert tokenizer_sha256(again) == tokenizer_sha256(tokenizer)
     assert torch.equal(tokenize(again, CAPTIONS), tokenize(tokenizer, CAPTIONS))
     assert tokenizer_sha256(load_tokenizer(tmp_path, 13)) != tokenizer_sha256(tokenizer)
+
+
+@pytest.mark.parametrize("change", [lambda merges: merges[:-1], lambda merges: [merges[1], merges[0], *merges[2:]]])
+def test_tokenizers_that_merge_otherwise_are_told_apart(tokenizer, tmp_path, change):
+    """Of the same vocabulary and length."""
+    first, *merges = (write_tokenizer(tmp_path) / "merges.txt").read_text().splitlines()
+    assert tokenizer_sha256(load_tokenizer(tmp_path, 12)) == tokenizer_sha256(tokenizer)
+    (tmp_path / "merges.txt").write_text("\n".join([first, *change(merges)]) + "\n")
+    other = load_tokenizer(tmp_path, 12)
+    assert other.get_vocab() == tokenizer.get_vocab()
+    assert tokenizer_sha256(other) != tokenizer_sha256(tokenizer)
+
+
+@pytest.mark.parametrize("change", [{"pad_token": "!"}, {"eos_token": "!"}, {"padding_side": "left"}, "case"])
+def test_tokenizers_that_fill_up_end_or_fold_case_otherwise_are_told_apart(tokenizer, tmp_path, change):
+    tokenizer.save_pretrained(tmp_path)  # what transformers 4 and 5 read as the same kind
+    one, other = load_tokenizer(tmp_path, 12), load_tokenizer(tmp_path, 12)
+    assert tokenizer_sha256(other) == tokenizer_sha256(one)
+    if change == "case":
+        other.backend_tokenizer.normalizer = normalizers.NFC()
+    else:
+        for name, value in change.items():
+            setattr(other, name, value)
+    assert tokenizer_sha256(other) != tokenizer_sha256(one)
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from made.captions import write_captioned
 from made.classifying import write_idx_folder
 from made.distilling import CAPTIONS, SIZE, TEACHERS, config, options, parts, write_teacher
 from made.launched import MANY, train_many
@@ -27,7 +28,7 @@ from gspn_dit.errors import InputError
 from gspn_dit.inference.export import main as export
 from gspn_dit.models.attention_replacement import AttentionReplacement
 from gspn_dit.text.teacher import embed, embed_nothing, load_teacher
-from gspn_dit.training.distillation import DistillationTask, check_not_sharded
+from gspn_dit.training.distillation import DistillationTask, check_not_sharded, open_data, teacher_of
 from gspn_dit.training.loop import take_steps, train
 from gspn_dit.training.stop_request import StopRequest
 
@@ -268,9 +269,29 @@ def test_captions_are_dropped_for_what_the_pipeline_has_for_none(made, tmp_path)
         for i in range(3):
             kept = store.sample(task.stream.order(i))
             for name, none in nothing.items():
-                torch.testing.assert_close(batch["condition"][name][i], none if share else kept[name].float())
+                torch.testing.assert_close(
+                    batch["condition"][name][i], none.half().float() if share else kept[name].float()
+                )
             assert torch.equal(batch["condition"]["time_ids"][i], kept["time_ids"])
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_no_caption_is_rounded_as_the_captions_are(made):
+    """To float16 where these come from a store; not at all where they are embedded as they come."""
+    pipe = load_teacher(made / "sd")
+    stored, as_they_come = (
+        teacher_of(pipe, encoded, torch.device("cpu")).nothing["encoder_hidden_states"] for encoded in (True, False)
+    )
+    exact = embed_nothing(pipe)["encoder_hidden_states"]
+    assert exact.dtype == stored.dtype == as_they_come.dtype == torch.float32
+    assert torch.equal(as_they_come, exact)
+    assert torch.equal(stored, exact.half().float()) and not torch.equal(stored, exact)
+
+
+def test_captions_that_are_cut_are_said(made, tmp_path):
+    source = write_captioned(tmp_path / "pictures", ["a red 3", "a blue 7 " * 14])
+    with pytest.warns(UserWarning, match="^1 of 2 captions looked at are cut to 77 tokens, .*; shorten them"):
+        open_data(config(tmp_path, made / "sd", source), load_teacher(made / "sd"), torch.device("cpu"))
 
 
 def test_captions_are_embedded_with_the_picture_they_are_of(made, tmp_path):

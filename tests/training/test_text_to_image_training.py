@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from made.captioned_runs import config, options
+from made.captioned_runs import TEXT_ENCODER, config, options
 from made.captions import CAPTIONS, write_captioned, write_tokenizer
 from made.launched import MANY, train_many
 from made.runs import list_checkpoints
@@ -24,7 +25,7 @@ from gspn_dit.storage.run_folder import RunFolder
 from gspn_dit.text.tokens import load_tokenizer, tokenize
 from gspn_dit.text_to_image_config import TextToImageConfig
 from gspn_dit.training.loop import train
-from gspn_dit.training.text_to_image import scheduler_of, text_options_of
+from gspn_dit.training.text_to_image import TextToImageTask, scheduler_of, text_options_of
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -95,6 +96,26 @@ def test_a_store_holds_the_tokens_of_its_captions_and_trains(tmp_path, data, tok
     found, of_images = (torch.tensor([float(loss) for _, loss in losses(tmp_path / run)]) for run in ("run", "images"))
     torch.testing.assert_close(found, of_images, rtol=1e-2, atol=0)  # float16 in the store
     assert RunFolder(tmp_path / "run").samples(6).is_file()
+
+
+def opened(*arguments):
+    return TextToImageTask.open(config(*arguments), Accelerator())[0]
+
+
+def test_captions_that_are_cut_or_false_of_mirrored_images_are_named(tmp_path, data, tokenizer):
+    mirrored, said = ("--data.horizontal_flip", "true"), "1 of 3 captions looked at say left or right, such as 'a green"
+    with pytest.warns(UserWarning, match=said):
+        opened(tmp_path, data, tokenizer, *mirrored)
+    store = store_of(data, tokenizer, tmp_path / "store", "--horizontal-flip", "true")
+    with pytest.warns(UserWarning, match=said):
+        opened(tmp_path, store, tokenizer, *mirrored)
+    manifest = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps(manifest | {"data": "scenes"}))
+    with pytest.raises(InputError, match=r"^data\.horizontal_flip=True: mirrored images of scenes are not"):
+        opened(tmp_path, store, tokenizer, *mirrored)
+    few = TEXT_ENCODER.replace("16}", "8}")
+    with pytest.warns(UserWarning, match=r"1 of 3 captions .* cut to 8 tokens, .*model\.text_encoder\.max_position"):
+        opened(tmp_path, data, tokenizer, "--model.text_encoder", few)
 
 
 def test_a_begun_store_says_how_to_finish_it(tmp_path, data, tokenizer):

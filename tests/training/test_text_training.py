@@ -23,6 +23,7 @@ from gspn_dit.inference.export import main as export
 from gspn_dit.inference.loading import load_pipeline
 from gspn_dit.inference.sample import main as sample
 from gspn_dit.models import create_model
+from gspn_dit.training.conditions import open_condition
 from gspn_dit.training.diffusion import check_options
 from gspn_dit.training.loop import train
 
@@ -49,10 +50,10 @@ def begin(run, source, parts, *changes, frozen=False):
     return config(run, source, *own, *reader, *changes)
 
 
-def store_of(pictures, parts, out, frozen=False):
+def store_of(pictures, parts, out, frozen=False, **more):
     reader = {"text_encoder": str(parts)} if frozen else {"tokenizer": str(parts.parent / "tokenizer")}
-    options = EncodeOptions(str(pictures), "digits", 32, str(out), num_workers=0, device="cpu", tokens=TOKENS, **reader)
-    encode(options)
+    given = {"num_workers": 0, "device": "cpu", "tokens": TOKENS, **reader, **more}
+    encode(EncodeOptions(str(pictures), "digits", 32, str(out), **given))
     return out
 
 
@@ -107,7 +108,7 @@ def test_a_store_of_states_is_declared_and_made_by_its_encoder(pictures, parts, 
 
 
 def test_captions_that_are_too_long_are_said_before_the_training(pictures, parts, tmp_path):
-    with pytest.warns(UserWarning, match="cut to 12 tokens, of 15: 'a green three left of a red seven' and 1 more"):
+    with pytest.warns(UserWarning, match="2 of 6 captions looked at are cut to 12 tokens, .* of 15; .*text.max_tokens"):
         train(begin(tmp_path, pictures, parts, "--text.max_tokens", 12, "--training.max_steps", 1))
 
 
@@ -139,11 +140,18 @@ def test_what_draws_classes_takes_no_text_and_the_other_way_round(pictures, part
         train(begin(tmp_path, pictures, parts, "--model.overrides", "{vocab_size: 3}"))
 
 
-def test_captions_that_say_left_or_right_are_not_mirrored(pictures, parts, tmp_path):
-    mirrored = ("--data.horizontal_flip", "true", "--training.max_steps", 1)
-    with pytest.raises(InputError, match=r"data\.horizontal_flip=True: .*'a green three left of a red seven'"):
-        train(begin(tmp_path / "run", pictures, parts, *mirrored))
-    train(begin(tmp_path / "run", write_captioned(tmp_path / "data", ("a bright three",) * 4), parts, *mirrored))
+def test_captions_that_say_left_or_right_are_named_where_images_are_mirrored(pictures, parts, tmp_path):
+    """Those of a folder, and of a store of scenes that has mirrored latents, which is refused."""
+    mirrored = ("--data.horizontal_flip", "true")
+    config = begin(tmp_path / "run", pictures, parts, *mirrored)
+    with pytest.warns(UserWarning, match="say left or right, such as 'a green three left of a red seven'"):
+        open_condition("text", config, torch.device("cpu"))
+    store = store_of(pictures, parts, tmp_path / "store", horizontal_flip=True)
+    manifest = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps(manifest | {"data": "scenes"}))
+    config = begin(tmp_path / "run", store, parts, *mirrored)
+    with pytest.raises(InputError, match=r"^data\.horizontal_flip=True: mirrored images of scenes are not"):
+        open_condition("text", config, torch.device("cpu"))
 
 
 def test_prompts_of_a_model_of_classes_are_refused(tmp_path):
