@@ -50,7 +50,8 @@ def test_what_it_writes_is_a_text_encoder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["--batch-size", "1"], "batch-size=1: wanted 2 or more"), (["--steps", "0"], "steps=0: wanted 1 or more")]
+    ("arguments", "said"),
+    [(["--batch-size", "1"], "batch-size=1: wanted 2 or more"), (["--steps", "0"], "steps=0: wanted 1 or more")],
 )
 def test_what_cannot_be_is_refused(arguments, said):
     with pytest.raises(InputError, match=said):
