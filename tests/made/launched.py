@@ -124,6 +124,21 @@ def _run_script(script: str, *argv: str) -> None:
             raise
 
 
+def run_apart(program: str, folder: Path) -> None:
+    """Run Python in a folder, in a forked process of its own; it has to end well."""
+    process = warm.Process(target=_run_in, args=(folder, program))
+    process.start()
+    process.join(240)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0
+
+
+def _run_in(folder: Path, program: str) -> None:
+    os.chdir(folder)
+    exec(program, {})
+
+
 def finish(process: subprocess.Popen, status: int = 0) -> str:
     """Wait for it to end with that status; what it printed."""
     try:
