@@ -227,9 +227,9 @@ class TestSizes:
     @pytest.mark.slow
     def test_compiled_it_takes_any_size(self):
         unet = tiny_sd(
-            block_out_channels=(32, 32),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(32,),
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
             mid_block_type=None,
         )
         replacement = replace_self_attention(unet, seed=0).mount(unet)
