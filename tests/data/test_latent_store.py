@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from made.faults import finished, start_command
-from made.launched import kill_one_process, launch, run_warm
+from made.launched import WarmLaunch, kill_one_process, run_warm
 from made.training import wait_until
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -192,7 +192,7 @@ def test_a_killed_encoding_goes_on_with_any_number_of_processes_and_ends_the_sam
         process.kill()
         assert finished(process) == -signal.SIGKILL
     else:
-        kill_one_process(launch(2, "-m", "gspn_dit.data.encode", *arguments), 1, well_begun)
+        kill_one_process(WarmLaunch(2, encode_command.__file__, *arguments), 1, well_begun)
     assert not is_latent_store(killed)
     for reader in (LatentStore, lambda folder: open_images(folder, 32)):
         with pytest.raises(InputError, match=r"to finish .*--data digits --vae digits --image-size 32 --out .*killed`"):

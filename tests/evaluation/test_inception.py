@@ -23,7 +23,7 @@ from gspn_dit.evaluation.image_sets import open_reference, open_samples
 from gspn_dit.options import command
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(rank-deficient|so no sfid|no precision)")
-COUNT = 6
+COUNT = 4
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,17 @@ def inception(tmp_path_factory):
     """torch-fidelity's own InceptionV3 at random weights that keep activations alive, and its file."""
     file = tmp_path_factory.mktemp("weights") / "inception.pth"
     return random_inception(file), file
+
+
+@pytest.fixture(scope="module")
+def sets(inception, tmp_path_factory):
+    """Samples and a reference: of each its folder, its images, and torch-fidelity's features of them."""
+    folder, made = tmp_path_factory.mktemp("sets"), []
+    for name, low, high, seed in (("samples", 0, 256, 1), ("reference", 60, 160, 2)):
+        images = write_noise(folder / name, low, high, seed, COUNT)
+        with torch.inference_mode():
+            made.append((folder / name, images, inception[0](images)[0]))
+    return made
 
 
 def distance_of_few(samples, reference):
@@ -43,12 +54,11 @@ def distance_of_few(samples, reference):
 
 
 @pytest.mark.slow
-def test_the_command_gives_the_fid_of_these_weights(inception, tmp_path, capsys):
-    network, file = inception
-    samples = write_noise(tmp_path / "samples", 0, 256, seed=1, count=COUNT)
-    reference = write_noise(tmp_path / "reference", 60, 160, seed=2, count=COUNT)
+def test_the_command_gives_the_fid_of_these_weights(inception, sets, tmp_path, capsys):
+    _, file = inception
+    (samples, _, features), (reference, _, reference_features) = sets
     out = tmp_path / "metrics.json"
-    options = {"samples": tmp_path / "samples", "reference": tmp_path / "reference", "features": "inception"}
+    options = {"samples": samples, "reference": reference, "features": "inception"}
     argv = [f"--{key}={value}" for key, value in {**options, "weights": file, "out": out}.items()]
     with warnings.catch_warnings():
         warnings.simplefilter("always")  # this module's tests ignore them
@@ -58,8 +68,6 @@ def test_the_command_gives_the_fid_of_these_weights(inception, tmp_path, capsys)
     assert f"warning: samples: {COUNT} images for 2048 features" in said
     metrics = json.loads(out.read_text())
 
-    with torch.inference_mode():
-        (features, _), (reference_features, _) = network(samples), network(reference)
     assert metrics["fid"] == pytest.approx(distance_of_few(features, reference_features), rel=1e-4)
     assert metrics["fid"] > 0
     assert metrics["inception_score_splits"] == 1 and "inception_score_std" not in metrics
@@ -75,18 +83,14 @@ def test_the_command_gives_the_fid_of_these_weights(inception, tmp_path, capsys)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("images", [True, False], ids=["with images", "alone"])
-def test_an_adm_reference_is_its_statistics_not_its_images(inception, tmp_path, images):
+def test_an_adm_reference_is_its_statistics_not_its_images(inception, sets, tmp_path, images):
     """ADM's mu and sigma are over the whole dataset; the images beside them are fewer and would give another FID."""
-    network, file = inception
-    samples = write_noise(tmp_path / "samples", 0, 256, seed=1, count=COUNT)
-    whole = write_noise(tmp_path / "whole", 60, 160, seed=2, count=COUNT)
-    with torch.inference_mode():
-        (features, _), (whole_features, _) = network(samples), network(whole)
+    (samples, _, features), (_, whole, whole_features) = sets
     few = {"arr_0": whole[:2].permute(0, 2, 3, 1).numpy()} if images else {}
     np.savez(tmp_path / "adm.npz", **few, mu=whole_features.mean(dim=0), sigma=np.cov(whole_features.T))
 
     reference = open_reference(str(tmp_path / "adm.npz"), (64, 64))
-    metrics = evaluate(open_samples(str(tmp_path / "samples")), reference, create_extractor("inception", str(file)))
+    metrics = evaluate(open_samples(str(samples)), reference, create_extractor("inception", str(inception[1])))
     assert metrics["fid"] == pytest.approx(distance_of_few(features, whole_features), rel=1e-3)
     assert "sfid" not in metrics  # there are no mu_s and sigma_s, and
     assert "precision" not in metrics  # two images are too few to have neighbours
@@ -96,8 +100,8 @@ def test_an_adm_reference_is_its_statistics_not_its_images(inception, tmp_path, 
 
 @pytest.mark.slow
 def test_the_figures_are_those_of_torch_fidelity(inception, tmp_path):
-    write_noise(tmp_path / "samples", 0, 256, seed=1, count=15)
-    write_noise(tmp_path / "reference", 0, 100, seed=2, count=16)
+    write_noise(tmp_path / "samples", 0, 256, seed=1, count=11)
+    write_noise(tmp_path / "reference", 0, 100, seed=2, count=12)
     samples, reference = str(tmp_path / "samples"), str(tmp_path / "reference")
     metrics = evaluate(open_samples(samples), open_samples(reference), create_extractor("inception", inception[1]))
     common = dict(
@@ -105,7 +109,9 @@ def test_the_figures_are_those_of_torch_fidelity(inception, tmp_path):
         input2=reference,
         feature_extractor="gspn-dit-inception",
         batch_size=1,
-        cache=False,
+        cache=True,  # of features, which the second call finds
+        cache_root=str(tmp_path / "cache"),
+        input1_cache_name="samples",
         feature_extractor_weights_path=inception[1],
         cuda=False,
         save_cpu_ram=True,

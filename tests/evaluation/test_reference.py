@@ -29,8 +29,8 @@ from gspn_dit.evaluation.reference import choose, main, open_data
 from gspn_dit.options import command
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(rank-deficient|so no sfid|no precision)")
-COUNT = 12
-KEPT = 8
+COUNT = 8
+KEPT = 5
 NOTES = Notes("inception", "0" * 64, None)
 
 
@@ -95,7 +95,7 @@ def test_a_reference_file_holds_statistics_of_all_images_and_some_of_them(incept
 
 @pytest.mark.slow
 def test_scoring_against_the_file_is_scoring_against_its_images(inception, folder, reference, tmp_path):
-    write_noise(tmp_path / "samples", 0, 256, seed=2, count=8)
+    write_noise(tmp_path / "samples", 0, 256, seed=2, count=6)
     samples = open_samples(str(tmp_path / "samples"))
     extractor = create_extractor("inception", inception[1])
     from_file = evaluate(samples, open_reference(str(reference), (64, 64)), extractor)

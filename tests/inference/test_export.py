@@ -1,14 +1,12 @@
 """A run as a folder that diffusers loads."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import yaml
+from made.launched import run_apart
 from made.runs import CLASS_NAMES, make_run
 from PIL import Image
 
@@ -60,7 +58,7 @@ def test_a_folder_that_is_no_run_leaves_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_an_export_elsewhere_draws_what_sample_draws_here(tmp_path):
-    """In a fresh process, in another folder, with the run and the folder's old place gone."""
+    """In another process, in another folder, with the run and the folder's old place gone."""
     run = make_run(tmp_path / "run")
     here = str(tmp_path / "here.npz")  # in float32, as a pipeline draws unless it is told otherwise
     sample(SampleOptions(str(run), num_images=3, seed=5, npz=here, device="cpu", mixed_precision="no"))
@@ -75,8 +73,7 @@ def test_an_export_elsewhere_draws_what_sample_draws_here(tmp_path):
         "images = pipe(class_labels=[0, 'tabby cat', 2], generator=[image_generator(5, i) for i in range(3)]).images\n"
         "numpy.save('there.npy', numpy.stack([numpy.asarray(image) for image in images]))"
     )
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(sys.modules["gspn_dit"].__file__))}
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=elsewhere, env=environment, capture_output=True)
+    run_apart(program, elsewhere)
     assert np.array_equal(np.load(elsewhere / "there.npy"), np.load(tmp_path / "here.npz")["arr_0"])
 
 

@@ -1,12 +1,13 @@
-"""The code that torch.compile generates for an H100 that is not here: `python -m made.code_for_a_gpu WHAT` prints it.
+"""The code that torch.compile generates for an H100 that is not here: `python -m made.code_for_a_gpu WHAT …` prints it.
 
 WHAT is `block`, one of gspn-dit-xl-2 at 256 px in bfloat16, or `tuned`, its feed-forward half as the mode max-autotune
-has it where Triton's templates are the fastest. Nothing is launched or timed: what torch 2.14 asks of a GPU is answered
-here.
+has it where Triton's templates are the fastest; a line `### WHAT` stands before each. Nothing is launched or timed:
+what torch 2.14 asks of a GPU is answered here.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -139,4 +140,9 @@ def main(what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for each in sys.argv[1:]:
+        if os.fork() == 0:  # in a process of its own; to import what is needed takes as long as the rest
+            print("###", each)
+            main(each)
+            sys.exit()
+        os.wait()

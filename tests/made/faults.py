@@ -16,7 +16,22 @@ from gspn_dit.options import command
 from gspn_dit.training import checkpoints, loop
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["gspn_dit.training.loop"])
+# What the children import as they go: it takes each of them longer than its work.
+_context.set_forkserver_preload(
+    [
+        "gspn_dit.training.loop",
+        "gspn_dit.training.diffusion",
+        "gspn_dit.training.classification",
+        "gspn_dit.training.distillation",
+        "gspn_dit.data.encode",
+        "gspn_dit.evaluation.evaluate",
+        "gspn_dit.inference.sample",
+        "accelerate.commands.launch",
+        "jsonargparse",
+        "matplotlib.figure",
+        "torch.distributed.run",
+    ]
+)
 
 
 def start(argv, log, fault=None, *arguments, kind=Config):

@@ -1,8 +1,8 @@
 """Real processes under `accelerate launch`, on the CPU, to be waited for or killed.
 
 To start Python and to import torch and the package takes such processes longer than their work. Where a test asks what
-several processes compute, and not how they are started or ended, `run_warm` forks launcher and processes from one that
-has imported all that.
+several processes compute, or what is left when they are stopped or killed, and not how they are started, `WarmLaunch`
+and `run_warm` fork launcher and processes from one that has imported all that.
 """
 
 import contextlib
@@ -56,19 +56,42 @@ def launch(processes: int, *arguments: object) -> subprocess.Popen:
     )
 
 
+class WarmLaunch:
+    """Launcher and processes, forked from one that has imported all they need; to be handled as a `Popen` is."""
+
+    def __init__(self, processes: int, script: object, *arguments: object, launcher: Sequence[object] = MANY) -> None:
+        self._printed = tempfile.NamedTemporaryFile()  # noqa: SIM115  it is there as long as this is
+        argv = [str(part) for part in (*settings(processes, launcher), script, *arguments)]
+        self._process = warm.Process(target=_launch, args=(argv, self._printed.name))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        self._process.join(timeout)
+        hangs = self.returncode is None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # with its processes
+        printed = Path(self._printed.name).read_text()
+        assert not hangs, printed
+        return printed, None
+
+
 def run_warm(processes: int, script: object, *arguments: object, launcher: Sequence[object] = MANY) -> str:
     """What a script prints on that many forked processes, one thread each; it has to end with status 0."""
-    argv = [str(part) for part in (*settings(processes, launcher), script, *arguments)]
-    with tempfile.NamedTemporaryFile() as printed:
-        process = warm.Process(target=_launch, args=(argv, printed.name))
-        process.start()
-        process.join(480)
-        ended = process.exitcode
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # if it hangs, with its processes
-        said = Path(printed.name).read_text()
-    assert ended == 0, said
-    return said
+    launched = WarmLaunch(processes, script, *arguments, launcher=launcher)
+    printed, _ = launched.communicate(timeout=480)
+    assert launched.returncode == 0, printed
+    return printed
 
 
 def _launch(argv: list[str], printed: str) -> None:
@@ -101,6 +124,21 @@ def _run_script(script: str, *argv: str) -> None:
             raise
 
 
+def run_apart(program: str, folder: Path) -> None:
+    """Run Python in a folder, in a forked process of its own; it has to end well."""
+    process = warm.Process(target=_run_in, args=(folder, program))
+    process.start()
+    process.join(240)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0
+
+
+def _run_in(folder: Path, program: str) -> None:
+    os.chdir(folder)
+    exec(program, {})
+
+
 def finish(process: subprocess.Popen, status: int = 0) -> str:
     """Wait for it to end with that status; what it printed."""
     try:
@@ -123,15 +161,14 @@ def train_many(folder: Path, runs: Sequence[tuple[str, Sequence[str]]], launcher
     assert "Grad strides" not in printed  # DDP's word on what nobody here can mend
 
 
-def kill_one_process(process: subprocess.Popen, rank: int, when: Callable[[], bool]) -> None:
+def kill_one_process(process: WarmLaunch, rank: int, when: Callable[[], bool]) -> None:
     """SIGKILL the process of that rank when it is time, and wait until the launcher has ended the others."""
     deadline = time.monotonic() + 120
     while not when():
         assert process.poll() is None, f"it ended before it could be killed: {process.communicate()[0]}"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    family = psutil.Process(process.pid).children(recursive=True)
-    of_rank = [child for child in family if child.environ().get("RANK", "0") == str(rank)]
-    min(of_rank, key=lambda child: child.create_time()).send_signal(signal.SIGKILL)  # the others read data for it
+    ranks = sorted(psutil.Process(process.pid).children(), key=lambda child: (child.create_time(), child.pid))
+    ranks[rank].send_signal(signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0

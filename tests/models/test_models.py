@@ -358,11 +358,13 @@ def test_compiles_as_one_graph(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gspn-ti-2", "gspn-dit-ti-2"])
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("gspn-ti-2", {"depth": 3}), ("gspn-dit-ti-2", {"depth": 2, "global_layers": 1})]
+)
 @pytest.mark.parametrize("blockwise", [False, True])
-def test_chunk_scale_is_heeded_by_a_compiled_model(name, blockwise):
+def test_chunk_scale_is_heeded_by_a_compiled_model(name, sizes, blockwise):
     torch._dynamo.reset()
-    model = small(name, chunk=2)
+    model = small(name, chunk=2, **sizes)
     scales = (1.0, 1.5, 2.0, 1.0)
     eager = [model(*inputs(2, 16, 16), chunk_scale=scale) for scale in scales]
     if blockwise:

@@ -238,8 +238,9 @@ def test_two_runs_in_one_folder(tmp_path, store):
 )
 def test_sigterm_or_ctrl_c_saves_a_checkpoint_and_ends_the_run_well(tmp_path, store, number, workers, says, status):
     run, log = tmp_path / "run", tmp_path / "log"
-    changes = ["--training.checkpoint_every", 100_000, "--data.num_workers", workers]
-    process = start(options(run, store, *changes, "--training.max_steps", 100_000), log)
+    changes = ["--training.checkpoint_every", 100_000]
+    endless = ["--training.max_steps", 100_000, "--data.num_workers", workers]
+    process = start(options(run, store, *changes, *endless), log)
     wait_for(run, 3)
     os.killpg(process.pid, number)  # to its data workers too, as a scheduler may and a terminal does
     sent = time.monotonic()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from made import classifying
-from made.launched import LAUNCHERS, SOUND, finish, kill_one_process, launch, train_many
+from made.launched import LAUNCHERS, SOUND, WarmLaunch, finish, kill_one_process, launch, train_many
 from made.runs import checkpoint_step, list_checkpoints
 from made.training import SCORED, TRAIN, config, losses, options, rows, scores, wait_for
 from safetensors.torch import load_file
@@ -108,11 +108,11 @@ def test_two_processes_teach_a_classifier_as_one(tmp_path, pictures, two):
 
 @pytest.mark.slow
 def test_a_stopped_and_a_killed_run_go_on_in_any_number_of_processes(tmp_path, store):
-    changes = ["--training.max_steps", 200, "--training.checkpoint_every", 20, "--resume", "auto"]
+    changes = ["--training.max_steps", 80, "--training.checkpoint_every", 10, "--resume", "auto"]
     train(config(tmp_path / "whole", store, *changes))
     run = tmp_path / "run"
 
-    process = launch(2, TRAIN, *options(run, store, *changes))
+    process = WarmLaunch(2, TRAIN, *options(run, store, *changes))
     wait_for(run, 3, process)
     process.send_signal(signal.SIGTERM)  # to the launcher, as a scheduler does
     printed, _ = process.communicate(timeout=60)
@@ -124,13 +124,13 @@ def test_a_stopped_and_a_killed_run_go_on_in_any_number_of_processes(tmp_path, s
     assert [each for each, _ in losses(run)] == list(range(1, step + 1)), "all processes ended with the same step"
     assert "ChildFailedError" not in printed  # they left by themselves
 
-    process = launch(2, TRAIN, *options(run, store, *changes))
-    kill_one_process(process, 1, lambda: len(rows(run)) >= step + 30)  # the launcher notices and ends
+    process = WarmLaunch(2, TRAIN, *options(run, store, *changes))
+    kill_one_process(process, 1, lambda: len(rows(run)) >= step + 15)  # the launcher notices and ends
     last = checkpoint_step(list_checkpoints(run)[-1])
-    assert step < last and len(rows(run)) - last <= 20 + 1, "no more than the steps since the last checkpoint"
+    assert step < last and len(rows(run)) - last <= 10 + 1, "no more than the steps since the last checkpoint"
 
     train(config(run, store, *changes))
-    assert [each for each, _ in losses(run)] == list(range(1, 201))
+    assert [each for each, _ in losses(run)] == list(range(1, 81))
     torch.testing.assert_close(values(run), values(tmp_path / "whole"), rtol=1e-3, atol=1e-5)
 
 
