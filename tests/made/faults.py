@@ -34,6 +34,11 @@ _context.set_forkserver_preload(
 )
 
 
+def begin():
+    """In a fork: it starts processes as one does that a person started, and not by a server of its own."""
+    multiprocessing.set_start_method(None, force=True)
+
+
 def start(argv, log, fault=None, *arguments, kind=Config):
     """A process, leader of its own group, that trains after a fault was prepared in it; it writes to the log."""
     process = _context.Process(target=_train, args=(kind, argv, str(log), fault, *arguments))
@@ -106,6 +111,7 @@ def worker_killed(step):
 
 
 def _train(kind, argv, log, fault, *arguments):
+    begin()
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may be deaf to it
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -118,6 +124,7 @@ def _train(kind, argv, log, fault, *arguments):
 
 
 def _run_command(main, kind, argv):
+    begin()
     torch.set_num_threads(1)
     command(main, kind, prog="command", argv=argv)
 

@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 from made.faults import _context as warm
+from made.faults import begin
 
 ROOT = Path(__file__).parents[2]
 TRAIN_MANY = str(ROOT / "tests" / "made" / "train_many.py")
@@ -98,6 +99,7 @@ def _launch(argv: list[str], printed: str) -> None:
     from accelerate.commands import launch
     from torch.distributed import run as torchrun
 
+    begin()
     os.setsid()
     os.chdir(ROOT)
     os.environ.update(ENVIRONMENT)
@@ -135,6 +137,7 @@ def run_apart(program: str, folder: Path) -> None:
 
 
 def _run_in(folder: Path, program: str) -> None:
+    begin()
     os.chdir(folder)
     exec(program, {})
 

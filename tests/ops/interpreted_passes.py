@@ -1,7 +1,8 @@
 """The Triton kernels of `gspn_dit.ops.passes`, interpreted on the CPU; test_passes.py sets TRITON_INTERPRET.
 
 Each function of `gspn_dit.layers.fused` runs as on a GPU, through torch's operators, and is compared with its own
-composition in float64: results and gradients.
+composition in float64: results and gradients. Programs run one after the other here, so that what they compute is the
+same twice says nothing: test_passes.py asks that of a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ from gspn_dit.ops.passes import activation, convolution, norm, operators
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 MAPS = [(2, 4, 4, 32), (1, 3, 5, 20), (3, 1, 1, 7), (2, 5, 3, 33), (1, 2, 2, 300)]
+
+
+def in_every_dtype(shapes, of_rounded):
+    """Every shape in float32; one of them in every other dtype, which differs where numbers are read and written."""
+    return [(shape, torch.float32) for shape in shapes] + [
+        (of_rounded, dtype) for dtype in TOLERANCE if dtype != torch.float32
+    ]
 
 
 @contextmanager
@@ -43,13 +51,12 @@ def outcome(function, *operands: Tensor | None) -> list[Tensor]:
 
 
 def compare(function, *operands: Tensor | None) -> None:
-    """Kernels against the composition in float64, by the largest of each tensor's numbers; and twice the same bits."""
+    """Kernels against the composition in float64, by the largest of each tensor's numbers."""
     exact = outcome(function, *(operand if operand is None else operand.double() for operand in operands))
     with kernels():
-        got, again = outcome(function, *operands), outcome(function, *operands)
+        got = outcome(function, *operands)
     coarsest = max((o.dtype for o in operands if o is not None), key=TOLERANCE.__getitem__)
-    for value, repeated, reference in zip(got, again, exact, strict=True):
-        assert torch.equal(value, repeated)
+    for value, reference in zip(got, exact, strict=True):
         assert value.shape == reference.shape
         error = (value.double() - reference).abs().max() / reference.abs().max().clamp(min=1e-3)
         assert error < TOLERANCE[coarsest], (value.dtype, value.shape, error)
@@ -65,8 +72,7 @@ def modulation(batch: int, channels: int, vectors: int, dtype: torch.dtype = tor
 
 
 @pytest.mark.parametrize("with_offset", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", MAPS)
+@pytest.mark.parametrize(("shape", "dtype"), in_every_dtype(MAPS, (2, 5, 3, 33)))
 def test_norms_and_residuals(shape, dtype, with_offset):
     x, branch = random(*shape, dtype=dtype), random(*shape, dtype=dtype).flip(0, 1) + 1
     for function, *maps, vectors in (
@@ -81,7 +87,7 @@ def test_norms_and_residuals(shape, dtype, with_offset):
 def test_many_tokens_are_several_slices_of_several_tiles(monkeypatch):
     monkeypatch.setattr(norm, "FORWARD_TILE", 64)
     monkeypatch.setattr(norm, "BACKWARD_TILE", 64)
-    test_norms_and_residuals((2, 5, 9, 17), torch.float32, True)
+    test_norms_and_residuals((2, 3, 7, 17), torch.float32, True)
 
 
 def test_a_modulation_may_be_expanded_and_of_another_dtype():
@@ -126,8 +132,7 @@ def test_either_result_may_go_unused():
         compare(lambda *operands, use=use: fused.gated_residual_norm(*operands)[use], x, branch, given, given.flip(0))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(2, 4, 4, 32), (5,), (3, 1025)])
+@pytest.mark.parametrize(("shape", "dtype"), in_every_dtype([(2, 4, 4, 32), (5,), (3, 1025)], (3, 1025)))
 def test_squared_relu(shape, dtype):
     compare(fused.squared_relu, random(*shape, dtype=dtype))
 
@@ -140,28 +145,32 @@ def test_nan_shows():
         assert fused.modulated_norm(x, modulation(1, 16, 2)).isnan().sum() == 16
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(2, 4, 4, 32), (1, 3, 5, 20), (3, 1, 1, 7), (2, 1, 9, 16), (2, 9, 1, 16)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    in_every_dtype([(2, 3, 4, 32), (1, 3, 5, 20), (3, 1, 1, 7), (2, 1, 9, 16), (2, 5, 1, 16)], (1, 3, 5, 20)),
+)
 def test_depthwise_conv(shape, dtype):
     channels = shape[-1]
     weight = random(channels, 1, 3, 3, dtype=dtype)
     compare(fused.depthwise_conv, random(*shape, dtype=dtype), weight, random(channels, dtype=dtype))
 
 
-@pytest.mark.parametrize("shape", [(1, 17, 9, 65), (1, 3, 70, 40)])  # several rows, columns and channels of tiles
+@pytest.mark.parametrize("shape", [(1, 9, 3, 65), (1, 2, 20, 40)])  # several rows, columns and channels of tiles
 def test_depthwise_conv_of_several_tiles(shape):
     test_depthwise_conv(shape, torch.float32)
 
 
 def test_depthwise_conv_without_bias_and_with_weights_of_another_dtype():
-    compare(fused.depthwise_conv, random(2, 5, 6, 24), random(24, 1, 3, 3), None)
-    compare(fused.depthwise_conv, random(2, 5, 6, 24, dtype=torch.bfloat16), random(24, 1, 3, 3), random(24))
+    compare(fused.depthwise_conv, random(2, 2, 3, 24), random(24, 1, 3, 3), None)
+    compare(fused.depthwise_conv, random(2, 2, 3, 24, dtype=torch.bfloat16), random(24, 1, 3, 3), random(24))
 
 
-@pytest.mark.parametrize("name", ["gspn-dit-ti-2", "dit-ti-2"])
-def test_a_model_and_its_gradients(name):
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("gspn-dit-ti-2", {"num_groups": 2, "global_layers": 1}), ("dit-ti-2", {"num_heads": 2})]
+)
+def test_a_model_and_its_gradients(name, sizes):
     torch.manual_seed(0)
-    model = create_model(name, depth=2, num_classes=3, sample_size=6)
+    model = create_model(name, depth=2, width=32, num_classes=3, sample_size=6, **sizes)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.05)
