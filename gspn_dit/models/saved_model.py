@@ -40,6 +40,8 @@ class SavedModel(ModelMixin, ConfigMixin):
     ) -> Self | tuple[Self, dict[str, Any]]:
         """As diffusers', but a folder without some of the weights is refused, where diffusers would leave them out.
 
+        What else a model takes, such as weights that others have published, :meth:`published` says.
+
         Weights of another shape are refused too, unless `ignore_mismatched_sizes` asks for them to be left out.
 
         Raises:
@@ -48,9 +50,12 @@ class SavedModel(ModelMixin, ConfigMixin):
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # which asks for accelerate, loudly
         wants_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        info: dict[str, Any] = {f"{kind}_keys": [] for kind in ("missing", "unexpected", "mismatched")}
+        model = cls.published(pretrained_model_name_or_path, **kwargs)
+        if model is None:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         remedy = "they are of another version: train or export it anew"
         if info["mismatched_keys"] and not may_mismatch:
             raise InputError(
@@ -68,6 +73,11 @@ class SavedModel(ModelMixin, ConfigMixin):
         # diffusers' own warns, of any dtype, of the modules that should stay in float32, of which there are none
         nn.Module.to(model, dtype if isinstance(dtype, torch.dtype) else torch.float32)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def published(cls, path: str | PathLike, **kwargs: Any) -> Self | None:
+        """The model of a file or folder in another project's format; None for a folder of this one's."""
+        return None
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
         """As diffusers', but for the default function: theirs asks for torch's version, which stops torch.compile."""
