@@ -287,7 +287,8 @@ def _build(kind: type[Model], weights: Mapping[str, Tensor], numbers: Mapping[st
         if name not in wanted or found != wanted[name]:
             needed = tuple(wanted[name]) if name in wanted else "no such weight"
             raise InputError(f"its {name} is {found}, and a DiT of that size has {needed}", wanted=_WANTED)
-    table = sincos_positions(*model.grid, numbers["width"]).flatten(1, 2)
+    height, width = model.grid
+    table = sincos_positions(height, width, numbers["width"]).flatten(1, 2)
     if not torch.allclose(weights["pos_embed"].float(), table, atol=1e-2):  # averaging moves it a little
         raise InputError("its pos_embed is not DiT's table of sines and cosines", wanted=_WANTED)
     copies = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in weights.items()}

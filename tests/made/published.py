@@ -78,8 +78,6 @@ def save_dit_pipeline(folder: Path, network: DiTTransformer2DModel, **options) -
     pipe.save_pretrained(folder, **options)
     index = json.loads((folder / "model_index.json").read_text())
     index["id2label"] = {str(n): f"animal {n}, creature {n}" for n in range(network.config.num_embeds_ada_norm)}
-    (folder / "model_index.json").write_text(
-        json.dumps(index)
-    )  # where the published one has them; diffusers saves none
+    (folder / "model_index.json").write_text(json.dumps(index))  # as the published one; none are saved
     pipe.set_progress_bar_config(disable=True)
     return pipe
