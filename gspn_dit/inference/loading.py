@@ -107,12 +107,10 @@ def find_checkpoint(path: str | os.PathLike) -> Checkpoint | None:
     A run in training goes on writing checkpoints: who loads twice finds it once. Raises :class:`InputError`.
     """
     folder = _place(path)
+    if _is_exported(folder) or is_weights(folder):
+        return None
     try:
-        return (
-            None
-            if _is_exported(folder) or is_weights(folder)
-            else Checkpoint(_newest_checkpoint(folder).path.resolve())
-        )
+        return Checkpoint(_newest_checkpoint(folder).path.resolve())
     except InputError as error:
         raise InputError(str(error), argument="model", value=str(path)) from error
 
