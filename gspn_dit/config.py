@@ -32,8 +32,8 @@ class ModelConfig:
     Args:
         name: `<family>-<size>-<patch>`; `gspn-dit models` lists them.
         overrides: Constructor arguments to change, for example `{chunk: 4, global_layers: 2}`.
-        init_from: A run, a checkpoint, an exported folder or a packaged model whose averaged weights a new run begins
-            with; if not given, weights are random.
+        init_from: A run, a checkpoint, an exported folder, a packaged model or published weights of DiT or SiT that a
+            new run begins with, averaged ones where there are; if not given, weights are random.
     """
 
     name: str = "gspn-dit-xl-2"

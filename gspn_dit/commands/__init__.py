@@ -180,7 +180,7 @@ GROUPS = {
         "export": Verb(
             "gspn_dit.inference.export:main",
             ExportOptions,
-            "Save a run's newest checkpoint as a diffusers pipeline.",
+            "Save a run, or published weights of DiT or SiT, as a diffusers pipeline.",
             positional=("model", "out"),
         ),
     },

@@ -57,7 +57,8 @@ class SampleOptions(ImagesOut):
     """Sampling: what to draw, from which model, and where to.
 
     Args:
-        model: A run, a checkpoint folder, an exported folder, or a packaged model: `digits`, `photos`.
+        model: A run, a checkpoint folder, an exported folder, or a packaged model: `digits`, `photos`; or published
+            weights of DiT or SiT: a `.pt` file, a folder of diffusers, or a hub name such as `facebook/DiT-XL-2-256`.
         vae: A folder or hub name of a VAE in place of the model's own, for example one that was moved, or whose decoder
             was trained further.
         class_labels: Class ids or names with commas between them (only names where the names are numbers); all
@@ -156,12 +157,14 @@ class ExportOptions:
     """Export: a trained model, and the folder it is saved to.
 
     Args:
-        model: A run, or one checkpoint of it.
+        model: A run, or one checkpoint of it; or published weights of DiT or SiT, as `sample` takes them.
         out: The folder to write; it must not exist yet.
         vae: A folder or hub name of a VAE in place of the run's own, for example one that was moved, or whose decoder
             was trained further.
+        convention: Whose a `.pt` file is that does not say it: `dit` predicts noise and variance, `sit` a velocity.
     """
 
     model: str
     out: str
     vae: str | None = None
+    convention: Literal["dit", "sit"] | None = None

@@ -3,6 +3,7 @@
 loading           a folder, or a packaged model's name, to a pipeline
 run_description   what is read of a run's config.yaml for that
 pipeline          class labels to images, in memory
+published         weights of DiT and SiT that others have published, to a pipeline
 decoding, memory  the pipeline's last step, and whether there is room for its work
 sample            the command: options to files
 sample_folder     many images to a folder of PNGs, shared among processes, continued when cut

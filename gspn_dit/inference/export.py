@@ -4,6 +4,8 @@ The folder is a saved :class:`~gspn_dit.inference.pipeline.GSPNDiTPipeline`: ave
 names and the run's sampling defaults, with a model card and its grid of samples. Wherever a model is named, the folder
 can be named; diffusers' own `DiffusionPipeline` does not know the class.
 
+Published weights of DiT and SiT become such a folder, too, without a grid, which would be drawn for long.
+
 A run of `train-t2i` becomes a `StableDiffusionPipeline`, which diffusers knows; one of `distill-t2i` a folder that
 `AttentionReplacement.from_pretrained` loads.
 """
@@ -17,6 +19,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     raise SystemExit
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +28,7 @@ from safetensors.torch import load_file
 
 from gspn_dit.devices import choose_device
 from gspn_dit.inference.grid import draw_grid
-from gspn_dit.inference.loading import find_checkpoint, load_pipeline
+from gspn_dit.inference.loading import find_checkpoint, is_of_others, load_pipeline
 from gspn_dit.inference.model_card import GRID_FILE, model_card, stable_diffusion_card
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.inference.replacements import export_replacement, is_replacement
@@ -43,7 +46,7 @@ GRID_IMAGES = 16
 
 
 def main(options: ExportOptions) -> None:
-    """Write a run's newest checkpoint as a saved pipeline."""
+    """Write a run's newest checkpoint, or published weights, as a saved pipeline."""
     out = Path(options.out)
     require_new(out)
     checkpoint = find_checkpoint(options.model)
@@ -56,7 +59,10 @@ def main(options: ExportOptions) -> None:
         export_replacement(checkpoint, out)
         print(f"{options.model} as replaced layers, to be mounted on their base model: {out}")
         return
-    pipeline = load_pipeline(checkpoint or options.model, options.vae)
+    pipeline = load_pipeline(checkpoint or options.model, options.vae, options.convention)
+    origin = None
+    if checkpoint is None and is_of_others(options.model):
+        origin = Path(options.model).name if os.path.exists(options.model) else options.model
     parts = (pipeline.transformer, pipeline.vae, pipeline.text_encoder)
     require_new(out, sum(part.get_memory_footprint() for part in parts if part is not None))
     with new_folder(out) as folder:
@@ -64,8 +70,9 @@ def main(options: ExportOptions) -> None:
         _suit_older_transformers(pipeline, folder)
         for path in folder.rglob("*.json"):
             _forget_origin(path)
-        save_samples(pipeline, checkpoint, folder / GRID_FILE)
-        (folder / "README.md").write_text(model_card(pipeline, checkpoint))
+        if origin is None:
+            save_samples(pipeline, checkpoint, folder / GRID_FILE)
+        (folder / "README.md").write_text(model_card(pipeline, checkpoint, origin))
     print(f"{options.model} as a pipeline: {out}")
 
 

@@ -1,51 +1,74 @@
-"""A folder to a pipeline: of a run, of one of its checkpoints, of an exported pipeline, or of a packaged model.
+"""A name to a pipeline: of a run, one of its checkpoints, an exported folder, a packaged model or published weights.
 
 A run's folder holds checkpoints (:mod:`gspn_dit.storage.run_folder`), of which the newest is taken: its averaged
 weights, with the run's VAE, sampler, guidance and steps. An exported folder is what `save_pretrained` wrote, with
-model_index.json; a packaged model is one that comes with this package.
+model_index.json; a packaged model is one that comes with this package. :mod:`gspn_dit.inference.published` has what
+others have published. An exported folder and published weights may also lie on the hub.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, ModelMixin
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 
 from gspn_dit.autoencoder import load_vae
-from gspn_dit.autoencoder.vae import NOT_HEEDED, adopt_normalisation, normalisation, vae_record, vae_sha256
+from gspn_dit.autoencoder.vae import (
+    NOT_HEEDED,
+    adopt_normalisation,
+    is_on_hub,
+    normalisation,
+    vae_record,
+    vae_sha256,
+)
 from gspn_dit.diffusion import create_scheduler
 from gspn_dit.errors import InputError, machine_fault, not_none, warn
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
+from gspn_dit.inference.published import (
+    INDEX,
+    class_names,
+    is_published,
+    is_weights,
+    pipeline_of_weights,
+)
 from gspn_dit.inference.run_description import RunDescription
+from gspn_dit.models.dit import DiT
 from gspn_dit.models.latent_model import LatentModel
+from gspn_dit.models.published import SUFFIXES, is_diffusers_folder
 from gspn_dit.models.registry import find_class
 from gspn_dit.storage.packaged import PACKAGED_MODELS
 from gspn_dit.storage.run_folder import Checkpoint, RunFolder
 from gspn_dit.text.parts import load_text_parts
 
-_INDEX = "model_index.json"  # of an exported folder, as diffusers calls it
 
-
-def load_pipeline(path: str | os.PathLike, vae: str | None = None) -> GSPNDiTPipeline:
+def load_pipeline(path: str | os.PathLike, vae: str | None = None, convention: str | None = None) -> GSPNDiTPipeline:
     """The pipeline of a run (its newest checkpoint), of one checkpoint, of an exported folder, `digits` or `photos`.
 
     A run's or checkpoint's comes with the averaged weights, and with the run's sampler, guidance and steps as defaults.
+    Of published weights of DiT or SiT it is that of :mod:`gspn_dit.inference.published`.
 
     Args:
-        path: The folder, or a packaged model's name.
+        path: The folder or file, a packaged model's name, or a hub name: OWNER/NAME, or OWNER/NAME/FILE of weights.
         vae: Folder or hub name of a VAE in place of the model's own. A warning says where its weights are others.
+        convention: Of a file of weights that does not say whose it is, `dit` or `sit`.
 
     Raises :class:`InputError` if there is none of these, or its files cannot be read.
     """
-    folder = _folder(path)
+    folder = _place(path)
     given = None if vae is None else load_vae(vae)
+    if convention is not None and not folder.is_file():
+        raise InputError("only a file of weights leaves it open", argument="convention", value=convention)
     with _reading(path):
+        if is_weights(folder):
+            return pipeline_of_weights(folder, vae=given, convention=convention)
         if _is_exported(folder):
             return _load_exported(folder, given, vae, str(path))
         return _load_checkpoint(_newest_checkpoint(folder), given, vae)
@@ -53,28 +76,41 @@ def load_pipeline(path: str | os.PathLike, vae: str | None = None) -> GSPNDiTPip
 
 def load_transformer(path: str | os.PathLike) -> LatentModel:
     """The network alone of what :func:`load_pipeline` takes, which needs no VAE. Raises as that does."""
-    folder = _folder(path)
+    folder = _place(path)
     with _reading(path):
+        if folder.is_file():
+            return DiT.from_pretrained(folder)
+        if is_weights(folder):
+            return _load_transformer(folder)
         return _load_transformer(folder / "transformer" if _is_exported(folder) else _newest_checkpoint(folder).ema)
 
 
 def load_class_names(path: str | os.PathLike) -> list[str] | None:
     """The names of its classes alone, if they have any. Raises as :func:`load_pipeline` does."""
-    folder = _folder(path)
+    folder = _place(path)
     with _reading(path):
+        if is_weights(folder):
+            return None
         if _is_exported(folder):
-            return json.loads((folder / _INDEX).read_text()).get("class_names")
+            return class_names(json.loads((folder / INDEX).read_text()))
         return _class_names(_newest_checkpoint(folder))
 
 
+def is_of_others(path: str | os.PathLike) -> bool:
+    """Whether what :func:`load_pipeline` takes is of another project's format. Raises as that does."""
+    return is_published(_place(path))
+
+
 def find_checkpoint(path: str | os.PathLike) -> Checkpoint | None:
-    """The checkpoint that :func:`load_pipeline` would take of a run or a checkpoint now; None for an exported folder.
+    """The checkpoint that :func:`load_pipeline` would take of a run or a checkpoint now; None for anything else.
 
     A run in training goes on writing checkpoints: who loads twice finds it once. Raises :class:`InputError`.
     """
-    folder = _folder(path)
+    folder = _place(path)
+    if _is_exported(folder) or is_weights(folder):
+        return None
     try:
-        return None if _is_exported(folder) else Checkpoint(_newest_checkpoint(folder).path.resolve())
+        return Checkpoint(_newest_checkpoint(folder).path.resolve())
     except InputError as error:
         raise InputError(str(error), argument="model", value=str(path)) from error
 
@@ -101,12 +137,25 @@ def pipeline_of(run: RunDescription, transformer: ModelMixin, vae: AutoencoderKL
     )
 
 
-def _folder(path: str | os.PathLike) -> Path:
-    return PACKAGED_MODELS.get(str(path), Path(path))
+def _place(path: str | os.PathLike) -> Path:
+    """Where it lies on this machine, a packaged model and what is on the hub, too. Raises :class:`InputError`."""
+    place = PACKAGED_MODELS.get(str(path), Path(path))
+    if place.exists():
+        return place
+    name, file = str(path), INDEX
+    if Path(name).suffix in SUFFIXES and (parts := re.fullmatch(r"([\w.-]+/[\w.-]+)/(.+)", name)):
+        name, file = parts[1], parts[2]
+    packaged = " or ".join(PACKAGED_MODELS)
+    remedy = f"give a run, a checkpoint, an exported folder, weights of DiT or SiT, {packaged}, or a hub name of these"
+    here_alone = not is_on_hub(name, remedy, file=file, argument="model")
+    with _reading(path):
+        if file != INDEX:
+            return Path(hf_hub_download(name, file, local_files_only=here_alone))
+        return Path(GSPNDiTPipeline.download(name, local_files_only=here_alone))
 
 
 def _is_exported(folder: Path) -> bool:
-    return (folder / _INDEX).is_file()
+    return (folder / INDEX).is_file()
 
 
 @contextmanager
@@ -127,20 +176,13 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
 
 def _newest_checkpoint(folder: Path) -> Checkpoint:
     """The folder itself if it is a checkpoint, else the newest checkpoint of the run it is."""
-    if folder.is_file():
-        raise InputError("is a file", wanted="the folder of a run, a checkpoint or an exported pipeline")
-    if not folder.is_dir():
-        raise InputError(
-            "no such folder",
-            wanted=f"a run, a checkpoint, an exported pipeline or {' or '.join(PACKAGED_MODELS)}",
-        )
     checkpoint, run = Checkpoint(folder), RunFolder(folder)
     if checkpoint.ema.is_dir():
         return checkpoint
     if not run.exists:
         raise InputError(
             f"not a run ({run.config.name}, {run.checkpoints.name}/), a checkpoint ({checkpoint.ema.name}/) or an "
-            f"exported pipeline ({_INDEX})"
+            f"exported pipeline ({INDEX}), and no DiT of diffusers (config.json)"
         )
     if (newest := run.newest_checkpoint()) is None:
         raise InputError("the run has no checkpoint yet", remedy="it writes one every training.checkpoint_every steps")
@@ -152,8 +194,9 @@ def _load_exported(folder: Path, given: AutoencoderKL | None, name: str | None, 
     if given is not None:
         own = load_vae(folder / "vae")
         replaced["vae"] = _fitted(given, not_none(name), vae_record(path, own.config, own))
-    pipe = GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **replaced)
-    if "class_dropout" not in json.loads((folder / _INDEX).read_text()):  # of before
+    options = {} if is_published(folder) else {"use_safetensors": True}  # diffusers' DiT was published before those
+    pipe = GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, **options, **replaced)
+    if "class_dropout" not in json.loads((folder / INDEX).read_text()):  # of before, or of others
         adopt_normalisation(pipe.vae, normalisation(pipe.vae.config) | NOT_HEEDED, "this model")
     return pipe
 
@@ -210,6 +253,8 @@ def _parts(checkpoint: Checkpoint, run: RunDescription, transformer: LatentModel
 
 
 def _load_transformer(folder: Path) -> LatentModel:
+    if is_diffusers_folder(folder):
+        return DiT.from_pretrained(folder)
     kind = json.loads((folder / "config.json").read_text()).get("_class_name")
     family = find_class(kind)
     if family is None:

@@ -28,12 +28,13 @@ OF_THE_SCORES = (
 )
 
 
-def model_card(pipe: GSPNDiTPipeline, checkpoint: Checkpoint | None) -> str:
+def model_card(pipe: GSPNDiTPipeline, checkpoint: Checkpoint | None, origin: str | None = None) -> str:
     """What the model is, how to use it, and how it was trained and scored, as Markdown.
 
     Args:
         pipe: What is exported.
         checkpoint: Where it comes from, in its run's folder; None if that is not known.
+        origin: Of weights that others have published, their file or folder; then there is no grid.
     """
     config = read_config(checkpoint.config) if checkpoint else None
     metrics = checkpoint_metrics(checkpoint) if checkpoint else {}
@@ -46,10 +47,13 @@ def model_card(pipe: GSPNDiTPipeline, checkpoint: Checkpoint | None) -> str:
     parts = [
         f"---\n{_yaml({key: value for key, value in front.items() if value})}---",
         f"# {title}",
-        f"![Samples]({GRID_FILE})",
         _summary(pipe, config, checkpoint),
         _usage(pipe),
     ]
+    if origin is None:
+        parts.insert(2, f"![Samples]({GRID_FILE})")
+    else:
+        parts[2] += f" Converted by `gspn-dit export` from `{origin}`; its licence is that of those weights."
     if metrics:
         rows = [f"| {name} | {value if isinstance(value, str) else f'{value:g}'} |" for name, value in metrics.items()]
         parts.append("\n".join(["## Metrics", "", "| | |", "|---|---|", *rows]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral
+from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
@@ -105,6 +106,19 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 f"{len(class_names)} names for a transformer of {transformer.config.num_classes} classes",
                 argument="class_names",
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> GSPNDiTPipeline:
+        """As diffusers', also of diffusers' DiTPipeline, and of published weights alone, a local file or folder.
+
+        Of weights alone :func:`~gspn_dit.inference.published.pipeline_of_weights` takes the arguments.
+        """
+        from gspn_dit.inference.published import is_weights, pipeline_of_weights, pipeline_parts  # they import this
+
+        if is_weights(pretrained_model_name_or_path):
+            return pipeline_of_weights(pretrained_model_name_or_path, **kwargs)
+        parts = pipeline_parts(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **parts, **kwargs)
 
     def register_to_config(self, **config: Any) -> None:
         """Name this package's classes by the package, wherever in it they live: what is saved stays loadable when

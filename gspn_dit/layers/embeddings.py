@@ -29,16 +29,31 @@ class PatchEmbedding(nn.Module):
         return self.proj(latents).permute(0, 2, 3, 1).contiguous()
 
 
-class TimestepEmbedding(nn.Module):
-    """Cosines and sines of the timestep at 128 frequencies from 1 down to nearly 1/10000 per step, then an MLP.
+TIME_EMBEDDINGS = ("dit", "sit", "diffusers")
 
-    (B,) on the scale 0 to 1000, whole or not, to (B, C).
+
+class TimestepEmbedding(nn.Module):
+    """Cosines and sines of a time at 128 frequencies from 1 down, then an MLP.
+
+    (B,) on the scale 0 to 1000, where 1000 is noise, whole or not, to (B, C).
+
+    Args:
+        width: Channels C.
+        convention: Whose time and frequencies these are. Of timestep n, `dit` takes n, at frequencies 10000^(-i/128).
+            `sit` takes 1 - n/1000, the time that SiT's own code tells its networks, at the same frequencies.
+            `diffusers` takes n at 10000^(-i/127), as DiTTransformer2DModel does.
+
+    Raises:
+        InputError: Another convention.
     """
 
     frequency_embedding_size = 256
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, convention: str = "dit") -> None:
         super().__init__()
+        if convention not in TIME_EMBEDDINGS:
+            raise InputError(argument="time_embedding", value=convention, wanted=f"one of {', '.join(TIME_EMBEDDINGS)}")
+        self.convention = convention
         first, last = nn.Linear(self.frequency_embedding_size, width), nn.Linear(width, width)
         self.mlp = nn.Sequential(first, nn.SiLU(), last)
         for layer in (first, last):
@@ -46,8 +61,14 @@ class TimestepEmbedding(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, timesteps: Tensor) -> Tensor:
+        times = timesteps.float()
+        if self.convention == "sit":
+            times = 1 - times / 1000
         waves = get_timestep_embedding(
-            timesteps.float(), self.frequency_embedding_size, flip_sin_to_cos=True, downscale_freq_shift=0
+            times,
+            self.frequency_embedding_size,
+            flip_sin_to_cos=True,
+            downscale_freq_shift=1 if self.convention == "diffusers" else 0,
         )
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 

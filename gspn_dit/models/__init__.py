@@ -2,8 +2,9 @@
 and `gspn-t2i` (the same with cross-attention to text).
 
 A family is a file here: its class, its sizes and how the class is registered. The rest is what families share:
-`latent_model` (their base), `registry` (names). `classifier` has the networks that classify images, with names of their
-own, and `features` their stages' maps. All models share `saved_model` and `macs` (what a forward costs).
+`latent_model` (their base), `registry` (names). `published` makes a `dit` of what DiT and SiT have published.
+`classifier` has the networks that classify images, with names of their own, and `features` their stages' maps.
+All models share `saved_model` and `macs` (what a forward costs).
 """
 
 from gspn_dit.exports import on_demand

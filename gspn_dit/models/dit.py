@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from os import PathLike
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,8 @@ class DiT(LatentModel):
         mlp_ratio: Hidden width of the feed-forward over C.
         sample_size, patch_size, in_channels, out_channels: As :class:`LatentModel`.
         num_classes: Classes, without the null class, whose id is `null_class` = num_classes.
+        time_embedding: Whose time and frequencies timesteps are embedded by, as
+            :class:`~gspn_dit.layers.embeddings.TimestepEmbedding` has it; weights fit the one they were trained with.
 
     Raises:
         InputError: Sizes that do not divide; at the call, misshapen input.
@@ -65,6 +68,7 @@ class DiT(LatentModel):
         in_channels: int = 4,
         out_channels: int = 8,
         num_classes: int = 1000,
+        time_embedding: str = "dit",
     ) -> None:
         require_count("width", width)
         require_count("depth", depth)
@@ -80,13 +84,23 @@ class DiT(LatentModel):
             out_channels=out_channels,
         )
         self.null_class = num_classes
-        self.t_embedder = TimestepEmbedding(width)
+        self.t_embedder = TimestepEmbedding(width, time_embedding)
         self.y_embedder = LabelEmbedding(num_classes, width)
         self.grid = (self.sample_height // patch_size, self.sample_width // patch_size)
         positions = sincos_positions(*self.grid, width).flatten(1, 2)  # (1, N, C)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(width, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(width, self.patch_values)
+
+    @classmethod
+    def published(cls, path: str | PathLike, **kwargs: Any) -> Self | None:
+        """The model of a file of DiT's or SiT's own code, or of a DiTTransformer2DModel; None for one of this package.
+
+        Takes and raises what :func:`~gspn_dit.models.published.find` does.
+        """
+        from gspn_dit.models.published import find  # which imports this module
+
+        return find(cls, path, **kwargs)
 
     def embed(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, H, W, C) and their condition (B, 1, 1, C). Raises :class:`InputError` on misshapen input."""

@@ -40,6 +40,8 @@ class SavedModel(ModelMixin, ConfigMixin):
     ) -> Self | tuple[Self, dict[str, Any]]:
         """As diffusers', but a folder without some of the weights is refused, where diffusers would leave them out.
 
+        What else a model takes, such as weights that others have published, :meth:`published` says.
+
         Weights of another shape are refused too, unless `ignore_mismatched_sizes` asks for them to be left out. The
         dtype may be called `dtype` or, as diffusers called it before, `torch_dtype`; None is float32.
 
@@ -52,9 +54,12 @@ class SavedModel(ModelMixin, ConfigMixin):
         # versions of diffusers differ in the name, and warn of the other: the weights are converted here
         given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
         dtype = next((each for each in given if isinstance(each, torch.dtype)), torch.float32)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        info: dict[str, Any] = {f"{kind}_keys": [] for kind in ("missing", "unexpected", "mismatched")}
+        model = cls.published(pretrained_model_name_or_path, **kwargs)
+        if model is None:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         remedy = "they are of another version: train or export it anew"
         if info["mismatched_keys"] and not may_mismatch:
             raise InputError(
@@ -71,6 +76,11 @@ class SavedModel(ModelMixin, ConfigMixin):
         # diffusers' own warns, of any dtype, of the modules that should stay in float32, of which there are none
         nn.Module.to(model, dtype)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def published(cls, path: str | PathLike, **kwargs: Any) -> Self | None:
+        """The model of a file or folder in another project's format; None for a folder of this one's."""
+        return None
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
         """As diffusers', but for the default function: theirs asks for torch's version, which stops torch.compile."""

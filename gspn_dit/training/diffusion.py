@@ -296,7 +296,7 @@ def as_begun(config: Config) -> dict[str, Any]:
 
 
 def start_from(model: LatentModel, path: str, class_names: list[str]) -> str | None:
-    """Give a new model the averaged weights of a run, a checkpoint or an exported folder, of whatever image size.
+    """Give a new model the weights of what :func:`load_transformer` takes, of whatever image size.
 
     With another number of classes, a label's embedding is that of the class of the same name there, or new.
 
@@ -313,6 +313,14 @@ def start_from(model: LatentModel, path: str, class_names: list[str]) -> str | N
     """
     with renamed(model="model.init_from"):
         source = load_transformer(path)
+    told, telling = (each.config.get("time_embedding") for each in (source, model))
+    if told is not None and telling is not None and told != telling:
+        raise InputError(
+            f"its weights are for the time_embedding {told}, and this model has {telling}",
+            argument="model.init_from",
+            value=path,
+            remedy=f"give --model.overrides '{{time_embedding: {told}}}'",
+        )
     theirs, ours = (
         {name: p for name, p in each.named_parameters() if p.requires_grad}  # what is not trained goes with the size
         for each in (source, model)

@@ -193,11 +193,13 @@ def test_a_run_and_its_export_draw_alike(tmp_path, objective):
 def test_what_cannot_be_loaded_is_said(tmp_path):
     run = make_run(tmp_path / "run", steps=())
     (tmp_path / "empty").mkdir()
-    (tmp_path / "model.pt").write_text("")
+    for name in ("model.pt", "model.yaml"):
+        (tmp_path / name).write_text("")
     for path, words in (
-        (tmp_path / "none", "no such folder; wanted a run"),
+        (tmp_path / "none", "no such folder, and no hub name"),
         (tmp_path / "empty", "not a run"),
-        (tmp_path / "model.pt", "is a file; wanted the folder"),
+        (tmp_path / "model.pt", "cannot be read as a file of torch"),
+        (tmp_path / "model.yaml", "is a file; wanted a folder"),
         (run, "no checkpoint yet"),
     ):
         with pytest.raises(InputError, match=words) as error:
