@@ -292,8 +292,8 @@ class GuidanceOptions:
 
     data: list[str] = field(default_factory=lambda: ["digits", "photos"])
     guides: list[str] = field(default_factory=list)
-    num_images: int = 400
-    num_inference_steps: int = 20
+    num_images: int = 200
+    num_inference_steps: int = 12
     guidance_scale: float = 2.0
     seed: int = 0
     threads: int = 2
