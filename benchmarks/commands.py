@@ -275,6 +275,51 @@ class HigherOptions:
 
 
 @dataclass
+class GuidanceOptions:
+    """What to draw, and where the results go.
+
+    Args:
+        data: `digits`, `photos`: the packaged models and what they were trained on.
+        guides: For autoguidance, a worse model of some data, DATA=RUN: a run, a checkpoint or an exported folder.
+        num_images: Images of every row.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Of all rows but those without guidance.
+        seed: Of the images.
+        threads: Threads of the CPU.
+        images: Folder for the images.
+        time_budget: Seconds after which no row is begun.
+        out: Where the results go, without the .json and .md.
+    """
+
+    data: list[str] = field(default_factory=lambda: ["digits", "photos"])
+    guides: list[str] = field(default_factory=list)
+    num_images: int = 200
+    num_inference_steps: int = 12
+    guidance_scale: float = 2.0
+    seed: int = 0
+    threads: int = 2
+    images: str = "runs/guidance"
+    time_budget: float = 3600.0
+    out: str = "benchmarks/results/guidance"
+
+    def __post_init__(self) -> None:
+        for name in self.data:
+            require(name in ("digits", "photos"), "data", name, "digits or photos")
+        pairs = all(data in self.data and guide for data, guide in self.guide_of.items())
+        require(pairs, "guides", self.guides, "DATA=RUN, of data that is drawn")
+        for key in ("num_inference_steps", "threads", "time_budget"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(self.num_images >= 2, "num_images", self.num_images, "2 or more")
+        require(self.guidance_scale > 1, "guidance_scale", self.guidance_scale, "more than 1")
+
+    @property
+    def guide_of(self) -> dict[str, str]:
+        """The guide of every data that has one."""
+        pairs = (guide.partition("=")[::2] for guide in self.guides)
+        return dict(pairs)
+
+
+@dataclass
 class KernelProfileOptions:
     """What to profile, on a GPU.
 
@@ -697,6 +742,7 @@ BENCHMARKS = {
         ThroughputOptions, "How many images a second does a classifier take, beside timm's?"
     ),
     "higher": Benchmark(HigherOptions, "How good are images larger than the models were trained for, at what cost?"),
+    "guidance": Benchmark(GuidanceOptions, "What does each way of guidance do to images of the packaged models?"),
     "quality": Benchmark(QualityOptions, "Which network learns most in the same number of steps?"),
     "classification": Benchmark(ClassificationOptions, "Which mixer tells clothes apart best in the same few minutes?"),
     "distillation": Benchmark(

@@ -3,8 +3,8 @@
 from gspn_dit.exports import on_demand
 from gspn_dit.successors import tell_successors
 
-# ModelMixin is here for diffusers, which finds out how to load a pipeline's component by looking for its base classes
-# in the component's own top-level package.
+# ModelMixin and SchedulerMixin are here for diffusers, which finds out how to load a pipeline's component by looking
+# for its base classes in the component's own top-level package.
 _EXPORTS = {
     "propagate": "gspn_dit.ops",
     "create_model": "gspn_dit.models",
@@ -19,10 +19,14 @@ _EXPORTS = {
     "replace_self_attention": "gspn_dit.models",
     "AttentionReplacement": "gspn_dit.models",
     "GSPNDiTPipeline": "gspn_dit.inference.pipeline",
+    "FlowMatchSDEScheduler": "gspn_dit.diffusion.sde",
+    "FlowMatchDopri5Scheduler": "gspn_dit.diffusion.ode",
+    "EDMHeunScheduler": "gspn_dit.diffusion.edm",
     "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
 }
 
 __version__ = "0.1.0"
-__all__ = [name for name in _EXPORTS if name != "ModelMixin"]
+__all__ = [name for name in _EXPORTS if _EXPORTS[name] != "diffusers"]
 __getattr__, __dir__ = on_demand(__name__, _EXPORTS)
 tell_successors()

@@ -19,7 +19,9 @@ from gspn_dit.arguments import (
     default_workers,
 )
 from gspn_dit.data.sources import SOURCES, split_name
+from gspn_dit.errors import renamed
 from gspn_dit.evaluation.classifiers import check_features
+from gspn_dit.guidance import Guidance, GuidanceSchedule
 from gspn_dit.options import parse, require
 from gspn_dit.storage.files import replacing
 from gspn_dit.storage.packaged import PACKAGED_MODELS, PACKAGED_TOKENIZERS, PACKAGED_VAES, absolute
@@ -220,24 +222,41 @@ class SamplingConfig:
     """Sampling: how a run's sample grids are drawn, and the defaults of `sample` for that run.
 
     Args:
-        sampler: For `ddpm`: `ddpm`, `ddim`, `dpm++`; for `flow`: `euler`, `heun`; if not given, the first of these.
+        sampler: For `ddpm`: `ddpm`, `ddim`, `dpm++`, `edm`; for `flow`: `euler`, `heun`, `sde`, `dopri5`, `edm`; or a
+            scheduler of diffusers by its class; if not given, the first of these.
+        scheduler_options: What of the sampler is other than by default, for example `{use_karras_sigmas: true}`.
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 is none.
         guidance_interval: Range of noise levels at which guidance acts, from 0 (clean) to 1 (pure noise).
+        guidance_schedule: How the guidance scale depends on the noise level.
+        guidance_power: Exponent of `power-cosine`.
+        guidance_rescale: By how much a guided prediction is scaled to the standard deviation of the model's own; 0
+            leaves it.
+        apg_eta: Of adaptive projected guidance, the share left of the parallel part of an update; 1 is all.
+        apg_norm_threshold: Its greatest norm of an update; 0 for none.
+        apg_momentum: Its weight of the updates before, between -1 and 1; 0 for none.
         num_images: Images in the training grid.
         prompts: Of a model of text: what grids show, in turn; if none are given, the first captions of the data.
     """
 
     sampler: str | None = None
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
     num_inference_steps: int = 50
     guidance_scale: float = 4.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_schedule: GuidanceSchedule = "constant"
+    guidance_power: float = 4.0
+    guidance_rescale: float = 0.0
+    apg_eta: float = 1.0
+    apg_norm_threshold: float = 0.0
+    apg_momentum: float = 0.0
     num_images: int = 16
     prompts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_num_inference_steps(self.num_inference_steps, "sampling.")
-        check_guidance(self.guidance_scale, self.guidance_interval, "sampling.")
+        with renamed("sampling."):
+            Guidance(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Guidance)})
         require(self.num_images >= 1, "sampling.num_images", self.num_images, "1 or more")
 
 

@@ -13,6 +13,7 @@ EXTRAS = {
     "eval": ("accelerate", "docstring_parser", "jsonargparse", "scipy", "torch_fidelity"),
     "timm": ("timm",),
     "t2i": ("transformers",),
+    "ode": ("torchdiffeq",),
     "demo": ("mlxtend", "skimage"),
 }
 

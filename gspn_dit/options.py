@@ -374,6 +374,9 @@ def _as_typed(value: str, kind: Any) -> str:
     if int in kinds and re.fullmatch(r"[0-9]+\.?[0-9]*[eE]\+?[0-9]{1,2}", value) and float(value).is_integer():
         return str(int(float(value)))
     for each in kinds:
+        if get_origin(each) is dict and not value.lstrip().startswith("{") and "=" in value:  # a=1,b=2
+            pairs = (item.partition("=") for item in _items(value))
+            return f"{{{', '.join(f'{name.strip()}: {text}' for name, _, text in pairs)}}}"
         if get_origin(each) in (list, tuple) and value != "null":
             inner = get_args(each)[0]
             items = [json.dumps(item, ensure_ascii=False) if inner is str else item for item in _items(value)]

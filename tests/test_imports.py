@@ -30,6 +30,7 @@ NOT_CORE = (
     "tensorboard",
     "timm",
     "torch_fidelity",
+    "torchdiffeq",
     "torchvision",
     "transformers",
 )

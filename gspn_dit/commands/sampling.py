@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from gspn_dit.arguments import MixedPrecision, Switch, check_guidance, check_num_inference_steps
+from gspn_dit.arguments import MixedPrecision, Switch, check_num_inference_steps
 from gspn_dit.errors import not_none
+from gspn_dit.guidance import Guidance, GuidanceSchedule
 from gspn_dit.options import require
 from gspn_dit.storage.files import is_stream
 from gspn_dit.text.prompts import prompt_lines
@@ -69,8 +70,19 @@ class SampleOptions(ImagesOut):
         num_images: How many images.
         guidance_scale: Classifier-free guidance, 1 for none; the model's own default if not given.
         guidance_interval: Range of noise levels at which guidance acts, from 0 (clean) to 1 (pure noise).
+        guidance_schedule: How the guidance scale depends on the noise level.
+        guidance_power: Exponent of `power-cosine`; 4 if not given.
+        guidance_rescale: By how much a guided prediction is scaled to the standard deviation of the model's own, from
+            0 to 1.
+        apg_eta: Of adaptive projected guidance, the share left of the parallel part of an update; 1 is all.
+        apg_norm_threshold: Its greatest norm of an update; 0 for none.
+        apg_momentum: Its weight of the updates before, between -1 and 1; 0 for none.
+        guide: A worse model of the same kind, for example a smaller one, or an earlier checkpoint: guidance leads away
+            from its prediction of the same class or prompt (autoguidance). As `model`.
         num_inference_steps: Denoising steps; the model's own default if not given.
-        sampler: `ddpm`, `ddim` or `dpm++` for a ddpm model; `euler` or `heun` for a flow model.
+        sampler: `ddpm`, `ddim`, `dpm++` or `edm` for a ddpm model; `euler`, `heun`, `sde`, `dopri5` or `edm` for a flow
+            model; or a scheduler of diffusers by its class, for example `UniPCMultistepScheduler`.
+        scheduler_options: What of the sampler is other than by default, for example `use_karras_sigmas=true`.
         shift: Shift of a flow model's noise levels for another size than trained: above 1, more of the steps are
             noisy; `auto` takes √(pixels / trained pixels).
         chunk_scale: Length of the chunks or windows of local scans relative to training; `auto` takes
@@ -99,8 +111,16 @@ class SampleOptions(ImagesOut):
     num_images: int = 16
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
+    guidance_schedule: GuidanceSchedule | None = None
+    guidance_power: float | None = None
+    guidance_rescale: float | None = None
+    apg_eta: float | None = None
+    apg_norm_threshold: float | None = None
+    apg_momentum: float | None = None
+    guide: str | None = None
     num_inference_steps: int | None = None
     sampler: str | None = None
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
     shift: float | Literal["auto"] | None = None
     chunk_scale: float | Literal["auto"] | None = None
     mixed_precision: MixedPrecision = "auto"
@@ -120,10 +140,7 @@ class SampleOptions(ImagesOut):
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         if self.num_inference_steps is not None:
             check_num_inference_steps(self.num_inference_steps)
-        check_guidance(
-            1 if self.guidance_scale is None else self.guidance_scale,
-            (0, 1) if self.guidance_interval is None else self.guidance_interval,
-        )
+        Guidance(**{name: value for name, value in self.guidance.items() if value is not None})
         if self.class_labels and re.fullmatch(r"\[.*\]", self.class_labels):  # as any list may be written
             self.class_labels = self.class_labels[1:-1]
         if self.prompts is not None:
@@ -138,6 +155,11 @@ class SampleOptions(ImagesOut):
             self.npz = f"{Path(not_none(self.out))}.npz"
         if self.npz is not None:
             require(Path(self.npz).suffix == ".npz", "npz", self.npz, "a file name ending in .npz")
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """The options of guidance by their names; None is the model's own default."""
+        return {each.name: getattr(self, each.name) for each in fields(Guidance)}
 
     @cached_property
     def prompt_list(self) -> list[str]:

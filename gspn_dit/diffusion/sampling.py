@@ -1,9 +1,11 @@
-"""The sampling loop: noise to latents with classifier-free guidance, through any of diffusers' schedulers."""
+"""The sampling loop: noise to latents with guidance, through any of diffusers' schedulers or of ours."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,14 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor
 
-from gspn_dit.arguments import check_guidance, check_num_inference_steps
+from gspn_dit.arguments import check_num_inference_steps
+from gspn_dit.diffusion.edm import EDMHeunScheduler
+from gspn_dit.diffusion.guiding import Guider
+from gspn_dit.diffusion.integrator import Generators, Integrator, check_descending
+from gspn_dit.diffusion.process import Process
 from gspn_dit.diffusion.schedulers import SAMPLERS, objective_of
 from gspn_dit.errors import InputError
-
-Generators = torch.Generator | list[torch.Generator] | None
+from gspn_dit.guidance import Guidance
 
 
 def image_generator(seed: int, i: int) -> torch.Generator:
@@ -39,72 +44,167 @@ def denoise(
     condition: Mapping[str, Tensor],
     *,
     null_condition: Mapping[str, Tensor] | None = None,
+    guide: Callable[..., Tensor] | None = None,
     model_options: Mapping[str, Any] | None = None,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guide_options: Mapping[str, Any] | None = None,
     num_inference_steps: int = 50,
+    sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
     generator: Generators = None,
-    callback: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+    callback: Callable[[int, Any, Tensor, Tensor], Tensor | None] | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
+    **guidance: Any,
 ) -> Tensor:
     """Integrate standard normal noise (B,C,h,w) to clean latents of the same shape, float32.
 
     Args:
         model: Called as model(latents, timesteps (B,) on the scale 0…1000, **condition, **model_options) ->
             (B,C,h,w), or (B,2C,h,w) with the learned variance.
-        scheduler: Any diffusers scheduler for the model's objective.
+        scheduler: Any diffusers scheduler for the model's objective, or one of this package.
         noise: (B,C,h,w), standard normal, on the model's device.
         condition: What the images are to be, tensors (B, …) by the names of the model's arguments, on its device.
-        null_condition: The condition that says nothing, of the same names and shapes. Only guidance needs it.
+        null_condition: The condition that says nothing, of the same names and shapes. Only classifier-free guidance
+            needs it.
+        guide: A model of the same kind that predicts worse: guidance leads away from its prediction with the same
+            condition, in place of that without one (autoguidance, Karras et al., arXiv 2406.02507).
         model_options: Further arguments of the model, the same at every step.
-        guidance_scale: w of ε = ε(∅) + w·(ε(c) - ε(∅)) on all latent channels (Ho & Salimans, arXiv 2207.12598); the
-            learned variance stays the conditional one. 1 is no guidance and costs one forward per step, not two.
-        guidance_interval: Share of the noise levels t/1000 at which guidance acts, 0 clean and 1 pure noise
-            (Kynkäänniemi et al., arXiv 2404.07724); outside it a step costs one forward.
+        guide_options: Further arguments of the guide.
         num_inference_steps: Steps of the scheduler.
+        sigmas: Noise levels in place of the scheduler's own, as diffusers' `set_timesteps` takes them.
+        timesteps: Timesteps in place of the scheduler's own.
         generator: Of the noise that stochastic samplers add; with a list, image b's comes from the b-th alone.
-        callback: Called as callback(step, timestep, latents) after each step; what it returns, if not None, replaces
-            the latents.
+        callback: Called as callback(step, timestep, latents, prediction) after each step, with the last guided
+            prediction; what it returns, if not None, replaces the latents.
         progress: Wraps the iterable of timesteps, as `tqdm` does.
+        guidance: How it is guided, by the names of :class:`~gspn_dit.guidance.Guidance`; by default not at all. It acts
+            on all latent channels; the learned variance stays the model's with the condition.
 
-    Raises :class:`InputError` for options out of range, a null condition that is missing or does not fit, or a model
-    that is not of the scheduler's objective.
+    Raises :class:`InputError` for options out of range, a null condition that is missing or does not fit, steps that
+    the scheduler does not take, or a model that is not of the scheduler's objective.
     """
-    check_guidance(guidance_scale, guidance_interval)
-    both = {} if guidance_scale == 1 else _with_null(condition, null_condition, guidance_scale)
-    options = model_options or {}
-    low, high = guidance_interval
     scheduler = _taking_our_variance(scheduler)
-    _set_timesteps(scheduler, num_inference_steps)
-    step_options = {"generator": generator} if _accepts(scheduler.step, "generator") else {}
-    dtype = getattr(model, "dtype", torch.float32)
+    _set_timesteps(scheduler, num_inference_steps, sigmas, timesteps)
+    network = GuidedNetwork(
+        model,
+        scheduler,
+        condition,
+        null_condition=null_condition,
+        guide=guide,
+        guidance=Guidance(**guidance),
+        model_options=model_options,
+        guide_options=guide_options,
+    )
+    if isinstance(scheduler, Integrator):
 
+        def after_step(step: int, timestep: float, latents: Tensor) -> Tensor:
+            replaced = None if callback is None else callback(step, timestep, latents, network.prediction)
+            return latents if replaced is None else replaced
+
+        return scheduler.integrate(
+            network, noise.float(), generator=generator, after_step=after_step, progress=progress
+        )
+    step_options = {"generator": generator} if _accepts(scheduler.step, "generator") else {}
     latents = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
-    levels = (scheduler.timesteps.double() / 1000).clamp(max=1).tolist()  # a shifted one may be rounded up from 1
-    told = scheduler.timesteps.float().to(noise.device)
-    for step, (timestep, level) in enumerate(zip(progress(scheduler.timesteps), levels, strict=True)):
+    told = scheduler.timesteps.float().tolist()
+    for step, timestep in enumerate(progress(scheduler.timesteps)):
         inputs = latents
         if hasattr(scheduler, "scale_model_input"):
             inputs = scheduler.scale_model_input(latents, timestep)
-        inputs, timesteps = inputs.to(dtype), told[step].expand(len(latents))
-        guided = guidance_scale != 1 and low <= level <= high
-        if guided:
-            twice = model(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), **both, **options)
-            output, unconditional = twice.float().chunk(2)
-        else:
-            output = model(inputs, timesteps, **condition, **options).float()
-        _check_objective(scheduler, output, latents)
-
-        prediction, variance = output.split([latents.shape[1], output.shape[1] - latents.shape[1]], dim=1)
-        if guided:
-            unconditional = unconditional[:, : latents.shape[1]]
-            prediction = unconditional + guidance_scale * (prediction - unconditional)
+        prediction = network(inputs, told[step])
         if _uses_variance(scheduler):
-            prediction = torch.cat([prediction, variance], dim=1)
+            prediction = torch.cat([prediction, network.variance], dim=1)
         latents = scheduler.step(prediction, timestep, latents, **step_options).prev_sample
-        if callback is not None and (replaced := callback(step, timestep, latents)) is not None:
-            latents = replaced
+        if callback is not None:
+            replaced = callback(step, timestep, latents, network.prediction)
+            latents = latents if replaced is None else replaced
     return latents
+
+
+class GuidedNetwork:
+    """A network with its condition and guidance: called with noisy latents and a timestep, it gives the prediction.
+
+    Args:
+        model: As in :func:`denoise`, as are all others.
+        scheduler: What asks.
+        condition: See there.
+        null_condition: See there.
+        guide: See there.
+        guidance: How it is guided.
+        model_options: See there.
+        guide_options: See there.
+
+    Attributes:
+        variance: The learned variance beside the last prediction, of no channels where there is none.
+
+    Raises :class:`InputError` for a null condition that is missing or does not fit.
+    """
+
+    variance: Tensor
+    _prediction: Tensor
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        scheduler: SchedulerMixin,
+        condition: Mapping[str, Tensor],
+        *,
+        null_condition: Mapping[str, Tensor] | None,
+        guide: Callable[..., Tensor] | None,
+        guidance: Guidance,
+        model_options: Mapping[str, Any] | None,
+        guide_options: Mapping[str, Any] | None,
+    ) -> None:
+        self.model, self.scheduler, self.guide, self.guidance = model, scheduler, guide, guidance
+        self.condition = condition
+        self.model_options, self.guide_options = model_options or {}, guide_options or {}
+        self.both: dict[str, Tensor] = {}
+        if guide is None and guidance.guidance_scale != 1:
+            self.both = _with_null(condition, null_condition, guidance.guidance_scale)
+        self.guider = Guider(guidance, Process.of(scheduler)) if guidance.guidance_scale != 1 else None
+        self._alone: list[GuidedNetwork] = []
+
+    @property
+    def prediction(self) -> Tensor:
+        """The last that was given; of images alone, the last of each."""
+        return torch.cat([each.prediction for each in self._alone]) if self._alone else self._prediction
+
+    def image(self, i: int) -> GuidedNetwork:
+        """The same for image i of the batch alone. Raises :class:`InputError` for momentum over common steps."""
+        if self.guider is not None and (momentum := self.guidance.apg_momentum):
+            raise InputError(
+                f"{type(self.scheduler).__name__} asks at times in no order",
+                argument="apg_momentum",
+                value=momentum,
+                remedy="give 0, or another sampler",
+            )
+        alone = copy(self)
+        alone._alone = []
+        alone.condition = {name: tensor[i : i + 1] for name, tensor in self.condition.items()}
+        if self.both:
+            count = len(next(iter(self.both.values()))) // 2
+            alone.both = {name: tensor[[i, count + i]] for name, tensor in self.both.items()}
+        self._alone.append(alone)
+        return alone
+
+    def __call__(self, noisy: Tensor, timestep: float) -> Tensor:
+        """The guided prediction, float32 (B,C,h,w), from noisy latents (B,C,h,w) at a timestep on the scale 0…1000."""
+        weight = self.guidance.weight(min(timestep / 1000, 1.0))  # a shifted one may be rounded up from 1
+        channels = noisy.shape[1]
+        inputs = noisy.to(getattr(self.model, "dtype", torch.float32))
+        times = torch.full((len(noisy),), timestep, dtype=torch.float32, device=noisy.device)
+        if weight != 1 and self.guide is None:
+            twice = self.model(inputs.repeat(2, 1, 1, 1), times.repeat(2), **self.both, **self.model_options)
+            output, worse = twice.float().chunk(2)
+        else:
+            output = self.model(inputs, times, **self.condition, **self.model_options).float()
+            if weight != 1 and self.guide is not None:
+                inputs = noisy.to(getattr(self.guide, "dtype", torch.float32))
+                worse = self.guide(inputs, times, **self.condition, **self.guide_options).float()
+        _check_objective(self.scheduler, output, channels)
+        self._prediction, self.variance = output.split([channels, output.shape[1] - channels], dim=1)
+        if weight != 1 and self.guider is not None:
+            self._prediction = self.guider(self._prediction, worse[:, :channels], weight, noisy, timestep)
+        return self._prediction
 
 
 def _with_null(
@@ -124,14 +224,50 @@ def _with_null(
     return {name: torch.cat([tensor, null_condition[name]]) for name, tensor in condition.items()}
 
 
-def _set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Set the scheduler's steps; for the flow, when it takes noise levels, even ones from 1 down to 1/n.
+def check_levels(
+    scheduler: SchedulerMixin, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None
+) -> dict[str, Any]:
+    """The noise levels or timesteps that a call gives, as the scheduler takes them; none if it gives none.
+
+    Raises :class:`InputError` for both, for what a scheduler does not take, or for what does not fall.
+    """
+    given = {name: each for name, each in (("sigmas", sigmas), ("timesteps", timesteps)) if each is not None}
+    if len(given) > 1:
+        raise InputError("only one of timesteps and sigmas", argument="sigmas", value=sigmas, remedy="leave one out")
+    for name, values in given.items():
+        if not _accepts(scheduler.set_timesteps, name):
+            raise InputError(
+                f"{type(scheduler).__name__} takes none", argument=name, value=values, remedy="leave it out"
+            )
+        levels = np.asarray(values, dtype=np.float64)
+        flow = name == "sigmas" and objective_of(scheduler) == "flow" and not isinstance(scheduler, EDMHeunScheduler)
+        most = 1 if flow else scheduler.config.num_train_timesteps if name == "timesteps" else math.inf
+        check_descending(name, levels.flatten().tolist(), most, least_is_open=name == "sigmas")
+        return {name: levels if name == "sigmas" else levels.tolist()}
+    return {}
+
+
+def _set_timesteps(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[float] | None,
+) -> None:
+    """Set the scheduler's steps: those given; else for the flow, when it takes noise levels, even ones from 1 to 1/n.
 
     They stay on the CPU: samplers look up their tables by them, and compare them, which on a GPU would wait for it.
     """
+    if given := check_levels(scheduler, sigmas, timesteps):
+        try:
+            scheduler.set_timesteps(device="cpu", **given)
+        except ValueError as error:  # of a scheduler that takes them with some options only
+            ((name, values),) = given.items()
+            raise InputError(" ".join(str(error).split()), argument=name, value=values) from error
+        return
     check_steps(scheduler, num_inference_steps)
     levels = {}
-    if objective_of(scheduler) == "flow" and _accepts(scheduler.set_timesteps, "sigmas"):
+    chooses = isinstance(scheduler, Integrator)
+    if objective_of(scheduler) == "flow" and not chooses and _accepts(scheduler.set_timesteps, "sigmas"):
         # Left alone, diffusers' last step goes from 0.001 to 0: a forward for nothing.
         levels = {"sigmas": np.linspace(1, 1 / num_inference_steps, num_inference_steps)}
     scheduler.set_timesteps(num_inference_steps, device="cpu", **levels)
@@ -165,19 +301,16 @@ def _taking_our_variance(scheduler: SchedulerMixin) -> SchedulerMixin:
     return type(scheduler).from_config(scheduler.config, variance_type=None)
 
 
-def _check_objective(scheduler: SchedulerMixin, output: Tensor, latents: Tensor) -> None:
+def _check_objective(scheduler: SchedulerMixin, output: Tensor, channels: int) -> None:
     objective = objective_of(scheduler)
-    if output.shape[1] != latents.shape[1] * (2 if objective == "ddpm" else 1):
+    if output.shape[1] != channels * (2 if objective == "ddpm" else 1):
         remedy = {
             "flow": f"its samplers are {', '.join(SAMPLERS['ddpm'])}",
             "ddpm": f"its samplers are {', '.join(SAMPLERS['flow'])}, and others that from_config makes with "
             "prediction_type='flow_prediction', use_flow_sigmas=True",
         }
         raise InputError(
-            (
-                f"it is for a {objective} model, and this model returns {output.shape[1]} channels for "
-                f"{latents.shape[1]}"
-            ),
+            (f"it is for a {objective} model, and this model returns {output.shape[1]} channels for {channels}"),
             argument="scheduler",
             value=type(scheduler).__name__,
             remedy=remedy[objective],

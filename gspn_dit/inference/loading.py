@@ -127,9 +127,10 @@ def pipeline_of(run: RunDescription, transformer: ModelMixin, vae: AutoencoderKL
     return GSPNDiTPipeline(
         transformer,
         vae,
-        create_scheduler(run.objective, run.sampler),
+        create_scheduler(run.objective, run.sampler, run.scheduler_options),
         guidance_scale=run.guidance_scale,
         guidance_interval=list(run.guidance_interval),
+        guidance_options=dict(run.guidance_options),
         num_inference_steps=run.num_inference_steps,
         class_dropout=run.class_dropout,
         prompts=list(run.prompts) if "tokenizer" in parts else None,

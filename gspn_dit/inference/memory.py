@@ -17,20 +17,20 @@ _LEAST_MAPS = 5  # of tokens at the peak of a forward: a few less than were meas
 
 
 def check_memory(
-    pipe: DiffusionPipeline, shape: Sequence[int], guidance_scale: float, mixed_precision: str, device: torch.device
+    pipe: DiffusionPipeline, shape: Sequence[int], forwards: int, mixed_precision: str, device: torch.device
 ) -> None:
     """Raise :class:`InputError` for latents (B, C, h, w) that are more than a device could ever have memory for.
 
     Args:
         pipe: A :class:`~gspn_dit.inference.pipeline.GSPNDiTPipeline`.
         shape: Of the latents.
-        guidance_scale: Above 1, each image costs two forwards that run as one.
+        forwards: Predictions of an image that are one forward: 2 with classifier-free guidance.
         mixed_precision: `no`, `bf16` or `fp16`.
         device: The device of the transformer.
     """
     transformer, factor = pipe.transformer, downsampling(pipe.vae)
     batch, _, height, width = shape
-    tokens = batch * height * width // transformer.config.patch_size**2 * (2 if guidance_scale > 1 else 1)
+    tokens = batch * height * width // transformer.config.patch_size**2 * forwards
     value = 2 if mixed_precision in DTYPES else transformer.dtype.itemsize
     needed, memory = _LEAST_MAPS * tokens * transformer.config.width * value, memory_of(device)
     if needed > memory:

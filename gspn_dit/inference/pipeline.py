@@ -13,14 +13,16 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, Mod
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from gspn_dit.arguments import MixedPrecision, Switch, check_guidance, check_switch
+from gspn_dit.arguments import MixedPrecision, Switch, check_switch
 from gspn_dit.autoencoder import downsampling
-from gspn_dit.autoencoder.vae import check_vae
+from gspn_dit.autoencoder.vae import check_vae, normalisation, vae_sha256
 from gspn_dit.conditioning import ClassLabels, Condition, Conditioning
 from gspn_dit.diffusion import denoise
-from gspn_dit.diffusion.sampling import Generators
-from gspn_dit.diffusion.schedulers import own_shift, shifted
-from gspn_dit.errors import InputError, is_finite
+from gspn_dit.diffusion.integrator import Generators
+from gspn_dit.diffusion.sampling import check_levels
+from gspn_dit.diffusion.schedulers import own_shift, shifted, trained_process
+from gspn_dit.errors import InputError, is_finite, is_whole
+from gspn_dit.guidance import Guidance, GuidanceSchedule
 from gspn_dit.inference.decoding import decode_images
 from gspn_dit.inference.graphed_model import GraphedModel, graphed
 from gspn_dit.inference.memory import check_memory
@@ -30,6 +32,14 @@ from gspn_dit.text.parts import TextParts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_SHARED = {  # what a guide's config has in common with the model's, in words
+    "in_channels": "channels of latents",
+    "out_channels": "channels of predictions",
+    "sample_size": "rows of latents",
+    "num_classes": "classes",
+    "vocab_size": "words",
+    "text_length": "tokens of a text",
+}
 _OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 
 
@@ -55,6 +65,9 @@ class GSPNDiTPipeline(DiffusionPipeline):
         tokenizer: Of a model of text, a tokenizer of transformers.
         text_encoder: Of a model of text that has no text encoder of its own, one of transformers.
         prompts: Of a model of text, what is drawn where nobody says what, such as the run's own grid.
+        guide: A worse model of the same kind, such as a smaller or an earlier one, whose prediction guidance leads away
+            from in place of that without a condition (autoguidance); see :meth:`guide_by`.
+        guidance_options: Defaults of a call's further arguments of guidance, by their names.
 
     Attributes:
         subject: The argument of a call that says what images show: `class_labels`, or `prompt`.
@@ -62,8 +75,9 @@ class GSPNDiTPipeline(DiffusionPipeline):
     Raises :class:`InputError` if the parts do not fit each other.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder"]
+    model_cpu_offload_seq = "text_encoder->guide->transformer->vae"
+    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder", "guide"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "noise_pred"]
 
     def __init__(
         self,
@@ -78,16 +92,27 @@ class GSPNDiTPipeline(DiffusionPipeline):
         tokenizer: Any = None,  # diffusers reads these types, and transformers may not be there
         text_encoder: Any = None,
         prompts: list[str] | None = None,
+        guide: Any = None,
+        guidance_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self._graphed: GraphedModel | None = None
+        self._graphed: dict[str, GraphedModel | None] = {}
         self.register_modules(
-            transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            guide=guide,
         )
+        low, high = guidance_interval or (0.0, 1.0)
+        guided = guide is not None or class_dropout not in (0, 1)
+        defaults = Guidance(guidance_scale if guided else 1.0, (low, high), **(guidance_options or {}))
         self.register_to_config(
             class_names=class_names,
-            guidance_scale=1.0 if class_dropout in (0, 1) else guidance_scale,
-            guidance_interval=list(guidance_interval or (0.0, 1.0)),
+            guidance_scale=defaults.guidance_scale,
+            guidance_interval=list(defaults.guidance_interval),
+            guidance_options=dict(guidance_options or {}),
             num_inference_steps=num_inference_steps,
             class_dropout=class_dropout,
             prompts=prompts,
@@ -106,6 +131,9 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 f"{len(class_names)} names for a transformer of {transformer.config.num_classes} classes",
                 argument="class_names",
             )
+        if guide is not None:
+            guide.eval()
+            check_guide(transformer, guide)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> GSPNDiTPipeline:
@@ -146,8 +174,19 @@ class GSPNDiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict] | None = None,
         prompt: str | Sequence[str] | None = None,
+        guidance_schedule: GuidanceSchedule | None = None,
+        guidance_power: float | None = None,
+        guidance_rescale: float | None = None,
+        apg_eta: float | None = None,
+        apg_norm_threshold: float | None = None,
+        apg_momentum: float | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        latents: Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """One image for each class label, or for each prompt.
+        """One image for each class label, or for each prompt; or as many as `num_images_per_prompt` says.
 
         Args:
             class_labels: Class ids or names, one per image, of a model of classes.
@@ -174,6 +213,19 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 dictionary it returns go on.
             prompt: What the images show, in words, one per image, of a model of text. One of more tokens than the model
                 was trained with is cut, with a warning.
+            guidance_schedule: How the guidance scale depends on the noise level: `constant`, `linear`, `cosine` or
+                `power-cosine` (see :class:`~gspn_dit.guidance.Guidance`, as for the next five).
+            guidance_power: s of `power-cosine`.
+            guidance_rescale: φ, by how much the guided prediction's standard deviation is brought back to the model's.
+            apg_eta: Of adaptive projected guidance, the share left of the parallel part; 1 is all.
+            apg_norm_threshold: Its greatest norm of an update; 0 for none.
+            apg_momentum: The weight of its updates before.
+            sigmas: Noise levels in place of the scheduler's own, for one whose `set_timesteps` takes them.
+            timesteps: Timesteps in place of the scheduler's own, likewise.
+            latents: The noise to begin with, standard normal (B, C, h, w), in place of the generator's.
+            num_images_per_prompt: Images of each class label or prompt, one after the other.
+            callback_on_step_end_tensor_inputs: What the callback's dictionary holds: `latents`, and `noise_pred`, the
+                last guided prediction (of a flow model, the velocity).
 
         Raises :class:`InputError` for a class, size or option that cannot be, before any forward.
         """
@@ -182,7 +234,18 @@ class GSPNDiTPipeline(DiffusionPipeline):
         if mixed_precision not in (names := get_args(MixedPrecision)):
             raise InputError(argument="mixed_precision", value=mixed_precision, wanted=f"one of {', '.join(names)}")
         check_switch("cuda_graph", cuda_graph)
-        condition = self.read_subject(class_labels, prompt)
+        if odd := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise InputError(
+                argument="callback_on_step_end_tensor_inputs",
+                value=sorted(odd),
+                wanted=f"some of {', '.join(self._callback_tensor_inputs)}",
+            )
+        if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
+            raise InputError(argument="num_images_per_prompt", value=num_images_per_prompt, wanted="1 or more")
+        condition = {
+            name: tensor.repeat_interleave(num_images_per_prompt, dim=0)
+            for name, tensor in self.read_subject(class_labels, prompt).items()
+        }
         count = len(next(iter(condition.values())))
         null_condition = self.conditioning.null(count)
         if self.config.class_dropout == 1:
@@ -196,35 +259,60 @@ class GSPNDiTPipeline(DiffusionPipeline):
             raise InputError(
                 f"a list of {len(generator)} for {count} {self.subject}", argument="generator", wanted="one each"
             )
-        guidance_scale, guidance_interval = self.guidance(guidance_scale, guidance_interval)
+        guidance = self.guidance(
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_schedule=guidance_schedule,
+            guidance_power=guidance_power,
+            guidance_rescale=guidance_rescale,
+            apg_eta=apg_eta,
+            apg_norm_threshold=apg_norm_threshold,
+            apg_momentum=apg_momentum,
+        )
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
         shape = (count, self.transformer.config.in_channels, *self.latent_size(height, width))
         shift, chunk_scale = self.size_switches(height, width, shift, chunk_scale)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise InputError(f"of shape {tuple(latents.shape)}", argument="latents", wanted=f"{shape}")
+        check_levels(self.scheduler, sigmas, timesteps)
         device = self._execution_device
         precision = choose_precision(mixed_precision, device).name
-        check_memory(self, shape, guidance_scale, precision, device)
-        self._graphed = graphed(self.transformer, cuda_graph, device, before=self._graphed)
+        check_memory(self, shape, self.forwards_together(guidance), precision, device)
+        networks = {"transformer": self.transformer} | ({} if self.guide is None else {"guide": self.guide})
+        self._graphed = {
+            name: graphed(network, cuda_graph, device, before=self._graphed.get(name))
+            for name, network in networks.items()
+        }
+        sized = {} if chunk_scale is None else {"chunk_scale": chunk_scale}
 
-        def callback(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
+        def callback(step: int, timestep: Any, latents: Tensor, prediction: Tensor) -> Tensor | None:
             if callback_on_step_end is None:
                 return None
-            return (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents")
+            found = {"latents": latents, "noise_pred": prediction}
+            asked = {name: found[name] for name in callback_on_step_end_tensor_inputs}
+            return (callback_on_step_end(self, step, timestep, asked) or {}).get("latents")
+
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
         with autocast(device, precision):
             latents = denoise(
-                self._graphed or self.transformer,
+                self._graphed["transformer"] or self.transformer,
                 self.scheduler if shift is None else shifted(self.scheduler, shift),
-                randn_tensor(shape, generator=generator, device=device, dtype=torch.float32),
+                latents.to(device),
                 {name: tensor.to(device) for name, tensor in condition.items()},
                 null_condition={name: tensor.to(device) for name, tensor in null_condition.items()},
-                model_options=None if chunk_scale is None else {"chunk_scale": chunk_scale},
-                guidance_scale=guidance_scale,
-                guidance_interval=guidance_interval,
+                guide=self._graphed.get("guide") or self.guide,
+                model_options=sized,
+                guide_options=sized if self.guide is not None and self.guide.has_chunks else None,
                 num_inference_steps=num_inference_steps,
+                sigmas=sigmas,
+                timesteps=timesteps,
                 generator=generator,
                 callback=callback,
                 progress=self.progress_bar,
+                **vars(guidance),
             )
         images = latents if output_type == "latent" else decode_images(self.vae, latents, output_type)
         self.maybe_free_model_hooks()
@@ -232,7 +320,29 @@ class GSPNDiTPipeline(DiffusionPipeline):
 
     def free_graphs(self) -> None:
         """Let go of what was recorded as CUDA graphs, and of its memory; later calls record anew."""
-        self._graphed = None
+        self._graphed = {}
+
+    def guide_by(self, other: GSPNDiTPipeline) -> None:
+        """Let guidance lead away from another pipeline's model, and not from this one's without a condition.
+
+        Raises :class:`InputError` if its latents, classes or objective are others.
+        """
+        check_guide(self.transformer, other.transformer)
+        mine, its = self.config.class_names, other.config.class_names
+        if mine and its and list(mine) != list(its):
+            raise InputError("its classes have other names than the model's", argument="guide")
+        ours, theirs = trained_process(self.scheduler), trained_process(other.scheduler)
+        if ours != theirs:
+            differ = ", ".join(
+                f"{key} {theirs.get(key)} and not {ours.get(key)}"
+                for key in sorted(ours.keys() | theirs.keys())
+                if ours.get(key) != theirs.get(key)
+            )
+            raise InputError(f"it has another objective than the model: {differ}", argument="guide")
+        same = vae_sha256(self.vae)["encoder"] == vae_sha256(other.vae)["encoder"]
+        if not same or normalisation(self.vae.config) != normalisation(other.vae.config):
+            raise InputError("its latents are of another VAE than the model's", argument="guide")
+        self.register_modules(guide=other.transformer)
 
     @property
     def subject(self) -> Literal["class_labels", "prompt"]:
@@ -274,19 +384,22 @@ class GSPNDiTPipeline(DiffusionPipeline):
         """
         return self._classes.ids(class_labels)
 
-    def guidance(
-        self, scale: float | None = None, interval: tuple[float, float] | None = None
-    ) -> tuple[float, tuple[float, float]]:
-        """The guidance scale and interval of a call, None being the pipeline's own.
+    def guidance(self, **given: Any) -> Guidance:
+        """The guidance of a call, by the names of its arguments, None being the pipeline's own.
 
-        Raises :class:`InputError` if they are out of range, or training has left nothing to guide away from.
+        Raises :class:`InputError` if one is out of range, or training has left nothing to guide away from.
         """
-        scale = self.config.guidance_scale if scale is None else scale
-        interval = self.config.guidance_interval if interval is None else interval
-        check_guidance(scale, interval)
-        if scale > 1 and (dropout := self.config.class_dropout) in (0, 1):
+        own = {"guidance_scale": self.config.guidance_scale, "guidance_interval": tuple(self.config.guidance_interval)}
+        own |= self.config.get("guidance_options") or {}
+        guidance = Guidance(**own | {name: value for name, value in given.items() if value is not None})
+        dropout, scale = self.config.class_dropout, guidance.guidance_scale
+        if scale > 1 and self.guide is None and dropout in (0, 1):
             raise InputError(unguided(dropout), argument="guidance_scale", value=scale, remedy="give 1")
-        return scale, tuple(interval)
+        return guidance
+
+    def forwards_together(self, guidance: Guidance) -> int:
+        """How many predictions of an image are one forward of the model."""
+        return 2 if guidance.guidance_scale > 1 and self.guide is None else 1
 
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Latent (h, w) of an image of height × width pixels; None is the size the model was made for.
@@ -296,6 +409,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
         trained = self.transformer.config.sample_size
         trained = (trained, trained) if isinstance(trained, int) else trained
         factor, patch = downsampling(self.vae), self.transformer.config.patch_size
+        if self.guide is not None:
+            patch = math.lcm(patch, self.guide.config.patch_size)
         size = []
         for name, pixels, default in (("height", height, trained[0]), ("width", width, trained[1])):
             whole = isinstance(pixels, Integral) and pixels >= 1
@@ -339,6 +454,18 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 raise InputError(argument="chunk_scale", value=chunk_scale, wanted="a positive number, or auto")
             self.transformer.check_chunk_scale(chunk_scale)
         return shift, chunk_scale
+
+
+def check_guide(transformer: ModelMixin, guide: ModelMixin) -> None:
+    """Raise :class:`InputError` unless two models predict the same of the same latents, told the same."""
+    if guide.conditioned_on != transformer.conditioned_on:
+        raise InputError(
+            f"it is told {guide.conditioned_on}, and the model {transformer.conditioned_on}", argument="guide"
+        )
+    of_hidden_states = {} if transformer.config.get("vocab_size") else {"text_width": "channels of texts"}
+    for key, what in {**_SHARED, **of_hidden_states}.items():
+        if (its := guide.config.get(key)) != (wanted := transformer.config.get(key)):
+            raise InputError(f"it has {its} {what}, and the model {wanted}", argument="guide", remedy="name another")
 
 
 def check_text_parts(

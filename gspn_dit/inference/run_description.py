@@ -9,11 +9,13 @@ from typing import Any
 
 import yaml
 
-from gspn_dit.arguments import check_guidance, check_num_inference_steps
-from gspn_dit.errors import InputError, is_finite
+from gspn_dit.arguments import check_num_inference_steps
+from gspn_dit.errors import InputError, is_finite, renamed
+from gspn_dit.guidance import Guidance
 from gspn_dit.text.tokens import MAX_LENGTH
 
-_OPTIONS = {
+_GUIDANCE = {name: value for name, value in vars(Guidance()).items() if name[9:] not in ("scale", "interval")}
+_OPTIONS: dict[str, tuple[str, str | list[str]]] = {
     "objective": ("diffusion", "objective"),
     "class_dropout": ("diffusion", "class_dropout"),
     "vae": ("data", "vae"),
@@ -21,11 +23,13 @@ _OPTIONS = {
     "num_inference_steps": ("sampling", "num_inference_steps"),
     "guidance_scale": ("sampling", "guidance_scale"),
     "guidance_interval": ("sampling", "guidance_interval"),
+    "guidance_options": ("sampling", list(_GUIDANCE)),
+    "scheduler_options": ("sampling", "scheduler_options"),
     "tokenizer": ("text", "tokenizer"),
     "text_encoder": ("text", "encoder"),
     "max_tokens": ("text", "max_tokens"),
     "prompts": ("sampling", "prompts"),
-}  # where config.yaml has each attribute
+}  # where config.yaml has each attribute; of several options, a dictionary of those that there are
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,12 @@ class RunDescription:
         objective: `ddpm` or `flow`.
         class_dropout: Share of labels that training replaced by the null class.
         vae: Name or folder of the VAE.
-        sampler: One of the objective's :data:`~gspn_dit.diffusion.schedulers.SAMPLERS`; None takes the first.
+        sampler: As :func:`~gspn_dit.diffusion.schedulers.create_scheduler` takes it.
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 is none.
         guidance_interval: Share (low, high) of the noise levels at which guidance acts.
+        guidance_options: The further options of guidance, by their names.
+        scheduler_options: What of the sampler is other than by default.
         tokenizer: Of a model of text: see :func:`~gspn_dit.text.parts.load_text_parts`, as for the next two.
         text_encoder: See there.
         max_tokens: See there.
@@ -57,6 +63,8 @@ class RunDescription:
     num_inference_steps: int = 50
     guidance_scale: float = 4.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_options: dict[str, Any] = field(default_factory=lambda: dict(_GUIDANCE))
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
     text_encoder: str | None = None
     max_tokens: int = MAX_LENGTH
@@ -64,7 +72,10 @@ class RunDescription:
 
     def __post_init__(self) -> None:
         check_num_inference_steps(self.num_inference_steps, "sampling.")
-        check_guidance(self.guidance_scale, self.guidance_interval, "sampling.")
+        with renamed("sampling."):
+            Guidance(self.guidance_scale, self.guidance_interval, **self.guidance_options)
+        if not isinstance(self.scheduler_options, Mapping):
+            raise InputError(argument="sampling.scheduler_options", value=self.scheduler_options, wanted="options")
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
         if not is_finite(self.class_dropout) or not 0 <= self.class_dropout <= 1:
             raise InputError(argument="diffusion.class_dropout", value=self.class_dropout, wanted="a share from 0 to 1")
@@ -77,7 +88,13 @@ class RunDescription:
         sections = {name: config.get(name) or {} for name, _ in _OPTIONS.values()}
         if odd := next((name for name, section in sections.items() if not isinstance(section, Mapping)), None):
             raise InputError(argument=odd, value=sections[odd], wanted="a section of options")
-        return cls(**{name: sections[at][key] for name, (at, key) in _OPTIONS.items() if key in sections[at]})
+        found: dict[str, Any] = {}
+        for name, (at, key) in _OPTIONS.items():
+            if isinstance(key, list):
+                found[name] = _GUIDANCE | {each: sections[at][each] for each in key if each in sections[at]}
+            elif key in sections[at]:
+                found[name] = sections[at][key]
+        return cls(**found)
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> RunDescription:

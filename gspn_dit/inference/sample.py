@@ -19,18 +19,21 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import logging
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from diffusers import SchedulerMixin
 from diffusers.utils.logging import disable_progress_bar
 
 from gspn_dit.autoencoder import downsampling
 from gspn_dit.autoencoder.vae import weights_sha256
 from gspn_dit.diffusion import create_scheduler, objective_of
 from gspn_dit.diffusion.sampling import check_steps
-from gspn_dit.errors import InputError
+from gspn_dit.diffusion.schedulers import with_options
+from gspn_dit.errors import InputError, not_none, renamed
 from gspn_dit.inference.graphed_model import graph_choice
 from gspn_dit.inference.grid import captions
 from gspn_dit.inference.loading import find_checkpoint, load_pipeline
@@ -64,25 +67,30 @@ def main(options: SampleOptions) -> None:
     check_outputs(options, options.num_images)
     processes, device = join_processes(options.device)
     # of a run in training the newest checkpoint changes: one process says which it is
-    (checkpoint,) = broadcast_object_list([find_checkpoint(options.model) if processes.is_main_process else None])
-    pipe = load_pipeline(checkpoint or options.model, options.vae)
-    if options.sampler is not None:
-        pipe.scheduler = create_scheduler(objective_of(pipe.scheduler), options.sampler)
+    found = [find_models(options) if processes.is_main_process else None]
+    (model, guide) = not_none(broadcast_object_list(found)[0])
+    pipe = load_pipeline(model, options.vae)
+    if guide is not None:
+        with renamed(model="guide"):
+            pipe.guide_by(load_pipeline(guide, options.vae))
+    if options.sampler is not None or options.scheduler_options:
+        pipe.scheduler = other_scheduler(pipe, options)
     precision = agreed_precision(options.mixed_precision, device)
     call = resolve_defaults(pipe, options, precision)
     batch_size = min(options.num_images, options.batch_size or default_batch_size(pipe, call))
     shape = (batch_size, pipe.transformer.config.in_channels, *pipe.latent_size(call["height"], call["width"]))
-    check_memory(pipe, shape, call["guidance_scale"], call["mixed_precision"], device)
-    together = batch_size * (2 if call["guidance_scale"] > 1 else 1)
+    forwards = pipe.forwards_together(pipe.guidance(**options.guidance))
+    check_memory(pipe, shape, forwards, call["mixed_precision"], device)
+    together = batch_size * forwards
     graph = graph_choice(pipe.transformer, options.cuda_graph, device, (together, *shape[1:]))
     check_room(options, options.num_images, (call["height"], call["width"]))
     subjects = choose_subjects(pipe, options)
     missing: list[int] = []
     with ExitStack() as stack:
         if processes.is_main_process:
-            if pipe.config.class_dropout in (0, 1):
+            if pipe.config.class_dropout in (0, 1) and pipe.guide is None:
                 logger.info(f"guidance_scale 1: {unguided(pipe.config.class_dropout)}", extra={"stderr": True})
-            settings = sampling_settings(pipe, options, call) | {"model": str(checkpoint or options.model)}
+            settings = sampling_settings(pipe, options, call) | {"model": str(model)}
             prepare_folders(options, settings, stack, IGNORED, ABSENT)
             missing = begin_folder(options, settings, subjects, pipe.config.class_names)
             precision.say()
@@ -107,6 +115,25 @@ def main(options: SampleOptions) -> None:
     processes.destroy_process_group()
 
 
+def find_models(options: SampleOptions) -> tuple[Path | str, Path | str | None]:
+    """The model and the guide, of runs their newest checkpoints now. Raises :class:`InputError`."""
+    checkpoint = find_checkpoint(options.model)
+    model = options.model if checkpoint is None else checkpoint.path
+    if options.guide is None:
+        return model, None
+    with renamed(model="guide"):
+        earlier = find_checkpoint(options.guide)
+    return model, options.guide if earlier is None else earlier.path
+
+
+def other_scheduler(pipe: GSPNDiTPipeline, options: SampleOptions) -> SchedulerMixin:
+    """The sampler that is asked for, of the model's process; its options alone change the model's own sampler."""
+    own = pipe.scheduler
+    if options.sampler is None:
+        return with_options(own, options.scheduler_options)
+    return create_scheduler(objective_of(own), options.sampler, options.scheduler_options, like=own)
+
+
 def resolve_defaults(pipe: GSPNDiTPipeline, options: SampleOptions, precision: Precision) -> dict[str, Any]:
     """The arguments of the pipeline's call: the options, and the model's own defaults where an option is not given.
 
@@ -114,10 +141,16 @@ def resolve_defaults(pipe: GSPNDiTPipeline, options: SampleOptions, precision: P
     """
     own, factor = pipe.config, downsampling(pipe.vae)
     height, width = (factor * side for side in pipe.latent_size(options.height, options.width))
-    scale, interval = pipe.guidance(options.guidance_scale, options.guidance_interval)
+    guidance = pipe.guidance(**options.guidance)
+    if options.guide is not None and guidance.guidance_scale == 1:
+        raise InputError(
+            "at guidance_scale 1 nothing is led away from it",
+            argument="guide",
+            value=options.guide,
+            remedy="give a larger guidance_scale",
+        )
     call = {
-        "guidance_scale": scale,
-        "guidance_interval": interval,
+        **vars(guidance),
         "num_inference_steps": options.num_inference_steps or own.num_inference_steps,
         "height": height,
         "width": width,
@@ -193,6 +226,7 @@ def sampling_settings(pipe: GSPNDiTPipeline, options: SampleOptions, call: dict[
         asked = {"class_labels": options.class_labels}
     return {
         "model_weights": weights_sha256(*networks),
+        "guide_weights": None if pipe.guide is None else weights_sha256(pipe.guide),
         "seed": options.seed,
         **asked,
         "labels": options.labels,

@@ -26,6 +26,7 @@ from accelerate import PartialState
 from gspn_dit.data.captions import METADATA
 from gspn_dit.diffusion import image_generator
 from gspn_dit.errors import InputError
+from gspn_dit.guidance import Guidance
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.progress import progress
 from gspn_dit.storage.files import begin_or_continue, replacing
@@ -33,7 +34,10 @@ from gspn_dit.storage.pictures import save_image
 
 SETTINGS_FILE = "settings.json"
 IGNORED = ("model",)  # settings that may differ: the model's place may, since its weights' hash may not
-ABSENT = {"mixed_precision": "no"}  # what stands for a setting that an older folder does not have
+# What stands for a setting that an older folder does not have.
+ABSENT = {"mixed_precision": "no"} | {
+    name: value for name, value in vars(Guidance()).items() if name != "guidance_scale"
+}
 
 
 def image_file(i: int) -> str:

@@ -354,8 +354,9 @@ def start_from(model: LatentModel, path: str, class_names: list[str]) -> str | N
 
 def check_options(config: Config) -> None:
     """Raise :class:`InputError` for what only a later part of the run would stumble over."""
-    with renamed(sampler="sampling.sampler", num_inference_steps="sampling.num_inference_steps"):
-        scheduler = create_scheduler(config.diffusion.objective, config.sampling.sampler)
+    with renamed("sampling."):
+        sampling = config.sampling
+        scheduler = create_scheduler(config.diffusion.objective, sampling.sampler, sampling.scheduler_options)
         check_steps(scheduler, config.sampling.num_inference_steps)
     if (dropout := config.diffusion.class_dropout) in (0, 1):
         if config.evaluation.guidance_scale > 1:

@@ -12,34 +12,11 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from made.gaussian import MEAN, NULL_CLASS, GaussianData, classes, no_class, sample
 
 from gspn_dit.diffusion import SAMPLERS, create_scheduler, denoise, image_generator, objective_of
 from gspn_dit.diffusion.schedulers import shifted
 from gspn_dit.errors import InputError
-
-SIGNAL = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
-MEAN = 1.5
-NULL_CLASS = 10
-
-
-class GaussianData:
-    """The best denoiser of data drawn from N(1.5, deviation²), with a given place in the learned variance's range."""
-
-    def __init__(self, objective: str, deviation: float = 0.5, variance: float = 1.0) -> None:
-        self.objective, self.deviation, self.variance = objective, deviation, variance
-
-    def __call__(self, noisy, timesteps, class_labels):
-        t = timesteps.view(-1, 1, 1, 1) / 1000
-        signal, noise_level = 1 - t, t
-        if self.objective == "ddpm":
-            signal = SIGNAL[timesteps.round().long()].sqrt().view(-1, 1, 1, 1)
-            noise_level = (1 - signal**2).sqrt()
-        share = self.deviation**2 * signal / (self.deviation**2 * signal**2 + noise_level**2)
-        clean = MEAN + share * (noisy - signal * MEAN)
-        noise = (noisy - signal * clean) / noise_level
-        if self.objective == "flow":
-            return noise - clean
-        return torch.cat([noise, torch.full_like(noise, self.variance)], dim=1)
 
 
 class Counting:
@@ -52,32 +29,6 @@ class Counting:
         self.batches.append(len(noisy))
         values = torch.where(class_labels == NULL_CLASS, self.says[1], self.says[0])
         return values.view(-1, 1, 1, 1).expand(len(noisy), self.channels, *noisy.shape[2:]).clone()
-
-
-def classes(n: int) -> dict[str, torch.Tensor]:
-    """n images of the first class."""
-    return {"class_labels": torch.zeros(n, dtype=torch.long)}
-
-
-def no_class(n: int) -> dict[str, torch.Tensor]:
-    return {"class_labels": torch.full((n,), NULL_CLASS)}
-
-
-def standard_noise(n: int = 2048) -> torch.Tensor:
-    """(n,4,1,1) of mean 0 and deviation 1 exactly."""
-    noise = torch.randn(n, 4, 1, 1, generator=torch.Generator().manual_seed(0))
-    return (noise - noise.mean()) / noise.std()
-
-
-def sample(model, scheduler, steps, n=2048):
-    return denoise(
-        model,
-        scheduler,
-        standard_noise(n),
-        classes(n),
-        num_inference_steps=steps,
-        generator=torch.Generator().manual_seed(1),
-    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +44,8 @@ def test_every_sampler_recovers_a_gaussian(objective, sampler, steps):
 
 
 def test_every_sampler_is_tested_above():
-    assert SAMPLERS == {"ddpm": ("ddpm", "ddim", "dpm++"), "flow": ("euler", "heun")}
+    """`sde`, `dopri5` and `edm` in test_samplers.py."""
+    assert SAMPLERS == {"ddpm": ("ddpm", "ddim", "dpm++", "edm"), "flow": ("euler", "heun", "sde", "dopri5", "edm")}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +137,7 @@ def test_guidance_interval(objective, interval, batches):
     assert model.batches == batches
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS["flow"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
 def test_the_noisiest_step_is_guided_whatever_the_shift(sampler):
     scheduler = create_scheduler("flow", sampler)
     for height, width in ((512, 768), (384, 320), (512, 448)):  # of a model of 256 pixels
@@ -273,8 +225,9 @@ def test_image_generators_differ_and_repeat():
 def test_callback_sees_and_replaces_latents():
     steps = []
 
-    def callback(step, timestep, latents):
+    def callback(step, timestep, latents, prediction):
         steps.append((step, float(timestep)))
+        assert prediction.unique().tolist() == [3.0]
         return torch.full_like(latents, 9.0) if step == 3 else None
 
     latents = denoise(

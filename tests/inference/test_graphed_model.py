@@ -314,7 +314,7 @@ def test_memory_of_graphs_is_given_back():
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     pipe([0, 1, 2] * 20, num_inference_steps=2, cuda_graph=True, output_type="latent")
-    assert pipe._graphed.recordings == 1
+    assert pipe._graphed["transformer"].recordings == 1
     pipe.free_graphs()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

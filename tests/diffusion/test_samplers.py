@@ -1,0 +1,295 @@
+"""SiT's SDE, dopri5, EDM's sampler, and diffusers' schedulers by name, against data whose best denoiser is known."""
+
+import inspect
+import math
+from itertools import pairwise
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import HeunDiscreteScheduler
+from made.gaussian import MEAN, GaussianData, classes, sample, standard_noise
+
+from gspn_dit.diffusion import create_scheduler, denoise, image_generator
+from gspn_dit.diffusion.edm import EDMHeunScheduler
+from gspn_dit.diffusion.process import Process
+from gspn_dit.diffusion.schedulers import shifted
+from gspn_dit.diffusion.sde import DIFFUSION_FORMS, LAST_STEPS, FlowMatchSDEScheduler
+from gspn_dit.errors import InputError
+
+
+def integrated(scheduler, steps, noise=None, **options):
+    """Latents of Gaussian data of the flow, from a few noises."""
+    noise = standard_noise(8) if noise is None else noise
+    model = GaussianData("flow")
+    return denoise(model, scheduler, noise, classes(len(noise)), num_inference_steps=steps, **options)
+
+
+def exact(noise, deviation=0.5):
+    """Where the flow's ODE takes noise: each step keeps a sample's place in the Gaussian."""
+    return MEAN + deviation * noise
+
+
+@pytest.mark.parametrize("form", DIFFUSION_FORMS)
+@pytest.mark.parametrize(("method", "steps"), [("euler", 250), ("heun", 60)])
+def test_the_sde_keeps_the_distribution_whatever_its_diffusion(form, method, steps):
+    options = {"diffusion_form": form, "sampling_method": method, "last_step": "tweedie"}
+    latents = sample(GaussianData("flow"), create_scheduler("flow", "sde", options), steps)
+    assert float(latents.mean()) == pytest.approx(MEAN, abs=0.04)
+    assert float(latents.std()) == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("last", LAST_STEPS)
+def test_every_last_step_ends_at_the_data(last):
+    latents = sample(GaussianData("flow"), create_scheduler("flow", "sde", {"last_step": last}), 250)
+    assert float(latents.mean()) == pytest.approx(MEAN, abs=0.04)
+    assert float(latents.std()) == pytest.approx(0.5, rel=0.06)
+
+
+def test_a_diffusion_is_what_is_published():
+    """SiT's table in our time: t = 1 is noise."""
+    d = {form: FlowMatchSDEScheduler(diffusion_form=form, diffusion_norm=1.0).diffusion for form in DIFFUSION_FORMS}
+    assert [d["constant"](t) for t in (0, 0.5, 1)] == [1, 1, 1]
+    assert d["sigma"](0.25) == d["linear"](0.25) == 0.25
+    assert d["sbdm"](0.75) == pytest.approx(3)  # σσ̇ - σ²α̇/α
+    assert [d["decreasing"](t) for t in (0, 0.5, 1)] == pytest.approx([0, 0.25, 1])
+    assert [d["increasing-decreasing"](t) for t in (0, 0.5, 1)] == pytest.approx([0, 1, 0])
+
+
+def test_last_steps_are_their_formulas():
+    """From one step alone: the whole way from noise is the last step, and the velocity there is known."""
+    noise, t = standard_noise(4), 0.6
+    model = GaussianData("flow")
+    velocity = model(noise, torch.full((4,), 1000 * t), None)
+    for last, expected in (
+        ("euler", noise - t * velocity),
+        ("tweedie", noise - t * velocity),  # the mean of x given x_t: x_t - t·v on the straight path
+        ("mean", noise - t * (velocity + t * ((1 - t) * velocity + noise) / t)),
+    ):
+        latents = integrated(FlowMatchSDEScheduler(last_step=last), 1, noise, sigmas=[t])
+        torch.testing.assert_close(latents, expected)
+
+
+def test_without_diffusion_the_sde_is_the_ode():
+    """Euler-Maruyama is Euler then, and Heun's is Heun's, of second order."""
+    still = {"diffusion_form": "constant", "diffusion_norm": 0.0, "last_step": "none"}
+    torch.testing.assert_close(
+        integrated(create_scheduler("flow", "sde", still), 10), integrated(create_scheduler("flow", "euler"), 10)
+    )
+    noise = standard_noise(8)
+    errors = [
+        float((integrated(FlowMatchSDEScheduler(**still, sampling_method="heun"), n) - exact(noise)).abs().max())
+        for n in (20, 40)
+    ]
+    assert 1.6 < math.log2(errors[0] / errors[1]) < 2.6
+
+
+def test_the_shift_moves_the_sdes_levels():
+    plain = create_scheduler("flow", "sde")
+    moved = shifted(plain, 3.0)
+    plain.set_timesteps(5), moved.set_timesteps(5)
+    assert moved.sigmas.tolist() == pytest.approx([3 * t / (1 + 2 * t) for t in plain.sigmas])
+
+
+def test_dopri5_is_as_exact_as_its_tolerance():
+    noise = standard_noise(6)
+    for tolerance, error in ((1e-3, 0.05), (1e-6, 1e-4)):
+        scheduler = create_scheduler("flow", "dopri5", {"rtol": tolerance, "atol": tolerance / 10})
+        assert float((integrated(scheduler, 1, noise) - exact(noise)).abs().max()) < error
+
+
+def test_edms_sampler_is_of_second_order():
+    noise, errors = standard_noise(8), []
+    for steps in (20, 40):
+        latents = integrated(create_scheduler("flow", "edm", {"sigma_min": 1e-4, "sigma_max": 1e4}), steps, noise)
+        errors.append(float((latents - exact(noise)).abs().max()))
+    assert 1.5 < math.log2(errors[0] / errors[1]) < 2.8
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "flow"])
+@pytest.mark.parametrize("churn", [{}, {"S_churn": 8.0, "S_tmin": 0.05, "S_tmax": 50.0}])
+def test_edms_sampler_recovers_a_gaussian(objective, churn):
+    latents = sample(GaussianData(objective), create_scheduler(objective, "edm", churn), 80)
+    assert float(latents.mean()) == pytest.approx(MEAN, abs=0.04)
+    assert float(latents.std()) == pytest.approx(0.5, rel=0.04)
+
+
+def test_without_churn_edms_sampler_is_the_deterministic_heun():
+    """That of diffusers, from the same timesteps of the chain."""
+    noise, steps = standard_noise(4), [999, 900, 700, 400, 150, 30, 0]
+    heun = HeunDiscreteScheduler.from_config(create_scheduler("ddpm").config)
+    edm = create_scheduler("ddpm", "edm", {"S_churn": 0.0})
+    ours = denoise(GaussianData("ddpm"), edm, noise, classes(4), sigmas=[edm.process.ratio(t) for t in steps])
+    theirs = denoise(GaussianData("ddpm"), heun, noise, classes(4), timesteps=steps)
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+
+
+def test_churn_is_what_is_published():
+    scheduler = EDMHeunScheduler(S_churn=40.0, S_tmin=0.05, S_tmax=50.0, prediction_type="flow_prediction")
+    scheduler.set_timesteps(256)
+    assert scheduler.churn(1.0) == 40 / 256 and scheduler.churn(0.04) == scheduler.churn(60.0) == 0
+    scheduler.set_timesteps(18)
+    assert scheduler.churn(1.0) == math.sqrt(2) - 1
+    assert (scheduler.sigmas[0], scheduler.sigmas[-1]) == pytest.approx((80, 0.002))
+    ramp = [sigma ** (1 / 7) for sigma in scheduler.sigmas]  # even steps of the seventh root, eq. 5
+    assert [a - b for a, b in pairwise(ramp)] == pytest.approx([ramp[0] - ramp[1]] * 17)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "options"),
+    [
+        ("flow", "sde", {}),
+        ("flow", "sde", {"sampling_method": "heun"}),
+        ("flow", "dopri5", {}),
+        ("flow", "edm", {"S_churn": 4.0}),
+        ("ddpm", "edm", {"S_churn": 4.0}),
+        ("ddpm", "EulerAncestralDiscreteScheduler", {}),
+        ("ddpm", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+def test_an_image_does_not_depend_on_its_batch(objective, sampler, options):
+    def run(images):
+        generators = [image_generator(7, i) for i in images]
+        noise = torch.stack([torch.randn(4, 2, 2, generator=g) for g in generators])
+        scheduler = create_scheduler(objective, sampler, options)
+        given = GaussianData(objective), scheduler, noise, classes(len(noise))
+        return denoise(*given, num_inference_steps=5, generator=generators)
+
+    together = run(range(4))
+    for i in range(4):
+        torch.testing.assert_close(run([i])[0], together[i], rtol=0, atol=1e-6)
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "options"),
+    [
+        ("ddpm", "UniPCMultistepScheduler", {"use_karras_sigmas": True}),
+        ("ddpm", "EulerAncestralDiscreteScheduler", {}),
+        ("ddpm", "DEISMultistepScheduler", {"solver_order": 3}),
+        ("ddpm", "PNDMScheduler", {}),
+        ("ddpm", "LMSDiscreteScheduler", {}),
+        ("flow", "UniPCMultistepScheduler", {"flow_shift": 2.0}),
+        ("flow", "DPMSolverMultistepScheduler", {}),
+        ("flow", "FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    ],
+)
+def test_a_scheduler_by_name_draws_what_a_loop_of_diffusers_draws(objective, name, options):
+    """To the bit: the class made from the model's config, its set_timesteps and its step."""
+    model, noise, steps = GaussianData(objective), standard_noise(4), 6
+    kind = getattr(diffusers, name)
+    if objective == "ddpm":
+        theirs = kind.from_config(create_scheduler("ddpm").config, variance_type=None, **options)
+    else:
+        flow = {} if "Flow" in name else {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        theirs = kind(**flow, **options)
+    with_levels = objective == "flow" and "sigmas" in inspect.signature(theirs.set_timesteps).parameters
+    theirs.set_timesteps(steps, **({"sigmas": np.linspace(1, 1 / steps, steps)} if with_levels else {}))
+    latents = noise * getattr(theirs, "init_noise_sigma", 1.0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for t in theirs.timesteps:
+            scaled = theirs.scale_model_input(latents, t) if hasattr(theirs, "scale_model_input") else latents
+            prediction = model(scaled, t.float().expand(4), None)[:, :4]
+            drawn = {"generator": generator} if "Ancestral" in name else {}
+            latents = theirs.step(prediction, t, latents, **drawn).prev_sample
+    ours = create_scheduler(objective, name, options)
+    found = denoise(
+        model, ours, noise, classes(4), num_inference_steps=steps, generator=torch.Generator().manual_seed(3)
+    )
+    assert type(ours) is type(theirs)
+    assert torch.equal(found, latents)
+
+
+def test_a_schedulers_chain_and_prediction_go_on_in_another():
+    own = create_scheduler("ddpm")
+    trained = type(own).from_config(own.config, prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    for sampler in ("ddim", "edm", "UniPCMultistepScheduler"):
+        made = create_scheduler("ddpm", sampler, like=trained).config
+        assert (made["prediction_type"], made["beta_schedule"]) == ("v_prediction", "squaredcos_cap_v2")
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "options", "says"),
+    [
+        ("flow", "UniPCMultistepSchedular", {}, "did you mean UniPCMultistepScheduler"),
+        ("flow", "plms", {}, r"^sampler='plms': the flow objective is sampled with euler, heun, sde"),
+        ("ddpm", "sde", {}, "the ddpm objective is sampled with ddpm, ddim"),
+        ("flow", "LMSDiscreteScheduler", {}, "does not integrate a flow"),
+        ("ddpm", "FlowMatchEulerDiscreteScheduler", {}, "no chain of noise"),
+        ("ddpm", "EDMEulerScheduler", {}, "no chain of noise"),
+        ("ddpm", "DDIMInverseScheduler", {}, "does not go from noise to images"),
+        ("ddpm", "RePaintScheduler", {}, "does not go from noise to images"),
+        ("ddpm", "dpm++", {"use_karras_sigma": True}, r"no use_karras_sigma; did you mean use_karras_sigmas\?"),
+        ("ddpm", "dpm++", {"beta_end": 1.0}, "training has fixed beta_end"),
+        ("ddpm", "dpm++", {"algorithm_type": "best"}, r"^scheduler_options=.*DPMSolverMultistepScheduler says: best"),
+        ("flow", "sde", {"diffusion_form": "sigmoid"}, "diffusion_form='sigmoid': wanted one of constant, sbdm"),
+        ("flow", "sde", {"last_step_size": 1.5}, "last_step_size=1.5: wanted a time between 0 and 1"),
+        ("flow", "edm", {"S_churn": -1}, "S_churn=-1: wanted 0 or more"),
+        ("flow", "dopri5", {"rtol": 0}, "rtol=0: wanted a positive number"),
+    ],
+)
+def test_samplers_and_options_that_cannot_be_are_refused(objective, sampler, options, says):
+    with pytest.raises(InputError, match=says) as error:
+        create_scheduler(objective, sampler, options)
+    assert "\n" not in str(error.value)
+
+
+def test_dopri5_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("gspn_dit.extras._is_here", lambda module: module != "torchdiffeq")
+    with pytest.raises(InputError, match=r'^torchdiffeq is not installed; `pip install "gspn-dit\[ode\]"` brings it$'):
+        create_scheduler("flow", "dopri5")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "given", "asked"),
+    [
+        ("euler", {"sigmas": [1.0, 0.6, 0.1]}, [1000, 600, 100]),
+        ("euler", {"timesteps": [1000, 500]}, [1000, 500]),
+        ("sde", {"sigmas": torch.tensor([1.0, 0.5])}, [1000, 500]),
+        ("UniPCMultistepScheduler", {"sigmas": [1.0, 0.5]}, [1000, 500]),
+    ],
+)
+def test_levels_that_are_given_are_where_the_network_is_asked(sampler, given, asked):
+    seen, model = [], GaussianData("flow")
+
+    def network(noisy, timesteps, class_labels):
+        seen.append(float(timesteps[0]))
+        return model(noisy, timesteps, class_labels)
+
+    denoise(network, create_scheduler("flow", sampler), standard_noise(2), classes(2), **given)
+    assert seen == pytest.approx(asked, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "given", "says"),
+    [
+        ("euler", {"sigmas": [1.0], "timesteps": [1000]}, "only one of timesteps and sigmas"),
+        ("heun", {"sigmas": [1.0, 0.5]}, r"^sigmas=.*FlowMatchHeunDiscreteScheduler takes none"),
+        ("dopri5", {"sigmas": [1.0, 0.5]}, "FlowMatchDopri5Scheduler takes none"),
+        ("euler", {"sigmas": [0.5, 1.0]}, "wanted numbers that fall from at most 1"),
+        ("euler", {"sigmas": [1.0, 0.0]}, "wanted numbers that fall"),
+        ("euler", {"timesteps": []}, r"^timesteps=\[\]"),
+        ("sde", {"sigmas": [1.5, math.nan]}, "sigmas="),
+    ],
+)
+def test_levels_that_cannot_be_are_refused(sampler, given, says):
+    with pytest.raises(InputError, match=says):
+        integrated(create_scheduler("flow", sampler), 5, **given)
+
+
+def test_a_process_finds_the_clean_latents_of_every_prediction():
+    clean, noise = torch.randn(2, 3, 4, 4, 4).unbind()
+    chain = create_scheduler("ddpm").alphas_cumprod
+    for kind, t in (("epsilon", 300.0), ("v_prediction", 300.0), ("flow_prediction", 300.0)):
+        process = Process(kind, chain)
+        alpha, sigma = process.levels(t)
+        noisy = alpha * clean + sigma * noise
+        prediction = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "flow_prediction": noise - clean}
+        torch.testing.assert_close(process.clean(noisy, prediction[kind], t), clean)
+        moved = process.clean(noisy, prediction[kind] + 1, t) - clean
+        torch.testing.assert_close(moved, torch.full_like(clean, process.slope(t)))
+        assert process.timestep(process.ratio(t)) == pytest.approx(t)
+    with pytest.raises(InputError, match="prediction_type='sample'"):
+        Process("sample", chain)
