@@ -2,7 +2,9 @@
 
 import inspect
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -14,7 +16,7 @@ from made.gaussian import MEAN, GaussianData, classes, sample, standard_noise
 from gspn_dit.diffusion import create_scheduler, denoise, image_generator
 from gspn_dit.diffusion.edm import EDMHeunScheduler
 from gspn_dit.diffusion.process import Process
-from gspn_dit.diffusion.schedulers import shifted
+from gspn_dit.diffusion.schedulers import shifted, with_options
 from gspn_dit.diffusion.sde import DIFFUSION_FORMS, LAST_STEPS, FlowMatchSDEScheduler
 from gspn_dit.errors import InputError
 
@@ -228,12 +230,67 @@ def test_a_schedulers_chain_and_prediction_go_on_in_another():
         ("flow", "sde", {"last_step_size": 1.5}, "last_step_size=1.5: wanted a time between 0 and 1"),
         ("flow", "edm", {"S_churn": -1}, "S_churn=-1: wanted 0 or more"),
         ("flow", "dopri5", {"rtol": 0}, "rtol=0: wanted a positive number"),
+        ("ddpm", "ScoreSdeVeScheduler", {}, "it has no step"),
+        ("flow", "HeliosScheduler", {}, "a pyramid of resolutions"),
+        ("flow", "HeliosDMDScheduler", {}, "a pyramid of resolutions"),
+        ("ddpm", "CogVideoXDDIMScheduler", {}, "reverses a chain of noise that is not the model's"),
+        ("ddpm", "DDPMParallelScheduler", {}, "leaves out the variance .* DDPMScheduler does the same"),
+        ("flow", "FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "training has fixed invert_sigmas"),
+        ("flow", "euler", {"use_dynamic_shifting": True}, "use_dynamic_shifting: nothing says by how much"),
+        ("flow", "UniPCMultistepScheduler", {"predict_x0": False}, "predict_x0: .* does not integrate a flow"),
+        ("ddpm", "dpm++", {"variance_type": "learned_range"}, "leaves out the learned variance"),
+        ("ddpm", "edm", {"sigma_min": 500.0, "sigma_max": 600.0}, "the chain's σ go from 0.01 to 157"),
     ],
 )
 def test_samplers_and_options_that_cannot_be_are_refused(objective, sampler, options, says):
     with pytest.raises(InputError, match=says) as error:
         create_scheduler(objective, sampler, options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+@pytest.mark.parametrize("name", ["UniPC", "DPMSolver", "DEIS"])
+def test_levels_that_are_no_flows_are_refused(name, option):
+    """Of these classes diffusers flips falling σ of a flow, or takes the logarithm of a negative one."""
+    sampler = f"{name}MultistepScheduler"
+    with pytest.raises(InputError, match=f"^scheduler_options=.*: {option}: {sampler} makes no levels of a flow"):
+        create_scheduler("flow", sampler, {option: True})
+    with pytest.raises(InputError, match=option):
+        with_options(create_scheduler("flow", sampler), {option: True})
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "options"),
+    [
+        ("ddpm", "ddpm", {"variance_type": "fixed_small", "clip_sample": True}),
+        ("ddpm", "ddim", {"timestep_spacing": "leading", "steps_offset": 1}),
+        ("ddpm", "dpm++", {"thresholding": True, "solver_order": 3, "use_karras_sigmas": True}),
+        ("ddpm", "edm", {"S_churn": 3.0, "rho": 5.0}),
+        ("flow", "euler", {"shift": 3.0, "stochastic_sampling": True}),
+        ("flow", "sde", {"diffusion_form": "sbdm", "last_step": "tweedie", "shift": 2.0}),
+        ("flow", "dopri5", {"rtol": 0.5, "atol": 0.25}),
+        ("flow", "UniPCMultistepScheduler", {"flow_shift": 2.0, "solver_order": 1}),
+    ],
+)
+def test_every_option_that_is_given_is_in_the_config(objective, sampler, options):
+    """Also an option that the scheduler before had at its default, which diffusers notes, and then drops."""
+    made = create_scheduler(objective, sampler, options)
+    changed = with_options(create_scheduler(objective, sampler), options)
+    again = with_options(changed, options)
+    for scheduler in (made, changed, again):
+        assert {name: scheduler.config[name] for name in options} == options
+
+
+def test_the_samplers_of_the_documents_commands_reach_the_data():
+    page = (Path(__file__).parents[2] / "docs/sampling.md").read_text()
+    commands = re.findall(r"--model digits --sampler (\S+) --scheduler-options (\S+)", page)  # a model of the flow
+    assert len(commands) >= 2
+    for sampler, words in commands:
+        options = dict(word.split("=") for word in words.split(","))
+        options = {name: int(value) if value.isdigit() else value for name, value in options.items()}
+        latents = sample(GaussianData("flow"), create_scheduler("flow", sampler, options), 50, n=512)
+        assert float(latents.mean()) == pytest.approx(MEAN, abs=0.1)
+        assert float(latents.std()) == pytest.approx(0.5, rel=0.15)
 
 
 def test_dopri5_without_its_package_says_what_to_install(monkeypatch):
