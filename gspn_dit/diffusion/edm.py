@@ -132,12 +132,12 @@ class EDMHeunScheduler(Integrator):
         noise: Tensor,
         *,
         generator: Generators,
-        after_step: Callable[[int, float, Tensor], Tensor],
+        after_step: Callable[[int, Tensor, Tensor], Tensor],
         progress: Callable[[Iterable], Iterable],
     ) -> Tensor:
         """As :meth:`Integrator.integrate`."""
         x, sigmas = noise * self.sigmas[0], [*self.sigmas, 0.0]
-        for i, timestep in enumerate(progress(self.timesteps.tolist())):
+        for i, timestep in enumerate(progress(self.timesteps)):
             sigma, to = sigmas[i], sigmas[i + 1]
             higher = self.rounded(sigma * (1 + self.churn(sigma)))
             if higher > sigma:

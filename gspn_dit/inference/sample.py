@@ -31,8 +31,8 @@ from diffusers.utils.logging import disable_progress_bar
 from gspn_dit.autoencoder import downsampling
 from gspn_dit.autoencoder.vae import weights_sha256
 from gspn_dit.diffusion import create_scheduler, objective_of
-from gspn_dit.diffusion.sampling import check_steps
-from gspn_dit.diffusion.schedulers import with_options
+from gspn_dit.diffusion.sampling import check_guidance_of, check_steps
+from gspn_dit.diffusion.schedulers import shifted, with_options
 from gspn_dit.errors import InputError, not_none, renamed
 from gspn_dit.inference.graphed_model import graph_choice
 from gspn_dit.inference.grid import captions
@@ -156,8 +156,9 @@ def resolve_defaults(pipe: GSPNDiTPipeline, options: SampleOptions, precision: P
         "width": width,
         "mixed_precision": precision.name,
     }
-    check_steps(pipe.scheduler, call["num_inference_steps"])
     shift, chunk_scale = pipe.size_switches(height, width, options.shift, options.chunk_scale)
+    check_steps(pipe.scheduler if shift is None else shifted(pipe.scheduler, shift), call["num_inference_steps"])
+    check_guidance_of(pipe.scheduler, guidance)
     return call | {"shift": shift, "chunk_scale": chunk_scale}
 
 

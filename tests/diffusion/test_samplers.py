@@ -16,6 +16,7 @@ from made.gaussian import MEAN, GaussianData, classes, sample, standard_noise
 from gspn_dit.diffusion import create_scheduler, denoise, image_generator
 from gspn_dit.diffusion.edm import EDMHeunScheduler
 from gspn_dit.diffusion.process import Process
+from gspn_dit.diffusion.sampling import check_steps
 from gspn_dit.diffusion.schedulers import shifted, with_options
 from gspn_dit.diffusion.sde import DIFFUSION_FORMS, LAST_STEPS, FlowMatchSDEScheduler
 from gspn_dit.errors import InputError
@@ -306,16 +307,23 @@ def test_dopri5_without_its_package_says_what_to_install(monkeypatch):
         ("euler", {"timesteps": [1000, 500]}, [1000, 500]),
         ("sde", {"sigmas": torch.tensor([1.0, 0.5])}, [1000, 500]),
         ("UniPCMultistepScheduler", {"sigmas": [1.0, 0.5]}, [1000, 500]),
+        ("FlowMatchLCMScheduler", {"timesteps": [1000, 500]}, [1000, 500]),
+        ("EulerDiscreteScheduler", {"sigmas": [7.0, 2.0, 0.5]}, "the chain's"),
+        ("edm", {"sigmas": [7.0, 2.0, 0.5]}, "the chain's, twice but for the last"),
     ],
 )
 def test_levels_that_are_given_are_where_the_network_is_asked(sampler, given, asked):
-    seen, model = [], GaussianData("flow")
+    objective = "ddpm" if isinstance(asked, str) else "flow"
+    seen, model = [], GaussianData(objective)
+    if objective == "ddpm":
+        steps = [Process.of(create_scheduler("ddpm")).timestep(sigma) for sigma in given["sigmas"]]
+        asked = [steps[0], steps[1], steps[1], steps[2], steps[2]] if "twice" in asked else steps
 
     def network(noisy, timesteps, class_labels):
         seen.append(float(timesteps[0]))
         return model(noisy, timesteps, class_labels)
 
-    denoise(network, create_scheduler("flow", sampler), standard_noise(2), classes(2), **given)
+    denoise(network, create_scheduler(objective, sampler), standard_noise(2), classes(2), **given)
     assert seen == pytest.approx(asked, abs=1)
 
 
@@ -329,11 +337,50 @@ def test_levels_that_are_given_are_where_the_network_is_asked(sampler, given, as
         ("euler", {"sigmas": [1.0, 0.0]}, "wanted numbers that fall"),
         ("euler", {"timesteps": []}, r"^timesteps=\[\]"),
         ("sde", {"sigmas": [1.5, math.nan]}, "sigmas="),
+        ("DPMSolverSinglestepScheduler", {"timesteps": [900, 400]}, "takes none of a flow"),
+        ("DPMSolverMultistepScheduler", {"timesteps": [900, 400]}, "takes none of a flow"),
     ],
 )
 def test_levels_that_cannot_be_are_refused(sampler, given, says):
     with pytest.raises(InputError, match=says):
         integrated(create_scheduler("flow", sampler), 5, **given)
+
+
+@pytest.mark.parametrize("options", [{"shift": 3.0}, {"use_karras_sigmas": True}])
+def test_timesteps_that_would_not_be_those_of_the_noise_are_refused(options):
+    scheduler = create_scheduler("flow", "euler", options)
+    with pytest.raises(InputError, match=r"^timesteps=\[900, 400, 100\]: the shift or spacing of FlowMatchEuler"):
+        integrated(scheduler, 5, timesteps=[900, 400, 100])
+    assert integrated(scheduler, 5, sigmas=[0.9, 0.4, 0.1]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "options", "steps", "says"),
+    [
+        ("ddpm", "LCMScheduler", {}, 60, "LCMScheduler says: "),
+        ("ddpm", "TCDScheduler", {}, 60, "TCDScheduler says: "),
+        ("flow", "sde", {}, 1, "wanted 2 or more with last_step mean"),
+        ("ddpm", "dpm++", {}, 1000, "DPMSolverMultistepScheduler"),
+    ],
+)
+def test_steps_that_a_scheduler_does_not_take_are_refused_before_any_forward(objective, sampler, options, steps, says):
+    scheduler = create_scheduler(objective, sampler, options)
+    before = list(scheduler.timesteps)
+    with pytest.raises(InputError, match=f"^num_inference_steps={steps}: .*{says}|{says}.*num_inference_steps"):
+        check_steps(scheduler, steps)
+    check_steps(scheduler, 4)
+    assert list(scheduler.timesteps) == before
+    with pytest.raises(InputError, match="num_inference_steps"):
+        integrated(scheduler, steps)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "sde", "dopri5", "edm"])
+def test_a_callback_gets_the_timestep_as_a_tensor_whoever_integrates(sampler):
+    seen = []
+    scheduler = create_scheduler("flow", sampler)
+    integrated(scheduler, 3, callback=lambda step, timestep, latents, prediction: seen.append(timestep))
+    assert all(isinstance(each, torch.Tensor) and each.shape == () for each in seen)
+    assert seen == list(scheduler.timesteps)
 
 
 def test_a_process_finds_the_clean_latents_of_every_prediction():

@@ -17,6 +17,7 @@ from gspn_dit.inference.run_description import RunDescription
 from gspn_dit.inference.sample import main
 from gspn_dit.models import create_model
 from gspn_dit.options import command, parse
+from gspn_dit.training.diffusion import check_options
 
 
 def generators(n):
@@ -178,6 +179,36 @@ def test_sample_with_a_guide_and_a_scheduler_by_name_goes_on_as_it_began(tmp_pat
         *_, last = capsys.readouterr().err.splitlines()
         assert last.startswith("sample.py: error: ")
         assert re.search(says, last), last
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--sampler", "dopri5", "--apg-momentum", "-0.5"], "--apg-momentum=-0.5: FlowMatchDopri5Scheduler asks"),
+        (["--sampler", "sde", "--num-inference-steps", "1"], "--num-inference-steps=1: wanted 2 or more"),
+    ],
+)
+def test_a_command_that_cannot_be_leaves_no_folder_behind(tmp_path, capsys, wrong, says):
+    out = tmp_path / "images"
+    options = ["--model", make_run(tmp_path / "run", objective="flow"), "--num-images", 1, "--out", f"{out}/"]
+    options += ["--guidance-scale", 2]
+    with pytest.raises(SystemExit):
+        sample(*options, *wrong)
+    *_, last = capsys.readouterr().err.splitlines()
+    assert says in last
+    assert not (out / "settings.json").exists()
+
+
+def test_a_run_that_could_not_draw_its_samples_does_not_begin():
+    for options, says in (
+        ({"sampler": "dopri5", "apg_momentum": -0.5}, r"^sampling.apg_momentum=-0.5: FlowMatchDopri5Scheduler asks"),
+        ({"sampler": "sde", "num_inference_steps": 1}, r"^sampling.num_inference_steps=1: wanted 2 or more"),
+    ):
+        config = Config()
+        config.diffusion.objective = "flow"
+        config.sampling = SamplingConfig(**options)
+        with pytest.raises(InputError, match=says):
+            check_options(config)
 
 
 def test_an_older_folder_goes_on_without_the_newer_settings(tmp_path):
