@@ -25,7 +25,7 @@ from gspn_dit.diffusion.edm import EDMHeunScheduler
 from gspn_dit.diffusion.guiding import Guider
 from gspn_dit.diffusion.integrator import Generators, Integrator, check_descending
 from gspn_dit.diffusion.process import Process
-from gspn_dit.diffusion.schedulers import SAMPLERS, objective_of
+from gspn_dit.diffusion.schedulers import SAMPLERS, check_flow, objective_of
 from gspn_dit.errors import InputError
 from gspn_dit.guidance import Guidance
 
@@ -282,6 +282,7 @@ def _set_timesteps(
 
     Raises :class:`InputError` for steps that it does not take.
     """
+    check_flow(scheduler, "scheduler", type(scheduler).__name__)
     if given := check_levels(scheduler, sigmas, timesteps):
         name, values = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
         with _refusing(scheduler, name, values):  # of a scheduler that takes them with some options only

@@ -101,7 +101,7 @@ def create_scheduler(
         base, chain = default.config, default.alphas_cumprod
     made = _made(kind, base, settings, options)
     _check_process(made, chain, "sampler", sampler)
-    _check_combination(made, options)
+    check_flow(made, "scheduler_options", dict(options))
     return made
 
 
@@ -111,7 +111,7 @@ def with_options(scheduler: SchedulerMixin, options: Mapping[str, Any]) -> Sched
     _check_options(kind, options)
     made = _made(kind, scheduler.config, {}, options)
     _check_process(made, getattr(scheduler, "alphas_cumprod", None), "scheduler_options", dict(options))
-    _check_combination(made, options)
+    check_flow(made, "scheduler_options", dict(options))
     return made
 
 
@@ -208,10 +208,10 @@ def _check_process(made: SchedulerMixin, chain: Tensor | None, argument: str, va
         )
 
 
-def _check_combination(made: SchedulerMixin, options: Mapping[str, Any]) -> None:
-    """Raise :class:`InputError` for options with which a scheduler does not integrate the flow."""
-    config, kind = made.config, type(made).__name__
-    if objective_of(made) != "flow":
+def check_flow(scheduler: SchedulerMixin, argument: str, value: Any) -> None:
+    """Raise :class:`InputError`, of an argument, for a scheduler of a flow whose options make it integrate another."""
+    config, kind = scheduler.config, type(scheduler).__name__
+    if objective_of(scheduler) != "flow":
         return
     problems = {
         "use_dynamic_shifting": (config.get("use_dynamic_shifting"), "nothing says by how much; a plain shift does"),
@@ -224,7 +224,7 @@ def _check_combination(made: SchedulerMixin, options: Mapping[str, Any]) -> None
         }
     for name, (holds, problem) in problems.items():
         if holds:
-            raise InputError(f"{name}: {problem}", argument="scheduler_options", value=dict(options))
+            raise InputError(f"{name}: {problem}", argument=argument, value=value)
 
 
 def objective_of(scheduler: SchedulerMixin) -> str:

@@ -256,8 +256,11 @@ def test_levels_that_are_no_flows_are_refused(name, option):
     sampler = f"{name}MultistepScheduler"
     with pytest.raises(InputError, match=f"^scheduler_options=.*: {option}: {sampler} makes no levels of a flow"):
         create_scheduler("flow", sampler, {option: True})
-    with pytest.raises(InputError, match=option):
-        with_options(create_scheduler("flow", sampler), {option: True})
+    own = create_scheduler("flow", sampler)
+    with pytest.raises(InputError, match=f"^scheduler_options=.*{option}"):
+        with_options(own, {option: True})
+    with pytest.raises(InputError, match=f"^scheduler='{sampler}': {option}: "):  # one that somebody else has made
+        integrated(type(own).from_config(own.config, **{option: True}), 5)
 
 
 @pytest.mark.parametrize(
