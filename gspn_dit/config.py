@@ -256,8 +256,13 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check_num_inference_steps(self.num_inference_steps, "sampling.")
         with renamed("sampling."):
-            Guidance(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Guidance)})
+            _ = self.guidance  # which refuses what cannot be
         require(self.num_images >= 1, "sampling.num_images", self.num_images, "1 or more")
+
+    @property
+    def guidance(self) -> Guidance:
+        """How it is guided. Raises :class:`InputError` for what cannot be."""
+        return Guidance(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Guidance)})
 
 
 @dataclass

@@ -43,7 +43,8 @@ class Guidance:
         apg_eta: Of adaptive projected guidance (APG, Sadat et al., arXiv 2410.02416): how much is left of the part of
             the update that is parallel to the model's clean prediction; 1 is all.
         apg_norm_threshold: APG's r, the greatest norm of an update of the clean prediction; 0 for none.
-        apg_momentum: APG's β, the weight of the updates before; negative leads away from them, 0 forgets them.
+        apg_momentum: APG's β, the weight of the updates before; negative leads away from them, 0 forgets them. Every
+            forward that is guided is an update, also the second of a step of Heun's method.
 
     Raises :class:`InputError` for what cannot be.
     """

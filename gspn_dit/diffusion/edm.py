@@ -20,6 +20,7 @@ from torch import Tensor
 from gspn_dit.diffusion.ddpm import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS
 from gspn_dit.diffusion.integrator import Generators, Integrator, Network, check_descending, check_numbers
 from gspn_dit.diffusion.process import Process
+from gspn_dit.errors import InputError
 
 
 class EDMHeunScheduler(Integrator):
@@ -104,12 +105,20 @@ class EDMHeunScheduler(Integrator):
         self.timesteps = torch.tensor([self.process.timestep(sigma) for sigma in self.sigmas], device=device)
 
     def _limits(self) -> tuple[float, float]:
-        """The least and the greatest σ."""
+        """The least and the greatest σ. Raises :class:`InputError` if a chain has none between those wanted."""
         low, high = self.config.sigma_min, self.config.sigma_max
         if self.config.prediction_type == "flow_prediction":
             return low, high
         own = self.process.ratio(0), self.process.ratio(self.config.num_train_timesteps - 1)
-        return max(low, own[0]), min(high, own[1])
+        least, greatest = max(low, own[0]), min(high, own[1])
+        if not least < greatest:
+            raise InputError(
+                f"the chain's σ go from {own[0]:.3g} to {own[1]:.3g}",
+                argument="sigma_min",
+                value=low,
+                wanted="a range of σ that meets them",
+            )
+        return least, greatest
 
     def rounded(self, sigma: float) -> float:
         """The nearest σ that the network knows."""
@@ -123,12 +132,12 @@ class EDMHeunScheduler(Integrator):
         noise: Tensor,
         *,
         generator: Generators,
-        after_step: Callable[[int, float, Tensor], Tensor],
+        after_step: Callable[[int, Tensor, Tensor], Tensor],
         progress: Callable[[Iterable], Iterable],
     ) -> Tensor:
         """As :meth:`Integrator.integrate`."""
         x, sigmas = noise * self.sigmas[0], [*self.sigmas, 0.0]
-        for i, timestep in enumerate(progress(self.timesteps.tolist())):
+        for i, timestep in enumerate(progress(self.timesteps)):
             sigma, to = sigmas[i], sigmas[i + 1]
             higher = self.rounded(sigma * (1 + self.churn(sigma)))
             if higher > sigma:

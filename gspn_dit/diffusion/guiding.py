@@ -63,6 +63,10 @@ def decompose(update: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rescale(guided: Tensor, better: Tensor, share: float) -> Tensor:
-    """A guided prediction with a share φ of the standard deviation that the model's own has (2305.08891 eq. 15, 16)."""
+    """A guided prediction with a share φ of the standard deviation that the model's own has (2305.08891 eq. 15, 16).
+
+    An image whose guided prediction is constant is left as it is.
+    """
     wanted, found = (each.flatten(1).std(dim=1).view(-1, 1, 1, 1) for each in (better, guided))
-    return share * (guided * (wanted / found)) + (1 - share) * guided
+    factor = torch.where(found > 0, wanted / found, 1.0)
+    return share * (guided * factor) + (1 - share) * guided

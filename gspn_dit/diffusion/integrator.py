@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -33,9 +33,15 @@ class Network(Protocol):
 
 
 class Integrator(SchedulerMixin, ConfigMixin):
-    """A sampler that goes from noise to clean latents by itself."""
+    """A sampler that goes from noise to clean latents by itself.
+
+    Attributes:
+        timesteps: Where the network is asked first in each step, on the scale 0…1000.
+        chooses_times: Whether it asks at times of its own choice, in no order, however many steps are wanted.
+    """
 
     timesteps: Tensor
+    chooses_times: ClassVar[bool] = False
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Choose the steps; `timesteps`, on the scale 0…1000, is where the network is asked first in each."""
@@ -47,7 +53,7 @@ class Integrator(SchedulerMixin, ConfigMixin):
         noise: Tensor,
         *,
         generator: Generators,
-        after_step: Callable[[int, float, Tensor], Tensor],
+        after_step: Callable[[int, Tensor, Tensor], Tensor],
         progress: Callable[[Iterable], Iterable],
     ) -> Tensor:
         """Standard normal noise (B, C, h, w) to clean latents, image by image the same in any batch.

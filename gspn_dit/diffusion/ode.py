@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -28,6 +28,7 @@ class FlowMatchDopri5Scheduler(Integrator):
     """
 
     order = 1
+    chooses_times: ClassVar[bool] = True
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000, rtol: float = 1e-3, atol: float = 1e-6) -> None:
@@ -49,7 +50,7 @@ class FlowMatchDopri5Scheduler(Integrator):
         noise: Tensor,
         *,
         generator: Generators,
-        after_step: Callable[[int, float, Tensor], Tensor],
+        after_step: Callable[[int, Tensor, Tensor], Tensor],
         progress: Callable[[Iterable], Iterable],
     ) -> Tensor:
         """As :meth:`Integrator.integrate`; `progress` counts images, and the whole way is the one step."""
@@ -65,4 +66,4 @@ class FlowMatchDopri5Scheduler(Integrator):
                 return alone(x, scale * min(max(float(t), 0.0), 1.0))
 
             images.append(odeint(velocity, noise[i : i + 1], times, method="dopri5", **tolerances)[-1])
-        return after_step(0, float(self.timesteps[0]), torch.cat(images))
+        return after_step(0, self.timesteps[0], torch.cat(images))

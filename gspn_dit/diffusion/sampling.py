@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+)
 from torch import Tensor
 
 from gspn_dit.arguments import check_num_inference_steps
@@ -18,7 +25,7 @@ from gspn_dit.diffusion.edm import EDMHeunScheduler
 from gspn_dit.diffusion.guiding import Guider
 from gspn_dit.diffusion.integrator import Generators, Integrator, check_descending
 from gspn_dit.diffusion.process import Process
-from gspn_dit.diffusion.schedulers import SAMPLERS, objective_of
+from gspn_dit.diffusion.schedulers import SAMPLERS, check_flow, objective_of
 from gspn_dit.errors import InputError
 from gspn_dit.guidance import Guidance
 
@@ -70,7 +77,7 @@ def denoise(
         model_options: Further arguments of the model, the same at every step.
         guide_options: Further arguments of the guide.
         num_inference_steps: Steps of the scheduler.
-        sigmas: Noise levels in place of the scheduler's own, as diffusers' `set_timesteps` takes them.
+        sigmas: Noise levels in place of the scheduler's own, as diffusers' `set_timesteps` takes them, without 0.
         timesteps: Timesteps in place of the scheduler's own.
         generator: Of the noise that stochastic samplers add; with a list, image b's comes from the b-th alone.
         callback: Called as callback(step, timestep, latents, prediction) after each step, with the last guided
@@ -83,6 +90,8 @@ def denoise(
     the scheduler does not take, or a model that is not of the scheduler's objective.
     """
     scheduler = _taking_our_variance(scheduler)
+    guided = Guidance(**guidance)
+    check_guidance_of(scheduler, guided)
     _set_timesteps(scheduler, num_inference_steps, sigmas, timesteps)
     network = GuidedNetwork(
         model,
@@ -90,13 +99,13 @@ def denoise(
         condition,
         null_condition=null_condition,
         guide=guide,
-        guidance=Guidance(**guidance),
+        guidance=guided,
         model_options=model_options,
         guide_options=guide_options,
     )
     if isinstance(scheduler, Integrator):
 
-        def after_step(step: int, timestep: float, latents: Tensor) -> Tensor:
+        def after_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
             replaced = None if callback is None else callback(step, timestep, latents, network.prediction)
             return latents if replaced is None else replaced
 
@@ -169,14 +178,7 @@ class GuidedNetwork:
         return torch.cat([each.prediction for each in self._alone]) if self._alone else self._prediction
 
     def image(self, i: int) -> GuidedNetwork:
-        """The same for image i of the batch alone. Raises :class:`InputError` for momentum over common steps."""
-        if self.guider is not None and (momentum := self.guidance.apg_momentum):
-            raise InputError(
-                f"{type(self.scheduler).__name__} asks at times in no order",
-                argument="apg_momentum",
-                value=momentum,
-                remedy="give 0, or another sampler",
-            )
+        """The same for image i of the batch alone."""
         alone = copy(self)
         alone._alone = []
         alone.condition = {name: tensor[i : i + 1] for name, tensor in self.condition.items()}
@@ -231,6 +233,7 @@ def check_levels(
 
     Raises :class:`InputError` for both, for what a scheduler does not take, or for what does not fall.
     """
+    flow = objective_of(scheduler) == "flow"
     given = {name: each for name, each in (("sigmas", sigmas), ("timesteps", timesteps)) if each is not None}
     if len(given) > 1:
         raise InputError("only one of timesteps and sigmas", argument="sigmas", value=sigmas, remedy="leave one out")
@@ -239,12 +242,32 @@ def check_levels(
             raise InputError(
                 f"{type(scheduler).__name__} takes none", argument=name, value=values, remedy="leave it out"
             )
+        if flow and name == "timesteps" and not type(scheduler).__name__.startswith("FlowMatch"):
+            raise InputError(
+                f"{type(scheduler).__name__} takes none of a flow", argument=name, value=values, remedy="leave it out"
+            )
         levels = np.asarray(values, dtype=np.float64)
-        flow = name == "sigmas" and objective_of(scheduler) == "flow" and not isinstance(scheduler, EDMHeunScheduler)
-        most = 1 if flow else scheduler.config.num_train_timesteps if name == "timesteps" else math.inf
+        share = name == "sigmas" and flow and not isinstance(scheduler, EDMHeunScheduler)
+        most = 1 if share else scheduler.config.num_train_timesteps if name == "timesteps" else math.inf
         check_descending(name, levels.flatten().tolist(), most, least_is_open=name == "sigmas")
+        if name == "timesteps" and flow and _accepts(scheduler.set_timesteps, "sigmas"):
+            return {name: levels.tolist(), "sigmas": levels / scheduler.config.num_train_timesteps}
+        if name == "sigmas" and isinstance(scheduler, EulerDiscreteScheduler):
+            levels = np.append(levels, 0.0)  # the one class that does not append it
         return {name: levels if name == "sigmas" else levels.tolist()}
     return {}
+
+
+def check_guidance_of(scheduler: SchedulerMixin, guidance: Guidance) -> None:
+    """Raise :class:`InputError` for guidance that a sampler cannot follow: momentum, over times that it chooses."""
+    chooses = isinstance(scheduler, Integrator) and scheduler.chooses_times
+    if chooses and guidance.guidance_scale != 1 and guidance.apg_momentum:
+        raise InputError(
+            f"{type(scheduler).__name__} asks at times in no order",
+            argument="apg_momentum",
+            value=guidance.apg_momentum,
+            remedy="give 0, or another sampler",
+        )
 
 
 def _set_timesteps(
@@ -256,24 +279,56 @@ def _set_timesteps(
     """Set the scheduler's steps: those given; else for the flow, when it takes noise levels, even ones from 1 to 1/n.
 
     They stay on the CPU: samplers look up their tables by them, and compare them, which on a GPU would wait for it.
+
+    Raises :class:`InputError` for steps that it does not take.
     """
+    check_flow(scheduler, "scheduler", type(scheduler).__name__)
     if given := check_levels(scheduler, sigmas, timesteps):
-        try:
+        name, values = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
+        with _refusing(scheduler, name, values):  # of a scheduler that takes them with some options only
             scheduler.set_timesteps(device="cpu", **given)
-        except ValueError as error:  # of a scheduler that takes them with some options only
-            ((name, values),) = given.items()
-            raise InputError(" ".join(str(error).split()), argument=name, value=values) from error
+        if name == "timesteps" and objective_of(scheduler) == "flow":
+            told = scheduler.timesteps.double().cpu().numpy()
+            noise = scheduler.sigmas[: len(told)].double().cpu().numpy() * scheduler.config.num_train_timesteps
+            if not np.allclose(told, noise, atol=0.01):
+                raise InputError(
+                    f"the shift or spacing of {type(scheduler).__name__} would give them other noise levels",
+                    argument=name,
+                    value=values,
+                    remedy="give sigmas, or no shift",
+                )
         return
-    check_steps(scheduler, num_inference_steps)
+    _check_count(scheduler, num_inference_steps)
     levels = {}
     chooses = isinstance(scheduler, Integrator)
     if objective_of(scheduler) == "flow" and not chooses and _accepts(scheduler.set_timesteps, "sigmas"):
         # Left alone, diffusers' last step goes from 0.001 to 0: a forward for nothing.
         levels = {"sigmas": np.linspace(1, 1 / num_inference_steps, num_inference_steps)}
-    scheduler.set_timesteps(num_inference_steps, device="cpu", **levels)
+    with _refusing(scheduler, "num_inference_steps", num_inference_steps):
+        scheduler.set_timesteps(num_inference_steps, device="cpu", **levels)
+
+
+@contextmanager
+def _refusing(scheduler: SchedulerMixin, argument: str, value: Any) -> Iterator[None]:
+    """What a scheduler of diffusers says against an argument, or stumbles over, as an :class:`InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError, AssertionError) as error:
+        said = f"{type(scheduler).__name__} says: {' '.join(str(error).split())}"
+        raise InputError(said[:300], argument=argument, value=value) from error
 
 
 def check_steps(scheduler: SchedulerMixin, n: int) -> None:
+    """Raise :class:`InputError` for a number of steps that a scheduler refuses, or at which it would quietly be wrong.
+
+    The scheduler is left as it was.
+    """
+    _set_timesteps(copy(scheduler), n, None, None)
+
+
+def _check_count(scheduler: SchedulerMixin, n: int) -> None:
     """Raise :class:`InputError` for a number of steps at which a diffusers scheduler would quietly be wrong."""
     total = scheduler.config.num_train_timesteps
     least = 2 if isinstance(scheduler, DDPMScheduler) else 1  # its only step would be at t = 0, the clean end

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -16,6 +17,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     SchedulerMixin,
 )
+from torch import Tensor
 
 from gspn_dit.diffusion.ddpm import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS
 from gspn_dit.diffusion.edm import EDMHeunScheduler
@@ -33,7 +35,8 @@ _CHAIN = {
     "beta_schedule": "linear",
     "prediction_type": "epsilon",
 }
-_TRAINED = (*_CHAIN, "trained_betas", "rescale_betas_zero_snr")  # what training has fixed
+_TRAINED = (*_CHAIN, "trained_betas", "rescale_betas_zero_snr", "invert_sigmas")  # what training has fixed
+_RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 _FLOW = {
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
@@ -85,28 +88,43 @@ def create_scheduler(
         kind, settings = _NAMED[objective][sampler]
     else:
         kind, settings = _of_diffusers(objective, sampler)
-    _check_options(kind, options or {})
+    options = options or {}
+    _check_options(kind, options)
     # The ddpm samplers are made from one config, which diffusers keeps whole in each of them: what one scheduler has no
     # use for (no clipping, the learned variance) is there again when a pipeline's scheduler is swapped for another.
     base: Mapping[str, Any] = {}
+    chain = None
     if objective == "ddpm":
         trained = {} if like is None else {key: like.config[key] for key in _TRAINED if key in like.config}
         own = dict(variance_type="learned_range", clip_sample=False, timestep_spacing="linspace")
-        base = DDPMScheduler(**{**_CHAIN, **trained, **own}).config
-    return _made(kind, {**base, **settings}, options or {})
+        default = DDPMScheduler(**{**_CHAIN, **trained, **own})
+        base, chain = default.config, default.alphas_cumprod
+    made = _made(kind, base, settings, options)
+    _check_process(made, chain, "sampler", sampler)
+    check_flow(made, "scheduler_options", dict(options))
+    return made
 
 
 def with_options(scheduler: SchedulerMixin, options: Mapping[str, Any]) -> SchedulerMixin:
     """A scheduler of the same class and config but for some options. Raises as :func:`create_scheduler`."""
     kind = type(scheduler)
     _check_options(kind, options)
-    return _made(kind, scheduler.config, options)
+    made = _made(kind, scheduler.config, {}, options)
+    _check_process(made, getattr(scheduler, "alphas_cumprod", None), "scheduler_options", dict(options))
+    check_flow(made, "scheduler_options", dict(options))
+    return made
 
 
-def _made(kind: Any, config: Mapping[str, Any], options: Mapping[str, Any]) -> SchedulerMixin:
-    """A scheduler of a class. Raises :class:`InputError` for what it refuses, or a package that it lacks."""
+def _made(
+    kind: Any, config: Mapping[str, Any], settings: Mapping[str, Any], options: Mapping[str, Any]
+) -> SchedulerMixin:
+    """A scheduler of a class, of a config but for settings of ours and options of the user's.
+
+    Raises :class:`InputError` for options that it refuses, or a package that it lacks.
+    """
     try:
-        return kind.from_config({**config, **options})
+        # Not in the config: of that, diffusers drops what it says was left at its default.
+        return kind.from_config(config, **{**settings, **options})
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         if isinstance(error, InputError) and error.argument is None:  # not of an option
             raise
@@ -129,12 +147,18 @@ def _of_diffusers(objective: str, name: str) -> tuple[Any, dict[str, Any]]:
     kind: Any = getattr(diffusers, name)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise refuse("no scheduler for PyTorch, or a package that it needs is not installed")
+    if not hasattr(kind, "step"):
+        raise refuse("it has no step from one noise level to the next")
     takes, step = (inspect.signature(getattr(kind, method)).parameters for method in ("__init__", "step"))
     needs = [
         each for each in list(step.values())[4:] if each.default is each.empty and each.kind is not each.VAR_KEYWORD
     ]
     if "Inverse" in name or needs:
         raise refuse("it does not go from noise to images")
+    if name.startswith("Helios"):
+        raise refuse("it is for a pyramid of resolutions")
+    if objective == "ddpm" and name == "DDPMParallelScheduler":
+        raise refuse("it leaves out the variance that the model has learned", "DDPMScheduler does the same with it")
     if "noise_sampler_seed" in takes and "generator" not in step:
         raise refuse("its noise comes from no generator, so that an image would depend on its batch")
     if objective == "flow" and not (name.startswith("FlowMatch") or "use_flow_sigmas" in takes):
@@ -164,6 +188,43 @@ def _check_options(kind: Any, options: Mapping[str, Any]) -> None:
                 value=dict(options),
                 remedy=f"did you mean {close[0]}?" if close else f"it has {', '.join(free)}",
             )
+        if name == "variance_type" and not issubclass(kind, DDPMScheduler):
+            raise InputError(
+                f"{kind.__name__} leaves out the learned variance, and has no other",
+                argument="scheduler_options",
+                value=dict(options),
+                remedy="leave variance_type out",
+            )
+
+
+def _check_process(made: SchedulerMixin, chain: Tensor | None, argument: str, value: Any) -> None:
+    """Raise :class:`InputError` for a scheduler of another chain ᾱ (T,) than the network's; None for a flow."""
+    if chain is None or objective_of(made) == "flow":
+        return
+    own = getattr(made, "alphas_cumprod", None)
+    if own is None or own.shape != chain.shape or not torch.allclose(own, chain, rtol=1e-4, atol=1e-6):
+        raise InputError(
+            f"{type(made).__name__} reverses a chain of noise that is not the model's", argument=argument, value=value
+        )
+
+
+def check_flow(scheduler: SchedulerMixin, argument: str, value: Any) -> None:
+    """Raise :class:`InputError`, of an argument, for a scheduler of a flow whose options make it integrate another."""
+    config, kind = scheduler.config, type(scheduler).__name__
+    if objective_of(scheduler) != "flow":
+        return
+    problems = {
+        "use_dynamic_shifting": (config.get("use_dynamic_shifting"), "nothing says by how much; a plain shift does"),
+        "predict_x0": (config.get("predict_x0") is False, f"{kind} does not integrate a flow without it"),
+    }
+    if not kind.startswith("FlowMatch"):
+        problems |= {
+            name: (config.get(name), f"{kind} makes no levels of a flow with it; FlowMatchEulerDiscreteScheduler does")
+            for name in _RESPACED
+        }
+    for name, (holds, problem) in problems.items():
+        if holds:
+            raise InputError(f"{name}: {problem}", argument=argument, value=value)
 
 
 def objective_of(scheduler: SchedulerMixin) -> str:
@@ -177,7 +238,7 @@ def trained_process(scheduler: SchedulerMixin) -> dict[str, Any]:
     """What training has fixed of the process that a scheduler reverses, by the names of its config."""
     if objective_of(scheduler) == "flow":
         return {"prediction_type": "flow_prediction"}
-    return {name: scheduler.config[name] for name in _TRAINED if scheduler.config.get(name) is not None}
+    return {name: value for name in _TRAINED if (value := scheduler.config.get(name)) not in (None, False)}
 
 
 def own_shift(scheduler: SchedulerMixin) -> float:

@@ -46,7 +46,8 @@ class FlowMatchSDEScheduler(Integrator):
         last_step: How the last step, to t = 0, is done: `mean` is a step without its noise; `tweedie` is the mean of
             the clean latents given the noisy ones; `euler` is a step of the ODE, which on the straight path is the same
             as `tweedie`; `none` is a step as all others.
-        last_step_size: t where the last step begins; without meaning for `none`.
+        last_step_size: t where the last step begins, before the shift; without meaning for `none`, and where a call
+            gives noise levels.
         shift: Noise levels t become s·t / (1 + (s - 1)·t), as in diffusers' flow-matching schedulers.
 
     Raises :class:`InputError` for what cannot be.
@@ -83,12 +84,17 @@ class FlowMatchSDEScheduler(Integrator):
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Any = None, sigmas: Sequence[float] | None = None
     ) -> None:
-        """Even steps of t, the last of last_step_size; or from the levels t that `sigmas` says, down to 0."""
+        """Even steps of t, the last of last_step_size; or from the levels t that `sigmas` says, down to 0.
+
+        Raises :class:`InputError` for levels that do not fall, or a single step that is the last, `mean`.
+        """
         if sigmas is not None:
             check_descending("sigmas", sigmas, 1)
             levels = np.asarray(sigmas, dtype=np.float64)
         else:
             n = num_inference_steps or 1
+            if n == 1 and self.config.last_step == "mean":  # at pure noise, where the score is not known
+                raise InputError(argument="num_inference_steps", value=1, wanted="2 or more with last_step mean")
             end = 1 / n if self.config.last_step == "none" else self.config.last_step_size
             levels = np.linspace(1, end, n)
         shift = self.config.shift
@@ -112,13 +118,13 @@ class FlowMatchSDEScheduler(Integrator):
         noise: Tensor,
         *,
         generator: Generators,
-        after_step: Callable[[int, float, Tensor], Tensor],
+        after_step: Callable[[int, Tensor, Tensor], Tensor],
         progress: Callable[[Iterable], Iterable],
     ) -> Tensor:
         """As :meth:`Integrator.integrate`."""
         x, times = noise, [*self.sigmas.tolist(), 0.0]
         last = len(times) - 2 if self.config.last_step != "none" else None
-        for i, timestep in enumerate(progress(self.timesteps.tolist())):
+        for i, timestep in enumerate(progress(self.timesteps)):
             if i == last:
                 diffusion = self.diffusion(times[i]) if self.config.last_step == "mean" else 0.0
                 x = x + times[i] * self.drift(network, x, times[i], diffusion)

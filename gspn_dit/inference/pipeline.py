@@ -219,7 +219,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
             guidance_rescale: φ, by how much the guided prediction's standard deviation is brought back to the model's.
             apg_eta: Of adaptive projected guidance, the share left of the parallel part; 1 is all.
             apg_norm_threshold: Its greatest norm of an update; 0 for none.
-            apg_momentum: The weight of its updates before.
+            apg_momentum: The weight of its updates before, of each forward; samplers of two forwards a step have two.
             sigmas: Noise levels in place of the scheduler's own, for one whose `set_timesteps` takes them.
             timesteps: Timesteps in place of the scheduler's own, likewise.
             latents: The noise to begin with, standard normal (B, C, h, w), in place of the generator's.
@@ -325,12 +325,21 @@ class GSPNDiTPipeline(DiffusionPipeline):
     def guide_by(self, other: GSPNDiTPipeline) -> None:
         """Let guidance lead away from another pipeline's model, and not from this one's without a condition.
 
-        Raises :class:`InputError` if its latents, classes or objective are others.
+        Raises :class:`InputError` if its latents, classes or objective are others, or another tokenizer or text
+        encoder reads its texts.
         """
         check_guide(self.transformer, other.transformer)
         mine, its = self.config.class_names, other.config.class_names
         if mine and its and list(mine) != list(its):
             raise InputError("its classes have other names than the model's", argument="guide")
+        if self.subject == "prompt":
+            ours_of_text, theirs_of_text = (
+                TextParts(each.tokenizer, each.text_encoder).made_by for each in (self, other)
+            )
+            if ours_of_text != theirs_of_text:
+                raise InputError(
+                    f"its texts are read by {theirs_of_text}, and the model's by {ours_of_text}", argument="guide"
+                )
         ours, theirs = trained_process(self.scheduler), trained_process(other.scheduler)
         if ours != theirs:
             differ = ", ".join(

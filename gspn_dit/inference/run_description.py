@@ -14,7 +14,9 @@ from gspn_dit.errors import InputError, is_finite, renamed
 from gspn_dit.guidance import Guidance
 from gspn_dit.text.tokens import MAX_LENGTH
 
-_GUIDANCE = {name: value for name, value in vars(Guidance()).items() if name[9:] not in ("scale", "interval")}
+_GUIDANCE = {
+    name: value for name, value in vars(Guidance()).items() if name not in ("guidance_scale", "guidance_interval")
+}
 _OPTIONS: dict[str, tuple[str, str | list[str]]] = {
     "objective": ("diffusion", "objective"),
     "class_dropout": ("diffusion", "class_dropout"),

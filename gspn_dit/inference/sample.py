@@ -31,8 +31,9 @@ from diffusers.utils.logging import disable_progress_bar
 from gspn_dit.autoencoder import downsampling
 from gspn_dit.autoencoder.vae import weights_sha256
 from gspn_dit.diffusion import create_scheduler, objective_of
-from gspn_dit.diffusion.sampling import check_steps
-from gspn_dit.diffusion.schedulers import with_options
+from gspn_dit.diffusion.integrator import Integrator
+from gspn_dit.diffusion.sampling import check_guidance_of, check_steps
+from gspn_dit.diffusion.schedulers import shifted, with_options
 from gspn_dit.errors import InputError, not_none, renamed
 from gspn_dit.inference.graphed_model import graph_choice
 from gspn_dit.inference.grid import captions
@@ -149,15 +150,24 @@ def resolve_defaults(pipe: GSPNDiTPipeline, options: SampleOptions, precision: P
             value=options.guide,
             remedy="give a larger guidance_scale",
         )
+    if options.guidance_power is not None and guidance.guidance_schedule != "power-cosine":
+        raise InputError(
+            f"the guidance schedule {guidance.guidance_schedule} has no power",
+            argument="guidance_power",
+            value=options.guidance_power,
+            remedy="leave it out, or give guidance_schedule power-cosine",
+        )
+    chooses = isinstance(pipe.scheduler, Integrator) and pipe.scheduler.chooses_times
     call = {
         **vars(guidance),
-        "num_inference_steps": options.num_inference_steps or own.num_inference_steps,
+        "num_inference_steps": 1 if chooses else options.num_inference_steps or own.num_inference_steps,
         "height": height,
         "width": width,
         "mixed_precision": precision.name,
     }
-    check_steps(pipe.scheduler, call["num_inference_steps"])
     shift, chunk_scale = pipe.size_switches(height, width, options.shift, options.chunk_scale)
+    check_steps(pipe.scheduler if shift is None else shifted(pipe.scheduler, shift), call["num_inference_steps"])
+    check_guidance_of(pipe.scheduler, guidance)
     return call | {"shift": shift, "chunk_scale": chunk_scale}
 
 

@@ -39,7 +39,7 @@ from gspn_dit.conditioning import Conditioning
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.data.source import LatentSource, Source, is_of_latents
 from gspn_dit.diffusion import Batch, Objective, create_objective, create_scheduler
-from gspn_dit.diffusion.sampling import check_steps
+from gspn_dit.diffusion.sampling import check_guidance_of, check_steps
 from gspn_dit.errors import InputError, not_none, renamed
 from gspn_dit.inference.loading import load_class_names, load_transformer, pipeline_of
 from gspn_dit.inference.pipeline import GSPNDiTPipeline, unguided
@@ -357,7 +357,9 @@ def check_options(config: Config) -> None:
     with renamed("sampling."):
         sampling = config.sampling
         scheduler = create_scheduler(config.diffusion.objective, sampling.sampler, sampling.scheduler_options)
-        check_steps(scheduler, config.sampling.num_inference_steps)
+        check_steps(scheduler, sampling.num_inference_steps)
+        if config.diffusion.class_dropout not in (0, 1):  # which are sampled without guidance
+            check_guidance_of(scheduler, sampling.guidance)
     if (dropout := config.diffusion.class_dropout) in (0, 1):
         if config.evaluation.guidance_scale > 1:
             raise InputError(

@@ -124,6 +124,14 @@ def test_a_share_of_one_gives_the_guided_prediction_the_models_deviation():
     torch.testing.assert_close(rescale(guided, better, 0.25), 0.25 * rescale(guided, better, 1.0) + 0.75 * guided)
 
 
+def test_a_constant_guided_prediction_has_no_deviation_to_restore():
+    better, guided = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    guided[0] = 0.5
+    rescaled = rescale(guided, better, 0.7)
+    assert torch.allclose(rescaled[0], guided[0]) and rescaled.isfinite().all()
+    assert not torch.allclose(rescaled[1], guided[1])
+
+
 def test_schedules_are_what_is_published():
     """1 + (w - 1)·f(l) with l = 1 at noise; of `linear` and `cosine` the mean over levels is w's."""
 
@@ -168,6 +176,14 @@ def test_autoguidance_leads_away_from_the_guides_prediction_of_the_same_class():
     guided = drawn(ClassData(shift=1.0), guide=Worse(shift=0.4), guidance_scale=2.5)
     torch.testing.assert_close(guided, drawn(ClassData(shift=0.4 + 2.5 * 0.6), guidance_scale=1.0))
     assert asked == [(5, [0])] * 5
+
+
+def test_momentum_counts_forwards_and_not_steps(monkeypatch):
+    updates = []
+    call = Guider.__call__
+    monkeypatch.setattr(Guider, "__call__", lambda self, *given: (updates.append(given[-1]), call(self, *given))[1])
+    drawn(sampler="heun", apg_momentum=-0.5)
+    assert len(updates) == 9 == len(set(updates)) + 4
 
 
 def test_dopri5_is_guided_but_without_momentum():

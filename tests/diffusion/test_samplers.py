@@ -2,7 +2,9 @@
 
 import inspect
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -14,7 +16,8 @@ from made.gaussian import MEAN, GaussianData, classes, sample, standard_noise
 from gspn_dit.diffusion import create_scheduler, denoise, image_generator
 from gspn_dit.diffusion.edm import EDMHeunScheduler
 from gspn_dit.diffusion.process import Process
-from gspn_dit.diffusion.schedulers import shifted
+from gspn_dit.diffusion.sampling import check_steps
+from gspn_dit.diffusion.schedulers import shifted, with_options
 from gspn_dit.diffusion.sde import DIFFUSION_FORMS, LAST_STEPS, FlowMatchSDEScheduler
 from gspn_dit.errors import InputError
 
@@ -228,12 +231,70 @@ def test_a_schedulers_chain_and_prediction_go_on_in_another():
         ("flow", "sde", {"last_step_size": 1.5}, "last_step_size=1.5: wanted a time between 0 and 1"),
         ("flow", "edm", {"S_churn": -1}, "S_churn=-1: wanted 0 or more"),
         ("flow", "dopri5", {"rtol": 0}, "rtol=0: wanted a positive number"),
+        ("ddpm", "ScoreSdeVeScheduler", {}, "it has no step"),
+        ("flow", "HeliosScheduler", {}, "a pyramid of resolutions"),
+        ("flow", "HeliosDMDScheduler", {}, "a pyramid of resolutions"),
+        ("ddpm", "CogVideoXDDIMScheduler", {}, "reverses a chain of noise that is not the model's"),
+        ("ddpm", "DDPMParallelScheduler", {}, "leaves out the variance .* DDPMScheduler does the same"),
+        ("flow", "FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "training has fixed invert_sigmas"),
+        ("flow", "euler", {"use_dynamic_shifting": True}, "use_dynamic_shifting: nothing says by how much"),
+        ("flow", "UniPCMultistepScheduler", {"predict_x0": False}, "predict_x0: .* does not integrate a flow"),
+        ("ddpm", "dpm++", {"variance_type": "learned_range"}, "leaves out the learned variance"),
+        ("ddpm", "edm", {"sigma_min": 500.0, "sigma_max": 600.0}, "the chain's σ go from 0.01 to 157"),
     ],
 )
 def test_samplers_and_options_that_cannot_be_are_refused(objective, sampler, options, says):
     with pytest.raises(InputError, match=says) as error:
         create_scheduler(objective, sampler, options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+@pytest.mark.parametrize("name", ["UniPC", "DPMSolver", "DEIS"])
+def test_levels_that_are_no_flows_are_refused(name, option):
+    """Of these classes diffusers flips falling σ of a flow, or takes the logarithm of a negative one."""
+    sampler = f"{name}MultistepScheduler"
+    with pytest.raises(InputError, match=f"^scheduler_options=.*: {option}: {sampler} makes no levels of a flow"):
+        create_scheduler("flow", sampler, {option: True})
+    own = create_scheduler("flow", sampler)
+    with pytest.raises(InputError, match=f"^scheduler_options=.*{option}"):
+        with_options(own, {option: True})
+    with pytest.raises(InputError, match=f"^scheduler='{sampler}': {option}: "):  # one that somebody else has made
+        integrated(type(own).from_config(own.config, **{option: True}), 5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "options"),
+    [
+        ("ddpm", "ddpm", {"variance_type": "fixed_small", "clip_sample": True}),
+        ("ddpm", "ddim", {"timestep_spacing": "leading", "steps_offset": 1}),
+        ("ddpm", "dpm++", {"thresholding": True, "solver_order": 3, "use_karras_sigmas": True}),
+        ("ddpm", "edm", {"S_churn": 3.0, "rho": 5.0}),
+        ("flow", "euler", {"shift": 3.0, "stochastic_sampling": True}),
+        ("flow", "sde", {"diffusion_form": "sbdm", "last_step": "tweedie", "shift": 2.0}),
+        ("flow", "dopri5", {"rtol": 0.5, "atol": 0.25}),
+        ("flow", "UniPCMultistepScheduler", {"flow_shift": 2.0, "solver_order": 1}),
+    ],
+)
+def test_every_option_that_is_given_is_in_the_config(objective, sampler, options):
+    """Also an option that the scheduler before had at its default, which diffusers notes, and then drops."""
+    made = create_scheduler(objective, sampler, options)
+    changed = with_options(create_scheduler(objective, sampler), options)
+    again = with_options(changed, options)
+    for scheduler in (made, changed, again):
+        assert {name: scheduler.config[name] for name in options} == options
+
+
+def test_the_samplers_of_the_documents_commands_reach_the_data():
+    page = (Path(__file__).parents[2] / "docs/sampling.md").read_text()
+    commands = re.findall(r"--model digits --sampler (\S+) --scheduler-options (\S+)", page)  # a model of the flow
+    assert len(commands) >= 2
+    for sampler, words in commands:
+        options = dict(word.split("=") for word in words.split(","))
+        options = {name: int(value) if value.isdigit() else value for name, value in options.items()}
+        latents = sample(GaussianData("flow"), create_scheduler("flow", sampler, options), 50, n=512)
+        assert float(latents.mean()) == pytest.approx(MEAN, abs=0.1)
+        assert float(latents.std()) == pytest.approx(0.5, rel=0.15)
 
 
 def test_dopri5_without_its_package_says_what_to_install(monkeypatch):
@@ -249,16 +310,23 @@ def test_dopri5_without_its_package_says_what_to_install(monkeypatch):
         ("euler", {"timesteps": [1000, 500]}, [1000, 500]),
         ("sde", {"sigmas": torch.tensor([1.0, 0.5])}, [1000, 500]),
         ("UniPCMultistepScheduler", {"sigmas": [1.0, 0.5]}, [1000, 500]),
+        ("FlowMatchLCMScheduler", {"timesteps": [1000, 500]}, [1000, 500]),
+        ("EulerDiscreteScheduler", {"sigmas": [7.0, 2.0, 0.5]}, "the chain's"),
+        ("edm", {"sigmas": [7.0, 2.0, 0.5]}, "the chain's, twice but for the last"),
     ],
 )
 def test_levels_that_are_given_are_where_the_network_is_asked(sampler, given, asked):
-    seen, model = [], GaussianData("flow")
+    objective = "ddpm" if isinstance(asked, str) else "flow"
+    seen, model = [], GaussianData(objective)
+    if objective == "ddpm":
+        steps = [Process.of(create_scheduler("ddpm")).timestep(sigma) for sigma in given["sigmas"]]
+        asked = [steps[0], steps[1], steps[1], steps[2], steps[2]] if "twice" in asked else steps
 
     def network(noisy, timesteps, class_labels):
         seen.append(float(timesteps[0]))
         return model(noisy, timesteps, class_labels)
 
-    denoise(network, create_scheduler("flow", sampler), standard_noise(2), classes(2), **given)
+    denoise(network, create_scheduler(objective, sampler), standard_noise(2), classes(2), **given)
     assert seen == pytest.approx(asked, abs=1)
 
 
@@ -272,11 +340,50 @@ def test_levels_that_are_given_are_where_the_network_is_asked(sampler, given, as
         ("euler", {"sigmas": [1.0, 0.0]}, "wanted numbers that fall"),
         ("euler", {"timesteps": []}, r"^timesteps=\[\]"),
         ("sde", {"sigmas": [1.5, math.nan]}, "sigmas="),
+        ("DPMSolverSinglestepScheduler", {"timesteps": [900, 400]}, "takes none of a flow"),
+        ("DPMSolverMultistepScheduler", {"timesteps": [900, 400]}, "takes none of a flow"),
     ],
 )
 def test_levels_that_cannot_be_are_refused(sampler, given, says):
     with pytest.raises(InputError, match=says):
         integrated(create_scheduler("flow", sampler), 5, **given)
+
+
+@pytest.mark.parametrize("options", [{"shift": 3.0}, {"use_karras_sigmas": True}])
+def test_timesteps_that_would_not_be_those_of_the_noise_are_refused(options):
+    scheduler = create_scheduler("flow", "euler", options)
+    with pytest.raises(InputError, match=r"^timesteps=\[900, 400, 100\]: the shift or spacing of FlowMatchEuler"):
+        integrated(scheduler, 5, timesteps=[900, 400, 100])
+    assert integrated(scheduler, 5, sigmas=[0.9, 0.4, 0.1]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "options", "steps", "says"),
+    [
+        ("ddpm", "LCMScheduler", {}, 60, "LCMScheduler says: "),
+        ("ddpm", "TCDScheduler", {}, 60, "TCDScheduler says: "),
+        ("flow", "sde", {}, 1, "wanted 2 or more with last_step mean"),
+        ("ddpm", "dpm++", {}, 1000, "DPMSolverMultistepScheduler"),
+    ],
+)
+def test_steps_that_a_scheduler_does_not_take_are_refused_before_any_forward(objective, sampler, options, steps, says):
+    scheduler = create_scheduler(objective, sampler, options)
+    before = list(scheduler.timesteps)
+    with pytest.raises(InputError, match=f"^num_inference_steps={steps}: .*{says}|{says}.*num_inference_steps"):
+        check_steps(scheduler, steps)
+    check_steps(scheduler, 4)
+    assert list(scheduler.timesteps) == before
+    with pytest.raises(InputError, match="num_inference_steps"):
+        integrated(scheduler, steps)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "sde", "dopri5", "edm"])
+def test_a_callback_gets_the_timestep_as_a_tensor_whoever_integrates(sampler):
+    seen = []
+    scheduler = create_scheduler("flow", sampler)
+    integrated(scheduler, 3, callback=lambda step, timestep, latents, prediction: seen.append(timestep))
+    assert all(isinstance(each, torch.Tensor) and each.shape == () for each in seen)
+    assert seen == list(scheduler.timesteps)
 
 
 def test_a_process_finds_the_clean_latents_of_every_prediction():

@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
+from made.captions import WORDS, write_tokenizer
 from made.runs import CLASS_NAMES, make_run, pipeline, tiny_model, tiny_vae
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from gspn_dit.commands import SampleOptions
 from gspn_dit.config import Config, SamplingConfig
@@ -17,6 +19,9 @@ from gspn_dit.inference.run_description import RunDescription
 from gspn_dit.inference.sample import main
 from gspn_dit.models import create_model
 from gspn_dit.options import command, parse
+from gspn_dit.text.parts import TextParts
+from gspn_dit.text.tokens import load_tokenizer
+from gspn_dit.training.diffusion import check_options
 
 
 def generators(n):
@@ -152,6 +157,58 @@ def test_a_guide_of_another_process_is_refused():
         pipe.guide_by(other)
 
 
+def test_a_pipelines_twin_of_another_sampler_is_a_guide():
+    """PNDM's config has no rescale_betas_zero_snr, which stands for False."""
+    pipe = pipeline(objective="ddpm")
+    pipe.scheduler = create_scheduler("ddpm", "PNDMScheduler", like=pipe.scheduler)
+    pipe.guide_by(pipeline(objective="ddpm"))
+    assert pipe.guide is not None
+
+
+def of_text(tokenizer, text_encoder=None):
+    options = TextParts(tokenizer, text_encoder).model_options
+    transformer = create_model("gspn-t2i-ti-2", sample_size=8, out_channels=4, **options)
+    given = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+    return GSPNDiTPipeline(transformer, tiny_vae(), create_scheduler("flow"), **given)
+
+
+def test_a_guide_reads_texts_as_the_model_does(tmp_path):
+    mine = load_tokenizer(write_tokenizer(tmp_path / "mine"), 16)
+    other = load_tokenizer(write_tokenizer(tmp_path / "other", words=WORDS[::-1]), 16)  # as many words, otherwise
+    of_text(mine).guide_by(of_text(mine))
+    with pytest.raises(InputError, match=r"^guide: its texts are read by tokenizer \w+, and the model's by tokenizer"):
+        of_text(mine).guide_by(of_text(other))
+    encoder, trained_on = (tiny_text_encoder(mine, seed) for seed in (0, 1))
+    of_text(mine, encoder).guide_by(of_text(mine, encoder))
+    with pytest.raises(InputError, match=r"^guide: its texts are read by CLIPTextModel"):
+        of_text(mine, encoder).guide_by(of_text(mine, trained_on))
+
+
+def tiny_text_encoder(tokenizer, seed):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **sizes)
+    return CLIPTextModel(config).eval()
+
+
+def test_a_power_without_its_schedule_is_refused(tmp_path, capsys):
+    options = ["--model", make_run(tmp_path / "run"), "--num-images", 1, "--out", f"{tmp_path / 'images'}/"]
+    with pytest.raises(SystemExit):
+        sample(*options, "--guidance-power", 2)
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "--guidance-power=2.0: the guidance schedule constant has no power" in last
+
+
+def test_a_sampler_that_chooses_its_steps_goes_on_whatever_their_number(tmp_path):
+    out = tmp_path / "images"
+    options = ["--model", make_run(tmp_path / "run"), "--num-images", 2, "--out", f"{out}/", "--sampler", "dopri5"]
+    options += ["--scheduler-options", "rtol=0.5,atol=0.5"]
+    sample(*options, "--num-inference-steps", 3)
+    (out / "000001.png").unlink()
+    sample(*options, "--num-inference-steps", 7)
+    assert (out / "000001.png").exists()
+
+
 def test_sample_with_a_guide_and_a_scheduler_by_name_goes_on_as_it_began(tmp_path, capsys):
     run = make_run(tmp_path / "run", steps=(1, 2))
     earlier = run / "checkpoints" / "step-0000001"
@@ -178,6 +235,36 @@ def test_sample_with_a_guide_and_a_scheduler_by_name_goes_on_as_it_began(tmp_pat
         *_, last = capsys.readouterr().err.splitlines()
         assert last.startswith("sample.py: error: ")
         assert re.search(says, last), last
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--sampler", "dopri5", "--apg-momentum", "-0.5"], "--apg-momentum=-0.5: FlowMatchDopri5Scheduler asks"),
+        (["--sampler", "sde", "--num-inference-steps", "1"], "--num-inference-steps=1: wanted 2 or more"),
+    ],
+)
+def test_a_command_that_cannot_be_leaves_no_folder_behind(tmp_path, capsys, wrong, says):
+    out = tmp_path / "images"
+    options = ["--model", make_run(tmp_path / "run", objective="flow"), "--num-images", 1, "--out", f"{out}/"]
+    options += ["--guidance-scale", 2]
+    with pytest.raises(SystemExit):
+        sample(*options, *wrong)
+    *_, last = capsys.readouterr().err.splitlines()
+    assert says in last
+    assert not (out / "settings.json").exists()
+
+
+def test_a_run_that_could_not_draw_its_samples_does_not_begin():
+    for options, says in (
+        ({"sampler": "dopri5", "apg_momentum": -0.5}, r"^sampling.apg_momentum=-0.5: FlowMatchDopri5Scheduler asks"),
+        ({"sampler": "sde", "num_inference_steps": 1}, r"^sampling.num_inference_steps=1: wanted 2 or more"),
+    ):
+        config = Config()
+        config.diffusion.objective = "flow"
+        config.sampling = SamplingConfig(**options)
+        with pytest.raises(InputError, match=says):
+            check_options(config)
 
 
 def test_an_older_folder_goes_on_without_the_newer_settings(tmp_path):
