@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 INDEX = "model_index.json"  # of a saved pipeline, as diffusers calls it
 VAE = "stabilityai/sd-vae-ft-ema"  # whose encoder DiT and SiT were trained with
 GUIDANCE_SCALE = 4.0  # of the scripts, and of DiTPipeline
+GUIDED_CHANNELS = 3  # of the scripts, whose networks take and give four; DiTPipeline guides all
 STEPS, PIPELINE_STEPS = 250, 50  # of the scripts; of DiTPipeline
 
 
@@ -78,7 +79,9 @@ def pipeline_of_weights(
         raise InputError(f"there is no VAE with it, and {error}", remedy="name one with --vae") from error
     config = transformer.config
     scheduler = create_scheduler("flow" if config.out_channels == config.in_channels else "ddpm")
-    defaults = {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": STEPS}
+    defaults: dict[str, Any] = {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": STEPS}
+    if os.path.isfile(place):
+        defaults["guided_channels"] = min(GUIDED_CHANNELS, config.in_channels)
     return GSPNDiTPipeline(transformer, decoder, scheduler, **{**defaults, **options})
 
 

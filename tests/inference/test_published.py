@@ -1,5 +1,6 @@
 """Published DiT and SiT draw here what their authors' code draws, by every command, from files, folders and the hub."""
 
+import itertools
 import json
 import logging
 import shutil
@@ -184,3 +185,43 @@ def test_a_library_call_is_silent(place, capfd, caplog):
         load_transformer(place / "SiT.pt")
     printed = capfd.readouterr()
     assert printed.out + printed.err == ""
+
+
+@pytest.mark.parametrize("name", ["DiT.pt", "SiT.pt"])
+@pytest.mark.parametrize("options", [{}, {"guidance_rescale": 0.7, "apg_eta": 0.5}])
+def test_guidance_of_a_file_acts_on_three_channels_as_its_code_has_it(place, tmp_path, name, options):
+    """DiT and SiT guide `model_out[:, :3]`; the fourth channel is the prediction with the class, whatever guides."""
+    load_pipeline(place / name, str(place / "vae")).save_pretrained(tmp_path)
+    pipe = GSPNDiTPipeline.from_pretrained(tmp_path)
+    assert pipe.config.guided_channels == 3
+    pipe.set_progress_bar_config(disable=True)
+    network, labels = as_of_dits_code(diffusers_dit()), torch.tensor([0, 9])
+    latents = torch.randn(2, 4, 8, 8, generator=noise())
+    seen = [(None, latents, None)]
+
+    def keep(pipe, step, timestep, found):
+        seen.append((float(timestep), found["latents"], found["noise_pred"]))
+        return {}
+
+    asked = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["latents", "noise_pred"]}
+    pipe(labels.tolist(), 4.0, 3, latents=latents, generator=noise(), output_type="latent", **asked, **options)
+    with torch.no_grad():
+        for (_, noisy, _), (timestep, _, guided) in itertools.pairwise(seen):
+            sign, time = (-1, 1 - timestep / 1000) if name == "SiT.pt" else (1, timestep)
+            times = torch.full((2,), time)
+            cond, uncond = (
+                sign * network(noisy, timestep=times, class_labels=each).sample[:, :4]
+                for each in (labels, torch.full((2,), 10))
+            )
+            torch.testing.assert_close(guided[:, 3], cond[:, 3], atol=1e-4, rtol=0)
+            published = uncond[:, :3] + 4 * (cond[:, :3] - uncond[:, :3])
+            difference = (guided[:, :3] - published).abs().max()
+            assert difference > 1e-2 if options else difference < 1e-3
+            assert (cond - uncond).abs().max() > 1e-2
+
+
+def test_a_pipeline_of_others_or_ours_is_guided_in_all_channels(place):
+    assert load_pipeline(place / "pipeline").config.guided_channels is None
+    assert load_pipeline(place / "pipeline" / "transformer", str(place / "vae")).config.guided_channels is None
+    with pytest.raises(InputError, match="guided_channels=5: wanted 1 to 4, or None"):
+        GSPNDiTPipeline.from_pretrained(place / "DiT.pt", vae=tiny_vae(), guided_channels=5)
