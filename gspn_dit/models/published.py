@@ -76,6 +76,7 @@ _DIFFUSERS_OPTIONS = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
     "norm_elementwise_affine": False,
+    "norm_eps": 1e-5,
 }
 
 

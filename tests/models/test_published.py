@@ -48,6 +48,18 @@ def test_a_transformer_of_diffusers_gives_diffusers_output(tmp_path, network, op
     torch.testing.assert_close(model(latents(), TIMES, LABELS), expected, atol=1e-4, rtol=0)
 
 
+def test_at_other_sizes_it_still_gives_diffusers_output(tmp_path, network):
+    """diffusers spreads positions over the trained grid: here of 4 × 4 tokens, for 6 × 6."""
+    network.save_pretrained(tmp_path)
+    model = DiT.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "ours")
+    expected = theirs(network, latents(12), TIMES, LABELS)
+    for each in (model, DiT.from_pretrained(tmp_path / "ours")):
+        torch.testing.assert_close(each(latents(12), TIMES, LABELS), expected, atol=1e-4, rtol=0)
+    wide = torch.cat([latents(12)] * 2, dim=3)  # which diffusers refuses
+    assert model(wide, TIMES, LABELS).shape == (5, 8, 12, 24)
+
+
 def test_a_transformer_of_before_dit_had_a_class_loads(tmp_path, network):
     network.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -197,6 +209,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
     [
         ({"activation_fn": "gelu"}, "activation_fn is 'gelu'"),
         ({"attention_bias": False}, "attention_bias is False"),
+        ({"norm_eps": 1e-6}, "norm_eps is 1e-06; wanted a DiT, which has 1e-05"),
         ({"out_channels": 4}, "noise and variance"),
     ],
 )
