@@ -145,7 +145,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> GSPNDiTPipeline:
         """As diffusers', also of diffusers' DiTPipeline, and of published weights alone, a local file or folder.
 
-        Of weights alone :func:`~gspn_dit.inference.published.pipeline_of_weights` takes the arguments.
+        Of weights alone :func:`~gspn_dit.inference.published.pipeline_of_weights` takes the arguments. Raises
+        :class:`InputError` for another pipeline.
         """
         from gspn_dit.inference.published import is_weights, pipeline_of_weights, pipeline_parts  # they import this
 

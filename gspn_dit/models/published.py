@@ -11,8 +11,8 @@ Three kinds are known:
 - **diffusers' folder:** a DiTTransformer2DModel, whose blocks each have a copy of the embedders.
 
 Both kinds of files have the same names and shapes. A checkpoint of a training says which it is; elsewhere the channels
-beside the prediction and the file's name do, unless they contradict each other. DiT learns a variance in these channels;
-in SiT they start at zero and nothing ever moves them.
+beside the prediction and the file's name do, unless they contradict each other. DiT learns a variance in these
+channels; in SiT they start at zero and nothing ever moves them.
 
 Files are read as tensors alone (`weights_only`): nothing of a file is run.
 """
@@ -272,8 +272,8 @@ def _numbers(weights: Mapping[str, Tensor], num_heads: int | None = None) -> dic
 def _convention(stem: str, weights: Mapping[str, Tensor], arguments: Mapping[str, Any], numbers: dict[str, Any]) -> str:
     """Whose a file is: as its training's arguments say, else its channels beside the prediction and its name.
 
-    Channels of zeros are SiT's, unless the whole layer is zero, as both begin. Others are DiT's if the name says so, too.
-    Raises :class:`InputError` if name and channels contradict each other, or do not say it.
+    Channels of zeros are SiT's, unless the whole layer is zero, as both begin. Others are DiT's if the name says so,
+    too. Raises :class:`InputError` if name and channels contradict each other, or do not say it.
     """
     for convention, name in CONVENTIONS.items():
         if str(arguments.get("model", "")).startswith(name):

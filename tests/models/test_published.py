@@ -161,7 +161,8 @@ def test_a_file_of_safetensors_is_as_good(tmp_path):
     state = dit_state_dict(diffusers_dit())
     save_file(state, tmp_path / "dit.safetensors")
     ours, same = (
-        DiT.from_pretrained(path).state_dict() for path in (tmp_path / "dit.safetensors", saved(tmp_path / "dit.pt", state))
+        DiT.from_pretrained(path).state_dict()
+        for path in (tmp_path / "dit.safetensors", saved(tmp_path / "dit.pt", state))
     )
     assert all(torch.equal(ours[name], state[name]) and torch.equal(same[name], state[name]) for name in state)
 
