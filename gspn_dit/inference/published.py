@@ -88,6 +88,7 @@ def pipeline_of_weights(
     scheduler: SchedulerMixin | None = None,
     convention: str | None = None,
     torch_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     called: str | os.PathLike | None = None,
     local_files_only: bool = False,
     **options: Any,
@@ -101,6 +102,7 @@ def pipeline_of_weights(
         scheduler: One for the weights' objective, if not that objective's usual one.
         convention: Of a file that does not say it, as :func:`~gspn_dit.models.published.of_file` has it.
         torch_dtype: Of the network, float32 if not given; or by the parts' names, as diffusers' pipelines take it.
+        dtype: What newer versions of diffusers call it.
         called: What lines that say what is taken call it, if not `place`.
         local_files_only: Whether a VAE by name is looked for in the hub's cache alone.
         options: Of the pipeline, as its constructor has them. Those for a download of the weights do nothing.
@@ -108,8 +110,8 @@ def pipeline_of_weights(
     Raises :class:`InputError` if it is no DiT and no SiT, or the VAE cannot be had.
     """
     of_file = {} if convention is None else {"convention": convention}
-    dtype = dtype_of("transformer", torch_dtype)
-    transformer = DiT.from_pretrained(place, torch_dtype=dtype, called=called, **of_file)
+    dtypes = dtype or torch_dtype
+    transformer = DiT.from_pretrained(place, torch_dtype=dtype_of("transformer", dtypes), called=called, **of_file)
     if vae is None:
         logger.info(f"{os.fspath(called or place)}: no VAE with it, {VAE} decodes", extra={"stderr": True})
     try:
@@ -119,8 +121,8 @@ def pipeline_of_weights(
             raise
         raise InputError(f"there is no VAE with it, and {error}", remedy="name one with --vae") from error
     adopt_normalisation(decoder, SCALING, "DiT and SiT")
-    if isinstance(torch_dtype, Mapping):
-        nn.Module.to(decoder, dtype_of("vae", torch_dtype))
+    if isinstance(dtypes, Mapping):
+        nn.Module.to(decoder, dtype_of("vae", dtypes))
     config = transformer.config
     if scheduler is None:
         scheduler = create_scheduler("flow" if config.out_channels == config.in_channels else "ddpm")
@@ -131,11 +133,11 @@ def pipeline_of_weights(
     return GSPNDiTPipeline(transformer, decoder, scheduler, **{**defaults, **options})
 
 
-def dtype_of(part: str, torch_dtype: torch.dtype | Mapping[str, torch.dtype] | None) -> torch.dtype:
+def dtype_of(part: str, dtype: torch.dtype | Mapping[str, torch.dtype] | None) -> torch.dtype:
     """The dtype of a part of a pipeline, as diffusers' `from_pretrained` takes it: one, or one by each part's name."""
-    if isinstance(torch_dtype, Mapping):
-        return torch_dtype.get(part, torch_dtype.get("default", torch.float32))
-    return torch_dtype or torch.float32
+    if isinstance(dtype, Mapping):
+        return dtype.get(part, dtype.get("default", torch.float32))
+    return dtype or torch.float32
 
 
 def pipeline_parts(path: str | os.PathLike, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def pipeline_parts(path: str | os.PathLike, given: Mapping[str, Any]) -> dict[st
     }
     if "transformer" not in given:
         same = {name: given[name] for name in ("use_safetensors", "variant") if name in given}
-        dtype = dtype_of("transformer", given.get("torch_dtype"))
+        dtype = dtype_of("transformer", given.get("dtype") or given.get("torch_dtype"))
         parts["transformer"] = DiT.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **hub, **same)
     return {name: part for name, part in parts.items() if name not in given}
 

@@ -197,14 +197,14 @@ def test_another_projects_pipeline_is_refused_by_its_name(place, hub, tmp_path):
 
 def test_damaged_folders_are_refused_in_one_line(place, tmp_path):
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(InputError, match="^model=.*not a run"):
+    with pytest.raises(InputError, match=r"^model=.*not a run"):
         find_checkpoint(tmp_path)
     for content in ("{", "[]"):
         (tmp_path / "model_index.json").write_text(content)
         for load in (is_of_others, load_pipeline, load_class_names, load_transformer):
-            with pytest.raises(InputError, match="^model=.*: its model_index.json cannot be read; download it again$"):
+            with pytest.raises(InputError, match=r"^model=.*: its model_index.json cannot be read; download it again$"):
                 load(tmp_path)
-        with pytest.raises(InputError, match="^its model_index.json cannot be read"):
+        with pytest.raises(InputError, match=r"^its model_index.json cannot be read"):
             GSPNDiTPipeline.from_pretrained(tmp_path)
 
 
@@ -222,6 +222,8 @@ def test_a_file_takes_what_from_pretrained_takes_elsewhere(place):
     assert pipe.scheduler is scheduler
     assert (pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor) == (0.18215, None)
     assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float64)
+    pipe = GSPNDiTPipeline.from_pretrained(place / "DiT.pt", vae=tiny_vae(), dtype=torch.bfloat16)
+    assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
     pipe = GSPNDiTPipeline.from_pretrained(place / "pipeline", torch_dtype=dtypes)
     assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float64)
     for folder in (place / "pipeline", place / "pipeline" / "transformer"):

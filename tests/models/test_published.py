@@ -243,7 +243,7 @@ def test_a_folder_that_broke_off_is_to_be_downloaded_again(tmp_path, network):
     network.save_pretrained(tmp_path)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(InputError, match="cannot be read.*; download it again$") as error:
+    with pytest.raises(InputError, match=r"cannot be read.*; download it again$") as error:
         DiT.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
     (tmp_path / "config.json").write_text("[]")
