@@ -120,6 +120,7 @@ def test_sample_draws_from_a_file_and_says_what_it_takes(place, hub, tmp_path, c
     file, out = str(place / "SiT.pt"), tmp_path / "images"
     sample(SampleOptions(file, num_images=2, num_inference_steps=2, out=f"{out}/", device="cpu"))
     assert (out / "000001.png").is_file()
+    assert json.loads((out / "settings.json").read_text())["guided_channels"] == 3
     said = capsys.readouterr().err.splitlines()
     what = "2 blocks of 192, 10 classes, 8 × 8 latents; velocity; variance channels dropped"
     assert f"{file}: SiT's own checkpoint, its ema: {what}" in said
