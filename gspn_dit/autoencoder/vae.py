@@ -40,11 +40,12 @@ class LatentScaling(Protocol):
     latents_std: list[float] | None
 
 
-def load_vae(name_or_folder: str | os.PathLike) -> AutoencoderKL:
+def load_vae(name_or_folder: str | os.PathLike, *, local_files_only: bool = False) -> AutoencoderKL:
     """An AutoencoderKL of RGB images in float32, in eval mode, without gradients.
 
     Args:
         name_or_folder: `digits` or `photos` (the packaged ones), a local diffusers folder, or a hub name.
+        local_files_only: Ask the hub for nothing; what its cache here has, is taken.
 
     Raises:
         InputError: If there is no such VAE, the hub cannot be reached, the folder holds something else, or the VAE is
@@ -60,7 +61,7 @@ def load_vae(name_or_folder: str | os.PathLike) -> AutoencoderKL:
     if source.is_dir():
         _check_folder(source, remedy)
     else:
-        options["local_files_only"] = not is_on_hub(name, remedy)
+        options["local_files_only"] = local_files_only or not is_on_hub(name, remedy)
     try:
         vae = AutoencoderKL.from_pretrained(str(source), **options)
         nn.Module.to(vae, torch.float32)  # diffusers' own warns of modules to keep in float32: there are none

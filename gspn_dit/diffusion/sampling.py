@@ -54,6 +54,7 @@ def denoise(
     guide: Callable[..., Tensor] | None = None,
     model_options: Mapping[str, Any] | None = None,
     guide_options: Mapping[str, Any] | None = None,
+    guided_channels: int | None = None,
     num_inference_steps: int = 50,
     sigmas: Sequence[float] | None = None,
     timesteps: Sequence[float] | None = None,
@@ -76,6 +77,8 @@ def denoise(
             condition, in place of that without one (autoguidance, Karras et al., arXiv 2406.02507).
         model_options: Further arguments of the model, the same at every step.
         guide_options: Further arguments of the guide.
+        guided_channels: How many of the latent channels are guided, from the first on; None is all. The others stay the
+            model's with the condition.
         num_inference_steps: Steps of the scheduler.
         sigmas: Noise levels in place of the scheduler's own, as diffusers' `set_timesteps` takes them, without 0.
         timesteps: Timesteps in place of the scheduler's own.
@@ -83,8 +86,8 @@ def denoise(
         callback: Called as callback(step, timestep, latents, prediction) after each step, with the last guided
             prediction; what it returns, if not None, replaces the latents.
         progress: Wraps the iterable of timesteps, as `tqdm` does.
-        guidance: How it is guided, by the names of :class:`~gspn_dit.guidance.Guidance`; by default not at all. It acts
-            on all latent channels; the learned variance stays the model's with the condition.
+        guidance: How it is guided, by the names of :class:`~gspn_dit.guidance.Guidance`; by default not at all. The
+            learned variance stays the model's with the condition.
 
     Raises :class:`InputError` for options out of range, a null condition that is missing or does not fit, steps that
     the scheduler does not take, or a model that is not of the scheduler's objective.
@@ -102,6 +105,7 @@ def denoise(
         guidance=guided,
         model_options=model_options,
         guide_options=guide_options,
+        guided_channels=guided_channels,
     )
     if isinstance(scheduler, Integrator):
 
@@ -141,6 +145,7 @@ class GuidedNetwork:
         guidance: How it is guided.
         model_options: See there.
         guide_options: See there.
+        guided_channels: See there.
 
     Attributes:
         variance: The learned variance beside the last prediction, of no channels where there is none.
@@ -162,9 +167,10 @@ class GuidedNetwork:
         guidance: Guidance,
         model_options: Mapping[str, Any] | None,
         guide_options: Mapping[str, Any] | None,
+        guided_channels: int | None = None,
     ) -> None:
         self.model, self.scheduler, self.guide, self.guidance = model, scheduler, guide, guidance
-        self.condition = condition
+        self.condition, self.guided_channels = condition, guided_channels
         self.model_options, self.guide_options = model_options or {}, guide_options or {}
         self.both: dict[str, Tensor] = {}
         if guide is None and guidance.guidance_scale != 1:
@@ -205,7 +211,10 @@ class GuidedNetwork:
         _check_objective(self.scheduler, output, channels)
         self._prediction, self.variance = output.split([channels, output.shape[1] - channels], dim=1)
         if weight != 1 and self.guider is not None:
-            self._prediction = self.guider(self._prediction, worse[:, :channels], weight, noisy, timestep)
+            guided = slice(channels if self.guided_channels is None else self.guided_channels)
+            better, rest = self._prediction[:, guided], self._prediction[:, guided.stop :]
+            better = self.guider(better, worse[:, guided], weight, noisy[:, guided], timestep)
+            self._prediction = torch.cat([better, rest], dim=1)
         return self._prediction
 
 

@@ -62,7 +62,7 @@ def main(options: ExportOptions) -> None:
     pipeline = load_pipeline(checkpoint or options.model, options.vae, options.convention)
     origin = None
     if checkpoint is None and is_of_others(options.model):
-        origin = Path(options.model).name if os.path.exists(options.model) else options.model
+        origin = _name_of(Path(options.model)) if os.path.exists(options.model) else options.model
     parts = (pipeline.transformer, pipeline.vae, pipeline.text_encoder)
     require_new(out, sum(part.get_memory_footprint() for part in parts if part is not None))
     with new_folder(out) as folder:
@@ -74,6 +74,12 @@ def main(options: ExportOptions) -> None:
             save_samples(pipeline, checkpoint, folder / GRID_FILE)
         (folder / "README.md").write_text(model_card(pipeline, checkpoint, origin))
     print(f"{options.model} as a pipeline: {out}")
+
+
+def _name_of(place: Path) -> str:
+    """What a file or folder of weights is called; a transformer's folder says too little, and its pipeline's more."""
+    place = Path(os.path.abspath(place))  # not where a link of the cache leads
+    return f"{place.parent.name}/{place.name}" if place.name == "transformer" else place.name
 
 
 def export_stable_diffusion(checkpoint: Checkpoint, out: Path, vae: str | None) -> None:

@@ -34,10 +34,13 @@ from gspn_dit.errors import InputError, machine_fault, not_none, warn
 from gspn_dit.inference.pipeline import GSPNDiTPipeline
 from gspn_dit.inference.published import (
     INDEX,
+    check_index,
     class_names,
+    is_dit_pipeline,
     is_published,
     is_weights,
     pipeline_of_weights,
+    read_index,
 )
 from gspn_dit.inference.run_description import RunDescription
 from gspn_dit.models.dit import DiT
@@ -68,7 +71,7 @@ def load_pipeline(path: str | os.PathLike, vae: str | None = None, convention: s
         raise InputError("only a file of weights leaves it open", argument="convention", value=convention)
     with _reading(path):
         if is_weights(folder):
-            return pipeline_of_weights(folder, vae=given, convention=convention)
+            return pipeline_of_weights(folder, vae=given, convention=convention, called=path)
         if _is_exported(folder):
             return _load_exported(folder, given, vae, str(path))
         return _load_checkpoint(_newest_checkpoint(folder), given, vae)
@@ -78,11 +81,12 @@ def load_transformer(path: str | os.PathLike) -> LatentModel:
     """The network alone of what :func:`load_pipeline` takes, which needs no VAE. Raises as that does."""
     folder = _place(path)
     with _reading(path):
-        if folder.is_file():
-            return DiT.from_pretrained(folder)
         if is_weights(folder):
-            return _load_transformer(folder)
-        return _load_transformer(folder / "transformer" if _is_exported(folder) else _newest_checkpoint(folder).ema)
+            return DiT.from_pretrained(folder, called=path)
+        if _is_exported(folder):
+            read_index(folder)
+            return _load_transformer(folder / "transformer", path)
+        return _load_transformer(_newest_checkpoint(folder).ema, path)
 
 
 def load_class_names(path: str | os.PathLike) -> list[str] | None:
@@ -92,13 +96,15 @@ def load_class_names(path: str | os.PathLike) -> list[str] | None:
         if is_weights(folder):
             return None
         if _is_exported(folder):
-            return class_names(json.loads((folder / INDEX).read_text()))
+            return class_names(read_index(folder))
         return _class_names(_newest_checkpoint(folder))
 
 
 def is_of_others(path: str | os.PathLike) -> bool:
     """Whether what :func:`load_pipeline` takes is of another project's format. Raises as that does."""
-    return is_published(_place(path))
+    place = _place(path)
+    with _reading(path):
+        return is_published(place)
 
 
 def find_checkpoint(path: str | os.PathLike) -> Checkpoint | None:
@@ -152,6 +158,7 @@ def _place(path: str | os.PathLike) -> Path:
     with _reading(path):
         if file != INDEX:
             return Path(hf_hub_download(name, file, local_files_only=here_alone))
+        check_index(GSPNDiTPipeline.load_config(name, local_files_only=here_alone))  # before all of it is downloaded
         return Path(GSPNDiTPipeline.download(name, local_files_only=here_alone))
 
 
@@ -191,13 +198,15 @@ def _newest_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _load_exported(folder: Path, given: AutoencoderKL | None, name: str | None, path: str) -> GSPNDiTPipeline:
-    replaced = {}
+    replaced: dict[str, Any] = {}
+    if is_dit_pipeline(index := read_index(folder)):
+        replaced["transformer"] = DiT.from_pretrained(folder, subfolder="transformer", called=path)
     if given is not None:
         own = load_vae(folder / "vae")
         replaced["vae"] = _fitted(given, not_none(name), vae_record(path, own.config, own))
-    options = {} if is_published(folder) else {"use_safetensors": True}  # diffusers' DiT was published before those
+    options = {} if is_dit_pipeline(index) else {"use_safetensors": True}  # diffusers' DiT was published before those
     pipe = GSPNDiTPipeline.from_pretrained(str(folder), local_files_only=True, **options, **replaced)
-    if "class_dropout" not in json.loads((folder / INDEX).read_text()):  # of before, or of others
+    if "class_dropout" not in index:  # of before, or of others
         adopt_normalisation(pipe.vae, normalisation(pipe.vae.config) | NOT_HEEDED, "this model")
     return pipe
 
@@ -231,7 +240,7 @@ def vae_of_run(
 
 def _load_checkpoint(checkpoint: Checkpoint, given: AutoencoderKL | None, name: str | None) -> GSPNDiTPipeline:
     run = RunDescription.read(checkpoint.config)
-    transformer = _load_transformer(checkpoint.ema)
+    transformer = _load_transformer(checkpoint.ema, checkpoint.ema)
     vae = vae_of_run(checkpoint, run.vae, given, name)
     return pipeline_of(run, transformer, vae, **_parts(checkpoint, run, transformer))
 
@@ -253,9 +262,9 @@ def _parts(checkpoint: Checkpoint, run: RunDescription, transformer: LatentModel
     return {"class_names": _class_names(checkpoint)}
 
 
-def _load_transformer(folder: Path) -> LatentModel:
+def _load_transformer(folder: Path, called: str | os.PathLike) -> LatentModel:
     if is_diffusers_folder(folder):
-        return DiT.from_pretrained(folder)
+        return DiT.from_pretrained(folder, called=called)
     kind = json.loads((folder / "config.json").read_text()).get("_class_name")
     family = find_class(kind)
     if family is None:

@@ -68,6 +68,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
         guide: A worse model of the same kind, such as a smaller or an earlier one, whose prediction guidance leads away
             from in place of that without a condition (autoguidance); see :meth:`guide_by`.
         guidance_options: Defaults of a call's further arguments of guidance, by their names.
+        guided_channels: How many of the latent channels guidance acts on, from the first on; the others stay the
+            model's with the condition. None is all. DiT's and SiT's own code guide three.
 
     Attributes:
         subject: The argument of a call that says what images show: `class_labels`, or `prompt`.
@@ -94,6 +96,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
         prompts: list[str] | None = None,
         guide: Any = None,
         guidance_options: dict[str, Any] | None = None,
+        guided_channels: int | None = None,
     ) -> None:
         super().__init__()
         self._graphed: dict[str, GraphedModel | None] = {}
@@ -116,6 +119,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             class_dropout=class_dropout,
             prompts=prompts,
+            guided_channels=guided_channels,
         )
         transformer.eval()  # one that is new has its dropout on
         check_vae(vae, "the pipeline's")
@@ -124,6 +128,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
             raise InputError(
                 f"its latents have {channels} channels, and the transformer takes {wanted}", argument="vae"
             )
+        if guided_channels is not None and not (is_whole(guided_channels) and 1 <= guided_channels <= channels):
+            raise InputError(argument="guided_channels", value=guided_channels, wanted=f"1 to {channels}, or None")
         if self.subject == "prompt":
             check_text_parts(transformer, tokenizer, text_encoder)
         elif class_names is not None and len(class_names) != transformer.config.num_classes:
@@ -139,7 +145,8 @@ class GSPNDiTPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> GSPNDiTPipeline:
         """As diffusers', also of diffusers' DiTPipeline, and of published weights alone, a local file or folder.
 
-        Of weights alone :func:`~gspn_dit.inference.published.pipeline_of_weights` takes the arguments.
+        Of weights alone :func:`~gspn_dit.inference.published.pipeline_of_weights` takes the arguments. Raises
+        :class:`InputError` for another pipeline.
         """
         from gspn_dit.inference.published import is_weights, pipeline_of_weights, pipeline_parts  # they import this
 
@@ -306,6 +313,7 @@ class GSPNDiTPipeline(DiffusionPipeline):
                 guide=self._graphed.get("guide") or self.guide,
                 model_options=sized,
                 guide_options=sized if self.guide is not None and self.guide.has_chunks else None,
+                guided_channels=self.config.get("guided_channels"),
                 num_inference_steps=num_inference_steps,
                 sigmas=sigmas,
                 timesteps=timesteps,

@@ -241,6 +241,7 @@ def sampling_settings(pipe: GSPNDiTPipeline, options: SampleOptions, call: dict[
         **asked,
         "labels": options.labels,
         **call,
+        "guided_channels": pipe.config.get("guided_channels"),
         "sampler": type(pipe.scheduler).__name__,
         "scheduler": scheduler,
     }

@@ -35,7 +35,7 @@ from gspn_dit.storage.pictures import save_image
 SETTINGS_FILE = "settings.json"
 IGNORED = ("model",)  # settings that may differ: the model's place may, since its weights' hash may not
 # What stands for a setting that an older folder does not have.
-ABSENT = {"mixed_precision": "no"} | {
+ABSENT: dict[str, Any] = {"mixed_precision": "no", "guided_channels": None} | {
     name: value for name, value in vars(Guidance()).items() if name != "guidance_scale"
 }
 

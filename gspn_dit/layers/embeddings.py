@@ -101,15 +101,30 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(class_labels)
 
 
-def sincos_positions(height: int, width: int, channels: int, device: torch.device | None = None) -> Tensor:
+def sincos_positions(
+    height: int,
+    width: int,
+    channels: int,
+    device: torch.device | None = None,
+    over: tuple[int, int] | None = None,
+) -> Tensor:
     """DiT's fixed position table for a map of any size, (1, height, width, channels), float32.
 
     A quarter of the channels each: sine and cosine of the column, sine and cosine of the row, at channels / 4
     frequencies from 1 down to nearly 1/10000 ("Attention Is All You Need", section 3.5, once for each axis).
+
+    Args:
+        height: Rows of the map.
+        width: Its columns.
+        channels: A multiple of 4.
+        device: Where the table is made.
+        over: (rows, columns) of another map, over whose positions this one's are spread evenly: row r is at
+            r · rows / height. None is whole numbers.
     """
     frequencies = torch.exp(torch.arange(channels // 4, device=device) * (-math.log(10_000) / (channels // 4)))
-    column = torch.arange(width, device=device)[:, None] * frequencies  # (W, C/4)
-    row = torch.arange(height, device=device)[:, None] * frequencies  # (H, C/4)
+    rows, columns = over or (height, width)
+    column = torch.arange(width, device=device)[:, None] * (columns / width) * frequencies  # (W, C/4)
+    row = torch.arange(height, device=device)[:, None] * (rows / height) * frequencies  # (H, C/4)
     column, row = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in (column, row))
     table = torch.cat([column.expand(height, -1, -1), row[:, None].expand(-1, width, -1)], dim=-1)
     return table[None]

@@ -37,7 +37,8 @@ class DiT(LatentModel):
     Parameters are named as in the published checkpoints, so those load. Called as
     model(latents (B, in_channels, h, w), timesteps (B,) in 0 … 1000, class_labels (B,)) → (B, out_channels, h, w), for
     any h and w divisible by the patch: the position table is the model's own at the size it was made for and is
-    computed for the size at hand at any other. A chunk_scale other than 1 is refused: attention has no chunks.
+    computed for the size at hand at any other. Weights of diffusers have positions there that are spread over the
+    model's own grid, as diffusers does it. A chunk_scale other than 1 is refused: attention has no chunks.
 
     Args:
         width: Channels C of a token; a multiple of 4 and of num_heads.
@@ -48,6 +49,7 @@ class DiT(LatentModel):
         num_classes: Classes, without the null class, whose id is `null_class` = num_classes.
         time_embedding: Whose time and frequencies timesteps are embedded by, as
             :class:`~gspn_dit.layers.embeddings.TimestepEmbedding` has it; weights fit the one they were trained with.
+            `diffusers` also says where positions of other sizes are.
 
     Raises:
         InputError: Sizes that do not divide; at the call, misshapen input.
@@ -123,7 +125,8 @@ class DiT(LatentModel):
         height, width, channels = x.shape[1:]
         if (height, width) == self.grid:
             return self.pos_embed.unflatten(1, self.grid)
-        return sincos_positions(height, width, channels, x.device).to(self.pos_embed.dtype)
+        over = self.grid if self.t_embedder.convention == "diffusers" else None
+        return sincos_positions(height, width, channels, x.device, over).to(self.pos_embed.dtype)
 
 
 class DiTBlock(nn.Module):

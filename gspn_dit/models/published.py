@@ -11,7 +11,8 @@ Three kinds are known:
 - **diffusers' folder:** a DiTTransformer2DModel, whose blocks each have a copy of the embedders.
 
 Both kinds of files have the same names and shapes. A checkpoint of a training says which it is; elsewhere the channels
-beside the prediction do. DiT learns a variance there; in SiT they start at zero and nothing ever moves them.
+beside the prediction and the file's name do, unless they contradict each other. DiT learns a variance in these
+channels; in SiT they start at zero and nothing ever moves them.
 
 Files are read as tensors alone (`weights_only`): nothing of a file is run.
 """
@@ -23,7 +24,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ from diffusers.utils import is_accelerate_available
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gspn_dit.errors import InputError
+from gspn_dit.errors import InputError, is_of_files, machine_fault
 from gspn_dit.layers.embeddings import sincos_positions
 from gspn_dit.models.dit import SIZES, DiT
 
@@ -76,26 +76,41 @@ _DIFFUSERS_OPTIONS = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
     "norm_elementwise_affine": False,
+    "norm_eps": 1e-5,
 }
 
 
-def find(kind: type[Model], path: str | os.PathLike, *, convention: str | None = None, **kwargs: Any) -> Model | None:
+def find(
+    kind: type[Model],
+    path: str | os.PathLike,
+    *,
+    convention: str | None = None,
+    called: str | os.PathLike | None = None,
+    **kwargs: Any,
+) -> Model | None:
     """The network of published weights, in eval mode; None for a folder of another kind.
 
     Args:
         kind: The class that it becomes.
         path: A file, a folder or a hub name.
         convention: Of a file that does not say it, as :func:`of_file` has it.
+        called: What the line that says what is taken calls it, if not `path`.
         kwargs: As diffusers' `from_pretrained` has them.
 
-    Raises :class:`InputError` for a file, or a network of diffusers, that is none of these; OSError for no folder.
+    Raises :class:`InputError` for a file, or a network of diffusers, that is none of these, or for the convention of a
+    folder; OSError for no folder.
     """
     if os.path.isfile(path):
-        return of_file(kind, path, convention)
+        return of_file(kind, path, convention, called)
+    if convention is not None:
+        raise InputError("only a file of weights leaves it open", argument="convention", value=convention)
     options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
-    if kind.load_config(path, **options).get("_class_name") not in DIFFUSERS_CLASSES:
+    config = kind.load_config(path, **options)
+    if not isinstance(config, Mapping):
+        raise InputError(f"{os.fspath(path)}: its config.json is no model's", remedy="download it again")
+    if config.get("_class_name") not in DIFFUSERS_CLASSES:
         return None
-    return of_diffusers(kind, path, **kwargs)
+    return of_diffusers(kind, path, called, **kwargs)
 
 
 def is_diffusers_folder(folder: Path) -> bool:
@@ -104,16 +119,22 @@ def is_diffusers_folder(folder: Path) -> bool:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):  # there is none, or it is damaged, which is said by who reads it
         return False
-    return config.get("_class_name") in DIFFUSERS_CLASSES
+    return isinstance(config, dict) and config.get("_class_name") in DIFFUSERS_CLASSES
 
 
-def of_file(kind: type[Model], path: str | os.PathLike, convention: str | None = None) -> Model:
+def of_file(
+    kind: type[Model],
+    path: str | os.PathLike,
+    convention: str | None = None,
+    called: str | os.PathLike | None = None,
+) -> Model:
     """The network of a file of DiT's or SiT's own code.
 
     Args:
         kind: The class that it becomes.
         path: A state dict or a checkpoint, of torch or as safetensors.
         convention: `dit` (noise and variance) or `sit` (velocity), in place of what the file says.
+        called: As :func:`find` has it.
 
     Raises :class:`InputError` if the file is none of these, or does not say which.
     """
@@ -124,6 +145,7 @@ def of_file(kind: type[Model], path: str | os.PathLike, convention: str | None =
     channels, predicted = numbers["in_channels"], numbers["out_channels"]
     if predicted not in (channels, 2 * channels):
         raise InputError(f"it takes {channels} channels and returns {predicted}", wanted=f"{channels} or twice as many")
+    _network(kind, weights, numbers)
     convention = convention or _convention(Path(path).stem, weights, arguments, numbers)
     what = "noise and variance"
     if convention == "sit":
@@ -136,24 +158,33 @@ def of_file(kind: type[Model], path: str | os.PathLike, convention: str | None =
     elif predicted == channels:
         raise InputError("it predicts noise without a variance", wanted="a DiT that predicts both")
     model = _build(kind, weights, {**numbers, "time_embedding": convention})
-    _say(path, f"{CONVENTIONS[convention]}'s own checkpoint{f', its {nest}' if nest else ''}", model, what)
+    _say(called or path, f"{CONVENTIONS[convention]}'s own checkpoint{f', its {nest}' if nest else ''}", model, what)
     return model
 
 
-def of_diffusers(kind: type[Model], path: str | os.PathLike, **kwargs: Any) -> Model:
+def of_diffusers(
+    kind: type[Model], path: str | os.PathLike, called: str | os.PathLike | None = None, **kwargs: Any
+) -> Model:
     """The network of a DiTTransformer2DModel, in a folder or on the hub.
 
     Args:
         kind: The class that it becomes.
         path: The folder or hub name.
+        called: As :func:`find` has it.
         kwargs: As diffusers' `from_pretrained` has them.
 
-    Raises :class:`InputError` if it is no DiT, or some of its weights are not there.
+    Raises :class:`InputError` if it is no DiT, or some of its weights are not there or cannot be read.
     """
     from diffusers import DiTTransformer2DModel
 
     kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
-    network, info = DiTTransformer2DModel.from_pretrained(path, output_loading_info=True, **kwargs)
+    try:
+        network, info = DiTTransformer2DModel.from_pretrained(path, output_loading_info=True, **kwargs)
+    except Exception as error:
+        if not is_of_files(error):
+            raise
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        raise InputError(f"its files cannot be read ({reason})", remedy="download it again") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{len(missing)} of the DiTTransformer2DModel's weights are not in it, such as {missing[0]}")
     config = network.config
@@ -172,7 +203,7 @@ def of_diffusers(kind: type[Model], path: str | os.PathLike, **kwargs: Any) -> M
     positions = sincos_positions(side, side, network.inner_dim).flatten(1, 2)
     numbers = _numbers({**weights, "pos_embed": positions}, config.num_attention_heads)
     model = _build(kind, {**weights, "pos_embed": positions}, {**numbers, "time_embedding": "diffusers"})
-    _say(path, "diffusers' DiTTransformer2DModel", model, "noise and variance")
+    _say(called or path, "diffusers' DiTTransformer2DModel", model, "noise and variance")
     return model
 
 
@@ -183,19 +214,22 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str, Mapping[str, Any]]
     """
     if path.suffix not in SUFFIXES:
         raise InputError("is a file", wanted=f"a folder, or {_WANTED}")
-    if path.suffix == ".safetensors":
-        return load_file(path), "", {}
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path), "", {}
         with torch.serialization.safe_globals([argparse.Namespace]):  # a checkpoint's arguments: values with names
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:  # a damaged file can raise any
+        if machine_fault(error) is not None:
+            raise
         if objects := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
                 f"it holds an object, {objects[1]}, and reading that could run anything",
                 wanted="tensors alone",
                 remedy="where you trust it, load it in torch and save its state_dict()",
             ) from error
-        raise InputError("it cannot be read as a file of torch", wanted=_WANTED) from error
+        of = "safetensors" if path.suffix == ".safetensors" else "torch"
+        raise InputError(f"it cannot be read as a file of {of}", wanted=_WANTED, remedy="download it again") from error
     nest = next((name for name in ("ema", "model") if isinstance(found, Mapping) and name in found), "")
     weights = found[nest] if nest else found
     if not isinstance(weights, Mapping) or not all(isinstance(each, Tensor) for each in weights.values()):
@@ -210,7 +244,7 @@ def _numbers(weights: Mapping[str, Tensor], num_heads: int | None = None) -> dic
         width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
         positions, rows = weights["pos_embed"].shape[1], len(weights[_TABLE])
         hidden, values = len(weights["blocks.0.mlp.fc1.weight"]), len(weights[f"{_LAST}.weight"])
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise InputError(
             f"its {len(weights)} tensors are not a DiT's, which has x_embedder.proj.weight, pos_embed and others",
             wanted=_WANTED,
@@ -236,20 +270,33 @@ def _numbers(weights: Mapping[str, Tensor], num_heads: int | None = None) -> dic
 
 
 def _convention(stem: str, weights: Mapping[str, Tensor], arguments: Mapping[str, Any], numbers: dict[str, Any]) -> str:
-    """Whose a file is: as its training's arguments say, else its channels beside the prediction, else its name."""
+    """Whose a file is: as its training's arguments say, else its channels beside the prediction and its name.
+
+    Channels of zeros are SiT's, unless the whole layer is zero, as both begin. Others are DiT's if the name says so,
+    too. Raises :class:`InputError` if name and channels contradict each other, or do not say it.
+    """
     for convention, name in CONVENTIONS.items():
         if str(arguments.get("model", "")).startswith(name):
             return convention
     channels, predicted = numbers["in_channels"], numbers["out_channels"]
-    named = re.search(r"(?<![a-z])sit(?![a-z])", stem.lower())
-    if predicted == channels and not named:
-        raise InputError(
-            f"its {channels} output channels may be noise or a velocity",
-            wanted="a file that says which",
-            remedy="export it with --convention sit if it is SiT's",
-        )
-    beside = [weights[f"{_LAST}.{part}"].unflatten(0, (-1, predicted))[:, channels:] for part in ("weight", "bias")]
-    return "sit" if named or not any(part.any() for part in beside) else "dit"
+    last = [weights[f"{_LAST}.{part}"] for part in ("weight", "bias")]
+    beside = any(part.unflatten(0, (-1, predicted))[:, channels:].any() for part in last)
+    named = [each for each in CONVENTIONS if re.search(rf"(?<![a-z]){each}(?![a-z])", stem.lower())]
+    found = ("dit" if beside else "sit") if predicted > channels and any(part.any() for part in last) else None
+    if len(named) == 1 and found in (None, named[0]):
+        return named[0]
+    if found == "sit" and named != ["dit"]:
+        return found
+    if found is None:
+        what = f"its {channels} output channels" if predicted == channels else "its last layer is zero: its channels"
+        problem = f"{what} may be noise or a velocity"
+    else:
+        problem = f"its variance channels are {'not zero, as DiT' if beside else 'zero, as SiT'}'s are"
+        if len(named) == 1:
+            problem += f", and its name says {CONVENTIONS[named[0]]}"
+    raise InputError(
+        problem, wanted="a file that says whose it is", remedy="export it with --convention dit or --convention sit"
+    )
 
 
 def _check_path_of_sit(arguments: Mapping[str, Any]) -> None:
@@ -279,6 +326,18 @@ def _as_of_dit(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 def _build(kind: type[Model], weights: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Model:
     """A network of these numbers and weights, in float32 and in eval mode. Raises if the weights are not all of it."""
+    model = _network(kind, weights, numbers)
+    height, width = model.grid
+    table = sincos_positions(height, width, numbers["width"]).flatten(1, 2)
+    if not torch.allclose(weights["pos_embed"].float(), table, atol=1e-2):  # averaging moves it a little
+        raise InputError("its pos_embed is not DiT's table of sines and cosines", wanted=_WANTED)
+    copies = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in weights.items()}
+    model.load_state_dict(copies, assign=True)
+    return model.eval()
+
+
+def _network(kind: type[Model], weights: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Model:
+    """A network of these numbers on the meta device. Raises unless the weights have its names and shapes."""
     with torch.device("meta"):
         model = kind(**numbers)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -287,13 +346,9 @@ def _build(kind: type[Model], weights: Mapping[str, Tensor], numbers: Mapping[st
         if name not in wanted or found != wanted[name]:
             needed = tuple(wanted[name]) if name in wanted else "no such weight"
             raise InputError(f"its {name} is {found}, and a DiT of that size has {needed}", wanted=_WANTED)
-    height, width = model.grid
-    table = sincos_positions(height, width, numbers["width"]).flatten(1, 2)
-    if not torch.allclose(weights["pos_embed"].float(), table, atol=1e-2):  # averaging moves it a little
-        raise InputError("its pos_embed is not DiT's table of sines and cosines", wanted=_WANTED)
-    copies = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in weights.items()}
-    model.load_state_dict(copies, assign=True)
-    return model.eval()
+        if not weights[name].is_floating_point():
+            raise InputError(f"its {name} is {weights[name].dtype}", wanted="weights in floating point")
+    return model
 
 
 def _say(path: str | os.PathLike, origin: str, model: DiT, what: str) -> None:

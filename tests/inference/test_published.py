@@ -1,5 +1,6 @@
 """Published DiT and SiT draw here what their authors' code draws, by every command, from files, folders and the hub."""
 
+import itertools
 import json
 import logging
 import shutil
@@ -16,7 +17,7 @@ from gspn_dit import GSPNDiTPipeline
 from gspn_dit.commands import ExportOptions, SampleOptions
 from gspn_dit.errors import InputError
 from gspn_dit.inference.export import main as export
-from gspn_dit.inference.loading import find_checkpoint, load_class_names, load_pipeline, load_transformer
+from gspn_dit.inference.loading import find_checkpoint, is_of_others, load_class_names, load_pipeline, load_transformer
 from gspn_dit.inference.published import VAE
 from gspn_dit.inference.sample import main as sample
 from gspn_dit.models import create_model
@@ -119,6 +120,7 @@ def test_sample_draws_from_a_file_and_says_what_it_takes(place, hub, tmp_path, c
     file, out = str(place / "SiT.pt"), tmp_path / "images"
     sample(SampleOptions(file, num_images=2, num_inference_steps=2, out=f"{out}/", device="cpu"))
     assert (out / "000001.png").is_file()
+    assert json.loads((out / "settings.json").read_text())["guided_channels"] == 3
     said = capsys.readouterr().err.splitlines()
     what = "2 blocks of 192, 10 classes, 8 × 8 latents; velocity; variance channels dropped"
     assert f"{file}: SiT's own checkpoint, its ema: {what}" in said
@@ -159,7 +161,7 @@ def test_export_makes_a_folder_of_published_weights(place, tmp_path, name):
 
 def test_export_is_told_what_a_file_does_not_say(place, tmp_path):
     vae = str(place / "vae")
-    with pytest.raises(InputError, match="--convention sit"):
+    with pytest.raises(InputError, match="--convention dit or --convention sit"):
         export(ExportOptions(str(place / "half.pt"), str(tmp_path / "ours"), vae))
     export(ExportOptions(str(place / "half.pt"), str(tmp_path / "ours"), vae, convention="sit"))
     assert load_transformer(tmp_path / "ours").config.time_embedding == "sit"
@@ -179,8 +181,122 @@ def test_a_training_begins_with_published_weights(place):
         start_from(other, str(place / "SiT.pt"), list("abcdefghij"))
 
 
+def test_another_projects_pipeline_is_refused_by_its_name(place, hub, tmp_path):
+    """On the hub by its model_index.json alone: nothing else of it is there to be read."""
+    index = json.dumps({"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]})
+    snapshot = tmp_path / "hub" / "models--some--PixArt" / "snapshots" / ("0" * 40)
+    for folder in (tmp_path / "pixart", snapshot, snapshot.parents[1] / "refs"):
+        folder.mkdir(parents=True)
+        (folder / "model_index.json").write_text(index)
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    words = "it is a PixArtAlphaPipeline; wanted a GSPNDiTPipeline, or a DiTPipeline of diffusers$"
+    for name in (tmp_path / "pixart", "some/PixArt"):
+        for load in (load_pipeline, load_transformer, load_class_names, GSPNDiTPipeline.from_pretrained):
+            with pytest.raises(InputError, match=words):
+                load(str(name))
+
+
+def test_damaged_folders_are_refused_in_one_line(place, tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"^model=.*not a run"):
+        find_checkpoint(tmp_path)
+    for content in ("{", "[]"):
+        (tmp_path / "model_index.json").write_text(content)
+        for load in (is_of_others, load_pipeline, load_class_names, load_transformer):
+            with pytest.raises(InputError, match=r"^model=.*: its model_index.json cannot be read; download it again$"):
+                load(tmp_path)
+        with pytest.raises(InputError, match=r"^its model_index.json cannot be read"):
+            GSPNDiTPipeline.from_pretrained(tmp_path)
+
+
+def test_a_file_takes_what_from_pretrained_takes_elsewhere(place):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    vae = tiny_vae()
+    vae.register_to_config(scaling_factor=0.13, shift_factor=0.1)
+    dtypes = {"transformer": torch.bfloat16, "default": torch.float64}
+    with pytest.warns(
+        UserWarning, match="latents of DiT and SiT are decoded as they were made, with scaling_factor 0.18"
+    ):
+        pipe = GSPNDiTPipeline.from_pretrained(
+            place / "SiT.pt", vae=vae, scheduler=scheduler, local_files_only=True, torch_dtype=dtypes
+        )
+    assert pipe.scheduler is scheduler
+    assert (pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor) == (0.18215, None)
+    assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float64)
+    pipe = GSPNDiTPipeline.from_pretrained(place / "DiT.pt", vae=tiny_vae(), dtype=torch.bfloat16)
+    assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
+    pipe = GSPNDiTPipeline.from_pretrained(place / "pipeline", torch_dtype=dtypes)
+    assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float64)
+    for folder in (place / "pipeline", place / "pipeline" / "transformer"):
+        with pytest.raises(InputError, match="convention='dit': only a file of weights"):
+            GSPNDiTPipeline.from_pretrained(folder, convention="dit")
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_is_on_the_hub_is_called_by_its_name(place, caplog):
+    with caplog.at_level(logging.INFO, "gspn_dit"):
+        for name in ("some/DiT", "some/files/SiT.pt"):
+            load_pipeline(name)
+            load_transformer(name)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(": ")[0] for line in said] == ["some/DiT"] * 2 + ["some/files/SiT.pt"] * 3
+
+
+def test_export_names_folders_that_say_nothing(place, tmp_path, monkeypatch):
+    vae = str(place / "vae")
+    for folder, model, name in (
+        (place / "pipeline", ".", "pipeline"),
+        (place / "pipeline", "transformer", "pipeline/transformer"),
+        (place / "pipeline" / "transformer", ".", "pipeline/transformer"),
+    ):
+        monkeypatch.chdir(folder)
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        export(ExportOptions(model, str(out), vae))
+        assert f"from `{name}`;" in (out / "README.md").read_text()
+
+
 def test_a_library_call_is_silent(place, capfd, caplog):
     with caplog.at_level(logging.ERROR):
         load_transformer(place / "SiT.pt")
     printed = capfd.readouterr()
     assert printed.out + printed.err == ""
+
+
+@pytest.mark.parametrize("name", ["DiT.pt", "SiT.pt"])
+@pytest.mark.parametrize("options", [{}, {"guidance_rescale": 0.7, "apg_eta": 0.5}])
+def test_guidance_of_a_file_acts_on_three_channels_as_its_code_has_it(place, tmp_path, name, options):
+    """DiT and SiT guide `model_out[:, :3]`; the fourth channel is the prediction with the class, whatever guides."""
+    load_pipeline(place / name, str(place / "vae")).save_pretrained(tmp_path)
+    pipe = GSPNDiTPipeline.from_pretrained(tmp_path)
+    assert pipe.config.guided_channels == 3
+    pipe.set_progress_bar_config(disable=True)
+    network, labels = as_of_dits_code(diffusers_dit()), torch.tensor([0, 9])
+    latents = torch.randn(2, 4, 8, 8, generator=noise())
+    seen = [(None, latents, None)]
+
+    def keep(pipe, step, timestep, found):
+        seen.append((float(timestep), found["latents"], found["noise_pred"]))
+        return {}
+
+    asked = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["latents", "noise_pred"]}
+    pipe(labels.tolist(), 4.0, 3, latents=latents, generator=noise(), output_type="latent", **asked, **options)
+    with torch.no_grad():
+        for (_, noisy, _), (timestep, _, guided) in itertools.pairwise(seen):
+            sign, time = (-1, 1 - timestep / 1000) if name == "SiT.pt" else (1, timestep)
+            times = torch.full((2,), time)
+            cond, uncond = (
+                sign * network(noisy, timestep=times, class_labels=each).sample[:, :4]
+                for each in (labels, torch.full((2,), 10))
+            )
+            torch.testing.assert_close(guided[:, 3], cond[:, 3], atol=1e-4, rtol=0)
+            published = uncond[:, :3] + 4 * (cond[:, :3] - uncond[:, :3])
+            difference = (guided[:, :3] - published).abs().max()
+            assert difference > 1e-2 if options else difference < 1e-3
+            assert (cond - uncond).abs().max() > 1e-2
+
+
+def test_a_pipeline_of_others_or_ours_is_guided_in_all_channels(place):
+    assert load_pipeline(place / "pipeline").config.guided_channels is None
+    assert load_pipeline(place / "pipeline" / "transformer", str(place / "vae")).config.guided_channels is None
+    with pytest.raises(InputError, match="guided_channels=5: wanted 1 to 4, or None"):
+        GSPNDiTPipeline.from_pretrained(place / "DiT.pt", vae=tiny_vae(), guided_channels=5)

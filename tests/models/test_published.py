@@ -48,6 +48,18 @@ def test_a_transformer_of_diffusers_gives_diffusers_output(tmp_path, network, op
     torch.testing.assert_close(model(latents(), TIMES, LABELS), expected, atol=1e-4, rtol=0)
 
 
+def test_at_other_sizes_it_still_gives_diffusers_output(tmp_path, network):
+    """diffusers spreads positions over the trained grid: here of 4 × 4 tokens, for 6 × 6."""
+    network.save_pretrained(tmp_path)
+    model = DiT.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "ours")
+    expected = theirs(network, latents(12), TIMES, LABELS)
+    for each in (model, DiT.from_pretrained(tmp_path / "ours")):
+        torch.testing.assert_close(each(latents(12), TIMES, LABELS), expected, atol=1e-4, rtol=0)
+    wide = torch.cat([latents(12)] * 2, dim=3)  # which diffusers refuses
+    assert model(wide, TIMES, LABELS).shape == (5, 8, 12, 24)
+
+
 def test_a_transformer_of_before_dit_had_a_class_loads(tmp_path, network):
     network.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -74,15 +86,16 @@ def test_dits_own_file_gives_dits_output(tmp_path, nest):
 
 
 def test_a_file_says_what_it_is(tmp_path, caplog):
-    state = dit_state_dict(diffusers_dit(num_layers=3, num_classes=7, sample_size=12))
+    network = diffusers_dit(num_layers=3, num_classes=7, sample_size=12)
+    state, sit = dit_state_dict(network), sit_state_dict(network)
     with caplog.at_level(logging.INFO, "gspn_dit"):
-        config = DiT.from_pretrained(saved(tmp_path / "weights.pt", state)).config
-        DiT.from_pretrained(saved(tmp_path / "SiT.pt", {"ema": state}))
+        config = DiT.from_pretrained(saved(tmp_path / "DiT.pt", state)).config
+        DiT.from_pretrained(saved(tmp_path / "weights.pt", {"ema": sit}))
     assert (config.num_heads, config.mlp_ratio, config.patch_size, config.out_channels) == (3, 4, 2, 8)
     what = "3 blocks of 192, 7 classes, 12 × 12 latents"
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}/weights.pt: DiT's own checkpoint: {what}; noise and variance",
-        f"{tmp_path}/SiT.pt: SiT's own checkpoint, its ema: {what}; velocity; variance channels dropped",
+        f"{tmp_path}/DiT.pt: DiT's own checkpoint: {what}; noise and variance",
+        f"{tmp_path}/weights.pt: SiT's own checkpoint, its ema: {what}; velocity; variance channels dropped",
     ]
 
 
@@ -109,24 +122,33 @@ def test_the_loss_of_a_sit_is_the_published_one(tmp_path):
     torch.testing.assert_close(Flow().loss(model, batch), published, atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_sits_is_known_by_what_the_file_says(tmp_path):
-    """By its training's arguments, by channels that no loss has moved, by its name, or by whoever asks."""
+def test_whose_a_file_is_is_known_by_what_it_says(tmp_path):
+    """By its training's arguments, by channels that no loss has moved with its name, or by whoever asks."""
     dit, sit = dit_state_dict(diffusers_dit()), sit_state_dict(diffusers_dit())
     half = dit_state_dict(diffusers_dit(out_channels=4))
+    new = {name: torch.zeros_like(value) if "final_layer" in name else value for name, value in dit.items()}
 
     def channels(name, state, **options):
         return DiT.from_pretrained(saved(tmp_path / name, state), **options).config.out_channels
 
-    assert channels("a.pt", dit) == 8
-    assert channels("a.pt", sit) == 4
+    assert channels("DiT-XL-2-256x256.pt", dit) == 8
+    assert channels("a.pt", sit) == channels("SiT-XL-2-256x256.pt", sit) == channels("dit-and-sit.pt", sit) == 4
     assert channels("a.pt", {"ema": dit, "args": argparse.Namespace(model="SiT-XL/2", prediction="velocity")}) == 4
-    assert channels("SiT-XL-2-256x256.pt", dit) == 4
-    assert channels("transition.pt", dit) == 8
+    assert channels("a.pt", {"ema": new, "args": argparse.Namespace(model="DiT-XL/2")}) == 8
+    assert (channels("dit_step0.pt", new), channels("sit_step0.pt", new)) == (8, 4)
     assert channels("a.pt", dit, convention="sit") == 4
     assert channels("a.pt", sit, convention="dit") == 8
     assert channels("my-sit.pt", half) == 4
-    with pytest.raises(InputError, match=r"noise or a velocity; .* --convention sit"):
-        channels("a.pt", half)
+    for name, state, words in (
+        ("a.pt", half, "4 output channels may be noise or a velocity"),
+        ("a.pt", new, "its last layer is zero: its channels may be noise or a velocity"),
+        ("SiT-XL-2.pt", dit, "variance channels are not zero, as DiT's are, and its name says SiT"),
+        ("DiT-XL-2.pt", sit, "variance channels are zero, as SiT's are, and its name says DiT"),
+        ("transition.pt", dit, "variance channels are not zero, as DiT's are;"),
+        ("dit-and-sit.pt", dit, "variance channels are not zero, as DiT's are;"),
+    ):
+        with pytest.raises(InputError, match=f"{words}.*export it with --convention dit or --convention sit"):
+            channels(name, state)
     with pytest.raises(InputError, match="without a variance"):
         channels("a.pt", half, convention="dit")
     with pytest.raises(InputError, match="convention='edm'"):
@@ -137,16 +159,17 @@ def test_what_is_sits_is_known_by_what_the_file_says(tmp_path):
 
 def test_a_file_of_safetensors_is_as_good(tmp_path):
     state = dit_state_dict(diffusers_dit())
-    save_file(state, tmp_path / "a.safetensors")
+    save_file(state, tmp_path / "dit.safetensors")
     ours, same = (
-        DiT.from_pretrained(path).state_dict() for path in (tmp_path / "a.safetensors", saved(tmp_path / "a.pt", state))
+        DiT.from_pretrained(path).state_dict()
+        for path in (tmp_path / "dit.safetensors", saved(tmp_path / "dit.pt", state))
     )
     assert all(torch.equal(ours[name], state[name]) and torch.equal(same[name], state[name]) for name in state)
 
 
 def test_half_precision_becomes_float32(tmp_path):
     state = {name: tensor.half() for name, tensor in dit_state_dict(diffusers_dit()).items()}
-    model = DiT.from_pretrained(saved(tmp_path / "a.pt", state))
+    model = DiT.from_pretrained(saved(tmp_path / "dit.pt", state))
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
 
 
@@ -165,6 +188,10 @@ def other(name, value):
     return {**dit_state_dict(diffusers_dit()), name: value}
 
 
+def without(name):
+    return {other: value for other, value in dit_state_dict(diffusers_dit()).items() if other != name}
+
+
 @pytest.mark.parametrize(
     ("state", "words"),
     [
@@ -173,6 +200,13 @@ def other(name, value):
         (lambda: other("projectors.0.weight", torch.zeros(3)), r"projectors.0.weight is \(3,\).*no such weight"),
         (lambda: other("blocks.1.attn.proj.bias", torch.zeros(3)), r"blocks.1.attn.proj.bias is \(3,\).*\(192,\)"),
         (lambda: other("blocks.4.attn.proj.bias", torch.zeros(192)), "blocks.2.* is not there"),
+        (lambda: other("final_layer.linear.bias", torch.zeros(3)), r"final_layer.linear.bias is \(3,\).*\(32,\)"),
+        (lambda: without("final_layer.linear.bias"), "final_layer.linear.bias is not there"),
+        (lambda: other("y_embedder.embedding_table.weight", torch.tensor(1.0)), "are not a DiT's"),
+        (
+            lambda: other("blocks.1.attn.proj.bias", torch.zeros(192, dtype=torch.int8)),
+            "blocks.1.attn.proj.bias is torch.int8; wanted weights in floating point",
+        ),
         (lambda: other("pos_embed", torch.randn(1, 16, 192)), "not DiT's table"),
         (lambda: other("pos_embed", torch.randn(1, 15, 192)), "15 positions"),
         (lambda: dit_state_dict(diffusers_dit(attention_head_dim=32)), "its width is 96.*192, 384, 768, 1024, 1152"),
@@ -180,7 +214,7 @@ def other(name, value):
 )
 def test_a_file_that_is_none_of_these_is_refused_in_one_line(tmp_path, state, words):
     with pytest.raises(InputError, match=words) as error:
-        DiT.from_pretrained(saved(tmp_path / "a.pt", state()))
+        DiT.from_pretrained(saved(tmp_path / "dit.pt", state()))
     assert "\n" not in str(error.value)
 
 
@@ -192,11 +226,43 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
                 DiT.from_pretrained(tmp_path / name)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_file_that_broke_off_is_to_be_downloaded_again(tmp_path, suffix, share):
+    whole = tmp_path / f"dit.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(dit_state_dict(diffusers_dit()), whole)
+    content = whole.read_bytes()
+    whole.write_bytes(content[: int(len(content) * share)])
+    kind = "safetensors" if suffix == "safetensors" else "torch"
+    with pytest.raises(InputError, match=f"^it cannot be read as a file of {kind}; .*; download it again$") as error:
+        DiT.from_pretrained(whole)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_broke_off_is_to_be_downloaded_again(tmp_path, network):
+    network.save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"cannot be read.*; download it again$") as error:
+        DiT.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config.json is no model's; download it again$"):
+        DiT.from_pretrained(tmp_path)
+
+
+def test_the_convention_of_a_folder_is_not_open(tmp_path, network):
+    network.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="convention='sit': only a file of weights leaves it open"):
+        DiT.from_pretrained(tmp_path, convention="sit")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"activation_fn": "gelu"}, "activation_fn is 'gelu'"),
         ({"attention_bias": False}, "attention_bias is False"),
+        ({"norm_eps": 1e-6}, "norm_eps is 1e-06; wanted a DiT, which has 1e-05"),
         ({"out_channels": 4}, "noise and variance"),
     ],
 )
