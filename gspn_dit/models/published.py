@@ -272,8 +272,8 @@ def _numbers(weights: Mapping[str, Tensor], num_heads: int | None = None) -> dic
 def _convention(stem: str, weights: Mapping[str, Tensor], arguments: Mapping[str, Any], numbers: dict[str, Any]) -> str:
     """Whose a file is: as its training's arguments say, else its channels beside the prediction and its name.
 
-    Channels of zeros are SiT's, unless the whole layer is zero, as both begin. Others are DiT's if the name says so,
-    too. Raises :class:`InputError` if name and channels contradict each other, or do not say it.
+    Channels of zeros are SiT's, unless the whole layer is zero, as both begin; others are DiT's. Raises
+    :class:`InputError` if name and channels contradict each other, or neither says it.
     """
     for convention, name in CONVENTIONS.items():
         if str(arguments.get("model", "")).startswith(name):
@@ -282,18 +282,19 @@ def _convention(stem: str, weights: Mapping[str, Tensor], arguments: Mapping[str
     last = [weights[f"{_LAST}.{part}"] for part in ("weight", "bias")]
     beside = any(part.unflatten(0, (-1, predicted))[:, channels:].any() for part in last)
     named = [each for each in CONVENTIONS if re.search(rf"(?<![a-z]){each}(?![a-z])", stem.lower())]
-    found = ("dit" if beside else "sit") if predicted > channels and any(part.any() for part in last) else None
-    if len(named) == 1 and found in (None, named[0]):
+    if predicted > channels and any(part.any() for part in last):
+        found = "dit" if beside else "sit"
+        if len(named) != 1 or named[0] == found:
+            return found
+        its, other = CONVENTIONS[found], CONVENTIONS[named[0]]
+        problem = (
+            f"its variance channels are {'not zero' if beside else 'zero'}, as {its}'s are, and its name says {other}"
+        )
+    elif len(named) == 1:
         return named[0]
-    if found == "sit" and named != ["dit"]:
-        return found
-    if found is None:
+    else:
         what = f"its {channels} output channels" if predicted == channels else "its last layer is zero: its channels"
         problem = f"{what} may be noise or a velocity"
-    else:
-        problem = f"its variance channels are {'not zero, as DiT' if beside else 'zero, as SiT'}'s are"
-        if len(named) == 1:
-            problem += f", and its name says {CONVENTIONS[named[0]]}"
     raise InputError(
         problem, wanted="a file that says whose it is", remedy="export it with --convention dit or --convention sit"
     )
