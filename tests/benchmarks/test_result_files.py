@@ -71,7 +71,7 @@ def test_only_the_module_of_result_files_writes_them():
             if named in ("write_text", "write_json", "write_bytes", "dump"):
                 module = isinstance(node.func, ast.Name) and named == "write_text"
                 found |= set() if module else {path.name}
-    cells = {"classification.py", "classification_cell.py", "quality_cell.py"}
+    cells = {"classification.py", "classification_cell.py", "distillation_cell.py", "quality_cell.py"}
     assert found == cells | {"higher_case.py", "memory.py", "result_files.py", "store.py"}
 
 
