@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from benchmarks.deadline import GO_ON
 from gspn_dit.errors import InputError
 from gspn_dit.storage.files import alone_in
+
+Results = dict[str, list[dict[str, Any]]]  # by mixer, a result a seed
+WINDOWS = 30  # of a drawn curve of losses
 
 
 class Cell(Protocol):
@@ -48,3 +54,27 @@ def claimed(cell: Cell) -> Iterator[bool]:
         except InputError:
             mine = False
         yield mine
+
+
+def say_how_far(cells: Sequence[Cell], out: Path) -> None:
+    """Print whether all cells are finished, and where the report is."""
+    done = all(cell.result.exists() for cell in cells)
+    print(f"{'all is done' if done else GO_ON}; report: {out / 'report.md'}")
+
+
+def read_results(out: Path, mixers: Sequence[str]) -> Results:
+    """The finished results by mixer, those of no seed left out."""
+    found = {
+        mixer: [json.loads(path.read_text()) for path in sorted((out / mixer).glob("seed-*/result.json"))]
+        for mixer in mixers
+    }
+    return {mixer: results for mixer, results in found.items() if results}
+
+
+def smoothed(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[int], list[float]]:
+    """Steps and losses to draw: the mean of several curves of (step, loss), over a thirtieth of them at a time."""
+    steps = [step for step, _ in curves[0]]
+    losses = [statistics.mean(loss for _, loss in at) for at in zip(*curves, strict=True)]
+    window = max(1, len(losses) // WINDOWS)
+    ends = range(window, len(losses) + 1, window)
+    return [steps[end - 1] for end in ends], [statistics.mean(losses[end - window : end]) for end in ends]

@@ -29,10 +29,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.cells import finish_all
+from benchmarks.cells import finish_all, say_how_far
 from benchmarks.classification_cell import Cell, cell_config, measure_speed
 from benchmarks.classification_report import write_report
-from benchmarks.deadline import GO_ON
 from benchmarks.machine import machine
 from benchmarks.result_files import noted
 from gspn_dit.data.idx import is_idx_folder
@@ -61,8 +60,7 @@ def main(options: Options) -> None:
     else:
         finish_all(cells(options))
     print(write_report(out, options.mixers, settings(options)))
-    done = all(cell.result.exists() for cell in cells(options))
-    print(f"{'all is done' if done else GO_ON}; report: {out / 'report.md'}")
+    say_how_far(cells(options), out)
 
 
 def cells(options: Options) -> list[Cell]:

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.cells import Results, read_results, smoothed
 from benchmarks.result_files import origin, write_text
 from benchmarks.tables import header, row, spread
 from gspn_dit.storage.files import replacing
@@ -22,7 +23,6 @@ NOTES = [
     "The loss is that of the last 100 steps, on altered pictures of several sizes, with smoothed labels.",
     "",
 ]
-Results = dict[str, list[dict[str, Any]]]  # by mixer, a result a seed
 
 
 def write_report(out: Path, mixers: Sequence[str], settings: dict[str, Any]) -> str:
@@ -41,15 +41,6 @@ def write_report(out: Path, mixers: Sequence[str], settings: dict[str, Any]) -> 
     report = "\n".join([*lines, *origin("; ".join(sorted({run["machine"] for run in finished})), finished)])
     write_text(out / "report.md", report)
     return report
-
-
-def read_results(out: Path, mixers: Sequence[str]) -> Results:
-    """The finished results by mixer, those of no seed left out."""
-    found = {
-        mixer: [json.loads(path.read_text()) for path in sorted((out / mixer).glob("seed-*/result.json"))]
-        for mixer in mixers
-    }
-    return {mixer: results for mixer, results in found.items() if results}
 
 
 def table(results: Results, speed: dict[str, float]) -> list[str]:
@@ -72,12 +63,7 @@ def draw_losses(results: Results, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for mixer, runs in results.items():
-        steps = [step for step, _ in runs[0]["losses"]]
-        losses = [statistics.mean(loss for _, loss in line) for line in zip(*(r["losses"] for r in runs), strict=True)]
-        window = max(1, len(losses) // 30)
-        ends = range(window, len(losses) + 1, window)
-        means = [statistics.mean(losses[end - window : end]) for end in ends]
-        axes.plot([steps[end - 1] for end in ends], means, label=mixer)
+        axes.plot(*smoothed([run["losses"] for run in runs]), label=mixer)
     axes.set(xlabel="step", ylabel="training loss, with label smoothing", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

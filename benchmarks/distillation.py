@@ -29,8 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cells import finish_all
-from benchmarks.deadline import GO_ON
+from benchmarks.cells import finish_all, say_how_far
 from benchmarks.distillation_cell import Cell
 from benchmarks.distillation_report import write_report
 from gspn_dit.data.latent_store import is_latent_store
@@ -66,8 +65,7 @@ def main(options: Options) -> None:
     begin_or_continue(out / "settings.json", settings(options), "out")
     finish_all(cells(options))
     print(write_report(out, options.mixers, settings(options)))
-    done = all(cell.result.exists() for cell in cells(options))
-    print(f"{'all is done' if done else GO_ON}; report: {out / 'report.md'}")
+    say_how_far(cells(options), out)
 
 
 def cells(options: Options) -> list[Cell]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.cells import Results, read_results, smoothed
 from benchmarks.distillation_cell import PROMPTS, SHOWN, TEACHER, VIEWS, View
 from benchmarks.result_files import origin, write_text
 from benchmarks.tables import header, row, spread
@@ -28,7 +27,6 @@ NOTES = [
     "prediction less the teacher's, on scenes of another seed.",
     "",
 ]
-Results = dict[str, list[dict[str, Any]]]  # by mixer, a result a seed
 
 
 def write_report(out: Path, mixers: Sequence[str], settings: dict[str, Any]) -> str:
@@ -45,15 +43,6 @@ def write_report(out: Path, mixers: Sequence[str], settings: dict[str, Any]) -> 
     report = "\n".join([*lines, *origin("; ".join(sorted({run["machine"] for run in finished})), finished)])
     write_text(out / "report.md", report)
     return report
-
-
-def read_results(out: Path, mixers: Sequence[str]) -> Results:
-    """The finished results by mixer, those of no seed left out."""
-    found = {
-        mixer: [json.loads(path.read_text()) for path in sorted((out / mixer).glob("seed-*/result.json"))]
-        for mixer in mixers
-    }
-    return {mixer: results for mixer, results in found.items() if results}
 
 
 def summary(results: Results) -> list[str]:
@@ -95,11 +84,7 @@ def draw_losses(results: Results, path: Path) -> None:
             lines = [run["losses"][stage] for run in runs if stage in run.get("losses", {})]
             if not lines:
                 continue
-            losses = [statistics.mean(loss for _, loss in at) for at in zip(*lines, strict=True)]
-            window = max(1, len(losses) // 30)
-            ends = range(window, len(losses) + 1, window)
-            means = [statistics.mean(losses[end - window : end]) for end in ends]
-            axes.plot([lines[0][end - 1][0] for end in ends], means, label=mixer)
+            axes.plot(*smoothed(lines), label=mixer)
         axes.set(xlabel="step", ylabel=label, yscale="log")
         axes.grid(alpha=0.3, which="both")
         if axes.get_lines():
